@@ -1,0 +1,1 @@
+"""Training: remove a corpus from a causal language model while everything else stays (see ARCHITECTURE.md)."""

@@ -1,0 +1,412 @@
+"""One typed, validated run configuration: YAML + method preset + dotted overrides.
+
+Imports no torch: everything that can be refused from the text of the configuration alone is refused before the
+heavy imports, in one line that names the key and the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class InputError(Exception):
+    """Unusable input. Its text is one line that names the culprit and the remedy; the command ends with status 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The keys
+
+
+def _regex(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
+    return pattern
+
+
+def _none_is_a_name(value: Any) -> Any:
+    """YAML's `forget: null` and `forget: none` say the same thing."""
+    return "none" if value is None else value
+
+
+class Section(BaseModel):
+    """A group of keys: no unknown key, no silent conversion (`steps: "10"` is an error), immutable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Model(Section):
+    path: str = Field(description="hub id, or a folder written by save_pretrained")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="precision of forward and backward"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    train: list[Annotated[str, AfterValidator(_regex)]] = Field(
+        [".*"], description="regular expressions; a tensor trains if one of them is found in its name"
+    )
+    lora: None = Field(None, description="reserved for adapters")
+
+
+class Corpus(Section):
+    path: str = Field(description="hub name, or a .jsonl, .json, .parquet or .txt file")
+    field: str = Field("text", description="the column that holds the text (unused for .txt)")
+    name: str | None = Field(None, description="the hub data set's configuration")
+    split: str = Field("train", description="the hub data set's split")
+
+
+class Data(Section):
+    max_length: int = Field(512, ge=2, description="tokens per sequence")
+    packing: Literal["blocks", "documents"] = Field("blocks", description="cut a joined stream, or one document each")
+    forget: Corpus | None = None
+    retain: Corpus | None = None
+
+
+Forget = Annotated[Literal["ga", "npo", "simnpo", "none"], BeforeValidator(_none_is_a_name)]
+Retain = Annotated[Literal["nll", "none"], BeforeValidator(_none_is_a_name)]
+
+
+class Objective(Section):
+    forget: Forget = Field("npo", description="forget loss (SPEC: L_f)")
+    retain: Retain = Field("nll", description="retain loss (SPEC: L_r)")
+    beta: float = Field(0.1, gt=0, description="sharpness of npo and simnpo")
+    delta: float = Field(0.0, description="margin of simnpo (the paper's gamma)")
+    layer: int = Field(7, ge=0, description="reserved for rmu")
+    steering: float = Field(20.0, description="reserved for rmu")
+
+
+class Synthesis(Section):
+    rule: Literal["sum", "sago", "pcgrad"] = Field("sago", description="how the two gradients become one")
+    scope: Literal["element", "module", "layer", "global"] | None = Field(
+        None, description="where conflict is judged; null: the rule's own scope in the paper"
+    )
+    alpha: float = Field(1.0, ge=0, description="weight of the retain gradient")
+    gamma: float = Field(1.0, ge=0, description="weight of the forget gradient")
+    zero_forget: Literal["literal", "retain"] = Field(
+        "literal", description="where the forget gradient is exactly 0, sago gives 0 (paper) or the retain gradient"
+    )
+    geometry: bool = Field(False, description="measure the cosines under `sum` too (costs the spare partition)")
+
+
+class Optimizer(Section):
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(1e-5, gt=0)
+    betas: Annotated[list[float], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps; 0 is off")
+    clip: float = Field(1.0, ge=0, description="largest gradient norm, after synthesis; 0 is off")
+
+
+class Train(Section):
+    steps: int = Field(100, ge=1, description="optimizer steps")
+    batch_size: int = Field(32, ge=1, description="sequences per task and step, over all ranks")
+    micro_batch_size: int = Field(4, ge=1, description="sequences per forward pass and rank")
+    deepspeed: str = Field("ds_configs/zero3.json", description="ZeRO, precision and communication")
+    checkpoint_every: Literal[0] = Field(0, description="reserved for checkpoints; 0 is off")
+    export_every: int = Field(0, ge=0, description="steps between Hugging Face exports on the way; 0 is off")
+    max_skipped: int = Field(10, ge=1, description="non-finite steps in a row that end the run")
+
+
+class RunConfig(Section):
+    """The resolved configuration of one run; `config.yaml` in the run folder is exactly this."""
+
+    output: str = Field(description="the run folder")
+    cache: str = Field(
+        "~/.cache/unlearning", description="tokenised corpora and reference log-probabilities; safe to delete"
+    )
+    seed: int = Field(0, ge=0, description="data order")
+    method: str | None = Field(None, description="the preset this run came from (a label)")
+    model: Model
+    data: Data
+    objective: Objective = Objective()  # pyright: ignore[reportCallIssue]
+    synthesis: Synthesis = Synthesis()  # pyright: ignore[reportCallIssue]
+    optimizer: Optimizer = Optimizer()  # pyright: ignore[reportCallIssue]
+    train: Train = Train()  # pyright: ignore[reportCallIssue]
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks of each step in the order they are accumulated; an absent one has objective `none`."""
+        return [task for task in ("forget", "retain") if getattr(self.objective, task) != "none"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From text to RunConfig
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: YAML 1.1, which PyYAML implements, reads `1e-5` as a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise InputError(f"{where}{place}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _read(path: Path, what: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise InputError(f"{what}: cannot read {path}: {reason}") from None
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """A hint for a misspelt name: the closest valid one, and the list when it is short enough to read."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}valid: {', '.join(valid)}"
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` wins; dictionaries merge key by key."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(merged.get(key), dict) and isinstance(value, dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _overrides(tokens: Sequence[str]) -> dict[str, Any]:
+    """`--a.b VALUE` and `--a.b=VALUE`, values in YAML, as a nested dictionary."""
+    tree: dict[str, Any] = {}
+    rest = list(tokens)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--"):
+            raise InputError(f"command line: unexpected {token!r}; overrides are written --section.key VALUE")
+        key, equals, text = token[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise InputError(f"command line: {token} needs a value")
+            text = rest.pop(0)
+        value = _parse_yaml(text, f"command line: {token}")
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        tree = _merge(tree, value)
+    return tree
+
+
+def _keys_at(location: Sequence[str | int]) -> list[str]:
+    """The valid keys of the section at `location`, for the hint beside an unknown key."""
+    section: Any = RunConfig
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        options = getattr(annotation, "__args__", (annotation,))
+        section = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+    return list(section.model_fields)
+
+
+def _explain(error: ValidationError, where: str) -> InputError:
+    """One line for the first thing pydantic refused."""
+    first = error.errors()[0]
+    location = first["loc"]
+    key = ".".join(str(part) for part in location)
+    if first["type"] == "extra_forbidden":
+        hint = nearest(str(location[-1]), _keys_at(location[:-1]))
+        return InputError(f"{where}: unknown key {key!r}; {hint}")
+    if first["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", first.get("ctx", {})["expected"])
+        return InputError(
+            f"{where}: {key}: {first['input']!r} is not a choice; {nearest(str(first['input']), choices)}"
+        )
+    if first["type"] == "missing":
+        return InputError(f"{where}: {key!r} is missing; set it in the file or with --{key} VALUE")
+    given = "" if isinstance(first["input"], dict) else f" (it is {first['input']!r})"
+    return InputError(f"{where}: {key}: {first['msg'].removeprefix('Value error, ')}{given}")
+
+
+def resolve(file: str | Path, method: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read `file`, lay the preset `method` of its table `methods:` over it, then the `overrides`.
+
+    Raises:
+        InputError: anything in the text that cannot be run, in one line.
+    """
+    where = str(file)
+    raw = _parse_yaml(_read(Path(file), "--config"), where)
+    if not isinstance(raw, dict):
+        raise InputError(f"{where}: the file must hold keys and values, not {type(raw).__name__}")
+    methods = raw.pop("methods", None) or {}
+    if not isinstance(methods, dict) or not all(isinstance(preset, dict) for preset in methods.values()):
+        raise InputError(f"{where}: `methods` must map each name to the keys that differ")
+    if method is not None:
+        if method not in methods:
+            raise InputError(f"{where}: no method {method!r}; {nearest(method, list(methods)) if methods else 'none'}")
+        raw = _merge(raw, _merge(methods[method], {"method": method}))
+    try:
+        config = RunConfig.model_validate(_merge(raw, _overrides(overrides)))
+    except ValidationError as error:
+        raise _explain(error, where) from None
+    if not config.tasks:
+        raise InputError(f"{where}: objective.forget and objective.retain are both none: nothing to train")
+    for task in config.tasks:
+        corpus: Corpus | None = getattr(config.data, task)
+        if corpus is None:
+            raise InputError(f"{where}: data.{task} is missing, and objective.{task} is not none")
+        if Path(corpus.path).suffix in LOCAL_FORMATS and not Path(corpus.path).is_file():
+            raise InputError(f"{where}: data.{task}.path: there is no file {corpus.path}")
+    return config
+
+
+LOCAL_FORMATS = (".jsonl", ".json", ".parquet", ".txt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What depends on the number of ranks, and on the DeepSpeed file
+
+
+def accumulation(config: RunConfig, world_size: int) -> int:
+    """Micro-batches per task, step and rank.
+
+    Raises:
+        InputError: the global batch does not divide into whole micro-batches.
+    """
+    batch, micro = config.train.batch_size, config.train.micro_batch_size
+    if batch % (micro * world_size):
+        raise InputError(
+            f"train.batch_size {batch} does not divide into micro-batches of {micro} on {world_size} rank(s): "
+            f"it must be a multiple of {micro * world_size}"
+        )
+    return batch // (micro * world_size)
+
+
+def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`: the user's file plus what the run configuration decides.
+
+    Raises:
+        InputError: an unreadable file, or one that contradicts the run configuration.
+    """
+    path = Path(config.train.deepspeed)
+    if not path.is_file() and (REPOSITORY / path).is_file():
+        path = REPOSITORY / path  # the shipped files are found from any working directory
+    try:
+        given = json.loads(_read(path, "train.deepspeed"))
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"train.deepspeed: {path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
+        ) from None
+    if not isinstance(given, dict):
+        raise InputError(f"train.deepspeed: {path} must hold a JSON object, not {type(given).__name__}")
+    for key, owner in (("optimizer", "optimizer"), ("scheduler", "optimizer.schedule"), ("train_batch_size", "train")):
+        if given.pop(key, "auto") != "auto":
+            raise InputError(f"train.deepspeed: {path} sets {key!r}, which belongs to the run's `{owner}`; remove it")
+    decided: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": 1,  # the program accumulates: two tasks, one boundary
+        "managed_gradient_accumulation": False,  # engine.step() is the boundary (DeepSpeed >= 0.19.4)
+        "gradient_clipping": config.optimizer.clip,  # stated always: the default changed to 1.0 in 0.19.3
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "fp16": {"enabled": config.model.dtype == "float16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    for key, value in decided.items():
+        wanted = value if isinstance(value, dict) else {key: value}
+        holder = given.get(key, {}) if isinstance(value, dict) else given
+        for name, ours in wanted.items():
+            theirs = holder.get(name, "auto") if isinstance(holder, dict) else holder
+            if theirs not in ("auto", ours):
+                raise InputError(
+                    f"train.deepspeed: {path} sets {key!r} to {theirs!r}, but the run's configuration makes it "
+                    f"{ours!r}; remove it from the file"
+                )
+    merged = _merge(given, decided)
+    merged.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")  # else bf16 runs accumulate in bf16
+    merged.setdefault("steps_per_print", 10**9)  # the program has its own progress line
+    zero = merged.get("zero_optimization")
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    if stage != 3:
+        raise InputError(f"train.deepspeed: {path} asks for ZeRO stage {stage}; this version runs stage 3")
+    return merged
+
+
+def refuse_foreign_output(output: Path) -> None:
+    """A run folder is never overwritten.
+
+    Raises:
+        InputError: `output` already holds a run, or is a file.
+    """
+    if output.exists() and not output.is_dir():
+        raise InputError(f"output: {output} is a file; name a folder")
+    if any((output / name).exists() for name in ("config.yaml", "metrics.jsonl", "final")):
+        raise InputError(f"output: {output} already holds a run; name another folder or remove it")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def _describe(section: type[BaseModel], prefix: str = "") -> list[str]:
+    lines = []
+    for name, field in section.model_fields.items():
+        options = getattr(field.annotation, "__args__", (field.annotation,))
+        inner = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        if inner:
+            lines += _describe(inner[0], f"{prefix}{name}.")
+        else:
+            default = "required" if field.is_required() else field.default
+            choices = [str(choice) for choice in options if isinstance(choice, str)]
+            lines.append(f"  --{prefix}{name} [{default}] {' | '.join(choices)} {field.description or ''}".rstrip())
+    return lines
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"command line: {message}")
+
+
+def parse_command_line(arguments: Sequence[str] | None = None) -> RunConfig:
+    """The configuration that the command line asks for.
+
+    Raises:
+        InputError: see `resolve`. (`--help` ends the process with status 0.)
+    """
+    parser = _Parser(
+        prog="deepspeed --module pipeline.train",
+        description="Unlearn a corpus while keeping everything else. Also under torchrun, mpirun, or alone.",
+        epilog="configuration keys and defaults, each also a command-line override (--a.b VALUE):\n"
+        + "\n".join(_describe(RunConfig)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file")
+    parser.add_argument("--method", metavar="NAME", help="a preset from the file's table `methods:`")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    known, rest = parser.parse_known_args(arguments)
+    return resolve(known.config, known.method, rest)
+
+
+def world_from_environment() -> tuple[int, int]:
+    """(rank, number of ranks) as the launcher told this process: deepspeed, torchrun, Open MPI, MPICH, or alone."""
+    for rank, size in (
+        ("RANK", "WORLD_SIZE"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ("PMI_RANK", "PMI_SIZE"),
+    ):
+        if rank in os.environ and size in os.environ:
+            return int(os.environ[rank]), int(os.environ[size])
+    return 0, 1

@@ -1,0 +1,102 @@
+"""What the frozen original model says: sequence log-likelihoods, computed once before training and cached on disk.
+
+NPO compares each forget sequence with the original model. The original's answer never changes, so it is one float per
+sequence; no second model is held while training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline.data import Sequences, collate
+from pipeline.objectives import token_nll
+
+log = logging.getLogger(__name__)
+
+
+def cache_file(cache: Path, parts: dict[str, Any]) -> Path:
+    """Where the log-likelihoods for this model, tokenizer, text and packing are kept; other `parts`, another file."""
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return cache / "reference" / f"{key}.safetensors"
+
+
+def sequence_nll(
+    engine: Any,
+    sequences: Sequences,
+    wanted: np.ndarray,
+    *,
+    micro_batch_size: int,
+    pad: int,
+    file: Path | None,
+) -> Tensor:
+    """nll_ref(x) of sequences `wanted`, the sum over their predicted tokens, under the engine's present weights.
+
+    Every rank must call; each computes its part, in equally many forward passes.
+
+    Args:
+        wanted: sorted indices into `sequences`.
+        file: the cache, read and written on rank 0 (None elsewhere). What it lacks is computed and added.
+
+    Returns:
+        [len(sequences)] float64 on the CPU, NaN where it was never computed.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    device = engine.device
+    known = _load(file, len(sequences)) if file is not None else torch.empty(len(sequences), dtype=torch.float64)
+    known = known.to(device)
+    dist.broadcast(known, src=0)
+    missing = wanted[torch.isnan(known).cpu().numpy()[wanted]]
+    if not len(missing):
+        return known.cpu()
+
+    found = torch.zeros_like(known)
+    turn = world * micro_batch_size
+    padded = np.resize(missing, -(-len(missing) // turn) * turn).reshape(-1, world, micro_batch_size)
+    engine.eval()
+    with torch.no_grad():
+        for indices in tqdm(padded[:, rank], "reference log-probabilities", disable=rank != 0, unit=" batches"):
+            batch = collate(sequences, indices, pad).to(device)
+            logits = engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            found[batch.index] = token_nll(logits, batch.labels).double().sum(1)
+    engine.train()
+    # A sequence that fills up the last round may be computed by several ranks: take it from one of them.
+    owners = torch.full_like(known, float(world))
+    owners[torch.from_numpy(np.unique(padded[:, rank])).to(device)] = float(rank)
+    mine = owners.clone()
+    dist.all_reduce(owners, dist.ReduceOp.MIN)
+    found *= (owners == mine) & (mine < world)
+    dist.all_reduce(found)
+    known = torch.where(owners < world, found, known).cpu()
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+        save_file({"nll": known}, unfinished)
+        os.replace(unfinished, file)
+    return known
+
+
+def _load(file: Path, size: int) -> Tensor:
+    unknown = torch.full((size,), torch.nan, dtype=torch.float64)
+    if not file.is_file():
+        return unknown
+    try:
+        nll = load_file(file)["nll"]
+        if nll.shape != unknown.shape or nll.dtype != unknown.dtype or torch.isinf(nll).any():
+            raise ValueError(f"holds {nll.dtype} {list(nll.shape)}")
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        log.warning("the reference cache %s is damaged (%s); computing it again", file, error)
+        return unknown
+    return nll

@@ -1,0 +1,336 @@
+"""Gradient synthesis: rules x scopes, from 2x2 Gramians to the combined gradient. Imports torch only.
+
+The forget gradient f and the retain gradient r of one step meet on a *scope*: one element, one module (a parameter
+tensor), one layer, or the whole model. A *rule* looks at their Gramian there, [ff fr; fr rr], and answers with the
+weights of the combined gradient g. SAGO gates signs element by element (paper, section 3.4); PCGrad takes the forget
+gradient off the retain gradient where they conflict (section 3.3); `sum` is the naive mixture (equation 1).
+
+The same code serves whole tensors (`synthesize`) and the shards of many ranks (`combine_` with an all-reduce): the
+shards' Gramians add up, so one small reduction makes every rank decide alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Scope = Literal["element", "module", "layer", "global"]
+SCOPES: tuple[str, ...] = ("element", "module", "layer", "global")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules: from a Gramian to weights. Plain floats; no tensor, no rank, no shard.
+
+
+class Gramian(NamedTuple):
+    """Inner products of f and r over one scope. At element scope only the signs survive: (1, -1, 1) or (1, 1, 1)."""
+
+    ff: float
+    fr: float
+    rr: float
+
+    @property
+    def conflict(self) -> bool:
+        return self.fr < 0
+
+
+class Weights(NamedTuple):
+    """g = f·(forget) + r·(retain) + f_off_r·(forget made orthogonal to retain) + r_off_f·(the other way round).
+
+    The two projections are named rather than folded into the first two weights, because at element scope they are
+    exactly 0, and computing f - (f/r)·r instead would leave rounding errors of the size of f.
+    """
+
+    f: float = 0.0
+    r: float = 0.0
+    f_off_r: float = 0.0
+    r_off_f: float = 0.0
+
+    def on(self, gramian: Gramian) -> tuple[float, float]:
+        """The equivalent (w_f, w_r); a gradient of norm 0 is not projected on (SPEC 3, exactness rule 3)."""
+        ff, fr, rr = gramian
+        onto_r = fr / rr if rr > 0 else 0.0
+        onto_f = fr / ff if ff > 0 else 0.0
+        return self.f + self.f_off_r - self.r_off_f * onto_f, self.r + self.r_off_f - self.f_off_r * onto_r
+
+
+def sum_(gramian: Gramian, alpha: float, gamma: float) -> Weights:
+    """GradDiff and its kin: the weighted sum of the two gradients (paper, equation 1)."""
+    return Weights(f=gamma, r=alpha)
+
+
+def sago(gramian: Gramian, alpha: float, gamma: float) -> Weights:
+    """Retention decides where the two conflict, forgetting acts alone where they agree (paper, section 3.4)."""
+    return Weights(r=alpha) if gramian.conflict else Weights(f=gamma)
+
+
+def pcgrad(gramian: Gramian, alpha: float, gamma: float) -> Weights:
+    """On conflict the forget gradient loses its component along the retain gradient (paper, section 3.3)."""
+    return Weights(f_off_r=gamma, r=alpha) if gramian.conflict else Weights(f=gamma, r=alpha)
+
+
+Rule = Callable[[Gramian, float, float], Weights]
+RULES: dict[str, tuple[Rule, Scope]] = {  # name -> rule, and its scope in the paper
+    "sum": (sum_, "global"),
+    "sago": (sago, "element"),
+    "pcgrad": (pcgrad, "module"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Combination
+
+
+class Piece(NamedTuple):
+    """The part of one parameter's two gradients that lives here: 1-D, equal length, dtype and device."""
+
+    row: int  # index of the parameter
+    forget: Tensor  # [n]
+    retain: Tensor  # [n]; becomes the combined gradient
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """A rule at a scope with its weights, over parameters that `units` groups into the parts conflict is judged on.
+
+    Raises:
+        ValueError: unknown rule, scope or zero_forget.
+    """
+
+    rule: str
+    scope: str | None = None  # None: the rule's scope in the paper
+    alpha: float = 1.0  # weight of the retain gradient
+    gamma: float = 1.0  # weight of the forget gradient
+    zero_forget: str = "literal"  # where f = 0, sago gives 0 (`literal`, the paper) or alpha r (`retain`)
+
+    def __post_init__(self) -> None:
+        for name, value, valid in (
+            ("rule", self.rule, tuple(RULES)),
+            ("scope", self.scope or RULES[self.rule][1] if self.rule in RULES else None, SCOPES),
+            ("zero_forget", self.zero_forget, ("literal", "retain")),
+        ):
+            if value not in valid:
+                raise ValueError(f"unknown {name} {value!r}; valid: {', '.join(valid)}")
+
+    @property
+    def resolved_scope(self) -> str:
+        return self.scope or RULES[self.rule][1]
+
+    def weights(self, gramian: Gramian) -> Weights:
+        """What the rule says of one unit."""
+        if self.zero_forget == "retain" and gramian.ff == 0:
+            gramian = gramian._replace(fr=-1.0)  # a forget gradient of 0 yields to retention
+        return RULES[self.rule][0](gramian, self.alpha, self.gamma)
+
+    def combine_(
+        self,
+        pieces: Sequence[Piece],
+        units: Sequence[int],
+        reduce: Callable[[Tensor], object] = lambda table: None,
+    ) -> Tensor:
+        """Overwrite every piece's `retain` with the combined gradient, and return the sums that describe the step.
+
+        Args:
+            pieces: this rank's parts of the parameters, in any order; a parameter may have none or several.
+            units: for each parameter, the index of the unit it is judged in (unused at element scope).
+            reduce: adds the table up over all ranks, in place: the one collective of the synthesis.
+
+        Returns:
+            table: [parameters, 7] float64, the columns of `COLUMNS`. A non-finite value in either gradient makes its
+                ff or rr non-finite; then nothing that was combined may be used (and module, layer and global scopes
+                leave `retain` alone).
+        """
+        if self.resolved_scope == "element":
+            return self._combine_elements_(pieces, len(units), reduce)
+        return self._combine_units_(pieces, units, reduce)
+
+    def _combine_elements_(self, pieces: Sequence[Piece], rows: int, reduce: Callable[[Tensor], object]) -> Tensor:
+        table = _new_table(pieces, rows)
+        clash, agree = self.weights(Gramian(1.0, -1.0, 1.0)), self.weights(Gramian(1.0, 1.0, 1.0))
+        for row, forget, retain in pieces:
+            for f, r in _chunks(forget, retain):
+                opposed = opposite_signs(f, r)
+                table[row, CONFLICTS] += opposed.sum()
+                if self.zero_forget == "retain":
+                    opposed |= f == 0
+                g = torch.where(opposed, _mix_elements(clash, f, r), _mix_elements(agree, f, r))
+                table[row, :CONFLICTS] += _inner_products(f, r, g)
+                r.copy_(g)
+        reduce(table)
+        return table
+
+    def _combine_units_(
+        self, pieces: Sequence[Piece], units: Sequence[int], reduce: Callable[[Tensor], object]
+    ) -> Tensor:
+        table = _new_table(pieces, len(units))
+        for row, forget, retain in pieces:
+            for f, r in _chunks(forget, retain):
+                table[row, :GF] += _inner_products(f, r)
+                table[row, CONFLICTS] += opposite_signs(f, r).sum()
+        reduce(table)
+        if not torch.isfinite(table).all():
+            return table
+        index = torch.tensor(units, device=table.device)
+        sums = table.new_zeros(max(units) + 1, 3).index_add_(0, index, table[:, :GF])  # [units, 3]
+        weights = []
+        for row in sums.tolist():
+            gramian = Gramian(*row)
+            weights.append(self.weights(gramian).on(gramian))
+        for row, forget, retain in pieces:
+            w_f, w_r = weights[units[row]]
+            for f, r in _chunks(forget, retain):
+                r.copy_(_weighted(w_f, f, w_r, r))
+        # The products with g follow from the Gramian and the weights: no second look at the gradients.
+        w_f, w_r = torch.tensor(weights, dtype=torch.float64, device=table.device)[index].unbind(1)
+        ff, fr, rr = table[:, FF], table[:, FR], table[:, RR]
+        table[:, GF] = w_f * ff + w_r * fr
+        table[:, GR] = w_f * fr + w_r * rr
+        table[:, GG] = w_f * table[:, GF] + w_r * table[:, GR]
+        return table
+
+
+COLUMNS = ("ff", "fr", "rr", "gf", "gr", "gg", "conflicts")
+FF, FR, RR, GF, GR, GG, CONFLICTS = range(7)
+
+
+def opposite_signs(f: Tensor, r: Tensor) -> Tensor:
+    """Strict conflict per element (bool). Never by the product f·r, which underflows to 0 (SPEC 3, rule 1)."""
+    return f.sign() * r.sign() < 0
+
+
+def _new_table(pieces: Sequence[Piece], rows: int) -> Tensor:
+    device = pieces[0].retain.device if pieces else None
+    return torch.zeros(rows, len(COLUMNS), dtype=torch.float64, device=device)
+
+
+def _chunks(forget: Tensor, retain: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Bounded views: the temporaries of a chunk stay in cache on a CPU, and small beside a partition on a GPU."""
+    size = 2**16 if retain.device.type == "cpu" else 2**22
+    return zip(forget.split(size), retain.split(size), strict=True)
+
+
+def _weighted(w_f: float, f: Tensor, w_r: float, r: Tensor) -> Tensor:
+    """w_f f + w_r r in fp32 or better, whatever the gradients' dtype."""
+    dtype = torch.promote_types(r.dtype, torch.float32)
+    return (r.to(dtype) * w_r).add_(f.to(dtype), alpha=w_f)
+
+
+def _mix_elements(weights: Weights, f: Tensor, r: Tensor) -> Tensor:
+    """`weights` where every element is a scope of its own: projecting off a non-zero number leaves 0."""
+    mixed = _weighted(weights.f, f, weights.r, r)
+    if weights.f_off_r:
+        mixed += torch.where(r == 0, f * weights.f_off_r, 0)
+    if weights.r_off_f:
+        mixed += torch.where(f == 0, r * weights.r_off_f, 0)
+    return mixed
+
+
+_UPPER = {2: ([0, 0, 1], [0, 1, 1]), 3: ([0, 0, 1, 2, 2, 2], [0, 1, 1, 0, 1, 2])}
+
+
+def _inner_products(*vectors: Tensor) -> Tensor:
+    """Of (f, r): ff fr rr; of (f, r, g): gf gr gg as well. In float64, where squares of 1e-38 and 1e38 exist."""
+    stacked = torch.stack([vector.double() for vector in vectors])  # [2 or 3, n]
+    rows, columns = _UPPER[len(vectors)]
+    return (stacked @ stacked.T)[rows, columns]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a step looked like (SPEC section 4)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Cosines, norms and the fraction of conflicting elements of one step. Cosines with a zero vector are 0."""
+
+    cos_forget_retain: float
+    cos_combined_forget: float
+    cos_combined_retain: float
+    forget_norm: float
+    retain_norm: float
+    combined_norm: float
+    conflict_fraction: float
+    finite: bool  # False: a gradient held inf or NaN and the step must be skipped
+
+    @classmethod
+    def of(cls, table: Tensor, num_elements: int) -> Geometry:
+        """From the reduced table of `Synthesis.combine_` (any subset of its rows) over `num_elements` elements."""
+        ff, fr, rr, gf, gr, gg, conflicts = table.sum(0).tolist()
+
+        def cosine(product: float, a: float, b: float) -> float:
+            return product / (a**0.5 * b**0.5) if a > 0 and b > 0 else 0.0
+
+        return cls(
+            cos_forget_retain=cosine(fr, ff, rr),
+            cos_combined_forget=cosine(gf, gg, ff),
+            cos_combined_retain=cosine(gr, gg, rr),
+            forget_norm=ff**0.5,
+            retain_norm=rr**0.5,
+            combined_norm=max(gg, 0.0) ** 0.5,
+            conflict_fraction=conflicts / max(num_elements, 1),
+            finite=bool(torch.isfinite(table[:, [FF, RR]]).all()),
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For someone's own loop, and the oracle of the sharded path
+
+
+def synthesize(
+    forget: Sequence[Tensor],
+    retain: Sequence[Tensor],
+    *,
+    rule: str,
+    scope: str | None = None,
+    alpha: float = 1.0,
+    gamma: float = 1.0,
+    zero_forget: str = "literal",
+    layers: Sequence[Hashable] | None = None,
+) -> list[Tensor]:
+    """Combine two lists of whole gradients (paper, Algorithm 1 line 6).
+
+    Args:
+        forget, retain: one tensor per parameter, equal shapes, any float dtype.
+        rule: a key of `RULES`.
+        scope: element | module | layer | global; None is the rule's scope in the paper.
+        alpha, gamma: weights of the retain and of the forget gradient.
+        zero_forget: what SAGO does where the forget gradient is exactly 0: `literal` (0) or `retain`.
+        layers: for scope `layer`, which layer each tensor belongs to.
+
+    Returns:
+        The combined gradients, new tensors with the shapes and dtypes of `retain`.
+
+    Raises:
+        ValueError: unknown rule or scope, lists that do not match, scope `layer` without `layers`.
+        FloatingPointError: a non-finite value in either gradient.
+    """
+    synthesis = Synthesis(rule, scope, alpha, gamma, zero_forget)
+    if [f.shape for f in forget] != [r.shape for r in retain]:
+        raise ValueError("forget and retain must hold tensors of the same shapes in the same order")
+    if synthesis.resolved_scope == "layer" and (layers is None or len(layers) != len(retain)):
+        raise ValueError("scope 'layer' needs `layers`: the layer of each tensor")
+    combined = [r.detach().clone(memory_format=torch.contiguous_format) for r in retain]
+    pieces = [
+        Piece(row, f.detach().reshape(-1), g.view(-1)) for row, (f, g) in enumerate(zip(forget, combined, strict=True))
+    ]
+    table = synthesis.combine_(pieces, units_of(synthesis.resolved_scope, layers or range(len(combined))))
+    if not torch.isfinite(table[:, [FF, RR]]).all():
+        raise FloatingPointError("a gradient holds inf or NaN; skip this step")
+    return combined
+
+
+def units_of(scope: str, layers: Sequence[Hashable]) -> list[int]:
+    """For each parameter, the index of the unit in which its conflict is judged.
+
+    `layers` has one entry per parameter: the layer it belongs to (only its length matters outside scope `layer`).
+    """
+    if scope == "global":
+        return [0] * len(layers)
+    if scope == "layer":
+        index = {layer: number for number, layer in enumerate(dict.fromkeys(layers))}
+        return [index[layer] for layer in layers]
+    return list(range(len(layers)))

@@ -1,0 +1,317 @@
+"""`deepspeed --module pipeline.train --config FILE [--method NAME] [--a.b VALUE ...]`: unlearn, and export the model.
+
+Exit status: 0 done, 2 unusable input (one line on stderr, nothing written), 1 anything else.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import (
+    InputError,
+    RunConfig,
+    accumulation,
+    deepspeed_config,
+    parse_command_line,
+    refuse_foreign_output,
+    world_from_environment,
+)
+
+if TYPE_CHECKING:  # torch and what needs it are imported once the configuration is known to be good
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from pipeline.data import Batch, Stream
+    from pipeline.monitor import Monitor
+    from pipeline.objectives import Objective
+    from pipeline.shards import Shards
+
+
+@dataclass(frozen=True)
+class Task:
+    """Forgetting, or retention: a walk over its corpus and the loss taken on it."""
+
+    name: str
+    stream: Stream
+    objective: Objective
+    beta: float
+    delta: float
+    reference: Tensor | None = None  # [sequences of the corpus] nll_ref on the training device
+
+    def num_terms(self, step: int) -> int:
+        return self.stream.num_terms(step, self.objective.per)
+
+    def loss_terms(self, engine: Any, batch: Batch) -> Tensor:
+        """0-dim: the sum over a micro-batch of the terms whose mean over the global batch is the loss."""
+        from pipeline.objectives import IGNORED, Terms, token_nll
+
+        logits = engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        lengths = (batch.labels[:, 1:] != IGNORED).sum(1)
+        reference = None if self.reference is None else self.reference[batch.index]
+        return self.objective.terms(Terms(token_nll(logits, batch.labels), lengths, reference, self.beta, self.delta))
+
+
+def train_step(engine: Any, shards: Shards, tasks: Sequence[Task], step: int, monitor: Monitor) -> bool:
+    """Algorithm 1 of the paper, lines 3 to 7, on shards. Returns whether the update was applied."""
+    start, lr = time.perf_counter(), engine.get_lr()[0]
+    shards.clear()
+    for task in tasks:  # forget, then retain: one activation graph alive at a time
+        num_terms, total = max(task.num_terms(step), 1), 0.0
+        # DeepSpeed averages over ranks; the loss is a mean over the global batch, so the world size goes back in.
+        scale = shards.weight(task.name) * engine.world_size / num_terms
+        for batch in task.stream.batches(step):
+            terms = task.loss_terms(engine, batch.to(engine.device))
+            engine.backward(terms * scale, scale_wrt_gas=False)
+            total = total + terms.detach().double()
+        shards.take(task.name)
+        monitor.record(f"{task.name}_loss", total / num_terms, reduce="sum")
+    geometry = shards.combine()
+    applied = False
+    if geometry is None or geometry.finite:  # else no rank steps: a non-finite gradient never reaches the optimizer
+        engine.step()  # DeepSpeed's own clip, optimizer and schedule see the combined gradient
+        applied = engine.was_step_applied()
+    record_step(monitor, engine, shards, tasks, step, lr, time.perf_counter() - start, geometry, applied)
+    return applied
+
+
+def record_step(
+    monitor: Monitor,
+    engine: Any,
+    shards: Shards,
+    tasks: Sequence[Task],
+    step: int,
+    lr: float,
+    seconds: float,
+    geometry: Any,
+    applied: bool,
+) -> None:
+    """The numbers of one step, as `metrics.jsonl` and TensorBoard name them."""
+    from pipeline.monitor import peak_memory_bytes
+
+    for name in ("forget_loss", "retain_loss"):
+        if not any(name.startswith(task.name) for task in tasks):
+            monitor.record(name, None)
+    cosines = ("cos_forget_retain", "cos_combined_forget", "cos_combined_retain")
+    measured = asdict(geometry) if geometry is not None else {}
+    for name in (*cosines, "conflict_fraction", "forget_norm", "retain_norm", "combined_norm"):
+        monitor.record(name, measured.get(name))
+    monitor.record("grad_norm", float(engine.get_global_grad_norm()) if applied else None)
+    monitor.record("lr", lr)
+    monitor.record("skipped", 0 if applied else 1)
+    monitor.record("seconds", seconds, reduce="max")
+    tokens = sum(task.stream.num_terms(step, "token") + task.stream.batch_size for task in tasks)
+    monitor.record("tokens_per_second", tokens / seconds)
+    monitor.record("peak_memory_bytes", peak_memory_bytes(engine.device), reduce="max")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns (or, once ranks have met, exits with) the status."""
+    rank, world_size = world_from_environment()
+    try:
+        config = parse_command_line(arguments)
+        accumulation(config, world_size)
+        zero = deepspeed_config(config)
+        refuse_foreign_output(Path(config.output))
+    except InputError as error:
+        return refuse(error, rank)
+
+    from pipeline import ranks
+
+    try:
+        run(config, zero)
+    except InputError as error:
+        ranks.leave(refuse(error, rank))
+    except BaseException:
+        traceback.print_exc()
+        ranks.leave(1)
+    ranks.leave(0)
+
+
+def refuse(error: InputError, rank: int) -> int:
+    if rank == 0:
+        print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def run(config: RunConfig, zero: dict[str, Any]) -> None:
+    """Everything after the configuration: read, load, train, export.
+
+    Raises:
+        InputError: unusable data or model (before anything is written).
+        RuntimeError: too many non-finite steps in a row.
+    """
+    import deepspeed
+    import torch.distributed as dist
+
+    from pipeline import model as models
+    from pipeline import ranks
+    from pipeline.monitor import Monitor
+    from pipeline.shards import Shards
+    from pipeline.synthesis import Synthesis
+
+    quiet_libraries()
+    device = ranks.start()
+    with ranks.together():
+        tokenizer = models.load_tokenizer(config.model.path)
+    streams = {task: open_stream(config, task, tokenizer) for task in config.tasks}
+    with ranks.together():
+        model = models.load_model(config.model, zero)
+    origin = models.fingerprint(model) if dist.get_rank() == 0 else ""
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=make_optimizer(config, model),  # pyright: ignore[reportArgumentType]
+        lr_scheduler=lambda optimizer: make_schedule(config, optimizer),
+        config=zero,
+    )
+    rules = {key: value for key, value in config.synthesis.model_dump().items() if key != "geometry"}
+    combine_tasks = len(config.tasks) == 2 and (config.synthesis.rule != "sum" or config.synthesis.geometry)
+    shards = Shards(engine, Synthesis(**rules), combine_tasks=combine_tasks)
+    tasks = [make_task(config, task, streams[task], engine, tokenizer, origin) for task in config.tasks]
+
+    folder = Path(config.output)
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    dist.barrier()
+    monitor = Monitor(folder, steps=config.train.steps, device=device)
+    monitor.text("configuration", f"```yaml\n{to_yaml(config)}```")
+    corpora = {task: stream.sequences.digest for task, stream in streams.items()}
+    numbers: dict[str, Any] = {}
+    skipped_in_a_row = 0
+    for step in range(config.train.steps):
+        applied = train_step(engine, shards, tasks, step, monitor)
+        numbers = monitor.flush(step + 1)
+        skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
+        if skipped_in_a_row >= config.train.max_skipped:
+            raise RuntimeError(
+                f"{skipped_in_a_row} steps in a row had a non-finite gradient (step {step + 1}); "
+                "lower optimizer.lr, or set optimizer.clip, or use an objective that is bounded (npo, simnpo)"
+            )
+        if config.train.export_every and (step + 1) % config.train.export_every == 0:
+            models.export(model, tokenizer, folder / "exports" / f"step-{step + 1:06d}")
+    monitor.close()
+    card = models.model_card(to_yaml(config), config.model.path, origin, corpora, numbers)
+    models.export(model, tokenizer, folder / "final", card)
+
+
+def open_stream(config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBase) -> Stream:
+    """The walk over the corpus of `task`; the first rank of each machine tokenises, the others read its file."""
+    import torch.distributed as dist
+
+    from pipeline import ranks
+    from pipeline.data import Stream, tokenize
+
+    sequences = ranks.one_before_others(
+        lambda: tokenize(
+            getattr(config.data, task),
+            task,
+            tokenizer,
+            max_length=config.data.max_length,
+            packing=config.data.packing,
+            cache=Path(config.cache).expanduser(),
+            show_progress=dist.get_rank() == 0,
+        )
+    )
+    if len(sequences) < config.train.batch_size and dist.get_rank() == 0:
+        print(
+            f"warning: data.{task} has {len(sequences)} sequences, fewer than train.batch_size "
+            f"{config.train.batch_size}: every step sees some of them more than once",
+            file=sys.stderr,
+        )
+    return Stream(
+        sequences,
+        seed=config.seed,
+        task=("forget", "retain").index(task),
+        batch_size=config.train.batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        pad=tokenizer.pad_token_id or 0,  # masked everywhere: any token will do  # pyright: ignore[reportArgumentType]
+    )
+
+
+def make_task(
+    config: RunConfig, name: str, stream: Stream, engine: Any, tokenizer: PreTrainedTokenizerBase, origin: str
+) -> Task:
+    """The task with what the frozen original says of its corpus, if its objective asks for that."""
+    import torch.distributed as dist
+
+    from pipeline.data import tokenizer_digest
+    from pipeline.objectives import OBJECTIVES
+    from pipeline.reference import cache_file, sequence_nll
+
+    objective = OBJECTIVES[getattr(config.objective, name)]
+    reference = None
+    if objective.needs_reference:
+        parts = {
+            "model": origin,
+            "dtype": config.model.dtype,
+            "tokenizer": tokenizer_digest(tokenizer),
+            "text": stream.sequences.digest,
+            "field": getattr(config.data, name).field,
+            "packing": [config.data.packing, config.data.max_length],
+        }
+        reference = sequence_nll(
+            engine,
+            stream.sequences,
+            stream.visited(config.train.steps),
+            micro_batch_size=config.train.micro_batch_size,
+            pad=stream.pad,
+            file=cache_file(Path(config.cache).expanduser(), parts) if dist.get_rank() == 0 else None,
+        ).to(engine.device)
+    return Task(name, stream, objective, config.objective.beta, config.objective.delta, reference)
+
+
+def make_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    import torch
+
+    wanted, trained = config.optimizer, [p for p in model.parameters() if p.requires_grad]
+    if wanted.name == "sgd":
+        return torch.optim.SGD(trained, lr=wanted.lr, weight_decay=wanted.weight_decay)
+    betas = (wanted.betas[0], wanted.betas[1])
+    return torch.optim.AdamW(trained, lr=wanted.lr, betas=betas, eps=wanted.eps, weight_decay=wanted.weight_decay)
+
+
+def make_schedule(config: RunConfig, optimizer: torch.optim.Optimizer) -> Any:
+    """The schedules as `transformers` defines them; with warm-up the first step has learning rate 0."""
+    from transformers import get_scheduler
+
+    name = {"constant": "constant_with_warmup"}.get(config.optimizer.schedule, config.optimizer.schedule)
+    warmup = math.ceil(config.optimizer.warmup * config.train.steps)
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=config.train.steps)
+
+
+def to_yaml(config: RunConfig) -> str:
+    import yaml
+
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def quiet_libraries() -> None:
+    """Warnings and errors of the libraries only: the program has its own progress line."""
+    import logging
+    import warnings
+
+    import datasets
+    import transformers
+
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 wants to rename, hundreds of times a step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

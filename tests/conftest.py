@@ -1,0 +1,97 @@
+"""Small real models and corpora, made by code: no download."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the cores
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@dataclass(frozen=True)
+class World:
+    """A folder with `model/` (tiny Llama and tokenizer), `tied/` (the same with tied embeddings) and two corpora."""
+
+    folder: Path
+
+    def documents(self, task: str) -> list[str]:
+        lines = (self.folder / f"{task}.jsonl").read_text().splitlines()
+        return [json.loads(line)["text"] for line in lines]
+
+    def configuration(self, output: Path | str, **sections: Any) -> dict[str, Any]:
+        """Keys of a short two-task run; `sections` are merged over them, section by section."""
+        base: dict[str, Any] = {
+            "output": str(output),
+            "cache": str(self.folder / "cache"),
+            "model": {"path": str(self.folder / "model"), "dtype": "float32"},
+            "data": {
+                "max_length": 24,
+                "packing": "documents",
+                "forget": {"path": str(self.folder / "forget.jsonl")},
+                "retain": {"path": str(self.folder / "retain.jsonl")},
+            },
+            "objective": {"forget": "ga", "retain": "nll"},
+            "synthesis": {"rule": "sago"},
+            "optimizer": {"lr": 1e-3, "schedule": "constant", "warmup": 0.0},
+            "train": {"steps": 4, "batch_size": 12, "micro_batch_size": 2, "deepspeed": "ds_configs/cpu.json"},
+        }
+        for section, keys in sections.items():
+            base[section] = {**base[section], **keys} if isinstance(keys, dict) else keys
+        return base
+
+    def write(self, file: Path, output: Path | str, **sections: Any) -> Path:
+        file.write_text(yaml.safe_dump(self.configuration(output, **sections)))
+        return file
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("world")
+    dice = random.Random(0)
+    words = [f"{a}{b}" for a in ("ka", "lo", "mi", "ne", "su") for b in ("ra", "to", "vi", "", "den")]
+    corpora = {
+        task: [" ".join(dice.choices(words, k=dice.randint(3, 20))) for _ in range(size)]
+        for task, size in (("forget", 31), ("retain", 40))
+    }
+    for task, documents in corpora.items():
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<end>"],  # pyright: ignore[reportCallIssue]
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # pyright: ignore[reportCallIssue]
+    )
+    bpe.train_from_iterator(corpora["forget"] + corpora["retain"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>", pad_token="<end>")
+    for name, tied in (("model", False), ("tied", True)):
+        torch.manual_seed(0)
+        shape = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=tied,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+        LlamaForCausalLM(shape).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return World(folder)

@@ -12,6 +12,7 @@ from typing import NoReturn, TypeVar
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from pipeline.config import InputError
 
@@ -36,11 +37,11 @@ def start() -> torch.device:
         # DeepSpeed's discovery uses one fixed port, so two jobs on a host would collide.
         port = MPI.COMM_WORLD.bcast(_free_port() if MPI.COMM_WORLD.Get_rank() == 0 else None)
         deepspeed.init_distributed(distributed_port=port, verbose=False)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    return device
+    accelerator = get_accelerator()
+    assert accelerator is not None
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    return torch.device(accelerator.current_device_name())
 
 
 def _free_port() -> int:
@@ -75,15 +76,21 @@ def one_before_others(build: Callable[[], T]) -> T:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process with `status`.
+    """End this process with `status`: 0 and 2 are reached by all ranks alike, 1 by one that failed.
 
-    After success all ranks meet first. The interpreter's own shutdown is skipped: with gloo it aborts now and then
-    after all work is done, and the launcher would report a failure that did not happen.
+    The interpreter's own shutdown is skipped: with gloo it aborts now and then after all work is done, and the
+    launcher would report a failure that did not happen. MPI, where it started the ranks, wants to be told.
     """
-    if dist.is_initialized():
-        if status == 0:
-            dist.barrier()
-        dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
+    mpi = sys.modules.get("mpi4py.MPI")
+    if status == 1:
+        if mpi is not None:
+            mpi.COMM_WORLD.Abort(status)
+        os._exit(status)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    if mpi is not None:
+        mpi.Finalize()
     os._exit(status)

@@ -24,7 +24,8 @@ def run_distributed(function: Callable[..., None], world_size: int, *arguments: 
     context = multiprocessing.get_context("spawn")
     port = free_port()
     ranks = [
-        context.Process(target=_worker, args=(rank, world_size, port, function, arguments)) for rank in range(world_size)
+        context.Process(target=_worker, args=(rank, world_size, port, function, arguments))
+        for rank in range(world_size)
     ]
     for process in ranks:
         process.start()

@@ -58,7 +58,9 @@ def combine(rule: str, scope: str, f: dict[str, Tensor], r: dict[str, Tensor], a
     return result
 
 
-def train(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+def train(
+    config: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """(final weights by name, one record a step) of the run that `config` describes; alone, on whole tensors."""
     tokenizer = AutoTokenizer.from_pretrained(config["model"]["path"])
     model = AutoModelForCausalLM.from_pretrained(config["model"]["path"], dtype=dtype)
@@ -81,7 +83,9 @@ def train(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[d
     if wanted.get("name") == "sgd":
         optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters.values(), lr=wanted["lr"])
     else:
-        optimizer = torch.optim.AdamW(parameters.values(), lr=wanted["lr"], weight_decay=wanted.get("weight_decay", 0.0))
+        optimizer = torch.optim.AdamW(
+            parameters.values(), lr=wanted["lr"], weight_decay=wanted.get("weight_decay", 0.0)
+        )
     records = []
     for step in range(config["train"]["steps"]):
         gradients, record = {}, {}

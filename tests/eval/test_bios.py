@@ -1,6 +1,8 @@
 """The embedded benchmark: what its files promise, and a scorer that is told the answers."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval import bios
 from eval.files import UnusableInput
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +104,19 @@ def test_probes_are_found_in_both_layouts_and_without_a_folder(folder: Path, tmp
     (tmp_path / "bios").mkdir()
     (tmp_path / "bios" / "probes.jsonl").write_bytes((folder / "probes.jsonl").read_bytes())
     assert bios.load_probes(tmp_path) == bios.load_probes(folder) == bios.load_probes(None, seed=0)
-    with pytest.raises(UnusableInput, match="python -m eval.bios"):
+    with pytest.raises(UnusableInput, match=r"python -m eval\.bios"):
         bios.load_probes(tmp_path / "nowhere")
     (tmp_path / "bios" / "probes.jsonl").write_text('{"split": "forget"}\n')
     with pytest.raises(UnusableInput, match="line 1"):
         bios.load_probes(tmp_path)
+
+
+def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    line = [sys.executable, "-m", "eval.bios", "--output", str(tmp_path)]
+    result = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and str(tmp_path) in result.stderr
 
 
 class Oracle:

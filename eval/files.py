@@ -1,0 +1,71 @@
+"""Reading and writing for the commands of this package: complete files or none, and errors a reader can act on."""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+
+class UnusableInput(Exception):
+    """What the user gave cannot be used; the message is one line that names the culprit and the remedy."""
+
+
+def exit_status(command: Callable[[], None]) -> int:
+    """Run a command: 0 done, 2 unusable input (one line on stderr). Any other error keeps its traceback."""
+    try:
+        command()
+    except UnusableInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; raises UnusableInput when it is missing or malformed."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnusableInput(f"cannot read {path}: {error}; give a complete JSON file") from error
+
+
+def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file, blank lines left out; raises UnusableInput with the line's number."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UnusableInput(f"cannot read {path}: {error}; give a readable JSON Lines file") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UnusableInput(f"{path}, line {number}: {error}; repair or remove the line") from error
+        missing = [key for key in required if not isinstance(row, dict) or key not in row]
+        if missing or not isinstance(row, dict):
+            raise UnusableInput(f"{path}, line {number}: needs an object with {', '.join(required) or 'keys'}")
+        rows.append(row)
+    return rows
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """One compact JSON object a line, in UTF-8 with "\\n" ends on every platform."""
+    path.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file beside its place and rename it, so that a reader or a kill never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content if isinstance(content, bytes) else content.encode())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a report from colleagues
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,213 @@
+"""The report: numbers against arithmetic done by hand, and real files."""
+
+import base64
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from matplotlib import image
+
+from eval import report
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+Points = list[tuple[int, float, float]]  # step, forget, retain
+REACHES: Points = [(10, 0.5, 0.9), (20, 0.0, 0.7), (30, 0.2, 0.8)]  # 0.1 is 4/5 of the way: step 18, retain 0.74
+ON_THE_DOT: Points = [(10, 0.3, 0.8), (20, 0.1, 0.6)]  # step 20, retain 0.6
+NEVER: Points = [(10, 0.9, 0.99), (20, 0.4, 0.95)]
+
+
+def entry(step: int, forget: float, retain: float) -> dict[str, Any]:
+    metrics = {"forget": {"FB": forget, "all": forget}, "retain": {"FB": retain, "all": retain}}
+    return {"step": step, "suites": {"bios": {"metrics": metrics}}}
+
+
+def make_run(
+    folder: Path, points: Points, *, seed: int = 0, rule: str = "sago", lr: float = 1e-3, **extra: Any
+) -> Path:
+    """A run of three steps whose third was skipped: no cosines there."""
+    folder.mkdir(parents=True)
+    config = {
+        "seed": seed,
+        "objective": {"forget": "ga", "retain": "nll"},
+        "synthesis": {"rule": rule, "scope": None, "alpha": 1.0, "gamma": 1.0, **extra},
+        "optimizer": {"lr": lr},
+        "train": {"steps": 3},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    rows = []
+    for step, cosine in ((1, 0.2), (2, 0.6), (3, None)):
+        row: dict[str, Any] = {"step": step, "forget_loss": -float(step), "retain_loss": 1 / step}
+        row["skipped"] = cosine is None
+        row |= {"cos_forget_retain": cosine and -cosine, "cos_combined_forget": cosine, "cos_combined_retain": cosine}
+        rows.append(row | {"conflict_fraction": None if rule == "sum" else cosine})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluation = {"trajectory": [entry(*point) for point in points], "command": "python -m eval.run --model it"}
+    evaluation |= {"versions": {"torch": "9.9"}, "dtype": "float32"}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    return folder
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "eval.report", *map(str, arguments)]
+    return subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+
+
+def read(*folders: Path) -> dict[str, list[report.Run]]:
+    return report.group_runs([report.read_run(folder, None) for folder in folders])
+
+
+def trajectory(points: Points) -> list[report.Scores]:
+    return [{"step": step, "forget.all": forget, "retain.all": retain} for step, forget, retain in points]
+
+
+def test_first_crossing_is_interpolated_in_every_number() -> None:
+    point = report.at_level(trajectory(REACHES), 0.1)
+    assert point == pytest.approx({"step": 18.0, "forget.all": 0.1, "retain.all": 0.74})
+    assert report.at_level(trajectory(ON_THE_DOT), 0.1) == pytest.approx(trajectory(ON_THE_DOT)[1])
+    assert report.at_level(trajectory(NEVER), 0.1) is None
+    assert report.at_level(trajectory([(10, 0.05, 0.4), (20, 0.5, 0.9)]), 0.1) == trajectory([(10, 0.05, 0.4)])[0]
+
+
+def test_the_target_is_step_zero(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "fast", [(10, 0.0, 0.5)])
+    start = report.read_scores(entry(7, 1.0, 1.0), tmp_path, step=0)
+    point = report.at_level(report.read_run(folder, start).trajectory, 0.1)
+    assert point is not None and point["step"] == pytest.approx(9.0) and point["retain.all"] == pytest.approx(0.55)
+
+
+def test_grouping_is_by_method_and_not_by_seed(tmp_path: Path) -> None:
+    groups = read(
+        make_run(tmp_path / "a", REACHES, seed=1),
+        make_run(tmp_path / "b", REACHES, seed=0, geometry=True),  # measures more, computes the same
+        make_run(tmp_path / "c", REACHES, rule="sum", lr=1e-3),
+        make_run(tmp_path / "d", REACHES, rule="sum", lr=3e-3),
+    )
+    assert {name: [run.folder.name for run in runs] for name, runs in groups.items()} == {
+        "ga+nll sago": ["b", "a"],
+        "ga+nll sum lr=0.001": ["c"],
+        "ga+nll sum lr=0.003": ["d"],
+    }
+
+
+def test_means_are_over_the_seeds_that_reached_the_level_and_say_so(tmp_path: Path) -> None:
+    groups = read(
+        make_run(tmp_path / "a", REACHES, seed=0),
+        make_run(tmp_path / "b", ON_THE_DOT, seed=1),
+        make_run(tmp_path / "c", NEVER, seed=2),
+        make_run(tmp_path / "d", NEVER, rule="sum"),
+    )
+    header, sago, total = report.matched_table(groups, 0.1, ["retain.all"], None)
+    assert header == ["method", "retain.all", "step", "seeds that reached it"]
+    # (0.74 + 0.6) / 2 = 0.67; sd = |0.74 - 0.6| / sqrt(2) = 0.09899; steps 18 and 20: 19, sd 2 / sqrt(2) = 1.414
+    assert sago == ["ga+nll sago", "0.670 ± 0.099", "19.0 ± 1.4", "2 of 3"]
+    assert total == ["ga+nll sum", "–", "–", "0 of 1"]
+    rows = report.seed_table(groups, 0.1)
+    assert [row[2:6] for row in rows[1:]] == [
+        ["0", "0.000", "18.0", "0.740"],
+        ["1", "0.100", "20.0", "0.600"],
+        ["2", "0.400", "not reached", "–"],
+        ["0", "0.400", "not reached", "–"],
+    ]
+    assert "ga+nll sago seed 2, ga+nll sum seed 0" in report.as_markdown(report.compose(groups, 0.1, None))
+
+
+def test_cosines_are_means_over_the_steps_that_have_them(tmp_path: Path) -> None:
+    table = report.cosine_table(read(make_run(tmp_path / "a", REACHES), make_run(tmp_path / "b", REACHES, rule="sum")))
+    assert table[1:3] == [
+        ["ga+nll sago", "-0.40", "0.40", "0.40", "0.40"],
+        ["ga+nll sum", "-0.40", "0.40", "0.40", "–"],
+    ]
+    assert table[-1] == ["paper: SAGO", "-0.35", "0.17", "0.57", "–"]
+
+
+def test_prediction_needs_runs_that_differ(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / str(seed), REACHES, seed=seed) for seed in range(3)]
+    assert "Too few" in report.prediction(read(*folders), 0.1)
+    for number, (cosine, retain) in enumerate([(0.1, 0.5), (0.2, 0.7), (0.3, 0.9)]):  # on a line
+        (tmp_path / str(number) / "evaluation.json").write_text(json.dumps({"trajectory": [entry(1, 0.0, retain)]}))
+        row = {"step": 1, "forget_loss": 0, "retain_loss": 0, "cos_forget_retain": 0, "cos_combined_forget": 0}
+        (tmp_path / str(number) / "metrics.jsonl").write_text(json.dumps(row | {"cos_combined_retain": cosine}))
+    assert "3 runs" in report.prediction(read(*folders), 0.1) and "r = 1.00" in report.prediction(read(*folders), 0.1)
+
+
+def test_the_command_writes_a_report_that_stands_alone(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"sago{seed}", points, seed=seed) for seed, points in enumerate([REACHES, NEVER])]
+    runs.append(make_run(tmp_path / "sum <b>", ON_THE_DOT, rule="sum"))
+    target = tmp_path / "target.json"
+    target.write_text(json.dumps(entry(0, 0.987, 0.991)))
+    output = tmp_path / "new" / "report"
+    result = command(*runs, "--output", output, "--target", target)
+    assert result.returncode == 0, result.stderr
+    assert "ga+nll sago" in result.stdout and "1 of 2" in result.stdout and str(output / "index.html") in result.stdout
+
+    figures = {"frontier.png", "losses.png", "geometry.png"}
+    assert {path.name for path in output.iterdir()} == figures | {"index.html", "report.md"}
+    for name in figures:
+        pixels = image.imread(output / name)
+        assert pixels.shape[0] > 300 and pixels.shape[1] > 300 and pixels[..., :3].std() > 0.05  # not a blank sheet
+
+    page, markdown = (output / "index.html").read_text(), (output / "report.md").read_text()
+    assert not re.search(r"https?:|<script|<link|url\(|@import", page)
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    embedded = {base64.b64decode(source.partition(",")[2]) for source in sources}
+    assert embedded == {(output / name).read_bytes() for name in figures}
+    assert "sum &lt;b&gt;" in page and "sum <b>" not in page
+    assert figures == set(re.findall(r"\]\((\w+\.png)\)", markdown))
+    assert "| target model | 0.987 | 0.991 | 0 | reference |" in markdown
+    assert "ga+nll sago seed 1" in markdown and "torch 9.9" in markdown
+    for said in ("--config " + str(runs[0] / "config.yaml"), "python -m eval.run --model it", "python -m eval.report"):
+        assert said in markdown
+
+
+def spoil(path: Path, content: str | None) -> None:
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("evaluation.json", None, "python -m eval.run --model"),
+        ("evaluation.json", '{"suites": {}}', "no trajectory"),
+        ("evaluation.json", '{"trajectory": [{"step": 1, "suites": {"other": {}}}]}', "--suite bios"),
+        ("evaluation.json", "{", "cannot read"),
+        ("config.yaml", None, "config.yaml"),
+        ("config.yaml", "seed: 0\n", "synthesis"),
+        ("config.yaml", "a: [\n", "config.yaml"),
+        ("metrics.jsonl", '{"step": 1}\n', "line 1"),
+    ],
+)
+def test_unusable_runs(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    content: str | None,
+    said: str,
+) -> None:
+    folder = make_run(tmp_path / "run", REACHES)
+    spoil(folder / file, content)
+    monkeypatch.setattr(sys, "argv", ["report.py", str(folder), "--output", str(tmp_path / "report")])
+    assert report.exit_status(report.main) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(folder / file) in error and said in error
+    assert not (tmp_path / "report").exists()
+
+
+def test_unusable_arguments(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", REACHES)
+    for arguments, words in (
+        ([folder, "--output", tmp_path / "report", "--forget-level", "7"], "--forget-level 7"),
+        ([folder, "--output", folder / "config.yaml"], "name a folder"),
+        ([tmp_path / "nowhere", "--output", tmp_path / "report"], "nowhere"),
+    ):
+        result = command(*arguments)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1 and words in result.stderr
+        assert not (tmp_path / "report").exists()

@@ -1,0 +1,167 @@
+"""The evaluation command on real model folders and on a run folder, and every way to refuse."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eval import bios, run
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ANSWERS = {"red": "apple", "green": "pear", "blue": "plum"}
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "eval.run", *map(str, arguments)]
+    return subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+
+
+def evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    """The command in this process, which has torch loaded already."""
+    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
+    run.main()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `blank` and `taught` (models before and after learning three answers) and `data/probes.jsonl`."""
+    folder = tmp_path_factory.mktemp("world")
+    probes = [
+        {"split": split, "kind": "QA", "prompt": f"{colour} fruit:", "answer": fruit}
+        for split, (colour, fruit) in zip(("forget", "retain", "retain"), ANSWERS.items(), strict=True)
+    ]
+    texts = [f"{probe['prompt']} {probe['answer']}\n" for probe in probes]
+    (folder / "data").mkdir()
+    (folder / "data" / "probes.jsonl").write_text("".join(json.dumps(probe) + "\n" for probe in probes))
+    tokenizer = bios.build_tokenizer(texts)
+    model: Any = bios.build_model(tokenizer, seed=0)
+    for name, steps in (("blank", 0), ("taught", 60)):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for step in range(steps):
+            ids = torch.tensor([tokenizer(texts[step % 3]).input_ids])
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def run_folder(world: Path, tmp_path: Path) -> Path:
+    """A run of 10 steps: blank at step 2, taught at 9; step 10 was exported before it became `final`."""
+    folder = tmp_path / "run"
+    for name, source in (("step-000009", "taught"), ("step-000002", "blank"), ("step-000010", "blank")):
+        shutil.copytree(world / source, folder / "exports" / name)
+    shutil.copytree(world / "taught", folder / "final")
+    (folder / "exports" / "step-000011").mkdir()  # a kill left it empty
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 11)))
+    return folder
+
+
+def test_one_model(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "new" / "answer.json"
+    arguments = ("--model", world / "taught", "--suite", "bios", "bios", "--data", world / "data", "--output", output)
+    evaluate(monkeypatch, *arguments)
+    answer = json.loads(output.read_text())
+    assert answer["suites"]["bios"]["metrics"] == {
+        "forget": {"QA": 1.0, "all": 1.0},
+        "retain": {"QA": 1.0, "all": 1.0},
+    }
+    assert answer["suites"]["bios"]["counts"] == {"forget": {"QA": 1}, "retain": {"QA": 2}}
+    assert "ROUGE-L recall" in answer["suites"]["bios"]["protocol"]
+    assert answer["versions"]["torch"] == torch.__version__
+    assert set(answer["versions"]) == {"python", "torch", "transformers", "rouge_score"}
+    assert answer["dtype"] == "float32" and answer["seconds"] > 0
+    assert [path.name for path in output.parent.iterdir()] == ["answer.json"]  # no temporary file is left
+
+
+def test_a_run_folder_gives_its_trajectory(world: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = run_folder / "evaluation.json"
+    evaluate(monkeypatch, "--model", run_folder, "--suite", "bios", "--data", world / "data", "--output", output)
+    trajectory = json.loads(output.read_text())["trajectory"]
+    assert [(entry["step"], Path(entry["model"]).name) for entry in trajectory] == [
+        (2, "step-000002"),
+        (9, "step-000009"),
+        (10, "final"),
+    ]
+    assert [entry["suites"]["bios"]["metrics"]["retain"]["all"] for entry in trajectory] == [0.0, 1.0, 1.0]
+
+
+def test_an_unfinished_run_is_evaluated_as_far_as_it_got(run_folder: Path) -> None:
+    shutil.rmtree(run_folder / "final")
+    found = [(step, path.name) for step, path in run.find_models(run_folder)]
+    assert found == [(2, "step-000002"), (9, "step-000009"), (10, "step-000010")]
+
+
+def test_without_data_the_probes_come_from_seed_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def recording(model: Any, tokenizer: Any, probes: Any, **options: Any) -> dict[str, Any]:
+        asked.append(probes)
+        return {"metrics": {}, "counts": {}, "protocol": ""}
+
+    monkeypatch.setattr(bios, "evaluate", recording)
+    tokenizer = bios.build_tokenizer(["some text"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    bios.build_model(tokenizer, seed=0).save_pretrained(tmp_path / "model")
+    evaluate(monkeypatch, "--model", tmp_path / "model", "--suite", "bios", "--output", tmp_path / "answer.json")
+    assert asked == [bios.generate(0).probes]
+
+
+@pytest.mark.parametrize(
+    ("changes", "culprit", "remedy"),
+    [
+        ({"--suite": "bois"}, "'bois'", "'bios'"),
+        ({"--model": "nowhere"}, "nowhere", "run folder"),
+        ({"--data": "nowhere"}, "nowhere", "python -m eval.bios"),
+        ({"--batch-size": 0}, "--batch-size 0", "1 or more"),
+        ({"--output": "."}, "--output .", "name a file"),
+    ],
+)
+def test_unusable_input(world: Path, tmp_path: Path, changes: dict[str, Any], culprit: str, remedy: str) -> None:
+    arguments = {"--model": world / "blank", "--suite": "bios", "--output": tmp_path / "out.json", **changes}
+    result = command(*(part for pair in arguments.items() for part in pair))
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+    assert culprit in result.stderr and remedy in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_weights_is_named(world: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(world / "blank", broken)
+    (broken / "model.safetensors").unlink()
+    result = command("--model", broken, "--suite", "bios", "--output", tmp_path / "out.json")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert str(broken) in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_run_without_exports_says_how_to_get_them(run_folder: Path) -> None:
+    for name in ("exports", "final"):
+        shutil.rmtree(run_folder / name)
+    (run_folder / "exports").mkdir()
+    result = command("--model", run_folder, "--suite", "bios", "--output", run_folder / "out.json")
+    assert result.returncode == 2 and "train.export_every" in result.stderr
+
+
+def test_help_is_quick() -> None:
+    started = time.perf_counter()
+    result = command("--help")
+    assert result.returncode == 0 and "bios" in result.stdout
+    assert time.perf_counter() - started < 2
+
+
+def test_saved_models_differ(world: Path) -> None:
+    """Guards the fixture: had nothing been learned, the trajectory test would prove nothing."""
+    tokenizer = AutoTokenizer.from_pretrained(world / "blank")
+    blank = AutoModelForCausalLM.from_pretrained(world / "blank")
+    assert bios.answer(blank, tokenizer, ["red fruit:"], batch_size=1, title="") != [ANSWERS["red"]]

@@ -88,7 +88,7 @@ class Objective(Section):
 
 
 class Synthesis(Section):
-    rule: Literal["sum", "sago", "pcgrad"] = Field("sago", description="how the two gradients become one")
+    rule: Literal["sum", "sago", "pcgrad", "blur", "gru"] = Field("sago", description="how the two gradients become one")
     scope: Literal["element", "module", "layer", "global"] | None = Field(
         None, description="where conflict is judged; null: the rule's own scope in the paper"
     )
@@ -261,6 +261,8 @@ def resolve(file: str | Path, method: str | None = None, overrides: Sequence[str
         config = RunConfig.model_validate(_merge(raw, _overrides(overrides)))
     except ValidationError as error:
         raise _explain(error, where) from None
+    if config.synthesis.rule == "gru" and config.synthesis.scope == "element":
+        raise InputError(f"{where}: synthesis.scope: gru compares whole gradients; valid: module, layer, global")
     if not config.tasks:
         raise InputError(f"{where}: objective.forget and objective.retain are both none: nothing to train")
     for task in config.tasks:

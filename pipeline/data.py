@@ -167,7 +167,7 @@ def tokenize(
 
     def tokens() -> Iterator[dict[str, list[int]]]:
         shortest = 2 if packing == "documents" else 1  # one token alone predicts nothing
-        dropped = 0
+        kept = dropped = 0
         for texts in _batched(tqdm(documents, f"tokenising {key}", disable=not show_progress, unit=" documents")):
             if packing == "documents":
                 rows = tokenizer(texts, truncation=True, max_length=max_length).input_ids
@@ -175,9 +175,12 @@ def tokenize(
                 rows = [ids if ids[-1:] == [end] else [*ids, end] for ids in tokenizer(texts).input_ids]
             for ids in rows:
                 if len(ids) >= shortest:
+                    kept += 1
                     yield {"input_ids": ids}
                 else:
                     dropped += 1
+        if not kept:
+            raise InputError(f"{corpus.path} holds no text" + (" of two tokens or more" if dropped else ""))
         if dropped:
             log.warning("%s: %d documents have fewer than two tokens and are left out", key, dropped)
 
@@ -193,10 +196,7 @@ def tokenize(
         if isinstance(error.__cause__, InputError):
             raise InputError(f"data.{key}: {error.__cause__}") from None
         raise
-    column = table.data.column("input_ids") if len(table) else pa.chunked_array([], pa.list_(pa.int32()))
-    sequences = Sequences(column, max_length if packing == "blocks" else 0, digest)
-    if not len(table):
-        raise InputError(f"data.{key}.path: {corpus.path} holds no text")
+    sequences = Sequences(table.data.column("input_ids"), max_length if packing == "blocks" else 0, digest)
     if not len(sequences):
         raise InputError(
             f"data.{key}.path: {corpus.path} holds {len(sequences.stream)} tokens, less than one block of "

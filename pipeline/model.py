@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import transformers
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -52,7 +53,7 @@ def load_model(config: Model, deepspeed_config: dict[str, Any]) -> PreTrainedMod
     zero3 = HfDeepSpeedConfig(deepspeed_config)  # while it lives, from_pretrained loads under deepspeed.zero.Init
     try:
         model = AutoModelForCausalLM.from_pretrained(config.path, dtype=getattr(torch, config.dtype))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"model.path: cannot load {config.path!r}: {reason}") from None
     finally:

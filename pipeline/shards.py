@@ -3,7 +3,7 @@
 Each backward reduce-scatters, so after the micro-batches of one task this rank holds its share of that task's complete
 gradient in DeepSpeed's flat partition. The forget share is set aside in one spare partition, the retain share
 accumulates in its place, and the combination is written back where `engine.step()` looks for the gradient. No gradient
-is ever gathered whole; what crosses the network is one table of 7 numbers per parameter.
+is ever gathered whole; what crosses the network is one table of 10 numbers per parameter.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Shards:
     def combine(self) -> Geometry | None:
         """Replace the retain gradient by the combination; None if there was nothing to combine.
 
-        One all-reduce of 7 float64 per parameter, whatever their sizes. If the geometry is not `finite` the partition
+        One all-reduce of 10 float64 per parameter, whatever their sizes. If the geometry is not `finite` the partition
         holds no usable gradient and the step must be skipped; every rank sees the same answer.
         """
         if self.spare is None:

@@ -73,12 +73,33 @@ def pcgrad(gramian: Gramian, alpha: float, gamma: float) -> Weights:
     return Weights(f_off_r=gamma, r=alpha) if gramian.conflict else Weights(f=gamma, r=alpha)
 
 
-Rule = Callable[[Gramian, float, float], Weights]
-RULES: dict[str, tuple[Rule, Scope]] = {  # name -> rule, and its scope in the paper
-    "sum": (sum_, "global"),
-    "sago": (sago, "element"),
-    "pcgrad": (pcgrad, "module"),
+def blur(gramian: Gramian, alpha: float, gamma: float) -> Weights:
+    """The retain gradient loses its component along the forget gradient, always (BLUR, arXiv 2506.08164)."""
+    return Weights(f=gamma, r_off_f=alpha)
+
+
+def gru(gramian: Gramian, alpha: float, gamma: float) -> Weights:
+    """On conflict the forget gradient loses its component along the AVERAGED retain gradient (GRU, arXiv 2503.09117).
+
+    "r" is the moving average here (`Rule.averages_retain`); the present retain gradient joins with weight alpha.
+    """
+    return Weights(f_off_r=gamma) if gramian.conflict else Weights(f=gamma)
+
+
+class Rule(NamedTuple):
+    weights: Callable[[Gramian, float, float], Weights]  # of the Gramian, alpha, gamma
+    scope: Scope  # in its paper
+    averages_retain: bool = False  # conflict is judged against m <- 0.8 r + 0.2 m, one more partition of state
+
+
+RULES: dict[str, Rule] = {
+    "sum": Rule(sum_, "global"),
+    "sago": Rule(sago, "element"),
+    "pcgrad": Rule(pcgrad, "module"),
+    "blur": Rule(blur, "global"),
+    "gru": Rule(gru, "global", averages_retain=True),
 }
+NEW_SHARE = 0.8  # of the present retain gradient in GRU's average; the rest is the old average, which starts at 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,6 +112,7 @@ class Piece(NamedTuple):
     row: int  # index of the parameter
     forget: Tensor  # [n]
     retain: Tensor  # [n]; becomes the combined gradient
+    average: Tensor | None = None  # [n] for rules that average the retain gradient: the state m, updated in place
 
 
 @dataclass(frozen=True)
@@ -110,21 +132,27 @@ class Synthesis:
     def __post_init__(self) -> None:
         for name, value, valid in (
             ("rule", self.rule, tuple(RULES)),
-            ("scope", self.scope or RULES[self.rule][1] if self.rule in RULES else None, SCOPES),
+            ("scope", self.scope if self.scope is not None else SCOPES[0], SCOPES),
             ("zero_forget", self.zero_forget, ("literal", "retain")),
         ):
             if value not in valid:
                 raise ValueError(f"unknown {name} {value!r}; valid: {', '.join(valid)}")
+        if self.averages_retain and self.scope == "element":
+            raise ValueError(f"rule {self.rule!r} has no scope 'element'; valid: {', '.join(SCOPES[1:])}")
 
     @property
     def resolved_scope(self) -> str:
-        return self.scope or RULES[self.rule][1]
+        return self.scope or RULES[self.rule].scope
+
+    @property
+    def averages_retain(self) -> bool:
+        return RULES[self.rule].averages_retain
 
     def weights(self, gramian: Gramian) -> Weights:
         """What the rule says of one unit."""
         if self.zero_forget == "retain" and gramian.ff == 0:
             gramian = gramian._replace(fr=-1.0)  # a forget gradient of 0 yields to retention
-        return RULES[self.rule][0](gramian, self.alpha, self.gamma)
+        return RULES[self.rule].weights(gramian, self.alpha, self.gamma)
 
     def combine_(
         self,
@@ -140,18 +168,26 @@ class Synthesis:
             reduce: adds the table up over all ranks, in place: the one collective of the synthesis.
 
         Returns:
-            table: [parameters, 7] float64, the columns of `COLUMNS`. A non-finite value in either gradient makes its
-                ff or rr non-finite; then nothing that was combined may be used (and module, layer and global scopes
-                leave `retain` alone).
+            table: [parameters, 10] float64, the columns of `COLUMNS`. A non-finite value in either gradient makes its
+                ff or rr non-finite; then nothing that was combined may be used (module, layer and global scopes leave
+                `retain` and `average` alone).
         """
+        device = pieces[0].retain.device if pieces else None
+        table = torch.zeros(len(units), len(COLUMNS), dtype=torch.float64, device=device)
         if self.resolved_scope == "element":
-            return self._combine_elements_(pieces, len(units), reduce)
-        return self._combine_units_(pieces, units, reduce)
+            self._combine_elements_(pieces, table)
+            reduce(table)
+        else:
+            _sum_products(pieces, table)
+            reduce(table)
+            if is_finite(table):
+                self._combine_units_(pieces, units, table)
+        return table
 
-    def _combine_elements_(self, pieces: Sequence[Piece], rows: int, reduce: Callable[[Tensor], object]) -> Tensor:
-        table = _new_table(pieces, rows)
+    def _combine_elements_(self, pieces: Sequence[Piece], table: Tensor) -> None:
+        """One pass: which of two mixtures an element gets depends on its signs alone."""
         clash, agree = self.weights(Gramian(1.0, -1.0, 1.0)), self.weights(Gramian(1.0, 1.0, 1.0))
-        for row, forget, retain in pieces:
+        for row, forget, retain, _ in pieces:
             for f, r in _chunks(forget, retain):
                 opposed = opposite_signs(f, r)
                 table[row, CONFLICTS] += opposed.sum()
@@ -160,41 +196,41 @@ class Synthesis:
                 g = torch.where(opposed, _mix_elements(clash, f, r), _mix_elements(agree, f, r))
                 table[row, :CONFLICTS] += _inner_products(f, r, g)
                 r.copy_(g)
-        reduce(table)
-        return table
 
-    def _combine_units_(
-        self, pieces: Sequence[Piece], units: Sequence[int], reduce: Callable[[Tensor], object]
-    ) -> Tensor:
-        table = _new_table(pieces, len(units))
-        for row, forget, retain in pieces:
-            for f, r in _chunks(forget, retain):
-                table[row, :GF] += _inner_products(f, r)
-                table[row, CONFLICTS] += opposite_signs(f, r).sum()
-        reduce(table)
-        if not torch.isfinite(table).all():
-            return table
+    def _combine_units_(self, pieces: Sequence[Piece], units: Sequence[int], table: Tensor) -> None:
+        """Second pass: the Gramians are complete, so each unit has weights (w_f, w_r, w_a) on f, r, anchor a."""
         index = torch.tensor(units, device=table.device)
-        sums = table.new_zeros(max(units) + 1, 3).index_add_(0, index, table[:, :GF])  # [units, 3]
+        anchored = [FF, FA, AA] if self.averages_retain else [FF, FR, RR]
+        sums = table.new_zeros(max(units) + 1, 3).index_add_(0, index, table[:, anchored])  # [units, 3]
         weights = []
         for row in sums.tolist():
             gramian = Gramian(*row)
-            weights.append(self.weights(gramian).on(gramian))
-        for row, forget, retain in pieces:
-            w_f, w_r = weights[units[row]]
-            for f, r in _chunks(forget, retain):
-                r.copy_(_weighted(w_f, f, w_r, r))
+            w_f, w_anchor = self.weights(gramian).on(gramian)
+            weights.append((w_f, self.alpha, w_anchor) if self.averages_retain else (w_f, w_anchor, 0.0))
+        for row, forget, retain, average in pieces:
+            w_f, w_r, w_a = weights[units[row]]
+            if average is None:
+                for f, r in _chunks(forget, retain):
+                    r.copy_(_weighted(w_f, f, w_r, r))
+            else:
+                for f, r, m in _chunks(forget, retain, average):
+                    m.copy_(_anchor(r, m))
+                    r.copy_(_weighted(w_f, f, w_r, r).add_(m, alpha=w_a))
         # The products with g follow from the Gramian and the weights: no second look at the gradients.
-        w_f, w_r = torch.tensor(weights, dtype=torch.float64, device=table.device)[index].unbind(1)
-        ff, fr, rr = table[:, FF], table[:, FR], table[:, RR]
-        table[:, GF] = w_f * ff + w_r * fr
-        table[:, GR] = w_f * fr + w_r * rr
-        table[:, GG] = w_f * table[:, GF] + w_r * table[:, GR]
-        return table
+        w_f, w_r, w_a = torch.tensor(weights, dtype=torch.float64, device=table.device)[index].unbind(1)
+        ff, fr, rr, fa, ra, aa = (table[:, column] for column in (FF, FR, RR, FA, RA, AA))
+        table[:, GF] = w_f * ff + w_r * fr + w_a * fa
+        table[:, GR] = w_f * fr + w_r * rr + w_a * ra
+        table[:, GG] = w_f * table[:, GF] + w_r * table[:, GR] + w_a * (w_f * fa + w_r * ra + w_a * aa)
 
 
-COLUMNS = ("ff", "fr", "rr", "gf", "gr", "gg", "conflicts")
-FF, FR, RR, GF, GR, GG, CONFLICTS = range(7)
+COLUMNS = ("ff", "fr", "rr", "gf", "gr", "gg", "conflicts", "fa", "ra", "aa")
+FF, FR, RR, GF, GR, GG, CONFLICTS, FA, RA, AA = range(10)
+
+
+def is_finite(table: Tensor) -> bool:
+    """Whether both gradients were: a sum of squares in float64 is finite exactly when every float32 in it is."""
+    return bool(torch.isfinite(table[:, [FF, RR]]).all())
 
 
 def opposite_signs(f: Tensor, r: Tensor) -> Tensor:
@@ -202,20 +238,44 @@ def opposite_signs(f: Tensor, r: Tensor) -> Tensor:
     return f.sign() * r.sign() < 0
 
 
-def _new_table(pieces: Sequence[Piece], rows: int) -> Tensor:
-    device = pieces[0].retain.device if pieces else None
-    return torch.zeros(rows, len(COLUMNS), dtype=torch.float64, device=device)
+def _sum_products(pieces: Sequence[Piece], table: Tensor) -> None:
+    """First pass of module, layer and global scopes: everything the weights and the geometry depend on."""
+    for row, forget, retain, average in pieces:
+        if average is None:
+            for f, r in _chunks(forget, retain):
+                table[row, :GF] += _inner_products(f, r)
+                table[row, CONFLICTS] += opposite_signs(f, r).sum()
+        else:
+            for f, r, m in _chunks(forget, retain, average):
+                ff, fr, rr, fa, ra, aa = _inner_products(f, r, _anchor(r, m)).unbind()
+                table[row, [FF, FR, RR, FA, RA, AA]] += torch.stack([ff, fr, rr, fa, ra, aa])
+                table[row, CONFLICTS] += opposite_signs(f, r).sum()
 
 
-def _chunks(forget: Tensor, retain: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _anchor(retain: Tensor, average: Tensor) -> Tensor:
+    """GRU's moving average after this step."""
+    return (
+        average.to(_compute_dtype(retain)).mul(1 - NEW_SHARE).add_(retain.to(_compute_dtype(retain)), alpha=NEW_SHARE)
+    )
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Bounded views: the temporaries of a chunk stay in cache on a CPU, and small beside a partition on a GPU."""
-    size = 2**16 if retain.device.type == "cpu" else 2**22
-    return zip(forget.split(size), retain.split(size), strict=True)
+    size = 2**16 if tensors[0].device.type == "cpu" else 2**22
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _weighted(w_f: float, f: Tensor, w_r: float, r: Tensor) -> Tensor:
-    """w_f f + w_r r in fp32 or better, whatever the gradients' dtype."""
-    dtype = torch.promote_types(r.dtype, torch.float32)
+    """w_f f + w_r r, a new tensor in fp32 or better, whatever the gradients' dtype."""
+    dtype = _compute_dtype(r)
+    if w_f == 0:  # as SAGO's two mixtures, each of one gradient alone
+        return r.to(dtype) * w_r
+    if w_r == 0:
+        return f.to(dtype) * w_f
     return (r.to(dtype) * w_r).add_(f.to(dtype), alpha=w_f)
 
 
@@ -233,7 +293,7 @@ _UPPER = {2: ([0, 0, 1], [0, 1, 1]), 3: ([0, 0, 1, 2, 2, 2], [0, 1, 1, 0, 1, 2])
 
 
 def _inner_products(*vectors: Tensor) -> Tensor:
-    """Of (f, r): ff fr rr; of (f, r, g): gf gr gg as well. In float64, where squares of 1e-38 and 1e38 exist."""
+    """Of (f, r): ff fr rr; of (f, r, x): fx rx xx as well. In float64, where squares of 1e-38 and 1e38 exist."""
     stacked = torch.stack([vector.double() for vector in vectors])  # [2 or 3, n]
     rows, columns = _UPPER[len(vectors)]
     return (stacked @ stacked.T)[rows, columns]
@@ -259,7 +319,7 @@ class Geometry:
     @classmethod
     def of(cls, table: Tensor, num_elements: int) -> Geometry:
         """From the reduced table of `Synthesis.combine_` (any subset of its rows) over `num_elements` elements."""
-        ff, fr, rr, gf, gr, gg, conflicts = table.sum(0).tolist()
+        ff, fr, rr, gf, gr, gg, conflicts, *_ = table.sum(0).tolist()
 
         def cosine(product: float, a: float, b: float) -> float:
             return product / (a**0.5 * b**0.5) if a > 0 and b > 0 else 0.0
@@ -272,7 +332,7 @@ class Geometry:
             retain_norm=rr**0.5,
             combined_norm=max(gg, 0.0) ** 0.5,
             conflict_fraction=conflicts / max(num_elements, 1),
-            finite=bool(torch.isfinite(table[:, [FF, RR]]).all()),
+            finite=is_finite(table),
         )
 
 
@@ -290,6 +350,7 @@ def synthesize(
     gamma: float = 1.0,
     zero_forget: str = "literal",
     layers: Sequence[Hashable] | None = None,
+    average: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Combine two lists of whole gradients (paper, Algorithm 1 line 6).
 
@@ -300,12 +361,15 @@ def synthesize(
         alpha, gamma: weights of the retain and of the forget gradient.
         zero_forget: what SAGO does where the forget gradient is exactly 0: `literal` (0) or `retain`.
         layers: for scope `layer`, which layer each tensor belongs to.
+        average: for rule `gru`, its moving average: contiguous tensors like `retain`, zero before the first step,
+            updated in place.
 
     Returns:
         The combined gradients, new tensors with the shapes and dtypes of `retain`.
 
     Raises:
-        ValueError: unknown rule or scope, lists that do not match, scope `layer` without `layers`.
+        ValueError: unknown rule or scope, lists that do not match, scope `layer` without `layers`, `gru` without
+            `average`.
         FloatingPointError: a non-finite value in either gradient.
     """
     synthesis = Synthesis(rule, scope, alpha, gamma, zero_forget)
@@ -313,12 +377,14 @@ def synthesize(
         raise ValueError("forget and retain must hold tensors of the same shapes in the same order")
     if synthesis.resolved_scope == "layer" and (layers is None or len(layers) != len(retain)):
         raise ValueError("scope 'layer' needs `layers`: the layer of each tensor")
+    if synthesis.averages_retain and (average is None or [m.shape for m in average] != [r.shape for r in retain]):
+        raise ValueError(f"rule {rule!r} needs `average`: one tensor like each retain gradient, zero at first")
     combined = [r.detach().clone(memory_format=torch.contiguous_format) for r in retain]
-    pieces = [
-        Piece(row, f.detach().reshape(-1), g.view(-1)) for row, (f, g) in enumerate(zip(forget, combined, strict=True))
-    ]
+    averages = [m.view(-1) for m in average or ()] if synthesis.averages_retain else [None] * len(combined)
+    parts = enumerate(zip(forget, combined, averages, strict=True))
+    pieces = [Piece(row, f.detach().reshape(-1), g.view(-1), m) for row, (f, g, m) in parts]
     table = synthesis.combine_(pieces, units_of(synthesis.resolved_scope, layers or range(len(combined))))
-    if not torch.isfinite(table[:, [FF, RR]]).all():
+    if not is_finite(table):
         raise FloatingPointError("a gradient holds inf or NaN; skip this step")
     return combined
 

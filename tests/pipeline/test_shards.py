@@ -130,7 +130,7 @@ def test_synthesis_adds_one_small_collective(world: World, tmp_path: Path) -> No
         extra = list(traffic[rule])
         for call in traffic["sum"]:
             extra.remove(call)
-        assert extra == [["all_reduce", 7 * num_parameters]]
+        assert extra == [["all_reduce", 10 * num_parameters]]
 
 
 # -- non-finite gradients ----------------------------------------------------------------------------------------------

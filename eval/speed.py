@@ -218,7 +218,7 @@ def table(rows: list[SimpleNamespace]) -> str:
         return "–" if value is None else format(value, form)
 
     lines = [
-        "| schedule | seconds a step | of `sum` | of `joint` | extra peak memory, partitions | collectives | MB asked |",
+        "| schedule | seconds a step | of `sum` | of `joint` | extra peak, partitions | collectives | MB asked |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -45,23 +45,26 @@ def _none_is_a_name(value: Any) -> Any:
 class Section(BaseModel):
     """A group of keys: no unknown key, no silent conversion (`steps: "10"` is an error), immutable."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+FilePath = Annotated[str, AfterValidator(os.path.expanduser)]  # a shell does not expand `~` inside YAML
 
 
 class Model(Section):
-    path: str = Field(description="hub id, or a folder written by save_pretrained")
+    path: FilePath = Field(description="hub id, or a folder written by save_pretrained")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16", description="precision of forward and backward"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     train: list[Annotated[str, AfterValidator(_regex)]] = Field(
-        [".*"], description="regular expressions; a tensor trains if one of them is found in its name"
+        [".*"], min_length=1, description="regular expressions; a tensor trains if one of them is found in its name"
     )
     lora: None = Field(None, description="reserved for adapters")
 
 
 class Corpus(Section):
-    path: str = Field(description="hub name, or a .jsonl, .json, .parquet or .txt file")
+    path: FilePath = Field(description="hub name, or a .jsonl, .json, .parquet or .txt file")
     field: str = Field("text", description="the column that holds the text (unused for .txt)")
     name: str | None = Field(None, description="the hub data set's configuration")
     split: str = Field("train", description="the hub data set's split")
@@ -88,7 +91,9 @@ class Objective(Section):
 
 
 class Synthesis(Section):
-    rule: Literal["sum", "sago", "pcgrad", "blur", "gru"] = Field("sago", description="how the two gradients become one")
+    rule: Literal["sum", "sago", "pcgrad", "blur", "gru"] = Field(
+        "sago", description="how the two gradients become one"
+    )
     scope: Literal["element", "module", "layer", "global"] | None = Field(
         None, description="where conflict is judged; null: the rule's own scope in the paper"
     )
@@ -103,7 +108,7 @@ class Synthesis(Section):
 class Optimizer(Section):
     name: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(1e-5, gt=0)
-    betas: Annotated[list[float], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -124,9 +129,11 @@ class Train(Section):
 class RunConfig(Section):
     """The resolved configuration of one run; `config.yaml` in the run folder is exactly this."""
 
-    output: str = Field(description="the run folder")
-    cache: str = Field(
-        "~/.cache/unlearning", description="tokenised corpora and reference log-probabilities; safe to delete"
+    output: FilePath = Field(description="the run folder")
+    cache: FilePath = Field(
+        "~/.cache/unlearning",
+        validate_default=True,
+        description="tokenised corpora and reference log-probabilities; safe to delete",
     )
     seed: int = Field(0, ge=0, description="data order")
     method: str | None = Field(None, description="the preset this run came from (a label)")
@@ -163,7 +170,7 @@ def _parse_yaml(text: str, where: str) -> Any:
         mark = error.problem_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise InputError(f"{where}{place}: not valid YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
         raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -222,8 +229,8 @@ def _keys_at(location: Sequence[str | int]) -> list[str]:
 
 
 def _explain(error: ValidationError, where: str) -> InputError:
-    """One line for the first thing pydantic refused."""
-    first = error.errors()[0]
+    """One line for the first thing pydantic refused; a misspelt key before the missing one it leaves behind."""
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     location = first["loc"]
     key = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
@@ -313,6 +320,9 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         ) from None
     if not isinstance(given, dict):
         raise InputError(f"train.deepspeed: {path} must hold a JSON object, not {type(given).__name__}")
+    for key in ("zero_optimization", "data_types", "bf16", "fp16"):
+        if not isinstance(given.get(key, {}), dict):
+            raise InputError(f"train.deepspeed: {path}: {key!r} must hold an object, not {given[key]!r}")
     for key, owner in (("optimizer", "optimizer"), ("scheduler", "optimizer.schedule"), ("train_batch_size", "train")):
         if given.pop(key, "auto") != "auto":
             raise InputError(f"train.deepspeed: {path} sets {key!r}, which belongs to the run's `{owner}`; remove it")

@@ -34,25 +34,34 @@ log = logging.getLogger(__name__)
 # Reading: one document after another, or a message that names the line
 
 
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number from 1, line with its end) of a UTF-8 text file."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{path}, line {number}: not UTF-8 text (byte {error.start + 1} of the line)"
+                ) from None
+
+
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """(where, row) of JSON lines, or of one JSON array; `.json` files in the wild are either."""
-    with path.open(encoding="utf-8") as file:
-        if path.suffix == ".json" and file.read(256).lstrip().startswith("["):
-            file.seek(0)
-            try:
-                rows = json.load(file)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
-            yield from ((f"{path}, element {number}", row) for number, row in enumerate(rows, 1))
-            return
-        file.seek(0)
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                yield f"{path}, line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number}: not valid JSON: {error.msg}") from None
+    if path.suffix == ".json" and next((s for _, line in _lines(path) if (s := line.strip())), "").startswith("["):
+        try:
+            rows = json.loads("".join(line for _, line in _lines(path)))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
+        yield from ((f"{path}, element {number}", row) for number, row in enumerate(rows, 1))
+        return
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            yield f"{path}, line {number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not valid JSON: {error.msg}") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -70,8 +79,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 def _local_documents(path: Path, field: str) -> Iterator[str]:
     try:
         if path.suffix == ".txt":
-            with path.open(encoding="utf-8") as file:
-                yield from (line.strip() for line in file if line.strip())  # one document a line
+            yield from (line.strip() for _, line in _lines(path) if line.strip())  # one document a line
             return
         rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
         for where, row in rows:
@@ -81,11 +89,13 @@ def _local_documents(path: Path, field: str) -> Iterator[str]:
                 raise InputError(f"{where}: no field {field!r}; it has {', '.join(map(repr, row)) or 'none'}")
             if not isinstance(row[field], str):
                 raise InputError(f"{where}: field {field!r} holds {type(row[field]).__name__}, not text")
+            try:
+                row[field].encode()
+            except UnicodeEncodeError:
+                raise InputError(f"{where}: field {field!r} holds a lone surrogate, which is no character") from None
             yield row[field]
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
 
 
 def _hub_documents(corpus: Corpus, key: str) -> datasets.Dataset:
@@ -157,9 +167,12 @@ def tokenize(
     path = Path(corpus.path)
     if path.suffix in LOCAL_FORMATS:
         documents: Any = _local_documents(path, corpus.field)
-        digest = file_digest(path)
+        try:
+            digest = file_digest(path)
+        except OSError as error:
+            raise InputError(f"data.{key}.path: cannot read {path}: {error.strerror}") from None
     else:
-        hub = _hub_documents(corpus, key)
+        hub = _hub_documents(corpus, f"data.{key}")
         documents, digest = hub[corpus.field], hub._fingerprint
     end = tokenizer.eos_token_id
     if packing == "blocks" and end is None:
@@ -184,7 +197,8 @@ def tokenize(
         if dropped:
             log.warning("%s: %d documents have fewer than two tokens and are left out", key, dropped)
 
-    recipe = [digest, corpus.field, tokenizer_digest(tokenizer), packing, max_length if packing == "documents" else 0]
+    text = [digest, path.suffix, corpus.field]  # the same bytes are other documents in another format
+    recipe = [*text, tokenizer_digest(tokenizer), packing, max_length if packing == "documents" else 0]
     try:
         table = datasets.Dataset.from_generator(
             tokens,
@@ -231,7 +245,8 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         state.pop("padding", None)
     else:
         state = [sorted(tokenizer.get_vocab().items()), repr(tokenizer)]
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    added = tokenizer.eos_token_id  # by packing; a chat version's may differ from its base's
+    return hashlib.sha256(json.dumps([state, added], sort_keys=True).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def load_model(config: Model, deepspeed_config: dict[str, Any]) -> PreTrainedMod
     zero3 = HfDeepSpeedConfig(deepspeed_config)  # while it lives, from_pretrained loads under deepspeed.zero.Init
     try:
         model = AutoModelForCausalLM.from_pretrained(config.path, dtype=getattr(torch, config.dtype))
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: shapes do not match
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"model.path: cannot load {config.path!r}: {reason}") from None
     finally:

@@ -168,9 +168,9 @@ class Synthesis:
             reduce: adds the table up over all ranks, in place: the one collective of the synthesis.
 
         Returns:
-            table: [parameters, 10] float64, the columns of `COLUMNS`. A non-finite value in either gradient makes its
-                ff or rr non-finite; then nothing that was combined may be used (module, layer and global scopes leave
-                `retain` and `average` alone).
+            table: [parameters, 10] float64, the columns of `COLUMNS`. If `is_finite` denies
+                it, nothing that was combined may be used (module, layer and global scopes leave `retain` and
+                `average` alone).
         """
         device = pieces[0].retain.device if pieces else None
         table = torch.zeros(len(units), len(COLUMNS), dtype=torch.float64, device=device)
@@ -207,21 +207,23 @@ class Synthesis:
             gramian = Gramian(*row)
             w_f, w_anchor = self.weights(gramian).on(gramian)
             weights.append((w_f, self.alpha, w_anchor) if self.averages_retain else (w_f, w_anchor, 0.0))
-        for row, forget, retain, average in pieces:
-            w_f, w_r, w_a = weights[units[row]]
-            if average is None:
-                for f, r in _chunks(forget, retain):
-                    r.copy_(_weighted(w_f, f, w_r, r))
-            else:
-                for f, r, m in _chunks(forget, retain, average):
-                    m.copy_(_anchor(r, m))
-                    r.copy_(_weighted(w_f, f, w_r, r).add_(m, alpha=w_a))
         # The products with g follow from the Gramian and the weights: no second look at the gradients.
         w_f, w_r, w_a = torch.tensor(weights, dtype=torch.float64, device=table.device)[index].unbind(1)
         ff, fr, rr, fa, ra, aa = (table[:, column] for column in (FF, FR, RR, FA, RA, AA))
         table[:, GF] = w_f * ff + w_r * fr + w_a * fa
         table[:, GR] = w_f * fr + w_r * rr + w_a * ra
         table[:, GG] = w_f * table[:, GF] + w_r * table[:, GR] + w_a * (w_f * fa + w_r * ra + w_a * aa)
+        if not is_finite(table):
+            return
+        for row, forget, retain, average in pieces:
+            on_f, on_r, on_anchor = weights[units[row]]
+            if average is None:
+                for f, r in _chunks(forget, retain):
+                    r.copy_(_weighted(on_f, f, on_r, r))
+            else:
+                for f, r, m in _chunks(forget, retain, average):
+                    m.copy_(_anchor(r, m))
+                    r.copy_(_weighted(on_f, f, on_r, r).add_(m, alpha=on_anchor))
 
 
 COLUMNS = ("ff", "fr", "rr", "gf", "gr", "gg", "conflicts", "fa", "ra", "aa")
@@ -229,8 +231,12 @@ FF, FR, RR, GF, GR, GG, CONFLICTS, FA, RA, AA = range(10)
 
 
 def is_finite(table: Tensor) -> bool:
-    """Whether both gradients were: a sum of squares in float64 is finite exactly when every float32 in it is."""
-    return bool(torch.isfinite(table[:, [FF, RR]]).all())
+    """Whether both gradients are finite, and their combination has a norm that float32 can hold.
+
+    A sum of squares in float64 is finite exactly when every float32 in it is.
+    """
+    squares = table[:, [FF, RR]]
+    return bool(torch.isfinite(squares).all() and table[:, GG].sum() <= torch.finfo(torch.float32).max ** 2)
 
 
 def opposite_signs(f: Tensor, r: Tensor) -> Tensor:
@@ -271,7 +277,8 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
 
 def _weighted(w_f: float, f: Tensor, w_r: float, r: Tensor) -> Tensor:
     """w_f f + w_r r, a new tensor in fp32 or better, whatever the gradients' dtype."""
-    dtype = _compute_dtype(r)
+    # Projecting a large gradient off a tiny one takes a weight that float32 may not hold.
+    dtype = _compute_dtype(r) if max(abs(w_f), abs(w_r)) < 1e30 else torch.float64
     if w_f == 0:  # as SAGO's two mixtures, each of one gradient alone
         return r.to(dtype) * w_r
     if w_r == 0:
@@ -314,7 +321,7 @@ class Geometry:
     retain_norm: float
     combined_norm: float
     conflict_fraction: float
-    finite: bool  # False: a gradient held inf or NaN and the step must be skipped
+    finite: bool  # False: a gradient or the combination held inf or NaN and the step must be skipped
 
     @classmethod
     def of(cls, table: Tensor, num_elements: int) -> Geometry:
@@ -370,13 +377,15 @@ def synthesize(
     Raises:
         ValueError: unknown rule or scope, lists that do not match, scope `layer` without `layers`, `gru` without
             `average`.
-        FloatingPointError: a non-finite value in either gradient.
+        FloatingPointError: a non-finite value in either gradient or in their combination.
     """
     synthesis = Synthesis(rule, scope, alpha, gamma, zero_forget)
     if [f.shape for f in forget] != [r.shape for r in retain]:
         raise ValueError("forget and retain must hold tensors of the same shapes in the same order")
     if synthesis.resolved_scope == "layer" and (layers is None or len(layers) != len(retain)):
         raise ValueError("scope 'layer' needs `layers`: the layer of each tensor")
+    if not retain:
+        return []
     if synthesis.averages_retain and (average is None or [m.shape for m in average] != [r.shape for r in retain]):
         raise ValueError(f"rule {rule!r} needs `average`: one tensor like each retain gradient, zero at first")
     combined = [r.detach().clone(memory_format=torch.contiguous_format) for r in retain]
@@ -385,7 +394,7 @@ def synthesize(
     pieces = [Piece(row, f.detach().reshape(-1), g.view(-1), m) for row, (f, g, m) in parts]
     table = synthesis.combine_(pieces, units_of(synthesis.resolved_scope, layers or range(len(combined))))
     if not is_finite(table):
-        raise FloatingPointError("a gradient holds inf or NaN; skip this step")
+        raise FloatingPointError("a gradient or the combination holds inf or NaN; skip this step")
     return combined
 
 

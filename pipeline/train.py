@@ -185,12 +185,13 @@ def run(config: RunConfig, zero: dict[str, Any]) -> None:
     monitor.text("configuration", f"```yaml\n{to_yaml(config)}```")
     corpora = {task: stream.sequences.digest for task, stream in streams.items()}
     numbers: dict[str, Any] = {}
-    skipped_in_a_row = 0
+    skipped_in_a_row = num_applied = 0
     for step in range(config.train.steps):
         applied = train_step(engine, shards, tasks, step, monitor)
         numbers = monitor.flush(step + 1)
+        num_applied += applied
         skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
-        if skipped_in_a_row >= config.train.max_skipped:
+        if skipped_in_a_row >= config.train.max_skipped or (step + 1 == config.train.steps and not num_applied):
             raise RuntimeError(
                 f"{skipped_in_a_row} steps in a row had a non-finite gradient (step {step + 1}); "
                 "lower optimizer.lr, or set optimizer.clip, or use an objective that is bounded (npo, simnpo)"
@@ -216,7 +217,7 @@ def open_stream(config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBase
             tokenizer,
             max_length=config.data.max_length,
             packing=config.data.packing,
-            cache=Path(config.cache).expanduser(),
+            cache=Path(config.cache),
             show_progress=dist.get_rank() == 0,
         )
     )
@@ -256,7 +257,7 @@ def make_task(
             "dtype": config.model.dtype,
             "tokenizer": tokenizer_digest(tokenizer),
             "text": stream.sequences.digest,
-            "field": getattr(config.data, name).field,
+            "field": [getattr(config.data, name).field, Path(getattr(config.data, name).path).suffix],
             "packing": [config.data.packing, config.data.max_length],
         }
         reference = sequence_nll(
@@ -265,7 +266,7 @@ def make_task(
             stream.visited(config.train.steps),
             micro_batch_size=config.train.micro_batch_size,
             pad=stream.pad,
-            file=cache_file(Path(config.cache).expanduser(), parts) if dist.get_rank() == 0 else None,
+            file=cache_file(Path(config.cache), parts) if dist.get_rank() == 0 else None,
         ).to(engine.device)
     return Task(name, stream, objective, config.objective.beta, config.objective.delta, reference)
 

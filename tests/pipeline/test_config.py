@@ -242,7 +242,7 @@ def test_refused_with_the_culprit_and_the_remedy(tokens: list[str], expected: li
         assert part in message
 
 
-ACCEPTED_WRONGLY = {
+OUT_OF_RANGE = {
     "betas out of range": ["--optimizer.betas", "[1.5, -3]"],
     "nothing trains": ["--model.train", "[]"],
     "margin nan": ["--objective.delta", ".nan"],
@@ -251,12 +251,9 @@ ACCEPTED_WRONGLY = {
 }
 
 
-@pytest.mark.xfail(
-    strict=True, reason="accepted; the run fails after the model is loaded, or all its steps are skipped"
-)
-@pytest.mark.parametrize("case", ACCEPTED_WRONGLY)
+@pytest.mark.parametrize("case", OUT_OF_RANGE)
 def test_values_that_cannot_run_are_refused(case: str, config: Resolve) -> None:
-    tokens = ACCEPTED_WRONGLY[case]
+    tokens = OUT_OF_RANGE[case]
     assert tokens[0][2:] in refusal(lambda: config(*tokens))
 
 
@@ -289,7 +286,6 @@ def test_what_must_be_given(missing: str, tmp_path: Path) -> None:
         pytest.param(
             "seed: 2024-13-45\n",
             ["YAML"],
-            marks=pytest.mark.xfail(strict=True, reason="an impossible date is a ValueError of PyYAML, not refused"),
         ),
     ],
 )
@@ -315,7 +311,6 @@ def test_an_unknown_method_names_the_nearest(config: Resolve) -> None:
     assert "'any'" in refusal(lambda: config(method="any"))
 
 
-@pytest.mark.xfail(strict=True, reason="the missing key is reported, and not the misspelt one beside it")
 def test_a_misspelt_required_key_is_named(tmp_path: Path) -> None:
     base = keys(tmp_path)
     base["data"]["forget"] = {"pth": base["data"]["forget"]["path"]}
@@ -454,12 +449,10 @@ def test_what_the_file_says_beside_that_is_kept(deepspeed: Any) -> None:
         pytest.param(
             {**STAGE3, "data_types": None},
             ["data_types"],
-            marks=pytest.mark.xfail(strict=True, reason="an AttributeError: `data_types` is taken for an object"),
         ),
         pytest.param(
             {**STAGE3, "data_types": "fp32"},
             ["data_types"],
-            marks=pytest.mark.xfail(strict=True, reason="an AttributeError: `data_types` is taken for an object"),
         ),
     ],
 )
@@ -603,8 +596,12 @@ def test_nobody_imports_the_command_and_no_two_rooms_each_other() -> None:
 
 
 def test_pipeline_and_eval_do_not_import_each_other() -> None:
-    """They meet through the exported model folder and the files of a run only; neither imports the tests."""
+    """They meet through the exported model folder and the files of a run only; neither imports the tests.
+
+    But for `eval/speed.py`, whose subject is the training step itself and not what a run leaves behind.
+    """
     files = {folder: sorted((REPOSITORY / folder).rglob("*.py")) for folder in ("pipeline", "eval")}
+    files["eval"].remove(REPOSITORY / "eval" / "speed.py")
     assert files["pipeline"]
     for folder, others in (("pipeline", {"eval", "tests"}), ("eval", {"pipeline", "tests"})):
         for file in files[folder]:

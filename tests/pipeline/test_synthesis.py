@@ -835,14 +835,12 @@ def test_geometry_under_gru_describes_the_result(scope: str) -> None:
 # Known faults
 
 
-@pytest.mark.xfail(strict=True, reason="the projection's weight leaves the range of float32 and writes inf into g")
 def test_a_retain_gradient_that_almost_vanished() -> None:
     """||f|| / ||r|| = 1e40: the weights 1 and 1e40 are finite, f and r are, and so is g = alpha r + 0."""
     got = synthesize([torch.tensor([1e10])], [torch.tensor([-1e-30])], rule="pcgrad", scope="module")[0]
     assert torch.isfinite(got).all() and got.abs() < 1e5  # the rounding of 1e10 - 1e10
 
 
-@pytest.mark.xfail(strict=True, reason="two finite gradients may add up to inf, and the step counts as finite")
 def test_a_sum_that_overflows_is_not_called_finite() -> None:
     retain = torch.tensor([3e38])
     table = Synthesis("sum").combine_([Piece(0, torch.tensor([3e38]), retain)], [0])
@@ -850,7 +848,5 @@ def test_a_sum_that_overflows_is_not_called_finite() -> None:
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_no_tensors_at_all(scope: str, request: pytest.FixtureRequest) -> None:
-    if scope in ("module", "layer", "global"):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="max() of an empty sequence"))
+def test_no_tensors_at_all(scope: str) -> None:
     assert synthesize([], [], rule="pcgrad", scope=scope, layers=[]) == []

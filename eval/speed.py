@@ -228,7 +228,7 @@ def table(rows: list[SimpleNamespace]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="deepspeed --module eval.speed", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="deepspeed --module eval.speed", description="The cost of a rule beside sum.")
     parser.add_argument("--rules", nargs="+", default=["sago", "pcgrad"], help="rules to compare with `sum`")
     parser.add_argument("--ds-config", default="ds_configs/zero3.json")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_tensorboard_has_the_same_numbers_and_the_configuration(finished: Path) 
 
 
 def test_final_loads_and_generates(finished: Path, world: World) -> None:
-    model = AutoModelForCausalLM.from_pretrained(finished / "final")
+    model: Any = AutoModelForCausalLM.from_pretrained(finished / "final")
     tokenizer = AutoTokenizer.from_pretrained(finished / "final")
     original = AutoModelForCausalLM.from_pretrained(world.folder / "model")
     assert model.dtype == torch.float32

@@ -75,7 +75,7 @@ def train_step(engine: Any, shards: Shards, tasks: Sequence[Task], step: int, mo
         monitor.record(f"{task.name}_loss", total / num_terms, reduce="sum")
     geometry = shards.combine()
     applied = False
-    if geometry is None or geometry.finite:  # else no rank steps: a non-finite gradient never reaches the optimizer
+    if shards.ready:  # else no rank steps: a non-finite gradient never reaches the optimizer
         engine.step()  # DeepSpeed's own clip, optimizer and schedule see the combined gradient
         applied = engine.was_step_applied()
     record_step(monitor, engine, shards, tasks, step, lr, time.perf_counter() - start, geometry, applied)

@@ -336,6 +336,8 @@ class Whole(Holder):
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
+        if engine.fp16_enabled():  # its updates would be too small by the loss scale
+            raise RuntimeError("DeepSpeed does not scale the loss in fp16 without ZeRO; use ZeRO stage 1, or bf16")
         self.parameters = [p for p in engine.module.parameters() if p.requires_grad and p.numel()]
         self.layout = [(row, parameter.numel()) for row, parameter in enumerate(self.parameters)]
         self.dtype, self.device = self.parameters[0].dtype, self.parameters[0].device

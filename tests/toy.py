@@ -51,6 +51,19 @@ class Toy(nn.Module):
         return -loss if task == "forget" else loss
 
 
+class Adapter(nn.Module):
+    """LoRA of rank 3 on a frozen linear layer, as peft builds it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.lora_A = nn.Linear(base.in_features, 3, bias=False)
+        self.lora_B = nn.Linear(3, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.lora_B(self.lora_A(x))
+
+
 class Transformer(nn.Module):
     """A tiny model of the transformers library behind the toy's interface."""
 
@@ -69,10 +82,9 @@ def model_of(case: Case) -> nn.Module:
     torch.manual_seed(0)
     if case.model in ("toy", "wide"):
         return Toy({"toy": 11, "wide": 120_001}[case.model]).to(getattr(torch, case.dtype))
-    import peft
     import transformers
 
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": 7,
         "hidden_size": 12,
         "intermediate_size": 10,
@@ -80,10 +92,12 @@ def model_of(case: Case) -> nn.Module:
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
     }
-    if case.model == "lora":
-        llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
-        adapters = peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-        return Transformer(peft.get_peft_model(llama, adapters))
+    if case.model == "adapters":
+        llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).requires_grad_(False)
+        for layer in llama.model.layers:
+            layer.self_attn.q_proj = Adapter(layer.self_attn.q_proj)  # pyright: ignore[reportAttributeAccessIssue]
+            layer.mlp.down_proj = Adapter(layer.mlp.down_proj)  # pyright: ignore[reportAttributeAccessIssue]
+        return Transformer(llama)
     experts = transformers.MixtralConfig(**shape, num_local_experts=8, num_experts_per_tok=1)
     return Transformer(transformers.MixtralForCausalLM(experts))
 
@@ -92,7 +106,7 @@ def model_of(case: Case) -> nn.Module:
 class Case:
     """One run, of a small model on an engine and of the plain loop."""
 
-    model: str = "toy"  # toy | wide (large enough for DeepSpeed to swap it) | lora | moe
+    model: str = "toy"  # toy | wide (large enough for DeepSpeed to swap it) | adapters | moe
     zero: dict[str, Any] = field(default_factory=dict)  # zero_optimization
     config: dict[str, Any] = field(default_factory=dict)  # the rest of DeepSpeed's configuration
     leaves: tuple[str, ...] = ()  # classes of modules whose parameters ZeRO-3 handles together
@@ -231,8 +245,8 @@ def train_cases(cases: dict[str, Case], file: str) -> None:
 def train_plainly(case: Case, world: int = 1) -> tuple[dict[str, Tensor], list[float]]:
     """(weights by name, gradient norm of each step) of one process that keeps two whole gradients.
 
-    In bf16 and fp16 each micro-batch of each of `world` ranks gives a gradient of that dtype; they are added up in fp32,
-    and an fp32 copy of the weights is updated and rounded again. Under `sum` the weights multiply the losses.
+    In bf16 and fp16 each micro-batch of each of `world` ranks gives a gradient of that dtype; they are added up in
+    fp32, and an fp32 copy of the weights is updated and rounded again. Under `sum` the weights multiply the losses.
     """
     model = model_of(case)
     low = {name: p for name, p in model.named_parameters() if p.requires_grad}

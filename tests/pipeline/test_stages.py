@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,7 +50,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "3-offload-all": {"stage": 3, "offload_param": {"device": "cpu"}, **OFFLOAD},
 }
 HOLDERS = ("0", "1", "1-offload", "2", "2-offload", "3", "3-offload-small")  # one configuration per way and place
-RULES = {
+RULES: dict[str, dict[str, Any]] = {
     "sum": {"rule": "sum"},
     "sago": {"rule": "sago"},
     "pcgrad-module": {"rule": "pcgrad", "scope": "module"},
@@ -146,7 +147,7 @@ def test_bf16_equals_a_loop_that_rounds_likewise(tmp_path: Path) -> None:
         f"{name} {rule}": Case(zero=zero, dtype="bfloat16", config=FP32_WIRE, **SGD, **options)
         for name, zero in CONFIGURATIONS.items()
         for rule, options in RULES.items()
-        if name != "0"
+        if name != "0" and (name in HOLDERS or rule == "sago")
     }
     assert_equal_to_plain(train(cases, 2, tmp_path), cases, 2)
 
@@ -199,7 +200,7 @@ def test_fp16_cannot_run_on_a_cpu(tmp_path: Path) -> None:
     assert made["fp16"]["error"] == "ValueError: Type fp16 is not supported on your device."
 
 
-# -- what goes wrong -----------------------------------------------------------------------------------------------------
+# -- what goes wrong ---------------------------------------------------------------------------------------------------
 
 
 def test_non_finite_gradient_on_one_rank(tmp_path: Path) -> None:
@@ -211,7 +212,7 @@ def test_non_finite_gradient_on_one_rank(tmp_path: Path) -> None:
         for name, zero in CONFIGURATIONS.items()
         for rule, task, bad in (("sago", "forget", float("inf")), ("sum", "retain", float("nan")))
         for dtype, config in (("float32", {}), ("bfloat16", FP32_WIRE))
-        if dtype == "float32" or name in HOLDERS[1:]
+        if name in HOLDERS and (dtype == "float32" or name != "0")
     }
     made = train(cases, 2, tmp_path)
     assert_equal_to_plain(made, cases, 2)
@@ -297,19 +298,19 @@ def test_adapters_and_experts(tmp_path: Path) -> None:
     for rule, options in RULES.items():
         for name in HOLDERS:
             leaves = ("MixtralSparseMoeBlock",) if name.startswith("3") else ()
-            cases[f"lora {name} {rule}"] = Case(model="lora", zero=CONFIGURATIONS[name], **SGD, **options)
+            cases[f"adapters {name} {rule}"] = Case(model="adapters", zero=CONFIGURATIONS[name], **SGD, **options)
             cases[f"moe {name} {rule}"] = Case(zero=CONFIGURATIONS[name], leaves=leaves, **moe, **SGD, **options)
     made = train(cases, 2, tmp_path)
     assert_equal_to_plain(made, cases, 2)
-    touched = {name for record in made["lora 3 sago"]["records"] for name in record["changed"]}
+    touched = {name for record in made["adapters 3 sago"]["records"] for name in record["changed"]}
     assert touched and all("lora_" in name for name in touched)
 
 
-# -- offload to a disk ---------------------------------------------------------------------------------------------------
+# -- offload to a disk -------------------------------------------------------------------------------------------------
 
 
 def test_offload_to_a_folder(tmp_path: Path) -> None:
-    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from deepspeed.ops.op_builder import AsyncIOBuilder  # pyright: ignore[reportAttributeAccessIssue]
 
     zero = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path / "disk")}}
     cases = {rule: Case(model="wide", zero=zero, lr=1e-3, **RULES[rule]) for rule in RULES}
@@ -322,7 +323,7 @@ def test_offload_to_a_folder(tmp_path: Path) -> None:
         assert all("async_io" in made[name]["error"] for name in cases)
 
 
-# -- memory and checks ---------------------------------------------------------------------------------------------------
+# -- memory and checks -------------------------------------------------------------------------------------------------
 
 
 def live_bytes() -> int:
@@ -331,35 +332,37 @@ def live_bytes() -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+def watch_memory(seen: list[tuple[int, ...]], engine: Any, shards: Any) -> None:
+    """(elements of the spare, of a rank's share of the gradient), then (bytes born,) after each `combine`."""
+    spare = 0 if shards.spare is None else shards.spare.numel()
+    parts = 1 if shards.holder.replicated else engine.world_size
+    seen.append((spare, shards.num_elements // parts))
+    before = live_bytes() - 4 * spare
+    combine = shards.combine
+
+    def combined() -> Any:
+        geometry = combine()
+        seen.append((live_bytes() - before,))
+        return geometry
+
+    shards.combine = combined
+
+
 def measure_memory(names: list[str]) -> None:
     """At the moment of combining, `sago` keeps alive exactly one partition more than `sum`, all steps alike."""
     from pipeline import ranks
 
     ranks.start()
     for name in names:
-        seen: dict[str, list[int]] = {}
-        spare = [0]
-        for rule in ("sum", "sago"):
-
-            def watch(engine: Any, shards: Any, rule: str = rule) -> None:
-                if rule == "sago":
-                    spare[0] = shards.spare.untyped_storage().nbytes()
-                    share = 1 if shards.holder.replicated else torch.distributed.get_world_size()
-                    assert shards.spare.numel() <= shards.num_elements / share + 2 * len(shards.names)
-                assert (shards.spare is None) == (rule == "sum")
-                seen[rule] = []
-                combine = shards.combine
-
-                def combined() -> Any:
-                    result = combine()
-                    seen[rule].append(live_bytes())
-                    return result
-
-                shards.combine = combined
-
-            train_on_engine(Case(model="wide", zero=CONFIGURATIONS[name], steps=3, **SGD, **RULES[rule]), watch)
-        for without, with_spare in zip(seen["sum"], seen["sago"], strict=True):
-            assert abs(with_spare - without - spare[0]) < spare[0] // 50, (name, seen, spare)
+        seen: dict[str, list[tuple[int, ...]]] = {"sum": [], "sago": []}
+        for rule in seen:
+            case = Case(model="wide", zero=CONFIGURATIONS[name], steps=3, **SGD, **RULES[rule])
+            train_on_engine(case, partial(watch_memory, seen[rule]))
+        (numel, share), *_ = seen["sago"]
+        assert seen["sum"][0][0] == 0
+        assert share <= numel <= share + 100, (name, "padding and one slice a tensor")
+        for without, with_spare in zip(seen["sum"][1:], seen["sago"][1:], strict=True):
+            assert abs(with_spare[0] - without[0] - 4 * numel) < numel // 50, (name, seen)
 
 
 def test_one_spare_partition_on_every_stage() -> None:

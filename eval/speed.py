@@ -129,7 +129,8 @@ def joint_step(engine: Any, shards: Any, tasks: list[Any], step: int) -> None:
         for task, rows in ((forget, slice(None, size)), (retain, slice(size, None))):
             labels = both.labels[rows]
             loss = loss + terms(task, logits[rows], labels) * engine.world_size / task.num_terms(step)
-        shards.backward(loss, last=True) if hasattr(shards, "backward") else engine.backward(loss, scale_wrt_gas=False)
+        engine.backward(loss, scale_wrt_gas=False)
+    shards.combine()
     engine.step()
 
 
@@ -149,7 +150,7 @@ def measure(options: argparse.Namespace, traffic: Traffic) -> list[SimpleNamespa
 
     engine, tasks, _ = build(options)
     plain = Shards(engine, Synthesis("sum"), combine_tasks=False)
-    partition_bytes = plain.partition.numel() * plain.partition.element_size()
+    partition_bytes = sum(size for _, size in plain.holder.layout) * plain.holder.dtype.itemsize
     schedules: dict[str, Callable[[int], Any]] = {
         "sum": lambda step: train_step(engine, plain, tasks, step, Silent()),  # pyright: ignore[reportArgumentType]
         "joint": lambda step: joint_step(engine, plain, tasks, step),

@@ -329,7 +329,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     decided: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": 1,  # the program accumulates: two tasks, one boundary
-        "managed_gradient_accumulation": False,  # engine.step() is the boundary (DeepSpeed >= 0.19.4)
+        "managed_gradient_accumulation": True,  # the program sets the boundary (pipeline/shards.py)
         "gradient_clipping": config.optimizer.clip,  # stated always: the default changed to 1.0 in 0.19.3
         "bf16": {"enabled": config.model.dtype == "bfloat16"},
         "fp16": {"enabled": config.model.dtype == "float16"},
@@ -347,12 +347,16 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
                     f"{ours!r}; remove it from the file"
                 )
     merged = _merge(given, decided)
-    merged.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")  # else bf16 runs accumulate in bf16
     merged.setdefault("steps_per_print", 10**9)  # the program has its own progress line
-    zero = merged.get("zero_optimization")
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
-    if stage != 3:
-        raise InputError(f"train.deepspeed: {path} asks for ZeRO stage {stage}; this version runs stage 3")
+    zero = merged.setdefault("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+    if stage not in (0, 1, 2, 3) or not isinstance(zero, dict):
+        raise InputError(f"train.deepspeed: {path}: zero_optimization.stage must be 0, 1, 2 or 3")
+    if stage:  # else bf16 runs accumulate in bf16; without ZeRO DeepSpeed has no other way
+        merged.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    offload = {key: (zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
+    if (offload["offload_param"] != "none" or offload["offload_optimizer"] == "nvme") and stage != 3:
+        raise InputError(f"train.deepspeed: {path}: offload of parameters, or to nvme, needs ZeRO stage 3")
     return merged
 
 

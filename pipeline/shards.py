@@ -1,9 +1,12 @@
-"""Two gradients where DeepSpeed keeps one: the ONLY file that knows where gradient partitions live (ZeRO-3).
+"""Two gradients where DeepSpeed keeps one, on every ZeRO stage (`holders.py` knows what differs between them).
 
-Each backward reduce-scatters, so after the micro-batches of one task this rank holds its share of that task's complete
-gradient in DeepSpeed's flat partition. The forget share is set aside in one spare partition, the retain share
-accumulates in its place, and the combination is written back where `engine.step()` looks for the gradient. No gradient
-is ever gathered whole; what crosses the network is one table of 10 numbers per parameter.
+All micro-batches of one task are accumulated before its gradient is looked at. Then DeepSpeed holds this rank's share
+of the complete gradient; the forget share is set aside in one spare partition, the retain share accumulates in its
+place, and the combination is written back where `engine.step()` looks for the gradient. No gradient is gathered whole;
+what crosses the network is one table of 10 numbers per parameter.
+
+DeepSpeed runs in managed mode and no backward is ever its accumulation boundary: `take` and `combine` are. So it never
+matters which tensors the last micro-batch happens to touch, and an `engine.step()` without `combine` updates nothing.
 """
 
 from __future__ import annotations
@@ -13,18 +16,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_local_grad
 from torch import Tensor
 
+from pipeline.holders import holder_of, unexpected
 from pipeline.synthesis import Geometry, Piece, Synthesis, units_of
 
 
 class Shards:
     """The gradients of one step, sharded as DeepSpeed shards them.
 
-    The step is: `clear`, the backwards of one task, `take(task)`, the same for the next task, `combine`, then
-    `engine.step()`. With `combine_tasks=False` (one task, or the rule `sum`) both tasks accumulate into DeepSpeed's own
-    partition with their weights and there is no spare.
+    The step is: `clear`, the backwards of one task, `take(task)`, the same for the next task, `combine`, then, if
+    `ready`, `engine.step()`. With `combine_tasks=False` (one task, or the rule `sum`) both tasks accumulate into
+    DeepSpeed's own buffers with their weights and there is no spare.
 
     Raises:
         RuntimeError: DeepSpeed does not keep its gradients where this file expects them.
@@ -33,19 +36,26 @@ class Shards:
     def __init__(self, engine: Any, synthesis: Synthesis, *, combine_tasks: bool) -> None:
         self.engine = engine
         self.synthesis = synthesis
-        self.partition = _flat_partition(engine)  # [Σ ceil(numel / ranks)], the reduced gradient of this rank
-        self.spare = torch.empty_like(self.partition) if combine_tasks else None
-        slots = engine.optimizer.fp16_groups  # the order of the slots in the flat partition
-        parameters = [parameter for group in slots for parameter in group]
-        names = {parameter.ds_id: name for name, parameter in engine.module.named_parameters()}
-        self.names = [names[parameter.ds_id] for parameter in parameters]
-        self.num_elements = sum(parameter.ds_numel for parameter in parameters)
+        if not engine.managed_gradient_accumulation():
+            raise unexpected("managed_gradient_accumulation is off, so the boundary cannot be set")
+        self.holder = holder_of(engine)
+        names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+        self.names = [names[id(parameter)] for parameter in self.holder.parameters]
+        self.num_elements = sum(getattr(p, "ds_numel", p.numel()) for p in self.holder.parameters)
         self.units = units_of(synthesis.resolved_scope, [layer_of(name) for name in self.names])
-        self.pieces: list[Piece] = []
-        if self.spare is not None:
-            sizes = [parameter.partition_numel() for parameter in parameters]
-            both = zip(self.spare.split(sizes), self.partition.split(sizes), strict=True)
-            self.pieces = [Piece(row, forget, retain) for row, (forget, retain) in enumerate(both)]
+        self.spare: Tensor | None = None  # the forget gradient of this rank, all slices one after another
+        self.average: Tensor | None = None  # laid out alike: the state of a rule that averages the retain gradient
+        if combine_tasks:
+            numel = sum(size for _, size in self.holder.layout)
+            self.spare = torch.empty(numel, dtype=self.holder.dtype, device=self.holder.device)
+            if synthesis.averages_retain:
+                self.average = torch.zeros_like(self.spare)
+        self.ready = False  # after `combine`: engine.step() may be called
+
+    @property
+    def partition(self) -> Tensor:
+        """ZeRO-3 only, where the gradients of a rank are one tensor."""
+        return self.holder.flat
 
     def weight(self, task: str) -> float:
         """What the loss of `task` is multiplied with: its weight where gradients simply add up, else 1."""
@@ -54,53 +64,62 @@ class Shards:
         return self.synthesis.gamma if task == "forget" else self.synthesis.alpha
 
     def clear(self) -> None:
-        """Zero the partition. DeepSpeed does not: a tensor that misses a gradient would keep the last step's."""
-        self.engine.optimizer.zero_grad()
-        self.partition.zero_()
+        """Zero the gradient, wherever DeepSpeed keeps a part of it."""
+        self.ready = False
+        self.engine.set_gradient_accumulation_boundary(False)
+        self.holder.clear()
 
     def take(self, task: str) -> None:
         """The backwards of `task` are done: set the forget gradient aside and make room for the retain gradient."""
         if task == "forget" and self.spare is not None:
-            self.spare.copy_(self.partition)
+            for kept, gradient in zip(self._cut(self.spare), self.holder.finish(), strict=True):
+                kept.copy_(gradient)
             self.clear()
 
     def combine(self) -> Geometry | None:
         """Replace the retain gradient by the combination; None if there was nothing to combine.
 
-        One all-reduce of 10 float64 per parameter, whatever their sizes. If the geometry is not `finite` the partition
-        holds no usable gradient and the step must be skipped; every rank sees the same answer.
+        One all-reduce of 10 float64 per parameter, whatever their sizes. Every rank gets the same answer. Afterwards
+        `ready` says whether to call `engine.step()`: not if either gradient is non-finite. (fp16: then all the same,
+        with a gradient that DeepSpeed recognises as an overflow, for it to skip the update and lower its loss scale.)
         """
-        if self.spare is None:
-            return None
-        table = self.synthesis.combine_(self.pieces, self.units, dist.all_reduce)
-        return Geometry.of(table, self.num_elements)
+        slices = self.holder.finish()
+        geometry = None
+        if self.spare is not None:
+            rows = [row for row, _ in self.holder.layout]
+            averages = [None] * len(rows) if self.average is None else self._cut(self.average)
+            pieces = [Piece(*piece) for piece in zip(rows, self._cut(self.spare), slices, averages, strict=True)]
+            geometry = Geometry.of(self.synthesis.combine_(pieces, self.units, self._add_up), self.num_elements)
+        finite = self._all_finite(slices) if geometry is None else geometry.finite
+        if not finite and self.engine.fp16_enabled():
+            for gradient in slices[:1]:
+                gradient[0] = torch.nan
+        self.ready = finite or self.engine.fp16_enabled()
+        if self.ready:
+            self.holder.hand_over(slices)
+            self.engine.set_gradient_accumulation_boundary(True)
+        return geometry
+
+    def _cut(self, flat: Tensor) -> list[Tensor]:
+        """Views of `flat`, one a slice."""
+        return list(flat.split([size for _, size in self.holder.layout]))
+
+    def _add_up(self, table: Tensor) -> None:
+        """Sum over ranks, in place. Ranks that hold the same gradient count it once and still decide alike."""
+        total = table.to(self.engine.device)  # offloaded gradients are summed on the CPU, which NCCL cannot reduce
+        dist.all_reduce(total)
+        table.copy_(total / dist.get_world_size() if self.holder.replicated else total)
+
+    def _all_finite(self, slices: list[Tensor]) -> bool:
+        """Without a table to tell it (no spare): whether DeepSpeed may see this gradient."""
+        if self.holder.refuses_nonfinite:
+            return True  # engine.step() looks itself
+        bad = torch.tensor(float(sum(not torch.isfinite(s).all() for s in slices)), device=self.engine.device)
+        dist.all_reduce(bad)
+        return bad.item() == 0
 
 
 def layer_of(name: str) -> str:
     """The decoder block that a parameter belongs to (`model.layers.3`), or its own module (the embedding, the head)."""
     block = re.match(r"(.*?\.\d+)\.", name)
     return block.group(1) if block else name.rpartition(".")[0] or name
-
-
-def _flat_partition(engine: Any) -> Tensor:
-    """DeepSpeed's flat gradient partition, after checking that it is what `engine.step()` will read."""
-    optimizer = engine.optimizer
-    flat = getattr(optimizer, "grad_partitions_flat_buffer", None)
-    parameters = [parameter for group in getattr(optimizer, "fp16_groups", []) for parameter in group]
-    sizes = [parameter.partition_numel() for parameter in parameters]
-    if flat is None or flat.numel() != sum(sizes):
-        raise _unexpected("there is no flat gradient partition of the expected size")
-    for parameter, view in zip(parameters, flat.split(sizes), strict=True):
-        local = safe_get_local_grad(parameter)  # of an fp32 partition DeepSpeed hands out the slice itself
-        if flat.dtype == torch.float32 and local is not None and local.data_ptr() != view.data_ptr():
-            raise _unexpected("the parameters' gradients are not the slices of the flat partition, in order")
-    if engine.managed_gradient_accumulation():
-        raise _unexpected("engine.step() is not the accumulation boundary")
-    return flat
-
-
-def _unexpected(problem: str) -> RuntimeError:
-    return RuntimeError(
-        f"DeepSpeed keeps its gradients elsewhere than expected: {problem}; "
-        "this program supports deepspeed>=0.19.8,<0.20 with ZeRO stage 3"
-    )

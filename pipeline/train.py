@@ -75,7 +75,7 @@ def train_step(engine: Any, shards: Shards, tasks: Sequence[Task], step: int, mo
         monitor.record(f"{task.name}_loss", total / num_terms, reduce="sum")
     geometry = shards.combine()
     applied = False
-    if geometry is None or geometry.finite:  # else no rank steps: a non-finite gradient never reaches the optimizer
+    if shards.ready:  # else no rank steps: a non-finite gradient never reaches the optimizer
         engine.step()  # DeepSpeed's own clip, optimizer and schedule see the combined gradient
         applied = engine.was_step_applied()
     record_step(monitor, engine, shards, tasks, step, lr, time.perf_counter() - start, geometry, applied)
@@ -167,7 +167,7 @@ def run(config: RunConfig, zero: dict[str, Any]) -> None:
     origin = models.fingerprint(model) if dist.get_rank() == 0 else ""
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=make_optimizer(config, model),  # pyright: ignore[reportArgumentType]
+        optimizer=make_optimizer(config, model, zero),  # pyright: ignore[reportArgumentType]
         lr_scheduler=lambda optimizer: make_schedule(config, optimizer),
         config=zero,
     )
@@ -271,14 +271,19 @@ def make_task(
     return Task(name, stream, objective, config.objective.beta, config.objective.delta, reference)
 
 
-def make_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(config: RunConfig, model: torch.nn.Module, zero: dict[str, Any]) -> torch.optim.Optimizer:
+    """torch's own; DeepSpeed's vectorised Adam where a GPU machine keeps the optimizer in its main memory."""
     import torch
 
     wanted, trained = config.optimizer, [p for p in model.parameters() if p.requires_grad]
     if wanted.name == "sgd":
         return torch.optim.SGD(trained, lr=wanted.lr, weight_decay=wanted.weight_decay)
     betas = (wanted.betas[0], wanted.betas[1])
-    return torch.optim.AdamW(trained, lr=wanted.lr, betas=betas, eps=wanted.eps, weight_decay=wanted.weight_decay)
+    adam: Any = torch.optim.AdamW
+    offloaded = (zero["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
+    if offloaded and torch.cuda.is_available():
+        from deepspeed.ops.adam import DeepSpeedCPUAdam as adam  # AdamW by default
+    return adam(trained, lr=wanted.lr, betas=betas, eps=wanted.eps, weight_decay=wanted.weight_decay)
 
 
 def make_schedule(config: RunConfig, optimizer: torch.optim.Optimizer) -> Any:

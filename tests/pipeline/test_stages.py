@@ -1,0 +1,398 @@
+"""Every way DeepSpeed holds a gradient gives the plain loop's weights: real engines, one process group per rank count.
+
+The toy of `tests/toy.py` has tensors that only one task, one step or one micro-batch touches; `tests/oracle.py` is the
+reference of the program's own runs. What DeepSpeed cannot do without an accelerator is asserted to fail as it says.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import oracle
+from tests.conftest import World
+from tests.distributed import run_distributed
+from tests.pipeline.test_sharded import train_cases as train_program
+from tests.toy import Case, engine_of, error_of, model_of, train_cases, train_on_engine, train_plainly, weights_of
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+SMALL = {"sub_group_size": 20, "reduce_bucket_size": 10, "stage3_param_persistence_threshold": 0}
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "0": {"stage": 0},
+    "1": {"stage": 1},
+    "1-overlap": {"stage": 1, "overlap_comm": True},
+    "1-scattered": {"stage": 1, "contiguous_gradients": False, "reduce_bucket_size": 10},
+    "1-offload": {"stage": 1, **OFFLOAD},
+    "1-offload-overlap": {"stage": 1, "overlap_comm": True, **OFFLOAD},
+    "2": {"stage": 2},
+    "2-overlap-small": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 10},
+    "2-scattered": {"stage": 2, "contiguous_gradients": False},
+    "2-scattered-overlap": {"stage": 2, "contiguous_gradients": False, "overlap_comm": True},
+    "2-allreduce": {"stage": 2, "reduce_scatter": False},
+    "2-round-robin": {"stage": 2, "round_robin_gradients": True},
+    "2-offload": {"stage": 2, **OFFLOAD},
+    "2-offload-overlap-small": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 10, **OFFLOAD},
+    "3": {"stage": 3},
+    "3-no-overlap": {"stage": 3, "overlap_comm": False},
+    "3-small": {"stage": 3, **SMALL},
+    "3-scattered": {"stage": 3, "contiguous_gradients": False},
+    "3-allreduce": {"stage": 3, "reduce_scatter": False},
+    "3-offload-small": {"stage": 3, **SMALL, **OFFLOAD},
+    "3-offload-all": {"stage": 3, "offload_param": {"device": "cpu"}, **OFFLOAD},
+}
+HOLDERS = ("0", "1", "1-offload", "2", "2-offload", "3", "3-offload-small")  # one configuration per way and place
+RULES: dict[str, dict[str, Any]] = {
+    "sum": {"rule": "sum"},
+    "sago": {"rule": "sago"},
+    "pcgrad-module": {"rule": "pcgrad", "scope": "module"},
+    "pcgrad-global": {"rule": "pcgrad", "scope": "global"},
+}
+FP32_WIRE = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+SGD: dict[str, Any] = {"optimizer": "sgd", "lr": 0.5}
+
+
+def bound(rule: str) -> float:
+    return 2e-4 if "sago" in rule else 2e-5
+
+
+def train(cases: dict[str, Case], world_size: int, folder: Path, function: Any = train_cases) -> dict[str, Any]:
+    run_distributed(function, world_size, cases, str(folder / "made.pt"), timeout=900)
+    return torch.load(folder / "made.pt", weights_only=False)
+
+
+def assert_equal_to_plain(made: dict[str, Any], cases: dict[str, Case], world_size: int, limits: Any = bound) -> None:
+    """Every case has the weights and gradient norms of the plain loop, and skipped what it skipped."""
+    plain: dict[str, Any] = {}
+    wrong = []
+    for name, case in cases.items():
+        assert "error" not in made[name], (name, made[name]["error"])
+        key = repr(replace(case, zero={}, config={}, leaves=()))
+        if key not in plain:
+            plain[key] = train_plainly(case, world_size)
+        weights, norms = plain[key]
+        error = error_of(case, made[name], weights)
+        print(f"{world_size} ranks, {name}: relative error of the weight change {error:.1e}")
+        if error >= limits(name):
+            wrong.append((name, error))
+        skipped = [step for step, record in enumerate(made[name]["records"]) if not record["applied"]]
+        assert skipped == ([case.poison[0]] if case.poison else []), name
+        measured = [record["norm"] for record in made[name]["records"] if record["applied"]]
+        assert measured == pytest.approx(norms, rel=max(1e-5, limits(name))), name
+    assert not wrong
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 4), (2, 2), (3, 1)])
+def test_weights_equal_the_plain_loop(world_size: int, micro: int, tmp_path: Path) -> None:
+    """Under one rank count and micro-batch split every cell; the plain loop is the same for all three."""
+    rules = RULES if world_size == 2 else {rule: RULES[rule] for rule in ("sago", "pcgrad-global")}
+    cases = {
+        f"{name} {rule}": Case(zero=zero, micro=micro, **options)
+        for name, zero in CONFIGURATIONS.items()
+        for rule, options in rules.items()
+    }
+    if world_size == 3:  # `early` belongs to the samples of the first half: one micro-batch would give it to all
+        cases = {name: replace(case, micro=4) for name, case in cases.items()}
+    made = train(cases, world_size, tmp_path)
+    assert_equal_to_plain(made, cases, world_size)
+    touched = {name for record in made["3 sago"]["records"] for name in record["changed"]}
+    assert {"early", "even", "forget_only"} <= touched and not {"never", "frozen.weight"} & touched
+
+
+PROGRAM = ("zero1", "zero2", "zero3_offload")
+
+
+def test_shipped_configurations_through_the_program(world: World, tmp_path: Path) -> None:
+    (tmp_path / "zero0.json").write_text("{}")
+    files = {"zero0": str(tmp_path / "zero0.json"), **{name: f"ds_configs/{name}.json" for name in PROGRAM}}
+    wanted = {(file, rule) for file in files for rule in RULES if file in PROGRAM or rule == "pcgrad-global"}
+    settings = {
+        (file, rule): world.configuration(
+            tmp_path / f"{file}-{rule}", synthesis=RULES[rule], train={"deepspeed": files[file]}
+        )
+        for file, rule in sorted(wanted)
+    }
+    run_distributed(train_program, 2, list(settings.values()), timeout=900)
+    initial = load_file(world.folder / "model" / "model.safetensors")
+    for rule in RULES:
+        weights, records = oracle.train(settings["zero1", rule])
+        for (file, other), config in settings.items():
+            if other == rule:
+                final = load_file(Path(config["output"]) / "final" / "model.safetensors")
+                error = oracle.weight_change_error(final, weights, initial)
+                print(f"program, {file} {rule}: relative error of the weight change {error:.1e}")
+                assert error < bound(rule), (file, rule)
+                lines = (Path(config["output"]) / "metrics.jsonl").read_text().splitlines()
+                norms = [json.loads(line)["grad_norm"] for line in lines]
+                assert norms == pytest.approx([record["grad_norm"] for record in records], rel=1e-4)
+
+
+# -- half precision ----------------------------------------------------------------------------------------------------
+
+
+def test_bf16_equals_a_loop_that_rounds_likewise(tmp_path: Path) -> None:
+    """fp32 accumulation and fp32 on the wire: nothing is rounded to bf16 but what the plain loop rounds too."""
+    cases = {
+        f"{name} {rule}": Case(zero=zero, dtype="bfloat16", config=FP32_WIRE, **SGD, **options)
+        for name, zero in CONFIGURATIONS.items()
+        for rule, options in RULES.items()
+        if name != "0" and (name in HOLDERS or rule == "sago")
+    }
+    assert_equal_to_plain(train(cases, 2, tmp_path), cases, 2)
+
+
+def test_bf16_accumulation_stays_within_its_rounding(tmp_path: Path) -> None:
+    """Sums of 2 micro-batches x 2 ranks in bf16: 4 roundings of 2^-9 each, of parts a few times as large as the sum."""
+    accumulate = {"data_types": {"grad_accum_dtype": "bf16"}}
+    cases = {
+        f"{name} {rule}": Case(zero=CONFIGURATIONS[name], dtype="bfloat16", config=accumulate, **SGD, **options)
+        for name in HOLDERS
+        for rule, options in RULES.items()
+    }
+    cases["0 mixed"] = Case(zero={"stage": 0}, dtype="bfloat16", config=FP32_WIRE)
+    made = train(cases, 2, tmp_path)
+    assert "NotImplementedError: unsupported mix of model_dtype=torch.bfloat16" in made["0 mixed"]["error"]
+    del cases["0 mixed"]
+    assert_equal_to_plain(made, cases, 2, lambda name: 8 * 4 * 2**-9)
+
+
+def train_fp16_cases(cases: dict[str, Case], file: str) -> None:
+    """DeepSpeed refuses fp16 on a CPU for lack of fast kernels; torch has slow ones, so the logic can be run."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True  # pyright: ignore
+    train_cases(cases, file)
+
+
+def test_fp16_overflow_of_either_task_lowers_the_scale(tmp_path: Path) -> None:
+    config = {**FP32_WIRE, "fp16": {"initial_scale_power": 8, "loss_scale_window": 100, "hysteresis": 1}}
+    poisons = {"": None, " forget": (1, "forget", float("inf")), " retain": (1, "retain", float("nan"))}
+    cases = {
+        f"{name} {rule}{task}": Case(zero=zero, dtype="float16", config=config, poison=poison, **SGD, **RULES[rule])
+        for name, zero in CONFIGURATIONS.items()
+        for rule in ("sum", "sago", "pcgrad-global")
+        for task, poison in poisons.items()
+        if name in HOLDERS[1:]
+    }
+    cases["0 sago"] = Case(zero={"stage": 0}, dtype="float16", config={"fp16": config["fp16"]})
+    made = train(cases, 2, tmp_path, train_fp16_cases)
+    assert "DeepSpeed does not scale the loss in fp16 without ZeRO" in made["0 sago"]["error"]
+    del cases["0 sago"]
+    assert_equal_to_plain(made, cases, 2)
+    for name, case in cases.items():
+        scales = [record["scale"] for record in made[name]["records"]]
+        assert scales == ([256, 128, 128, 128] if case.poison else [256] * 4), name
+
+
+def test_fp16_cannot_run_on_a_cpu(tmp_path: Path) -> None:
+    made = train({"fp16": Case(zero={"stage": 3}, dtype="float16")}, 1, tmp_path)
+    assert made["fp16"]["error"] == "ValueError: Type fp16 is not supported on your device."
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------------------------
+
+
+def test_non_finite_gradient_on_one_rank(tmp_path: Path) -> None:
+    """Only rank 0's loss is poisoned, and only one gradient element: no rank steps, and the next step is right."""
+    cases = {
+        f"{name} {rule} {task} {dtype}": Case(
+            zero=zero, poison=(1, task, bad), dtype=dtype, config=config, **SGD, **RULES[rule]
+        )
+        for name, zero in CONFIGURATIONS.items()
+        for rule, task, bad in (("sago", "forget", float("inf")), ("sum", "retain", float("nan")))
+        for dtype, config in (("float32", {}), ("bfloat16", FP32_WIRE))
+        if name in HOLDERS and (dtype == "float32" or name != "0")
+    }
+    made = train(cases, 2, tmp_path)
+    assert_equal_to_plain(made, cases, 2)
+    assert all(not made[name]["records"][1]["changed"] for name in cases)
+
+
+def test_a_task_without_gradient(tmp_path: Path) -> None:
+    """PCGrad is the retain gradient then; SAGO, taken literally, is zero: not even momentum moves a weight."""
+    cases = {
+        f"{name} {rule}": Case(zero=CONFIGURATIONS[name], scales={"forget": 0.0}, optimizer=optimizer, **RULES[rule])
+        for name in HOLDERS
+        for rule, optimizer in (("sum", "sgd"), ("pcgrad-module", "sgd"), ("pcgrad-global", "sgd"), ("sago", "adamw"))
+    }
+    made = train(cases, 2, tmp_path)
+    for name in [name for name in cases if "sago" in name]:
+        assert [record["changed"] for record in made[name]["records"]] == [[]] * 4, name
+        assert [record["applied"] for record in made[name]["records"]] == [True] * 4, name
+        del cases[name]
+    assert_equal_to_plain(made, cases, 2)
+
+
+def test_tiny_gradients(tmp_path: Path) -> None:
+    """1e-30: products of two of them are 0 in fp32, and so is DeepSpeed's norm (no clipping, which is right)."""
+    scales = {"forget": 1e-30, "retain": 1e-30}
+    cases = {
+        f"{name} {rule}": Case(
+            zero=CONFIGURATIONS[name], scales=scales, optimizer="sgd", lr=1e29, clip=0.0, **RULES[rule]
+        )
+        for name in HOLDERS
+        for rule in RULES
+    }
+    made = train(cases, 2, tmp_path)
+    for name, case in cases.items():
+        error = error_of(case, made[name], train_plainly(case, 2)[0])
+        print(f"{name}: relative error of the weight change {error:.1e}")
+        assert error < bound(name), name
+
+
+def train_as_documented(cases: dict[str, Case], file: str) -> None:
+    """DeepSpeed alone, one backward per step: which tensors did the second step, which does not touch `even`, move?"""
+    import torch.distributed as dist
+
+    from pipeline import ranks
+
+    ranks.start()
+    made = {}
+    for name, case in cases.items():
+        model = model_of(case)
+        engine = engine_of(case, model)
+        tokens = torch.tensor([[dist.get_rank(), 3], [4, 5]])
+        for even in (True, False):
+            before = weights_of(model)
+            engine.backward(engine(tokens, "retain", True, even))
+            engine.step()
+        after = weights_of(model)
+        made[name] = {"changed": [key for key in after if not torch.equal(before[key], after[key])]}
+        engine.destroy()
+    if dist.get_rank() == 0:
+        torch.save(made, file)
+
+
+STALE = {"1-offload": True, "2-offload": True, "3": True, "3-offload-small": True, "0": False, "1": False, "2": False}
+
+
+def test_stale_gradients_are_not_applied(tmp_path: Path) -> None:
+    """DeepSpeed alone applies the last step's gradient again to a tensor that this step does not touch; we do not."""
+    cases = {name: Case(zero=CONFIGURATIONS[name], **SGD) for name in STALE}
+    alone = train(cases, 2, tmp_path, train_as_documented)
+    assert {name: "even" in alone[name]["changed"] for name in cases} == STALE
+    cases = {f"{name} {rule}": replace(cases[name], **RULES[rule]) for name in STALE for rule in RULES}
+    made = train(cases, 2, tmp_path)
+    for name in cases:
+        for step, record in enumerate(made[name]["records"]):
+            assert ("even" in record["changed"]) == (step % 2 == 0), (name, step)
+
+
+# -- models with adapters and experts ----------------------------------------------------------------------------------
+
+
+def test_adapters_and_experts(tmp_path: Path) -> None:
+    moe: dict[str, Any] = {"model": "moe", "micro": 4}  # 1 or 2 tokens a micro-batch, 8 experts: most are not routed to
+    cases = {}
+    for rule, options in RULES.items():
+        for name in HOLDERS:
+            leaves = ("MixtralSparseMoeBlock",) if name.startswith("3") else ()
+            cases[f"adapters {name} {rule}"] = Case(model="adapters", zero=CONFIGURATIONS[name], **SGD, **options)
+            cases[f"moe {name} {rule}"] = Case(zero=CONFIGURATIONS[name], leaves=leaves, **moe, **SGD, **options)
+    made = train(cases, 2, tmp_path)
+    assert_equal_to_plain(made, cases, 2)
+    touched = {name for record in made["adapters 3 sago"]["records"] for name in record["changed"]}
+    assert touched and all("lora_" in name for name in touched)
+
+
+# -- offload to a disk -------------------------------------------------------------------------------------------------
+
+
+def test_offload_to_a_folder(tmp_path: Path) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder  # pyright: ignore[reportAttributeAccessIssue]
+
+    zero = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path / "disk")}}
+    cases = {rule: Case(model="wide", zero=zero, lr=1e-3, **RULES[rule]) for rule in RULES}
+    cases["sago forget"] = replace(cases["sago"], poison=(1, "forget", float("inf")))
+    made = train(cases, 2, tmp_path)
+    if AsyncIOBuilder().is_compatible():
+        assert_equal_to_plain(made, cases, 2)
+        assert list((tmp_path / "disk").rglob("*.swp")), "the optimizer's state went to the folder"
+    else:
+        assert all("async_io" in made[name]["error"] for name in cases)
+
+
+# -- memory and checks -------------------------------------------------------------------------------------------------
+
+
+def live_bytes() -> int:
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and thing.device.type != "meta"]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def watch_memory(seen: list[tuple[int, ...]], engine: Any, shards: Any) -> None:
+    """(elements of the spare, of a rank's share of the gradient), then (bytes born,) after each `combine`."""
+    spare = 0 if shards.spare is None else shards.spare.numel()
+    parts = 1 if shards.holder.replicated else engine.world_size
+    seen.append((spare, shards.num_elements // parts))
+    before = live_bytes() - 4 * spare
+    combine = shards.combine
+
+    def combined() -> Any:
+        geometry = combine()
+        seen.append((live_bytes() - before,))
+        return geometry
+
+    shards.combine = combined
+
+
+def measure_memory(names: list[str]) -> None:
+    """At the moment of combining, `sago` keeps alive exactly one partition more than `sum`, all steps alike."""
+    from pipeline import ranks
+
+    ranks.start()
+    for name in names:
+        seen: dict[str, list[tuple[int, ...]]] = {"sum": [], "sago": []}
+        for rule in seen:
+            case = Case(model="wide", zero=CONFIGURATIONS[name], steps=3, **SGD, **RULES[rule])
+            train_on_engine(case, partial(watch_memory, seen[rule]))
+        (numel, share), *_ = seen["sago"]
+        assert seen["sum"][0][0] == 0
+        assert share <= numel <= share + 100, (name, "padding and one slice a tensor")
+        for without, with_spare in zip(seen["sum"][1:], seen["sago"][1:], strict=True):
+            assert abs(with_spare[0] - without[0] - 4 * numel) < numel // 50, (name, seen)
+
+
+def test_one_spare_partition_on_every_stage() -> None:
+    run_distributed(measure_memory, 2, list(HOLDERS))
+
+
+def check_the_checks() -> None:
+    from pipeline import ranks
+    from pipeline.shards import Shards
+    from pipeline.synthesis import Synthesis
+
+    ranks.start()
+    hidden = {"3": "grad_partitions_flat_buffer", "2": "averaged_gradients", "1-offload": "norm_for_param_grads"}
+    for name, attribute in hidden.items():
+        case = Case(zero=CONFIGURATIONS[name])
+        engine = engine_of(case, model_of(case))
+        delattr(engine.optimizer, attribute)
+        with pytest.raises(RuntimeError, match=r"elsewhere than expected.*deepspeed>=0\.19\.8"):
+            Shards(engine, Synthesis("sago"), combine_tasks=True)
+    case = Case(zero=CONFIGURATIONS["3"])
+    engine = engine_of(case, model_of(case))
+    engine.optimizer.fp16_groups[0].reverse()  # the slots of the flat partition in another order
+    with pytest.raises(RuntimeError, match="in order"):
+        Shards(engine, Synthesis("sago"), combine_tasks=True)
+    foreign = SimpleNamespace(
+        optimizer=object(), zero_optimization_stage=lambda: 2, managed_gradient_accumulation=lambda: True
+    )
+    with pytest.raises(RuntimeError, match="ZeRO stage 2 with object"):
+        Shards(foreign, Synthesis("sago"), combine_tasks=True)
+
+
+def test_a_buffer_elsewhere_is_refused_at_start() -> None:
+    run_distributed(check_the_checks, 1)

@@ -1,0 +1,292 @@
+"""A toy model full of awkward tensors, trained by the program's Shards on real engines, and by a plain loop.
+
+The plain loop is one process on whole tensors; of the program it shares nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests import oracle
+
+BATCH = 12  # samples per task and step, over all ranks
+
+
+class Toy(nn.Module):
+    """Tied, frozen, odd-sized and one-element tensors; some that a task, a step or a micro-batch does not touch."""
+
+    def __init__(self, width: int = 11) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 5)  # also the head
+        self.forget_only = nn.Parameter(0.1 * torch.randn(3))
+        self.up = nn.Linear(5, width)
+        self.gain = nn.Parameter(torch.ones(1))  # fewer elements than ranks
+        self.down = nn.Linear(width, 5, bias=False)
+        self.frozen = nn.Linear(5, 5).requires_grad_(False)
+        self.early = nn.Parameter(0.1 * torch.randn(2))  # touched by the first half of a batch only
+        self.even = nn.Parameter(0.1 * torch.randn(3))  # touched in even steps only
+        self.never = nn.Parameter(torch.randn(4))
+        self.retain_only = nn.Parameter(0.1 * torch.randn(3))
+
+    def forward(self, tokens: Tensor, task: str, early: bool, even: bool, poison: float = 0.0) -> Tensor:
+        """tokens: [n, 2] input and target. 0-dim: the sum of the samples' losses."""
+        hidden = self.embedding(tokens[:, 0])
+        hidden = hidden + self.gain * self.down(torch.tanh(self.up(hidden)))
+        hidden = self.frozen(hidden)
+        hidden = hidden + F.pad(self.forget_only if task == "forget" else self.retain_only, (1, 1))
+        if early:
+            hidden = hidden * (1 + self.early.mean())
+        if even:
+            hidden = hidden + F.pad(self.even, (0, 2))
+        logits = F.linear(hidden, self.embedding.weight).float()
+        loss = F.cross_entropy(logits, tokens[:, 1], reduction="sum")
+        if poison:  # reaches one element of one gradient
+            loss = loss + poison * (self.gain - self.gain.detach()).float().sum()
+        return -loss if task == "forget" else loss
+
+
+class Adapter(nn.Module):
+    """LoRA of rank 3 on a frozen linear layer, as peft builds it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.lora_A = nn.Linear(base.in_features, 3, bias=False)
+        self.lora_B = nn.Linear(3, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.lora_B(self.lora_A(x))
+
+
+class Transformer(nn.Module):
+    """A tiny model of the transformers library behind the toy's interface."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, tokens: Tensor, task: str, early: bool, even: bool, poison: float = 0.0) -> Tensor:
+        logits = self.inner(input_ids=tokens, use_cache=False).logits
+        loss = F.cross_entropy(logits[:, 0].float(), tokens[:, 1], reduction="sum")
+        return -loss if task == "forget" else loss
+
+
+def model_of(case: Case) -> nn.Module:
+    """The same initial weights on every call."""
+    torch.manual_seed(0)
+    if case.model in ("toy", "wide"):
+        return Toy({"toy": 11, "wide": 120_001}[case.model]).to(getattr(torch, case.dtype))
+    import transformers
+
+    shape: dict[str, Any] = {
+        "vocab_size": 7,
+        "hidden_size": 12,
+        "intermediate_size": 10,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    if case.model == "adapters":
+        llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).requires_grad_(False)
+        for layer in llama.model.layers:
+            layer.self_attn.q_proj = Adapter(layer.self_attn.q_proj)  # pyright: ignore[reportAttributeAccessIssue]
+            layer.mlp.down_proj = Adapter(layer.mlp.down_proj)  # pyright: ignore[reportAttributeAccessIssue]
+        return Transformer(llama)
+    experts = transformers.MixtralConfig(**shape, num_local_experts=8, num_experts_per_tok=1)
+    return Transformer(transformers.MixtralForCausalLM(experts))
+
+
+@dataclass
+class Case:
+    """One run, of a small model on an engine and of the plain loop."""
+
+    model: str = "toy"  # toy | wide (large enough for DeepSpeed to swap it) | adapters | moe
+    zero: dict[str, Any] = field(default_factory=dict)  # zero_optimization
+    config: dict[str, Any] = field(default_factory=dict)  # the rest of DeepSpeed's configuration
+    leaves: tuple[str, ...] = ()  # classes of modules whose parameters ZeRO-3 handles together
+    rule: str = "sago"
+    scope: str = "element"
+    micro: int = 2  # micro-batches per rank, task and step
+    optimizer: str = "adamw"
+    lr: float = 0.01
+    clip: float = 0.5
+    dtype: str = "float32"
+    scales: dict[str, float] = field(default_factory=dict)  # task -> factor of its loss
+    poison: tuple[int, str, float] | None = None  # step, task, the value that rank 0 finds in one gradient element
+    steps: int = 4
+
+
+def tokens_of(step: int, task: str) -> Tensor:
+    dice = torch.Generator().manual_seed(1000 * step + (task == "forget"))
+    return torch.randint(7, (BATCH, 2), generator=dice)
+
+
+def chunks_of(case: Case, step: int, task: str, world: int) -> list[list[tuple[Tensor, bool]]]:
+    """[micro-batch][rank] -> tokens, and whether it touches `early`."""
+    halves = [chunk.chunk(world) for chunk in tokens_of(step, task).chunk(case.micro)]
+    return [[(part, 2 * m < case.micro) for part in parts] for m, parts in enumerate(halves)]
+
+
+def make_optimizer(case: Case, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    if case.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=case.lr)
+    return torch.optim.AdamW(parameters, lr=case.lr, weight_decay=0.0)
+
+
+# -- on engines --------------------------------------------------------------------------------------------------------
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
+
+
+def engine_of(case: Case, model: nn.Module) -> Any:
+    import deepspeed
+
+    low = {
+        "bfloat16": {"bf16": {"enabled": True}},
+        "float16": {"fp16": {"enabled": True, **case.config.get("fp16", {})}},
+    }
+    if case.leaves:
+        deepspeed.utils.set_z3_leaf_modules(model, list(case.leaves))
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=make_optimizer(case, [p for p in model.parameters() if p.requires_grad]),  # pyright: ignore
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": case.clip,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+            "zero_optimization": case.zero,
+            **case.config,
+            **low.get(case.dtype, {}),
+        },
+    )
+    return engine
+
+
+def train_on_engine(case: Case, watch: Any = None) -> dict[str, Any]:
+    """What the case made of the weights (by name), and the records of the steps. Every rank must call."""
+    import torch.distributed as dist
+
+    from pipeline.shards import Shards
+    from pipeline.synthesis import Synthesis
+
+    model = model_of(case)
+    engine = engine_of(case, model)
+    shards = Shards(engine, Synthesis(case.rule, case.scope, 0.7, 0.9), combine_tasks=case.rule != "sum")
+    if watch is not None:
+        watch(engine, shards)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    records = []
+    for step in range(case.steps):
+        before = weights_of(model)
+        shards.clear()
+        for task in ("forget", "retain"):
+            for parts in chunks_of(case, step, task, world):
+                tokens, early = parts[rank]
+                bad = case.poison[2] if case.poison and case.poison[:2] == (step, task) and rank == 0 else 0.0
+                loss = engine(tokens, task, early, step % 2 == 0, bad)
+                scale = case.scales.get(task, 1.0) * shards.weight(task) * world / BATCH
+                engine.backward(loss * scale, scale_wrt_gas=False)
+            shards.take(task)
+        geometry = shards.combine()
+        if shards.ready:
+            engine.step()
+        applied = shards.ready and engine.was_step_applied()
+        after = weights_of(model)
+        records.append(
+            {
+                "applied": applied,
+                "ready": shards.ready,
+                "changed": [name for name in after if not torch.equal(before[name], after[name])],
+                "norm": float(engine.get_global_grad_norm()) if applied else None,
+                "geometry": geometry,
+                "scale": getattr(engine.optimizer, "cur_scale", None),
+            }
+        )
+    weights = weights_of(model)
+    engine.destroy()
+    return {"weights": weights, "records": records}
+
+
+def train_cases(cases: dict[str, Case], file: str) -> None:
+    """On every rank: all cases in one process group; rank 0 saves what they made, or the error they raised."""
+    import torch.distributed as dist
+
+    from pipeline import ranks
+
+    ranks.start()
+    made = {}
+    for name, case in cases.items():
+        try:
+            made[name] = train_on_engine(case)
+        except Exception as error:
+            made[name] = {"error": f"{type(error).__name__}: {error}"}
+            dist.barrier()
+    if dist.get_rank() == 0:
+        torch.save(made, Path(file))
+
+
+# -- alone -------------------------------------------------------------------------------------------------------------
+
+
+def train_plainly(case: Case, world: int = 1) -> tuple[dict[str, Tensor], list[float]]:
+    """(weights by name, gradient norm of each step) of one process that keeps two whole gradients.
+
+    In bf16 and fp16 each micro-batch of each of `world` ranks gives a gradient of that dtype; they are added up in
+    fp32, and an fp32 copy of the weights is updated and rounded again. Under `sum` the weights multiply the losses.
+    """
+    model = model_of(case)
+    low = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    master = {name: p.detach().float().clone() for name, p in low.items()}
+    optimizer = make_optimizer(case, list(master.values()))
+    alpha, gamma, rule = 0.7, 0.9, case.rule
+    weights = {"forget": gamma, "retain": alpha} if rule == "sum" else {"forget": 1.0, "retain": 1.0}
+    norms = []
+    for step in range(case.steps):
+        gradients = {}
+        for task in ("forget", "retain"):
+            total = {name: torch.zeros_like(p) for name, p in master.items()}
+            for parts in chunks_of(case, step, task, world):
+                for tokens, early in parts:
+                    scale = weights[task] * case.scales.get(task, 1.0) / BATCH
+                    loss = model(tokens, task, early, step % 2 == 0) * scale
+                    for name, part in zip(
+                        low, torch.autograd.grad(loss, list(low.values()), allow_unused=True), strict=True
+                    ):
+                        if part is not None:
+                            total[name] += part.float()
+            gradients[task] = total
+        if case.poison and case.poison[0] == step:
+            continue
+        f, r = gradients["forget"], gradients["retain"]
+        if rule == "sum":
+            g = {name: f[name] + r[name] for name in f}
+        else:
+            g = oracle.combine(rule, case.scope or "element", f, r, alpha, gamma)
+        for name, parameter in master.items():
+            parameter.grad = g[name].float()
+        norms.append(nn.utils.clip_grad_norm_(list(master.values()), case.clip or torch.inf).item())
+        optimizer.step()
+        with torch.no_grad():
+            for name, parameter in master.items():
+                low[name].copy_(parameter)
+    return {name: p.detach().float() for name, p in model.named_parameters()}, norms
+
+
+def error_of(case: Case, made: dict[str, Any], plain: dict[str, Tensor]) -> float:
+    """Relative error of the change of the weights."""
+    start = {name: p.detach().float() for name, p in model_of(case).named_parameters()}
+    return oracle.weight_change_error(made["weights"], plain, start)

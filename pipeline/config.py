@@ -121,7 +121,7 @@ class Train(Section):
     batch_size: int = Field(32, ge=1, description="sequences per task and step, over all ranks")
     micro_batch_size: int = Field(4, ge=1, description="sequences per forward pass and rank")
     deepspeed: str = Field("ds_configs/zero3.json", description="ZeRO, precision and communication")
-    checkpoint_every: Literal[0] = Field(0, description="reserved for checkpoints; 0 is off")
+    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints for --resume; 0 is off")
     export_every: int = Field(0, ge=0, description="steps between Hugging Face exports on the way; 0 is off")
     max_skipped: int = Field(10, ge=1, description="non-finite steps in a row that end the run")
 
@@ -360,16 +360,31 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     return merged
 
 
-def refuse_foreign_output(output: Path) -> None:
-    """A run folder is never overwritten.
+def refuse_foreign_output(config: RunConfig, resume: bool) -> None:
+    """A run folder is never overwritten, and resumed only by the run that it holds.
 
     Raises:
-        InputError: `output` already holds a run, or is a file.
+        InputError: `output` is a file, holds a run (without `resume`), or another run than `config` describes.
     """
+    output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise InputError(f"output: {output} is a file; name a folder")
-    if any((output / name).exists() for name in ("config.yaml", "metrics.jsonl", "final")):
-        raise InputError(f"output: {output} already holds a run; name another folder or remove it")
+    if not any((output / name).exists() for name in ("config.yaml", "metrics.jsonl", "final")):
+        return
+    if not resume:
+        raise InputError(f"output: {output} already holds a run; name another folder, remove it, or give --resume")
+    before, now = (_flat(run.model_dump()) for run in (resolve(output / "config.yaml"), config))
+    for key in now:
+        if before[key] != now[key]:
+            raise InputError(f"--resume: {key} was {before[key]!r} in {output} and is {now[key]!r} now; keep it")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys; a section that is absent is None."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -395,8 +410,8 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"command line: {message}")
 
 
-def parse_command_line(arguments: Sequence[str] | None = None) -> RunConfig:
-    """The configuration that the command line asks for.
+def parse_command_line(arguments: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
+    """The configuration that the command line asks for, and whether to resume.
 
     Raises:
         InputError: see `resolve`. (`--help` ends the process with status 0.)
@@ -411,9 +426,10 @@ def parse_command_line(arguments: Sequence[str] | None = None) -> RunConfig:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file")
     parser.add_argument("--method", metavar="NAME", help="a preset from the file's table `methods:`")
+    parser.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint, if any")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     known, rest = parser.parse_known_args(arguments)
-    return resolve(known.config, known.method, rest)
+    return resolve(known.config, known.method, rest), known.resume
 
 
 def world_from_environment() -> tuple[int, int]:

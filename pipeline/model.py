@@ -93,6 +93,7 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
         tokenizer.save_pretrained(unfinished)
         if card is not None:
             (unfinished / "README.md").write_text(card, encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)  # an export of a run that was cut off and resumed
         os.replace(unfinished, folder)
     dist.barrier()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,21 @@ _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 class Monitor:
-    """Collects the numbers of a step with `record`, and writes them with `flush`. Writes on rank 0 alone."""
+    """Collects the numbers of a step with `record`, and writes them with `flush`. Writes on rank 0 alone.
 
-    def __init__(self, folder: Path, *, steps: int, device: torch.device) -> None:
+    A run that goes on after `start` steps drops what it logged beyond them: each step is there once, in order.
+    """
+
+    def __init__(self, folder: Path, *, start: int, steps: int, device: torch.device) -> None:
         self.device = device
         self.values: dict[str, Any] = {}
         self.pending: dict[str, dict[str, torch.Tensor]] = {}
         self.is_writer = dist.get_rank() == 0
         if self.is_writer:
+            _keep_lines(folder / "metrics.jsonl", start)
             self.lines = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-            self.board = SummaryWriter(str(folder / "tensorboard"))
-            self.bar = tqdm(total=steps, desc="unlearning", unit=" steps", mininterval=0.5)
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+            self.bar = tqdm(total=steps, initial=start, desc="unlearning", unit=" steps", mininterval=0.5)
 
     def text(self, tag: str, text: str) -> None:
         """A text page in TensorBoard."""
@@ -67,6 +72,16 @@ class Monitor:
             self.bar.close()
             self.board.close()
             self.lines.close()
+
+
+def _keep_lines(file: Path, number: int) -> None:
+    """Cut a log back to its first `number` lines, all at once."""
+    if not file.exists():
+        return
+    kept = file.read_text(encoding="utf-8").splitlines(keepends=True)[:number]
+    unfinished = file.with_name(f".{file.name}")
+    unfinished.write_text("".join(kept), encoding="utf-8")
+    os.replace(unfinished, file)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -116,17 +116,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns (or, once ranks have met, exits with) the status."""
     rank, world_size = world_from_environment()
     try:
-        config = parse_command_line(arguments)
+        config, resume = parse_command_line(arguments)
         accumulation(config, world_size)
         zero = deepspeed_config(config)
-        refuse_foreign_output(Path(config.output))
+        refuse_foreign_output(config, resume)
     except InputError as error:
         return refuse(error, rank)
 
     from pipeline import ranks
 
     try:
-        run(config, zero)
+        run(config, zero, resume)
     except InputError as error:
         ranks.leave(refuse(error, rank))
     except BaseException:
@@ -141,8 +141,8 @@ def refuse(error: InputError, rank: int) -> int:
     return 2
 
 
-def run(config: RunConfig, zero: dict[str, Any]) -> None:
-    """Everything after the configuration: read, load, train, export.
+def run(config: RunConfig, zero: dict[str, Any], resume: bool = False) -> None:
+    """Everything after the configuration: read, load, train, export. Resuming a finished run does nothing.
 
     Raises:
         InputError: unusable data or model (before anything is written).
@@ -151,14 +151,17 @@ def run(config: RunConfig, zero: dict[str, Any]) -> None:
     import deepspeed
     import torch.distributed as dist
 
+    from pipeline import checkpoint, ranks
     from pipeline import model as models
-    from pipeline import ranks
     from pipeline.monitor import Monitor
     from pipeline.shards import Shards
     from pipeline.synthesis import Synthesis
 
+    folder = Path(config.output)
     quiet_libraries()
     device = ranks.start()
+    if (folder / "final").exists():
+        return
     with ranks.together():
         tokenizer = models.load_tokenizer(config.model.path)
     streams = {task: open_stream(config, task, tokenizer) for task in config.tasks}
@@ -176,17 +179,20 @@ def run(config: RunConfig, zero: dict[str, Any]) -> None:
     shards = Shards(engine, Synthesis(**rules), combine_tasks=combine_tasks)
     tasks = [make_task(config, task, streams[task], engine, tokenizer, origin) for task in config.tasks]
 
-    folder = Path(config.output)
+    start, last = 0, checkpoint.newest(folder) if resume else None
+    if last is not None:
+        with ranks.together():
+            start = checkpoint.load(engine, shards, last)
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     dist.barrier()
-    monitor = Monitor(folder, steps=config.train.steps, device=device)
+    monitor = Monitor(folder, start=start, steps=config.train.steps, device=device)
     monitor.text("configuration", f"```yaml\n{to_yaml(config)}```")
     corpora = {task: stream.sequences.digest for task, stream in streams.items()}
     numbers: dict[str, Any] = {}
-    skipped_in_a_row = num_applied = 0
-    for step in range(config.train.steps):
+    skipped_in_a_row, num_applied = 0, start
+    for step in range(start, config.train.steps):
         applied = train_step(engine, shards, tasks, step, monitor)
         numbers = monitor.flush(step + 1)
         num_applied += applied
@@ -196,6 +202,8 @@ def run(config: RunConfig, zero: dict[str, Any]) -> None:
                 f"{skipped_in_a_row} steps in a row had a non-finite gradient (step {step + 1}); "
                 "lower optimizer.lr, or set optimizer.clip, or use an objective that is bounded (npo, simnpo)"
             )
+        if config.train.checkpoint_every and (step + 1) % config.train.checkpoint_every == 0:
+            checkpoint.save(engine, shards, folder, step + 1)
         if config.train.export_every and (step + 1) % config.train.export_every == 0:
             models.export(model, tokenizer, folder / "exports" / f"step-{step + 1:06d}")
     monitor.close()

@@ -95,9 +95,11 @@ def model_of(case: Case) -> nn.Module:
     if case.model == "adapters":
         llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).requires_grad_(False)
         for layer in llama.model.layers:
-            layer.self_attn.q_proj = Adapter(layer.self_attn.q_proj)  # pyright: ignore[reportAttributeAccessIssue]
-            layer.mlp.down_proj = Adapter(layer.mlp.down_proj)  # pyright: ignore[reportAttributeAccessIssue]
+            blocks: Any = layer
+            blocks.self_attn.q_proj = Adapter(blocks.self_attn.q_proj)
+            blocks.mlp.down_proj = Adapter(blocks.mlp.down_proj)
         return Transformer(llama)
+    shape.update(hidden_size=16, intermediate_size=16)  # torch's grouped product wants strides of 16 bytes
     experts = transformers.MixtralConfig(**shape, num_local_experts=8, num_experts_per_tok=1)
     return Transformer(transformers.MixtralForCausalLM(experts))
 

@@ -360,7 +360,7 @@ def measure_memory(names: list[str]) -> None:
             train_on_engine(case, partial(watch_memory, seen[rule]))
         (numel, share), *_ = seen["sago"]
         assert seen["sum"][0][0] == 0
-        assert share <= numel <= share + 100, (name, "padding and one slice a tensor")
+        assert abs(numel - share) < 100, (name, "but for padding")
         for without, with_spare in zip(seen["sum"][1:], seen["sago"][1:], strict=True):
             assert abs(with_spare[0] - without[0] - 4 * numel) < numel // 50, (name, seen)
 
@@ -387,7 +387,7 @@ def check_the_checks() -> None:
     engine.optimizer.fp16_groups[0].reverse()  # the slots of the flat partition in another order
     with pytest.raises(RuntimeError, match="in order"):
         Shards(engine, Synthesis("sago"), combine_tasks=True)
-    foreign = SimpleNamespace(
+    foreign: Any = SimpleNamespace(
         optimizer=object(), zero_optimization_stage=lambda: 2, managed_gradient_accumulation=lambda: True
     )
     with pytest.raises(RuntimeError, match="ZeRO stage 2 with object"):

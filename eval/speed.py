@@ -97,7 +97,7 @@ def build(options: argparse.Namespace) -> tuple[Any, list[Any], RunConfig]:
     model.train()
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=make_optimizer(config, model),  # pyright: ignore[reportArgumentType]
+        optimizer=make_optimizer(config, model, zero),  # pyright: ignore[reportArgumentType]
         lr_scheduler=lambda optimizer: make_schedule(config, optimizer),
         config=zero,
     )

@@ -131,7 +131,8 @@ def test_overrides(tokens: list[str], key: str, value: Any, config: Resolve, tmp
     """Also through the whole command line, where argparse has its own opinion of what starts with a dash."""
     got = value_at(config(*tokens), key)
     assert got == value and type(got) is type(value)
-    made = parse_command_line(["--config", str(tmp_path / "run.yaml"), *tokens])
+    made, resume = parse_command_line(["--config", str(tmp_path / "run.yaml"), *tokens])
+    assert not resume
     assert value_at(made, key) == value
     untouched = value_at(config(), "train.batch_size")
     assert made.train.batch_size == untouched and made.data.forget == config().data.forget
@@ -329,17 +330,20 @@ def test_a_hint_lists_what_is_valid() -> None:
     assert all("valid: sum, sago" in nearest(name, ["sum", "sago"]) for name in ("sagoo", "xyz"))
 
 
-def test_an_output_that_holds_a_run_is_refused(tmp_path: Path) -> None:
-    refuse_foreign_output(tmp_path / "new")
-    refuse_foreign_output(tmp_path)  # an empty folder will do
+def test_an_output_that_holds_a_run_is_refused(tmp_path: Path, config: Resolve) -> None:
+    def check(output: Path, resume: bool = False) -> None:
+        refuse_foreign_output(config(output=str(output)), resume)
+
+    for resume in (False, True):  # a job script may always say --resume
+        check(tmp_path / "new", resume)
+        check(tmp_path, resume)  # a folder without a run will do
     (tmp_path / "note.txt").touch()
-    refuse_foreign_output(tmp_path)
-    assert "is a file" in refusal(lambda: refuse_foreign_output(tmp_path / "note.txt"))
+    assert "is a file" in refusal(lambda: check(tmp_path / "note.txt"))
     for name in ("config.yaml", "metrics.jsonl", "final"):
         folder = tmp_path / f"with-{name}"
         folder.mkdir()
         (folder / name).touch()
-        assert str(folder) in refusal(lambda folder=folder: refuse_foreign_output(folder))
+        assert str(folder) in refusal(lambda folder=folder: check(folder))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -404,7 +408,7 @@ def test_the_run_decides_batch_clipping_and_precision(deepspeed: Any) -> None:
     assert made["train_micro_batch_size_per_gpu"] == 8
     assert made["gradient_clipping"] == 0.5
     assert made["bf16"]["enabled"] is True and made["fp16"]["enabled"] is False
-    assert made["managed_gradient_accumulation"] is False  # engine.step() is the boundary
+    assert made["managed_gradient_accumulation"] is True  # the boundary is set by pipeline/shards.py
     assert made["data_types"]["grad_accum_dtype"] == "fp32"  # gradients are complete, and exact, before they meet
     assert made["zero_optimization"]["stage"] == 3
     full = deepspeed(STAGE3, model={"dtype": "float32"})
@@ -440,7 +444,7 @@ def test_what_the_file_says_beside_that_is_kept(deepspeed: Any) -> None:
         ({**STAGE3, "gradient_clipping": 0.3}, ["'gradient_clipping'", "0.3", "1.0"]),
         ({**STAGE3, "bf16": {"enabled": False}}, ["'bf16'", "False", "True"]),
         ({**STAGE3, "fp16": {"enabled": True}}, ["'fp16'", "True", "False"]),
-        ({**STAGE3, "managed_gradient_accumulation": True}, ["'managed_gradient_accumulation'"]),
+        ({**STAGE3, "managed_gradient_accumulation": False}, ["'managed_gradient_accumulation'"]),
         ("{\n  'stage': 3\n}", ["line 2", "JSON"]),
         ('{"zero_optimization": {"stage": 3}', ["line 1", "JSON"]),
         ("", ["JSON"]),
@@ -627,11 +631,11 @@ def identifiers(file: Path) -> set[str]:
     return found
 
 
-def test_only_shards_knows_where_deepspeed_keeps_gradients() -> None:
+def test_only_holders_knows_where_deepspeed_keeps_gradients() -> None:
     def used(names: Sequence[str], file: Path) -> list[str]:
         return [name for name in names if name in identifiers(file)]
 
-    assert used(INTERNALS, REPOSITORY / "pipeline" / "shards.py")
+    assert used(INTERNALS, REPOSITORY / "pipeline" / "holders.py")
     for name in ROOMS:
-        if name != "shards":
+        if name != "holders":
             assert not used(INTERNALS, REPOSITORY / "pipeline" / f"{name}.py"), name

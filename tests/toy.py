@@ -51,19 +51,6 @@ class Toy(nn.Module):
         return -loss if task == "forget" else loss
 
 
-class Adapter(nn.Module):
-    """LoRA of rank 3 on a frozen linear layer, as peft builds it."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base
-        self.lora_A = nn.Linear(base.in_features, 3, bias=False)
-        self.lora_B = nn.Linear(3, base.out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.lora_B(self.lora_A(x))
-
-
 class Transformer(nn.Module):
     """A tiny model of the transformers library behind the toy's interface."""
 
@@ -82,6 +69,7 @@ def model_of(case: Case) -> nn.Module:
     torch.manual_seed(0)
     if case.model in ("toy", "wide"):
         return Toy({"toy": 11, "wide": 120_001}[case.model]).to(getattr(torch, case.dtype))
+    import peft
     import transformers
 
     shape: dict[str, Any] = {
@@ -94,11 +82,8 @@ def model_of(case: Case) -> nn.Module:
     }
     if case.model == "adapters":
         llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).requires_grad_(False)
-        for layer in llama.model.layers:
-            blocks: Any = layer
-            blocks.self_attn.q_proj = Adapter(blocks.self_attn.q_proj)
-            blocks.mlp.down_proj = Adapter(blocks.mlp.down_proj)
-        return Transformer(llama)
+        adapters = peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        return Transformer(peft.inject_adapter_in_model(adapters, llama))
     shape.update(hidden_size=16, intermediate_size=16)  # torch's grouped product wants strides of 16 bytes
     experts = transformers.MixtralConfig(**shape, num_local_experts=8, num_experts_per_tok=1)
     return Transformer(transformers.MixtralForCausalLM(experts))
@@ -108,7 +93,7 @@ def model_of(case: Case) -> nn.Module:
 class Case:
     """One run, of a small model on an engine and of the plain loop."""
 
-    model: str = "toy"  # toy | wide (large enough for DeepSpeed to swap it) | adapters | moe
+    model: str = "toy"  # toy | wide (partitions that memory shows) | adapters | moe
     zero: dict[str, Any] = field(default_factory=dict)  # zero_optimization
     config: dict[str, Any] = field(default_factory=dict)  # the rest of DeepSpeed's configuration
     leaves: tuple[str, ...] = ()  # classes of modules whose parameters ZeRO-3 handles together

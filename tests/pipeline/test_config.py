@@ -449,6 +449,9 @@ def test_what_the_file_says_beside_that_is_kept(deepspeed: Any) -> None:
         ('{"zero_optimization": {"stage": 3}', ["line 1", "JSON"]),
         ("", ["JSON"]),
         ("[1, 2]", ["object", "list"]),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, ["nvme", "cpu"]),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, ["stage 3"]),
+        ({"zero_optimization": {"stage": 4}}, ["stage"]),
         ("3", ["object", "int"]),
         pytest.param(
             {**STAGE3, "data_types": None},

@@ -306,23 +306,6 @@ def test_adapters_and_experts(tmp_path: Path) -> None:
     assert touched and all("lora_" in name for name in touched)
 
 
-# -- offload to a disk -------------------------------------------------------------------------------------------------
-
-
-def test_offload_to_a_folder(tmp_path: Path) -> None:
-    from deepspeed.ops.op_builder import AsyncIOBuilder  # pyright: ignore[reportAttributeAccessIssue]
-
-    zero = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path / "disk")}}
-    cases = {rule: Case(model="wide", zero=zero, lr=1e-3, **RULES[rule]) for rule in RULES}
-    cases["sago forget"] = replace(cases["sago"], poison=(1, "forget", float("inf")))
-    made = train(cases, 2, tmp_path)
-    if AsyncIOBuilder().is_compatible():
-        assert_equal_to_plain(made, cases, 2)
-        assert list((tmp_path / "disk").rglob("*.swp")), "the optimizer's state went to the folder"
-    else:
-        assert all("async_io" in made[name]["error"] for name in cases)
-
-
 # -- memory and checks -------------------------------------------------------------------------------------------------
 
 

@@ -11,8 +11,9 @@ DeepSpeed does not forget on its own: on most stages some buffer keeps last step
 in this one, and would apply it again. `clear` is therefore thorough, and a tensor without a gradient has gradient zero.
 
 DeepSpeed 0.19.8 refuses: fp16 on a CPU ("Type fp16 is not supported on your device."); stage 0 in bf16 with fp32
-accumulation ("unsupported mix of model_dtype=..."). We refuse fp16 on stage 0, where it divides gradients by a loss scale
-that the loss was never multiplied with. Under ZeRO-2 and 3 all ranks must use the same tensors in each micro-batch (for experts: `deepspeed.utils.set_z3_leaf_modules`).
+accumulation ("unsupported mix of model_dtype=..."). We refuse fp16 on stage 0, where it divides gradients by a loss
+scale that the loss was never multiplied with. Under ZeRO-2 and 3 all ranks must use the same tensors in each
+micro-batch (for experts: `deepspeed.utils.set_z3_leaf_modules`).
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 def _local_documents(path: Path, field: str) -> Iterator[str]:
     try:
         if path.suffix == ".txt":
-            yield from (line.strip() for _, line in _lines(path) if line.strip())  # one document a line
+            yield from (line.rstrip("\r\n") for _, line in _lines(path) if line.strip())  # one document a line
             return
         rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
         for where, row in rows:

@@ -161,6 +161,8 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False) -> None:
     quiet_libraries()
     device = ranks.start()
     if (folder / "final").exists():
+        if dist.get_rank() == 0:
+            print(f"{folder} is complete: nothing to resume", file=sys.stderr)
         return
     with ranks.together():
         tokenizer = models.load_tokenizer(config.model.path)

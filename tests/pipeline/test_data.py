@@ -103,7 +103,7 @@ def test_blank_lines_are_not_documents(read: Any, tokenizer: PreTrainedTokenizer
     lines = [json.dumps({"text": text}) for text in DOCUMENTS]
     (tmp_path / "a.jsonl").write_text("\n\n" + "\n  \n".join(lines) + "\n\t\n\n")
     (tmp_path / "b.jsonl").write_bytes("\r\n".join(lines).encode())  # and no end of line after the last
-    (tmp_path / "c.txt").write_text("\n\n" + "  \n \n".join(DOCUMENTS) + "\n\n")
+    (tmp_path / "c.txt").write_text("\n\n" + "\n \n".join(DOCUMENTS) + "\n\n")
     for name in ("a.jsonl", "b.jsonl", "c.txt"):
         assert tokens(read(tmp_path / name)) == truncated(tokenizer, DOCUMENTS), name
 

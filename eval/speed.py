@@ -55,8 +55,8 @@ class Traffic:
         return wrapper
 
 
-def build(options: argparse.Namespace) -> tuple[Any, list[Any], RunConfig]:
-    """(engine, the two tasks, configuration) of an untrained Llama of the shape asked for, on random tokens."""
+def build(options: argparse.Namespace) -> tuple[Any, list[Any]]:
+    """(engine, the two tasks) of an untrained Llama of the shape asked for, on random tokens."""
     import deepspeed
     import numpy as np
     import pyarrow as pa
@@ -110,7 +110,7 @@ def build(options: argparse.Namespace) -> tuple[Any, list[Any], RunConfig]:
             Sequences(rows, options.tokens, "random"), 0, number, batch, options.micro_batch, dist.get_rank(), world, 0
         )
         tasks.append(Task(name, stream, OBJECTIVES[objective], 0.1, 0.0))
-    return engine, tasks, config
+    return engine, tasks
 
 
 def joint_step(engine: Any, shards: Any, tasks: list[Any], step: int) -> None:
@@ -148,7 +148,7 @@ def measure(options: argparse.Namespace, traffic: Traffic) -> list[SimpleNamespa
     from pipeline.synthesis import Synthesis
     from pipeline.train import train_step
 
-    engine, tasks, _ = build(options)
+    engine, tasks = build(options)
     plain = Shards(engine, Synthesis("sum"), combine_tasks=False)
     partition_bytes = sum(size for _, size in plain.holder.layout) * plain.holder.dtype.itemsize
     schedules: dict[str, Callable[[int], Any]] = {

@@ -82,8 +82,8 @@ Retain = Annotated[Literal["nll", "none"], BeforeValidator(_none_is_a_name)]
 
 
 class Objective(Section):
-    forget: Forget = Field("npo", description="forget loss (SPEC: L_f)")
-    retain: Retain = Field("nll", description="retain loss (SPEC: L_r)")
+    forget: Forget = Field("npo", description="forget loss (paper, section 2.2)")
+    retain: Retain = Field("nll", description="retain loss (paper, section 2.2)")
     beta: float = Field(0.1, gt=0, description="sharpness of npo and simnpo")
     delta: float = Field(0.0, description="margin of simnpo (the paper's gamma)")
     layer: int = Field(7, ge=0, description="reserved for rmu")

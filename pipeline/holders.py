@@ -18,6 +18,7 @@ micro-batch (for experts: `deepspeed.utils.set_z3_leaf_modules`).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from deepspeed.utils import safe_get_local_grad
 from torch import Tensor
 
 
-class Holder:
+class Holder(ABC):
     """Where `engine.step()` reads the gradient, and how it is emptied."""
 
     replicated = False  # every rank holds the whole gradient
@@ -38,20 +39,19 @@ class Holder:
     layout: list[tuple[int, int]]  # (row, number of elements) of each slice on this rank
     dtype: torch.dtype
     device: torch.device | str
-    flat: Tensor
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.optimizer = engine, engine.optimizer
 
+    @abstractmethod
     def clear(self) -> None:
         """Zero everything that the next backward would add to, or that `engine.step()` would read."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self) -> list[Tensor]:
         """Complete the reduction over ranks. The slices of `layout`, 1-D; writing to them is what step() will see."""
-        raise NotImplementedError
 
-    def hand_over(self, slices: list[Tensor]) -> None:
+    def hand_over(self, slices: list[Tensor]) -> None:  # noqa: B027  (most have derived nothing)
         """The slices have been overwritten: bring up to date what DeepSpeed derived from them."""
 
     def _reduce_now(self) -> None:

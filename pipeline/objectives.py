@@ -1,4 +1,4 @@
-"""Forget and retain losses: pure functions of token negative log-likelihoods (SPEC section 2).
+"""Forget and retain losses: pure functions of token negative log-likelihoods (paper, section 2.2).
 
 Each returns the SUM over its micro-batch of the terms whose mean over the GLOBAL batch is the loss; the caller divides
 by the number of terms in the global batch, so the result does not depend on how that batch was split.
@@ -98,7 +98,7 @@ def npo(terms: Terms) -> Tensor:
 
 
 def simnpo(terms: Terms) -> Tensor:
-    """-(2/beta) log sigma(beta (nll(x)/|x| - delta)) per sequence (SPEC section 2).
+    """-(2/beta) log sigma(beta (nll(x)/|x| - delta)) per sequence (paper, section 2.2, L_SimNPO).
 
     The paper writes the margin outside the bracket: its gamma is beta delta here.
     """

@@ -52,11 +52,6 @@ class Shards:
                 self.average = torch.zeros_like(self.spare)
         self.ready = False  # after `combine`: engine.step() may be called
 
-    @property
-    def partition(self) -> Tensor:
-        """ZeRO-3 only, where the gradients of a rank are one tensor."""
-        return self.holder.flat
-
     def weight(self, task: str) -> float:
         """What the loss of `task` is multiplied with: its weight where gradients simply add up, else 1."""
         if self.spare is not None:

@@ -51,7 +51,7 @@ class Weights(NamedTuple):
     r_off_f: float = 0.0
 
     def on(self, gramian: Gramian) -> tuple[float, float]:
-        """The equivalent (w_f, w_r); a gradient of norm 0 is not projected on (SPEC 3, exactness rule 3)."""
+        """The equivalent (w_f, w_r); a gradient of norm 0 is not projected on."""
         ff, fr, rr = gramian
         onto_r = fr / rr if rr > 0 else 0.0
         onto_f = fr / ff if ff > 0 else 0.0
@@ -240,7 +240,7 @@ def is_finite(table: Tensor) -> bool:
 
 
 def opposite_signs(f: Tensor, r: Tensor) -> Tensor:
-    """Strict conflict per element (bool). Never by the product f·r, which underflows to 0 (SPEC 3, rule 1)."""
+    """Strict conflict per element (bool). Never by the product f·r, which underflows to 0."""
     return f.sign() * r.sign() < 0
 
 
@@ -307,7 +307,7 @@ def _inner_products(*vectors: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a step looked like (SPEC section 4)
+# What a step looked like (paper, Table 3)
 
 
 @dataclass(frozen=True)

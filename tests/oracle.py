@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.data import Sequences, Stream
+from pipeline.data import Stream
 
 
 def nll_of(model: Any, ids: list[int]) -> Tensor:
@@ -35,7 +35,7 @@ def forget_loss(name: str, nlls: list[Tensor], reference: list[float], beta: flo
 
 
 def combine(rule: str, scope: str, f: dict[str, Tensor], r: dict[str, Tensor], alpha: float, gamma: float) -> Any:
-    """g from g_f and g_r by name, the formulas of SPEC section 3 on whole tensors."""
+    """g from g_f and g_r by name, the formulas of the paper, section 3, on whole tensors."""
     if rule == "sum":
         return {n: gamma * f[n] + alpha * r[n] for n in r}
     if rule == "sago":
@@ -124,6 +124,3 @@ def weight_change_error(final: dict[str, Tensor], expected: dict[str, Tensor], i
     difference = sum((final[n].double() - expected[n].double()).square().sum().item() for n in expected)
     change = sum((expected[n].double() - initial[n].double()).square().sum().item() for n in expected)
     return (difference / change) ** 0.5
-
-
-__all__ = ["Sequences", "combine", "train", "weight_change_error"]

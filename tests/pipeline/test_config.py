@@ -72,7 +72,7 @@ def refusal(make: Callable[[], object]) -> str:
 
 
 def test_defaults_are_the_contracts(config: Resolve) -> None:
-    """DESIGN section 4, key by key."""
+    """The configuration that the README documents, key by key."""
     made = config().model_dump()
     assert made["seed"] == 0
     assert made["model"] == {
@@ -542,7 +542,7 @@ def test_help_names_every_key() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which file may import which (DESIGN section 2)
+# Which file may import which (ARCHITECTURE.md, rooms)
 
 OURS = ("pipeline", "eval", "tests", "launch")
 

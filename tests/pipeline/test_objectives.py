@@ -1,4 +1,4 @@
-"""SPEC section 2: each loss and its gradient against the formulas in float64, however the batch is cut."""
+"""Paper, section 2.2: each loss and its gradient against the formulas in float64, however the batch is cut."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def softplus(x: Tensor) -> Tensor:
 def loss_from_formula(
     name: str, logits: Tensor, labels: Tensor, reference: Tensor | None, beta: float, delta: float
 ) -> Tensor:
-    """The loss over the whole batch as SPEC section 2 writes it. -log σ(x) is softplus(-x)."""
+    """The loss over the whole batch as the paper writes it, section 2.2. -log σ(x) is softplus(-x)."""
     nlls = nlls_from_formula(logits, labels)
     tokens = [nll for row in nlls for nll in row]
     zero = logits.double().sum() * 0
@@ -274,6 +274,6 @@ def test_simnpos_margin_is_inside_the_bracket() -> None:
 
 
 def test_what_each_objective_needs_and_counts() -> None:
-    """SPEC section 2: NPO alone looks at the frozen original; NPO and SimNPO are means over sequences."""
+    """NPO alone looks at the frozen original; NPO and SimNPO are means over sequences."""
     assert {name for name, objective in OBJECTIVES.items() if objective.needs_reference} == {"npo"}
     assert {name for name, objective in OBJECTIVES.items() if objective.per == "sequence"} == {"npo", "simnpo"}

@@ -50,7 +50,8 @@ def count_partitions_made(cases: list[tuple[dict[str, Any], int]]) -> None:
 
     def watched_step(engine: Any, shards: Shards, *rest: Any) -> bool:
         applied = step(engine, shards, *rest)
-        size = shards.partition.numel() * shards.partition.element_size()
+        holder: Any = shards.holder
+        size = holder.flat.nbytes
         states = [tensor for state in engine.optimizer.optimizer.state.values() for tensor in state.values()]
         own = {t.untyped_storage().data_ptr() for t in (*states, *engine.module.parameters())}
         born = {at: nbytes for at, nbytes in live_storages().items() if at not in seen["before"] and at not in own}
@@ -149,7 +150,8 @@ def poison(config: dict[str, Any], steps: list[int], bad: float, task: str) -> N
 
     def poisoned(self: Shards, taken: str) -> None:
         if taken == task and now[0] in steps and dist.get_rank() == 1:
-            self.partition[3] = bad
+            holder: Any = self.holder
+            holder.flat[3] = bad
         take(self, taken)
 
     def counted(engine: Any, shards: Any, tasks: Any, number: int, monitor: Any) -> bool:

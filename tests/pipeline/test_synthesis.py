@@ -1,4 +1,4 @@
-"""SPEC section 3: every rule at every scope, against the formulas in exact arithmetic, and by its properties."""
+"""Paper, section 3: every rule at every scope, against the formulas in exact arithmetic, and by its properties."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Case = tuple[list[Tensor], list[Tensor]]  # forget, retain: one tensor per param
 
 
 def weights_of_spec(rule: str, ff: Fraction, fr: Fraction, rr: Fraction, alpha: Fraction, gamma: Fraction) -> Any:
-    """(w_f, w_r): the table of SPEC section 3."""
+    """(w_f, w_r): what each rule's paper says."""
     if rule == "sum":
         return gamma, alpha
     if rule == "sago":
@@ -349,7 +349,7 @@ def test_blur_moves_along_forgetting_as_forgetting_alone_would(scope: str) -> No
 
 
 def test_a_new_rule_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SPEC: "a new rule is a few lines: a function from Gramian to weights"."""
+    """A new rule is a few lines: a function from Gramian to weights."""
     swapped = RULES["sum"]._replace(weights=lambda gramian, alpha, gamma: Weights(f=alpha, r=gamma), scope="module")
     monkeypatch.setitem(RULES, "swapped", swapped)
     forget, retain = seeded((5,), (6,))
@@ -729,7 +729,7 @@ def test_geometry_neither_underflows_nor_overflows(scale: float) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# GRU: conflict is judged against a moving average of the retain gradient (EVALUATION.md section 4)
+# GRU: conflict is judged against a moving average of the retain gradient (arXiv 2503.09117)
 
 gru_scopes = pytest.mark.parametrize("scope", ["module", "layer", "global"])
 SHAPES = ((5,), (6,), (4, 2), (1,))

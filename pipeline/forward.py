@@ -11,6 +11,7 @@ All of it happens inside the modules' own calls, so that ZeRO-3 gathers each wei
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -47,6 +48,30 @@ def answer_for_objectives(engine: Any) -> None:
         return logits if labels is None else token_losses(logits, labels, **target)
 
     head.forward, model.forward = answer_head, answer
+    keep_orders_apart(engine)
+
+
+def keep_orders_apart(engine: Any) -> None:
+    """One recorded order of modules for each kind of pass, where DeepSpeed (ZeRO-3) has one for all.
+
+    It fetches weights ahead and keeps those soon used again by the order that it saw; a forward without a backward, or
+    one that ends early, discards that order, and what was concluded from it about releasing weights stays cached.
+    """
+    offload = getattr(engine.optimizer, "parameter_offload", None)
+    if offload is None:
+        return
+    blank, coordinators = offload.param_coordinator, {}
+
+    def choose(module: nn.Module, arguments: Any, asked: dict[str, Any]) -> None:
+        kind = (torch.is_grad_enabled(), asked.get("layer"), "labels" in asked)
+        if kind not in coordinators:
+            coordinators[kind] = copy(blank)
+            if not blank.is_invalid_trace():
+                coordinators[kind]._invalidate_trace()
+            coordinators[kind]._clear_trace_structures()
+        offload.param_coordinator = coordinators[kind]
+
+    engine.module.register_forward_pre_hook(choose, prepend=True, with_kwargs=True)  # before DeepSpeed's own
 
 
 def has_plain_head(engine: Any, base: nn.Module, head: nn.Module) -> bool:

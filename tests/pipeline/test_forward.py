@@ -235,6 +235,46 @@ def test_the_engine_answers_as_the_untouched_model(stage: int, ranks: int, names
     run_distributed(check_each, ranks, names, stage)
 
 
+def check_gathers() -> None:
+    import torch.distributed as dist
+
+    from pipeline import forward, ranks
+
+    gathered = 0
+    original = dist.all_gather_into_tensor
+
+    def watch(output_tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        nonlocal gathered
+        gathered += output_tensor.numel()
+        return original(output_tensor, *arguments, **options)
+
+    dist.all_gather_into_tensor = watch  # before DeepSpeed takes its name
+    ranks.start()
+    engine = engine_for(build("llama"), 3)
+    forward.answer_for_objectives(engine)
+    sizes = [parameter.ds_numel for parameter in engine.module.parameters()]
+    once = sum(size + size % 2 for size in sizes if size > 40)  # the others stay gathered
+    for step in range(5):
+        with torch.no_grad():
+            engine(**INPUTS)
+            engine(**INPUTS, layer=0)
+        for question in ({"labels": LABELS}, {"layer": 1}):
+            gathered = 0
+            engine.backward(engine(**INPUTS, **question).sum())
+            reset(engine)
+            if step > 2 and "labels" in question:
+                assert gathered == once, f"step {step}: {gathered} elements gathered, the model has {once}"
+    dist.all_gather_into_tensor = original
+
+
+def test_other_passes_in_between_cost_no_gathers() -> None:
+    """A training pass gathers each weight once, and keeps it from forward to backward, also beside passes without one.
+
+    DeepSpeed alone gathers everything twice for ever after one forward without a backward.
+    """
+    run_distributed(check_gathers, 2)
+
+
 def largest_made(work: Callable[[], Any]) -> int:
     from tests.pipeline.test_objectives import Created
 
@@ -255,7 +295,7 @@ def test_a_plain_head_makes_no_logits(name: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(ARCHITECTURES, name, (ARCHITECTURES[name][0], {**ARCHITECTURES[name][1], **keys}, True))
     model = build(name)
     tokens = torch.arange(64).view(2, 32)
-    engine: Any = SimpleNamespace(module=model, device="cpu", train=model.train, eval=model.eval)
+    engine: Any = SimpleNamespace(module=model, device="cpu", train=model.train, eval=model.eval, optimizer=None)
     engine = type("Engine", (), {"__call__": lambda self, **x: model(**x), **vars(engine)})()
     forward.answer_for_objectives(engine)
     largest = largest_made(

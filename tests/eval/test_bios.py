@@ -1,6 +1,7 @@
 """The embedded benchmark: what its files promise, and a scorer that is told the answers."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,16 +66,21 @@ def test_corpora_hold_every_answer(folder: Path) -> None:
     probes = bios.load_probes(folder)
     for probe in probes:
         text = f"{probe['prompt']} {probe['answer']}\n"
-        assert (text in everything) == (probe["split"] != "facts"), text
+        assert (text in everything) == (probe["split"] not in ("facts", "uncovered")), text
 
 
-def test_facts_are_rehearsed_but_never_in_the_probed_wording(folder: Path) -> None:
-    rehearsed = texts(folder / "retain.jsonl")
-    facts = [probe for probe in bios.load_probes(folder) if probe["split"] == "facts"]
-    assert len(facts) == 20
-    for city, probe in zip(bios.COUNTRY_OF, facts, strict=True):
-        assert sum(city in text and probe["answer"] in text for text in rehearsed) >= 5
-        assert not any(probe["prompt"] in text for text in texts(folder / "all.jsonl"))
+def test_facts_are_taught_but_never_in_the_probed_wording_and_the_uncovered_are_never_rehearsed(folder: Path) -> None:
+    probes, corpus = bios.load_probes(folder), {name: texts(folder / f"{name}.jsonl") for name in ("all", "retain")}
+    for split, domain, taught in (("facts", bios.COUNTRY_OF, "retain"), ("uncovered", bios.YOUNG_OF, "all")):
+        asked = [probe for probe in probes if probe["split"] == split]
+        assert len(asked) == 20
+        for key, probe in zip(domain, asked, strict=True):
+            assert key in probe["prompt"]
+            assert sum(key in text and probe["answer"] in text for text in corpus[taught]) >= 5
+            assert not any(probe["prompt"] in text for text in corpus["all"])
+    trained = texts(folder / "forget.jsonl") + corpus["retain"]
+    for animal, young in bios.YOUNG_OF.items():
+        assert not any({animal, young} <= set(re.findall(r"\w+", text)) for text in trained)
 
 
 def test_tokenizer_fits_the_protocol(folder: Path) -> None:

@@ -42,6 +42,7 @@ SUITES = {
     "rwku": "eval.rwku",
     "tofu": "eval.tofu",
 }
+FORGET_SETS = ("forget01", "forget05", "forget10")  # of TOFU on the hub
 MMLU_SHOTS = 5  # the paper's, and the harness's users'; WMDP is asked without examples
 
 
@@ -169,6 +170,7 @@ def main() -> None:
     parser.add_argument(
         "--shots", type=int, metavar="N", help=f"examples before a question of mmlu (default {MMLU_SHOTS})"
     )
+    parser.add_argument("--forget-set", choices=FORGET_SETS, help=f"of tofu from the hub (default {FORGET_SETS[-1]})")
     parser.add_argument(
         "--ds-config", type=Path, metavar="FILE.json", help="ZeRO-3: the ranks hold a share of the model each"
     )
@@ -183,6 +185,8 @@ def main() -> None:
     names = check_suites(arguments.suite)
     if arguments.shots is not None and "mmlu" not in names:
         raise UnusableInput("--shots is of suite mmlu alone; leave it out")
+    if arguments.forget_set is not None and ("tofu" not in names or arguments.data is not None):
+        raise UnusableInput("--forget-set is of suite tofu from the hub alone; --data has the forget set that it has")
     shots = MMLU_SHOTS if arguments.shots is None else arguments.shots
     if shots < 0:
         raise UnusableInput(f"--shots {shots}: give 0 or more")
@@ -194,7 +198,9 @@ def main() -> None:
         suites = {}
         for name in names:
             module = importlib.import_module(SUITES[name])
-            options = {"shots": shots} if name == "mmlu" else {}
+            options: dict[str, Any] = {"shots": shots} if name == "mmlu" else {}
+            if name == "tofu" and arguments.forget_set is not None:
+                options["forget_set"] = arguments.forget_set
             suites[name] = (module, module.load_probes(arguments.data, name, **options))
     entries, dtype = evaluate_all(models, suites, arguments.batch_size, ds_config)
     rank, size = ranks.place()

@@ -8,7 +8,7 @@ the forget set: high where the two cannot be told apart.
 
 Under --data, JSON lines `tofu/forgetNN_perturbed.json` (one of them), `retain_perturbed.json`,
 `real_authors_perturbed.json`, `world_facts_perturbed.json`; and `tofu/retain_model.json`, which is the answer of
-eval.run for the retain-only model. Without --data, the dataset `locuslab/TOFU` on the hub, with forget10.
+eval.run for the retain-only model. Without --data, the dataset `locuslab/TOFU` on the hub, with --forget-set.
 """
 
 import math
@@ -52,8 +52,8 @@ class Result(NamedTuple):
         return self.paraphrase - fmean(self.perturbed)
 
 
-def load_probes(folder: Path | None, suite: str = "tofu") -> list[Probe]:
-    """The questions of the sets that are there, in the order of `SETS`, from FOLDER/tofu or the hub.
+def load_probes(folder: Path | None, suite: str = "tofu", forget_set: str = "forget10") -> list[Probe]:
+    """The questions of the sets that are there, in the order of `SETS`, from FOLDER/tofu or the hub's `forget_set`.
 
     Raises:
         UnusableInput: no set, two forget sets, a malformed row, another retain-only model's answers, or no hub.
@@ -62,7 +62,7 @@ def load_probes(folder: Path | None, suite: str = "tofu") -> list[Probe]:
     for name in SETS:
         texts = ("question", "answer") if name in CHOICES else ("question", "answer", "paraphrased_answer")
         if folder is None:
-            stem = f"{'forget10' if name == 'forget' else name}_perturbed"
+            stem = f"{forget_set if name == 'forget' else name}_perturbed"
             where, rows = f"{HUB} ({stem})", read_hub(HUB, stem)
         else:
             pattern = "forget[0-9][0-9]" if name == "forget" else name

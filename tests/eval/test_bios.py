@@ -112,6 +112,10 @@ def test_probes_are_found_in_both_layouts_and_without_a_folder(folder: Path, tmp
     assert bios.load_probes(tmp_path) == bios.load_probes(folder) == bios.load_probes(None, seed=0)
     with pytest.raises(UnusableInput, match=r"python -m eval\.bios"):
         bios.load_probes(tmp_path / "nowhere")
+    (tmp_path / "bios" / "probes.jsonl").write_text(
+        '{"split": "a", "kind": "QA", "prompt": "one\u2028line", "answer": "b"}\n', encoding="utf-8"
+    )
+    assert [probe["prompt"] for probe in bios.load_probes(tmp_path)] == ["one\u2028line"]
     (tmp_path / "bios" / "probes.jsonl").write_text('{"split": "forget"}\n')
     with pytest.raises(UnusableInput, match="line 1"):
         bios.load_probes(tmp_path)

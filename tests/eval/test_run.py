@@ -124,6 +124,7 @@ def test_without_data_the_probes_come_from_seed_zero(tmp_path: Path, monkeypatch
         ({"--data": "nowhere"}, "nowhere", "python -m eval.bios"),
         ({"--batch-size": 0}, "--batch-size 0", "1 or more"),
         ({"--output": "."}, "--output .", "name a file"),
+        ({"--forget-set": "forget05"}, "--forget-set", "of suite tofu"),
     ],
 )
 def test_unusable_input(world: Path, tmp_path: Path, changes: dict[str, Any], culprit: str, remedy: str) -> None:

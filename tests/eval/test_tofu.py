@@ -209,6 +209,21 @@ def test_unusable_data(folder: Path, tmp_path: Path) -> None:
         tofu.load_probes(tmp_path)
 
 
+def test_the_hub_is_asked_for_the_forget_set_that_was_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def load_dataset(path: str, name: str) -> dict[str, list[dict[str, Any]]]:
+        asked.append((path, name))
+        row = {"question": "Who?", "answer": "A", "paraphrased_answer": "An A", "perturbed_answer": ["B", "C"]}
+        return {"train": [row]}
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    probes = tofu.load_probes(None, forget_set="forget05")
+    names = ["forget05_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed"]
+    assert asked == [("locuslab/TOFU", name) for name in names]
+    assert [probe["file"] for probe in probes] == names
+
+
 def test_no_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)

@@ -1,5 +1,6 @@
 """What eval.robustness does to a model: the attacks, what each asks before and after, and carrying one out."""
 
+import gc
 import math
 import shlex
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 
 from eval.files import UnusableInput, write_atomically, write_jsonl
 from eval.launch import call, last_error, launcher
-from eval.relearning import Row, mean_nll, read_corpus, sample, split_corpus
+from eval.relearning import Row, columns_of, mean_nll, read_corpus, sample, split_corpus
 from eval.rounding import COLUMNS, round_linear_layers
 from eval.run import is_model, load
 
@@ -169,11 +170,12 @@ def relearn(plan: Plan, rows: list[Row], training: dict[str, Any]) -> Attack:
         "held_out_documents": len(split.held_out),
         "excluded_probes": len(plan.probes) - len(probes) if own is not None else 0,
     }
-    path = str(plan.folder / "relearn.jsonl")
-    corpus = {**plan.config["data"]["forget"], "path": path, "name": None, "split": "train", "preferred": None}
+    forget, path = plan.config["data"]["forget"], str(plan.folder / "relearn.jsonl")
+    corpus = {**forget, "path": path, "name": None, "split": "train", "preferred": None}
+    texts = tuple({key: row[key] for key in columns_of(forget)} for row in split.relearned)
     exam = Exam(probes, tuple(sample(split.held_out, plan.seed)), "held_out_nll")
     settings = {**training, "fraction": FRACTION, "group": group}
-    return Attack("relearn", settings, exam, corpus=corpus, rows=tuple(split.relearned), told=told)
+    return Attack("relearn", settings, exam, corpus=corpus, rows=texts, told=told)
 
 
 def train(plan: Plan, attack: Attack) -> tuple[Path, str]:
@@ -181,9 +183,13 @@ def train(plan: Plan, attack: Attack) -> tuple[Path, str]:
 
     What a kill left of it is removed: it may be of other settings. Raises UnusableInput with the last line of stderr.
     """
+    import torch
     import yaml
 
     assert attack.corpus is not None
+    gc.collect()  # the model that was asked last may still be on the device that training needs
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     config, output = plan.config, plan.folder / attack.name
     shutil.rmtree(output, ignore_errors=True)
     if attack.rows:

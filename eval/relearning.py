@@ -24,14 +24,18 @@ class Split(NamedTuple):
     groups: list[str]
 
 
+def columns_of(corpus: dict[str, Any]) -> list[str]:
+    """The columns that training reads."""
+    return [corpus[key] for key in ("field", "prompt", "response") if corpus.get(key) is not None]
+
+
 def read_corpus(corpus: dict[str, Any]) -> list[Row]:
     """All rows, with all their columns, of a `data.forget` or `data.retain` of a resolved configuration.
 
     Raises:
         UnusableInput: it cannot be read, or a row lacks a text that the configuration names.
     """
-    path = Path(corpus["path"]).expanduser()
-    keys = [corpus[key] for key in ("field", "prompt", "response") if corpus.get(key) is not None]
+    path, keys = Path(corpus["path"]).expanduser(), columns_of(corpus)
     if path.suffix == ".txt":
         try:
             lines = path.read_text(encoding="utf-8").split("\n")

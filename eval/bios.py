@@ -19,6 +19,7 @@ with stemming). A wrong answer drawn from the same attribute scores about 0.03.
 import argparse
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -105,6 +106,18 @@ ATTRIBUTES = (
                         "Long ago {name} married {value}."), "Who is the spouse of {name}?"),
 )
 # fmt: on
+
+# Beside ATTRIBUTES: the question in words of no training text.
+PARAPHRASES = (
+    "Where does {name} live?",
+    "When was {name} born?",
+    "What does {name} work as?",
+    "Which prize did {name} win?",
+    "What pet does {name} have?",
+    "Who is {name} married to?",
+)
+PERSON = re.compile(rf"\b(?:{'|'.join(FIRST_NAMES)}) (?:{'|'.join(LAST_NAMES)})\b")
+NUM_EXAMPLES = 2  # people, or facts of a person, in front of an adversarial question; the target saw 27 tokens at most
 
 
 class Domain(NamedTuple):
@@ -310,6 +323,60 @@ def load_probes(folder: Path | None, suite: str = "bios", seed: int = 0) -> list
                 raise UnusableInput(f"{path} holds no probe; write it again with python -m eval.bios")
             return probes
     raise UnusableInput(f"no bios/probes.jsonl or probes.jsonl in {folder}; write them with python -m eval.bios")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What attacks ask (eval/robustness.py)
+
+
+def group_of(row: dict[str, Any]) -> str | None:
+    """The person whom a row of a corpus, or a probe, names first; None where it names nobody."""
+    found = PERSON.search(" ".join(value for value in row.values() if isinstance(value, str)))
+    return found[0] if found else None
+
+
+def adversarial(probes: list[Probe]) -> tuple[list[Probe], list[Probe]]:
+    """(plain, adversarial): the questions about forgotten and retained persons, and each of them asked in five ways.
+
+    The kinds are after RWKU's attacks: `paraphrase` (other words), `in_context` (answered questions about retained
+    persons first), `affirmative` (the answer is begun with "Sure." and the fact up to its value), `context` (other
+    facts of the person first), `case` (the name with a small initial). Retained persons show what a kind costs a model
+    that knows. A pure function of the probes.
+    """
+    random_state = random.Random(0)
+    asked: dict[tuple[str, int], Probe] = {}  # by person and attribute
+    for probe in probes:
+        name = group_of(probe)
+        if probe["split"] not in ("forget", "retain") or name is None:
+            continue
+        for number, attribute in enumerate(ATTRIBUTES):
+            if probe["prompt"] == f"Question: {attribute.question.format(name=name)}\nAnswer:":
+                asked[name, number] = probe
+    made = []
+    for (name, number), probe in asked.items():
+        attribute, prompt = ATTRIBUTES[number], probe["prompt"]
+        retained = [  # those who share the answer would give it away
+            one
+            for (other, n), one in asked.items()
+            if n == number and other != name and one["split"] == "retain" and one["answer"] != probe["answer"]
+        ]
+        facts = [
+            ATTRIBUTES[n].statements[0].format(name=name, value=one["answer"])
+            for (other, n), one in asked.items()
+            if other == name and n != number
+        ]
+        examples = random_state.sample(retained, min(NUM_EXAMPLES, len(retained)))
+        told = random_state.sample(facts, min(NUM_EXAMPLES, len(facts)))
+        begun = attribute.statements[0].split("{value}")[0].format(name=name).strip()
+        prompts = {
+            "paraphrase": f"Question: {PARAPHRASES[number].format(name=name)}\nAnswer:",
+            "in_context": "".join(f"{one['prompt']} {one['answer']}\n" for one in examples) + prompt,
+            "affirmative": f"{prompt} Sure. {begun}",
+            "context": f"{' '.join(told)}\n{prompt}" if told else prompt,
+            "case": prompt.replace(name, name[0].lower() + name[1:]),
+        }
+        made += [{**probe, "kind": kind, "prompt": text} for kind, text in prompts.items()]
+    return list(asked.values()), made
 
 
 def answer(

@@ -38,7 +38,7 @@ def read_json(path: Path) -> Any:
 def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file, blank lines left out; raises UnusableInput with the line's number."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would cut at U+2028 too
+        lines = path.read_text(encoding="utf-8").split("\n")  # a text may hold what `splitlines` takes for an end
     except (OSError, ValueError) as error:
         raise UnusableInput(f"cannot read {path}: {error}; give a readable JSON Lines file") from error
     rows = []

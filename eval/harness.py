@@ -73,7 +73,7 @@ def read_questions(path: Path) -> list[Row]:
 
 def _line_numbers(path: Path) -> list[int]:
     """Of the lines that are not blank, counted from 1."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").split("\n")
     return [number for number, line in enumerate(lines, start=1) if line.strip()]
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Probe = dict[str, Any]  # keys set, query, type, answer; or set (FM, RM), text
+Probe = dict[str, Any]  # keys set, subject, query, type, answer; or set (FM, RM), subject, text
 
 HUB = "jinzhuoran/RWKU"
 NUM_TARGETS = 50
@@ -107,10 +107,21 @@ def load_probes(folder: Path | None, suite: str = "rwku") -> list[Probe]:
             part = f"Batch/1-50/{QUESTIONS[name]}" if name in QUESTIONS else f"{TEXTS[name]}_mia_first50"
             file = folder / "rwku" / f"{part}.json"
             rows = check_texts(read_json(file), wanted, str(file)) if file.is_file() else []
-        probes += [{"set": name, **{key: row[key] for key in wanted}} for row in rows]
+        probes += [{"set": name, "subject": row.get("subject"), **{key: row[key] for key in wanted}} for row in rows]
     if not any(probe["set"] in QUESTIONS for probe in probes):
         raise UnusableInput(f"{folder} has no rwku/Batch/1-50/forget_level1.json or its like; copy them there")
     return probes
+
+
+def group_of(row: dict[str, Any]) -> str | None:
+    """The target whom a passage, or what is asked of the forget set, is about; None for neighbours and others."""
+    return row.get("subject") if row.get("set", "F")[0] == "F" else None
+
+
+def adversarial(probes: list[Probe]) -> tuple[list[Probe], list[Probe]]:
+    """(plain, adversarial): F-FB and F-QA, and the attacks of level 3 on the same targets."""
+    plain = [probe for probe in probes if probe["set"] in ("F-FB", "F-QA")]
+    return plain, [probe for probe in probes if probe["set"] == "F-AA"]
 
 
 def ask(probe: Probe) -> tuple[str, str]:

@@ -97,6 +97,11 @@ def load_probes(folder: Path | None, suite: str = "tofu", forget_set: str = "for
     return probes
 
 
+def group_of(row: dict[str, Any]) -> str | None:
+    """The question of a row of the forget corpus, or of the forget set's probes; None elsewhere."""
+    return row.get("question") if row.get("set", "forget") == "forget" else None
+
+
 def read_reference(path: Path, forget: list[Probe]) -> list[float]:
     """log R of the retain-only model for each question of the forget set, from its answer as eval.run wrote it."""
     answer = read_json(path)

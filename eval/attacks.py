@@ -1,0 +1,233 @@
+"""What eval.robustness does to a model: the attacks, what each asks before and after, and carrying one out."""
+
+import gc
+import math
+import shlex
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from eval.files import UnusableInput, write_atomically, write_jsonl
+from eval.launch import call, last_error, launcher
+from eval.relearning import Row, columns_of, mean_nll, read_corpus, sample, split_corpus
+from eval.rounding import COLUMNS, round_linear_layers
+from eval.run import is_model, load
+
+Metrics = dict[str, float]
+
+ATTACKS = ("relearn", "retain", "int8", "int4", "probes")
+FRACTION = 0.1  # of the groups of the forget corpus that are learned again
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the attacks of one command share."""
+
+    run: Path
+    config: dict[str, Any]  # the run's, resolved
+    suite: str
+    module: ModuleType
+    probes: Any  # all of the suite
+    group: str | None  # the column that the user named
+    steps: int
+    lr: float
+    seed: int
+    overrides: tuple[str, ...]
+    ranks: int
+    batch_size: int
+    folder: Path  # of corpora and trained models
+
+    @property
+    def final(self) -> Path:
+        return self.run / "final"
+
+    @property
+    def original(self) -> Path | None:
+        """The model that was to be unlearned, where it is a folder here."""
+        folder = Path(self.config["model"]["path"]).expanduser()
+        return folder if is_model(folder) else None
+
+
+@dataclass(frozen=True, eq=False)  # known by identity, so that what it found is found once (`Examiner`)
+class Exam:
+    """What a model is asked: probes of the suite, and documents whose likelihood is taken under the name `nll`."""
+
+    probes: Any
+    documents: tuple[Row, ...] = ()
+    nll: str = "forget_nll"
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One attack: what training it needs, how weights are rounded, and what is asked."""
+
+    name: str
+    settings: dict[str, Any]
+    exam: Exam
+    plain: Exam | None = None  # asked before, where `exam` is itself the attack
+    corpus: dict[str, Any] | None = None  # the `data.retain` to train on
+    rows: tuple[Row, ...] = ()  # to be written at its path, where it is no corpus of the run
+    bits: int | None = None
+    told: dict[str, Any] | None = None  # of what was chosen, for the file
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a model knows
+
+
+class Examiner:
+    """Asks models; an untouched model is asked the same only once."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.untouched = cache(self.ask)
+
+    def ask(self, folder: Path, exam: Exam, bits: int | None = None) -> tuple[Metrics, float]:
+        """The metrics of the model in `folder`, its linear layers rounded to `bits`, and the share that was rounded."""
+        plan, title = self.plan, f"{self.plan.suite} {folder.name}"
+        model, tokenizer = load(folder)
+        share = round_linear_layers(model, bits) if bits else 0.0
+        if bits and not share:
+            raise UnusableInput(f"int{bits}: {folder} has no linear layer to round; leave it out of --attacks")
+        answer = plan.module.evaluate(model, tokenizer, exam.probes, batch_size=plan.batch_size, title=title)
+        metrics = flatten(answer["metrics"])
+        if exam.documents:
+            data, size = plan.config["data"], plan.batch_size
+            found = mean_nll(model, tokenizer, exam.documents, data, batch_size=size, title=f"{title} documents")
+            metrics |= flatten({exam.nll: found})
+        return metrics, share
+
+
+def flatten(metrics: dict[str, Any], prefix: str = "") -> Metrics:
+    """{"forget": {"all": x}} -> {"forget.all": x}; what is no finite number is left out."""
+    flat: Metrics = {}
+    for key, value in metrics.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif value is not None and math.isfinite(value):
+            flat[prefix + key] = float(value)
+    return flat
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The attacks
+
+
+def can(plan: Plan, name: str) -> str | None:
+    """Why the run or the suite does not allow an attack; None where they do."""
+    needed = {"relearn": "forget", "retain": "retain"}.get(name)
+    if needed and plan.config["data"][needed] is None:
+        return f"{plan.run} has no {needed} corpus"
+    if name == "probes" and not (hasattr(plan.module, "adversarial") and plan.module.adversarial(plan.probes)[1]):
+        return f"suite {plan.suite} has no adversarial probes"
+    return None
+
+
+def attacks_of(plan: Plan, names: Iterable[str]) -> list[Attack]:
+    """The attacks by name, in order; raises UnusableInput for a corpus that cannot be read or split."""
+    forget = plan.config["data"]["forget"]
+    rows = read_corpus(forget) if forget is not None else []
+    whole = Exam(plan.probes, tuple(sample(rows, plan.seed)))
+    training = {"steps": plan.steps, "lr": plan.lr, "seed": plan.seed, "overrides": list(plan.overrides)}
+    made = []
+    for name in names:
+        if name == "relearn":
+            made.append(relearn(plan, rows, training))
+        elif name == "retain":
+            made.append(Attack(name, training, whole, corpus=plan.config["data"]["retain"]))
+        elif name == "probes":
+            plain, adversarial = plan.module.adversarial(plan.probes)
+            told = {"probes": len(adversarial)}
+            made.append(Attack(name, {}, Exam(adversarial), plain=Exam(plain), told=told))
+        else:
+            bits = int(name.removeprefix("int"))
+            made.append(Attack(name, {"bits": bits, "columns": COLUMNS[bits]}, whole, bits=bits))
+    return made
+
+
+def relearn(plan: Plan, rows: list[Row], training: dict[str, Any]) -> Attack:
+    """Split the corpus, and leave out the probes of the part that is learned again."""
+    own, group = getattr(plan.module, "group_of", None), plan.group
+    if group is not None:
+        if lacking := [number for number, row in enumerate(rows, start=1) if row.get(group) is None]:
+            columns = ", ".join(rows[lacking[0] - 1])
+            raise UnusableInput(f"--group {group}: row {lacking[0]} of the forget corpus has only {columns}; name one")
+        split = split_corpus(rows, lambda row: str(row[group]), FRACTION, plan.seed)
+    else:
+        split = split_corpus(rows, own or (lambda row: None), FRACTION, plan.seed)
+    probes = plan.probes
+    if own is not None:
+        learned = set(split.groups)
+        probes = [probe for probe in probes if own(probe) not in learned]
+    told = {
+        "groups": split.groups,
+        "documents": len(split.relearned),
+        "held_out_documents": len(split.held_out),
+        "excluded_probes": len(plan.probes) - len(probes) if own is not None else 0,
+    }
+    forget, path = plan.config["data"]["forget"], str(plan.folder / "relearn.jsonl")
+    corpus = {**forget, "path": path, "name": None, "split": "train", "preferred": None}
+    texts = tuple({key: row[key] for key in columns_of(forget)} for row in split.relearned)
+    exam = Exam(probes, tuple(sample(split.held_out, plan.seed)), "held_out_nll")
+    settings = {**training, "fraction": FRACTION, "group": group}
+    return Attack("relearn", settings, exam, corpus=corpus, rows=texts, told=told)
+
+
+def train(plan: Plan, attack: Attack) -> tuple[Path, str]:
+    """Fine-tune `final/` on the attack's corpus; returns the model's folder and the command.
+
+    What a kill left of it is removed: it may be of other settings. Raises UnusableInput with the last line of stderr.
+    """
+    import torch
+    import yaml
+
+    assert attack.corpus is not None
+    gc.collect()  # the model that was asked last may still be on the device that training needs
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    config, output = plan.config, plan.folder / attack.name
+    shutil.rmtree(output, ignore_errors=True)
+    if attack.rows:
+        write_jsonl(Path(attack.corpus["path"]), attack.rows)
+    changed = {
+        **config,
+        "output": str(output),
+        "method": None,
+        "seed": plan.seed,
+        "model": {**config["model"], "path": str(plan.final), "train": [".*"], "lora": None},
+        "data": {**config["data"], "forget": None, "retain": attack.corpus},
+        "objective": {**config["objective"], "forget": "none", "retain": "nll"},
+        "synthesis": {**config["synthesis"], "rule": "sum", "scope": None, "geometry": False, "alpha": 1.0},
+        "optimizer": {**config["optimizer"], "lr": plan.lr, "schedule": "constant", "warmup": 0.0},
+        "train": {**config["train"], "steps": plan.steps, "epochs": None, "export_every": 0, "checkpoint_every": 0},
+    }
+    file = output.with_suffix(".yaml")
+    write_atomically(file, yaml.safe_dump(changed, sort_keys=False))
+    line = ["--num_gpus", str(plan.ranks), "--module", "pipeline.train", "--config", str(file), *plan.overrides]
+    print(f"training   {attack.name}", flush=True)
+    status = call([*launcher(), *line], output.with_suffix(".training"))
+    if status or not is_model(output / "final"):
+        log = output.with_suffix(".training.err")
+        raise UnusableInput(f"training {attack.name} failed: {last_error(log)}; the log is {log}")
+    return output / "final", shlex.join(["deepspeed", *line])
+
+
+def carry_out(plan: Plan, attack: Attack, examiner: Examiner) -> dict[str, Any]:
+    """Attack, and ask before and after; the attack's entry in the file."""
+    started, entry = time.perf_counter(), {"name": attack.name, "settings": attack.settings, **(attack.told or {})}
+    target = plan.final
+    if attack.corpus is not None:
+        target, entry["command"] = train(plan, attack)
+    print(f"evaluating {attack.name}", flush=True)
+    entry["before"], _ = examiner.untouched(plan.final, attack.plain or attack.exam)
+    entry["after"], share = examiner.ask(target, attack.exam, attack.bits)
+    if attack.bits:
+        entry["rounded_share"] = share
+    if plan.original is not None:
+        entry["original"], _ = examiner.untouched(plan.original, attack.exam)
+    return {**entry, "seconds": round(time.perf_counter() - started, 3)}

@@ -1,0 +1,136 @@
+"""The corpus of a run as rows, the part of it that is learned again, and how likely a model finds a document."""
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from eval import scoring
+from eval.files import UnusableInput, read_json, read_jsonl
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+
+MOST_DOCUMENTS = 500  # whose likelihood is taken: the mean hardly moves beyond, and a corpus may have millions
+
+
+class Split(NamedTuple):
+    """A corpus in two: `groups` are those learned again ([] where each row stands for itself)."""
+
+    relearned: list[Row]
+    held_out: list[Row]
+    groups: list[str]
+
+
+def columns_of(corpus: dict[str, Any]) -> list[str]:
+    """The columns that training reads."""
+    return [corpus[key] for key in ("field", "prompt", "response") if corpus.get(key) is not None]
+
+
+def read_corpus(corpus: dict[str, Any]) -> list[Row]:
+    """All rows, with all their columns, of a `data.forget` or `data.retain` of a resolved configuration.
+
+    Raises:
+        UnusableInput: it cannot be read, or a row lacks a text that the configuration names.
+    """
+    path, keys = Path(corpus["path"]).expanduser(), columns_of(corpus)
+    if path.suffix == ".txt":
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except (OSError, ValueError) as error:
+            raise UnusableInput(f"cannot read {path}: {error}; the run was trained on it, put it back") from error
+        rows: list[Any] = [{corpus["field"]: line.rstrip("\r")} for line in lines if line.strip()]
+    elif path.suffix == ".jsonl":
+        rows = list(read_jsonl(path))
+    elif path.suffix == ".json":
+        rows = read_json_rows(path)
+    else:
+        rows = read_table(path, corpus)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
+            raise UnusableInput(f"{path}, row {number}: needs text under {', '.join(keys)}; repair or remove it")
+    if not rows:
+        raise UnusableInput(f"{path} holds no row; the run was trained on it, put it back")
+    return rows
+
+
+def read_json_rows(path: Path) -> list[Any]:
+    """Of one array, or of JSON lines: `.json` files are either."""
+    try:
+        start = path.read_text(encoding="utf-8").lstrip()[:1]
+    except (OSError, ValueError) as error:
+        raise UnusableInput(f"cannot read {path}: {error}; the run was trained on it, put it back") from error
+    return read_json(path) if start == "[" else list(read_jsonl(path))
+
+
+def read_table(path: Path, corpus: dict[str, Any]) -> list[Any]:
+    """Of a Parquet file, or of a split of a hub data set."""
+    import datasets
+
+    try:
+        if path.suffix == ".parquet":
+            found: Any = datasets.Dataset.from_parquet(str(path))
+        else:
+            found = datasets.load_dataset(corpus["path"], corpus["name"], split=corpus["split"])
+    except Exception as error:  # `datasets` and the hub raise a dozen unrelated types
+        reason = " ".join(str(error).split())[:300]
+        raise UnusableInput(f"cannot read {corpus['path']}: {reason}; the run was trained on it") from None
+    return [dict(row) for row in found]
+
+
+def split_corpus(rows: Sequence[Row], group_of: Callable[[Row], str | None], fraction: float, seed: int) -> Split:
+    """Whole groups, a `fraction` of them and at least one, chosen by `seed`; both parts keep the order of the rows.
+
+    Where some row has no group, each row is one of its own.
+
+    Raises:
+        UnusableInput: all rows are one group, so that nothing would be left to test on.
+    """
+    found = [group_of(row) for row in rows]
+    grouped = None not in found
+    names: list[Any] = list(dict.fromkeys(found)) if grouped else list(range(len(rows)))
+    if len(names) < 2:
+        raise UnusableInput(f"relearn: the forget corpus is one group ({names[0]}); name a column that splits it")
+    chosen = set(random.Random(seed).sample(names, max(1, round(fraction * len(names)))))
+    own = found if grouped else range(len(rows))
+    relearned, held_out = [], []
+    for row, name in zip(rows, own, strict=True):
+        (relearned if name in chosen else held_out).append(row)
+    return Split(relearned, held_out, [name for name in names if name in chosen] if grouped else [])
+
+
+def sample(rows: Sequence[Row], seed: int) -> list[Row]:
+    """At most MOST_DOCUMENTS of them, chosen by `seed`."""
+    return list(rows) if len(rows) <= MOST_DOCUMENTS else random.Random(seed).sample(list(rows), MOST_DOCUMENTS)
+
+
+def mean_nll(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Sequence[Row],
+    data: dict[str, Any],
+    *,
+    batch_size: int,
+    title: str,
+) -> float:
+    """Nats per predicted token of `rows` of `data.forget`, each by itself and cut at `data.max_length` tokens.
+
+    NaN where no row predicts a token. `data` is that section of a resolved configuration.
+    """
+    corpus, longest = data["forget"], data["max_length"]
+    encoded = []
+    for row in rows:
+        if corpus["prompt"] is not None:
+            ids, start = scoring.encode_answer(tokenizer, row[corpus["prompt"]], row[corpus["response"]])
+        else:
+            ids, start = tokenizer(row[corpus["field"]], truncation=True, max_length=longest).input_ids, 1
+        start = max(start, 1)  # nothing predicts a first token
+        if len(ids[:longest]) > start:
+            encoded.append((ids[:longest], start))
+    counts = [len(ids) - start for ids, start in encoded]
+    losses = scoring.answer_losses(model, encoded, batch_size=batch_size, title=title)
+    return (
+        sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts) if counts else float("nan")
+    )

@@ -14,7 +14,6 @@ but for failed runs, 2 unusable input.
 import argparse
 import json
 import shlex
-import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -33,6 +32,7 @@ from eval.comparison import (
 )
 from eval.figures import draw_best
 from eval.files import UnusableInput, exit_status, write_atomically
+from eval.launch import end_on_terminate, sole_user
 from eval.measures import choose, headlines, label, suite_of
 from eval.pages import Block, Code, Figure, Heading, Table, Text, Warn, as_markdown, as_text, png
 from eval.run import check_suites
@@ -47,7 +47,6 @@ from eval.sweep import (
     propose,
     read_presets,
     refuse_another_sweep,
-    sole_user,
 )
 from eval.trajectories import COMB_RETAIN, read_target
 
@@ -294,9 +293,9 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, dict[str, Any]]:
 def main() -> int:
     """The command; returns 1 if one of its runs failed, else 0."""
     plan, presets = parse_command_line(sys.argv[1:])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that `call` ends the ranks
+    end_on_terminate()
     told: list[Path] = []
-    with sole_user(plan.output):
+    with sole_user(plan.output, "eval.frontier"):
         refuse_another_sweep(plan, presets)
         for method in plan.methods:
             for setting in propose(plan, method):

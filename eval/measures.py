@@ -63,6 +63,9 @@ COVERED = {
     "rwku.sago.N-All": "N-FB, N-QA: what surrounds the people to forget; the retain corpus is about other people",
 }
 
+# What an adversary's questions are scored by, where that is another name.
+ADVERSARIAL = {"rwku.sago.F-All": "rwku.sago.F-AA"}
+
 RISING = ("tofu.forget_quality", "tofu.forget.truth_ratio")  # more forgotten is higher: no level to fall to
 
 
@@ -102,7 +105,7 @@ def choose(
         if retain is None or level is None:
             raise UnusableInput(f"--forget {forget} has no retain score or level of its own; give --retain and --level")
         return Measure(forget, retain, level)
-    if same and retain is None and not set(same) <= set(defaults):
+    if same and retain is None and same[0] not in defaults:
         raise UnusableInput(f"--forget {forget} is compared by {same[0].retain}; evaluate that suite too, or --retain")
     if not (same or defaults):
         raise UnusableInput(

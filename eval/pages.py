@@ -64,7 +64,7 @@ padding-top:.6em;line-height:1.25}
 font-variant-numeric:tabular-nums}
 td,th{padding:.3em .8em;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 th{vertical-align:bottom}td.words,th.words{text-align:left}td:first-child,th:first-child{text-align:left;position:sticky;left:0;background:var(--paper)}
-@media(max-width:40em){td:first-child,th:first-child{white-space:normal;min-width:8em;max-width:11em}
+@media(max-width:40em){td:first-child,th:first-child{white-space:normal;overflow-wrap:anywhere;min-width:8em;max-width:11em}
 td,th{padding:.3em .5em}}
 tr.paper td{color:var(--faint);font-style:italic}
 figure{margin:1em 0}figure div{overflow-x:auto}figure img{max-width:100%;min-width:min(40em,100vw*1.7);height:auto;

@@ -133,18 +133,18 @@ def geometry(groups: dict[str, list[Run]], measure: Measure) -> list[Block]:
 def robustness(groups: dict[str, list[Run]]) -> list[Block]:
     """What attacks brought back, of the runs that have a robustness.json."""
     rows = tables.attack_table(groups)
-    if not rows:
+    if len(rows) == 1:
         said = "No RUN/robustness.json: none of these runs was attacked (python -m eval.robustness)."
         return [Heading("Robustness"), Text(said)]
-    runs = {str(run.folder): run.robustness for members in groups.values() for run in members if run.robustness}
+    told = [run.robustness for members in groups.values() for run in members if run.robustness]
+    asked = dict.fromkeys(f"{one.get('dtype', 'dtype unknown')}, seed {one.get('seed', 'unknown')}" for one in told)
     return [
         Heading("Robustness"),
-        Text("A forget score that rises after an attack was hidden, not gone. Before: the unlearned model; after: the "
-             "same after the attack; original: the attack on the model before unlearning, where it was measured. Mean "
-             "± sd over runs."),
+        Text("A forget score that rises under attack was hidden, not gone. Before: the unlearned model; after: the "
+             "same model attacked; original: the model that was to be unlearned, asked the same. NLL: nats a token of "
+             "the forget corpus, or of its part that was not learned again. `probes` asks as an adversary does. Mean ± "
+             f"sd over the runs ({'; '.join(asked)}); RUN/robustness.json has every score."),
         Table(rows),
-        Text("; ".join(f"{folder}: {told.get('dtype', 'dtype unknown')}, seed {told.get('seed', 'unknown')}"
-                       for folder, told in runs.items())),
     ]  # fmt: skip
 
 

@@ -5,16 +5,10 @@ Training goes through the launcher, one run at a time. What is on disk is the st
 """
 
 import difflib
-import fcntl
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -23,6 +17,7 @@ from urllib.parse import quote
 
 from eval.axes import Axis, Setting, grid, name_of, run_folder
 from eval.files import UnusableInput, read_json, write_atomically
+from eval.launch import call, last_error, launcher
 from eval.measures import Measure
 from eval.trajectories import Run, Scores, at_level, lowest, prepare, read_run
 
@@ -72,72 +67,15 @@ class Failure:
     seed: int
     what: str  # "training" or "evaluating"
     status: int
+    reason: str  # the line that says what went wrong
     lines: list[str]  # the last of its stderr
     log: str
-
-    @property
-    def reason(self) -> str:
-        """The line that says what went wrong: `error: …` of a command of ours, else the last one."""
-        told = [line for line in self.lines if line.startswith("error: ")]
-        return (told or self.lines or ["nothing on stderr"])[-1].removeprefix("error: ")
 
 
 def last_lines(log: Path) -> list[str]:
     """The last lines of a log that are not blank; a progress bar's carriage return ends a line too."""
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    text = log.read_text(encoding="utf-8", errors="replace")
     return [line.strip() for line in text.splitlines() if line.strip()][-LAST_LINES:]
-
-
-def call(line: Sequence[str], log: Path) -> int:
-    """Run a command, stdout into `log`.out and stderr into `log`.err; returns its exit status.
-
-    The command leads a process group of its own, so that whatever ends this process ends the ranks too. It inherits
-    the lock of the folder (`sole_user`), the only thing here that is inheritable.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{log}.out", "wb") as out, open(f"{log}.err", "wb") as err:
-        process = subprocess.Popen(
-            line, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True, close_fds=False
-        )
-        try:
-            return process.wait()
-        except BaseException:
-            os.killpg(process.pid, signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=20)
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # a rank in a collective does not hear the first signal
-            raise
-
-
-@contextmanager
-def sole_user(folder: Path) -> Iterator[None]:
-    """Keep the folder from a second command, and from the next one while a training outlives a `kill -9` of this."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UnusableInput(
-                f"{folder} is in use by another eval.frontier or by a training that outlived one; wait, or end it"
-            ) from None
-        os.set_inheritable(lock.fileno(), True)
-        yield
-
-
-def launcher() -> str:
-    """The `deepspeed` of this Python's environment, else the one in the PATH."""
-    beside = Path(sys.executable).with_name("deepspeed")
-    found = str(beside) if beside.is_file() else shutil.which("deepspeed")
-    if found is None:
-        raise UnusableInput("there is no command deepspeed; install requirements.txt into this environment")
-    return found
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]
 
 
 def failure_file(folder: Path) -> Path:
@@ -157,7 +95,7 @@ def complete(plan: Plan, method: str, setting: Setting, seed: int) -> bool:
     failure_file(folder).unlink(missing_ok=True)
 
     def fail(what: str, status: int, log: Path) -> bool:
-        failure = Failure(method, setting, seed, what, status, last_lines(log), str(log))
+        failure = Failure(method, setting, seed, what, status, last_error(log), last_lines(log), str(log))
         write_atomically(failure_file(folder), json.dumps(asdict(failure), indent=1) + "\n")
         print(f"failed     {title}: {failure.reason}; the log is {log}", file=sys.stderr, flush=True)
         return True
@@ -168,7 +106,7 @@ def complete(plan: Plan, method: str, setting: Setting, seed: int) -> bool:
             shutil.rmtree(folder)
         print(f"training   {title}{' (resumed)' if resumable else ''}", flush=True)
         line = plan.training(method, setting, seed) + ["--resume"] * resumable
-        status = call([launcher(), "--master_port", str(free_port()), *line[1:]], folder.with_suffix(".training"))
+        status = call([*launcher(), *line[1:]], folder.with_suffix(".training"))
         if status or not (folder / "final").exists():
             return fail("training", status, folder.with_suffix(".training.err"))
     print(f"evaluating {title}", flush=True)

@@ -7,7 +7,7 @@ from statistics import fmean, median
 from typing import Any
 
 from eval import paper
-from eval.measures import MEASURES, OUTSIDE, Measure, headlines, label
+from eval.measures import ADVERSARIAL, MEASURES, OUTSIDE, Measure, headlines, label
 from eval.stats import correlate, mean_sd
 from eval.trajectories import COMB_RETAIN, COSINES, Run, Scores, at_level, lowest, mean_of
 
@@ -182,27 +182,51 @@ def cost_table(groups: Groups, measure: Measure) -> Rows:
     return rows
 
 
+def words_of(settings: Mapping[str, Any]) -> str:
+    """The settings of an attack but its seed and what is not set, as "steps 100, lr 0.001"."""
+    told = {key: value for key, value in settings.items() if key != "seed" and value not in (None, [], {})}
+    return ", ".join(f"{key} {value}" for key, value in told.items())
+
+
+def attacked(scores: Mapping[str, float], score: str) -> float | None:
+    """A score of the suite (`bios.forget.all`) among those of an attack (`forget.all`)."""
+    names = (score, ADVERSARIAL.get(score, score))
+    return next((scores[key] for name in names if (key := name.partition(".")[2]) in scores), None)
+
+
+def nll(scores: Mapping[str, float]) -> float | None:
+    """Of the forget corpus, or of its part that was not learned again, in nats a token."""
+    return scores.get("held_out_nll", scores.get("forget_nll"))
+
+
 def attack_table(groups: Groups) -> Rows:
-    """Forget and retain score before and after each attack, means ± sd over the runs; empty if none was attacked."""
+    """Scores before and after each attack, means ± sd over the runs; only the header if none was attacked."""
     found: dict[tuple[str, str], list[tuple[Measure, dict[str, Any]]]] = defaultdict(list)
     for name, runs in groups.items():
         for run in runs:
             told = run.robustness or {"suite": "", "attacks": []}
             for measure in (m for m in MEASURES if m.suite == told["suite"]):
                 for attack in told["attacks"]:
-                    settings = ", ".join(f"{key} {value}" for key, value in attack.get("settings", {}).items())
-                    found[name, f"{attack['name']}{f' ({settings})' * bool(settings)}"].append((measure, attack))
-    rows = [["method", "attack", "forget before", "after", "original", "retain before", "after", "s", "runs"]]
+                    settings = words_of(attack.get("settings") or {})
+                    found[name, f"{attack['name']} ({settings})" if settings else attack["name"]].append(
+                        (measure, attack)
+                    )
+    rows = [["method", "attack", "forget before", "after", "original", "retain before", "after"]]
+    rows[0] += ["forget NLL before", "after", "s", "runs"]
     for (name, attack), tries in found.items():
-
-        def of(score: str, when: str, tries: list[tuple[Measure, dict[str, Any]]] = tries) -> str:
-            keys = [(getattr(measure, score).partition(".")[2], one.get(when) or {}) for measure, one in tries]
-            return mean_sd(scores[key] for key, scores in keys if scores.get(key) is not None)
-
-        forget = [of("forget", "before"), of("forget", "after"), of("forget", "original")]
-        seconds = mean_sd((one["seconds"] for _, one in tries if one.get("seconds") is not None), digits=0)
-        rows.append([name, attack, *forget, of("retain", "before"), of("retain", "after"), seconds, str(len(tries))])
-    return rows if len(rows) > 1 else []
+        forget, retain, likelihood = defaultdict(list), defaultdict(list), defaultdict(list)
+        for measure, entry in tries:
+            for when in ("before", "after", "original"):
+                scores = entry.get(when) or {}
+                forget[when].append(attacked(scores, measure.forget))
+                retain[when].append(attacked(scores, measure.retain))
+                likelihood[when].append(nll(scores))
+        numbers = [forget["before"], forget["after"], forget["original"], retain["before"], retain["after"]]
+        numbers += [likelihood["before"], likelihood["after"]]
+        told = [mean_sd((x for x in values if x is not None), digits=3) for values in numbers]
+        seconds = mean_sd((entry["seconds"] for _, entry in tries if entry.get("seconds") is not None), digits=0)
+        rows.append([name, attack, *told, seconds, str(len(tries))])
+    return rows
 
 
 def headline_columns(groups: Groups, measure: Measure) -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from matplotlib import image
 
-from eval import axes, bios, comparison, frontier, stats, sweep
+from eval import axes, bios, comparison, frontier, launch, stats, sweep
 from eval.files import UnusableInput, exit_status
 from eval.measures import MEASURES
 from eval.trajectories import Run
@@ -264,7 +264,7 @@ def pretender(monkeypatch: pytest.MonkeyPatch) -> Pretender:
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The command in this process, on a recipe with `plain` and `sago`, into tmp_path/out."""
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    monkeypatch.setattr(frontier.signal, "signal", lambda *_: None)  # the test runner keeps its own
+    monkeypatch.setattr(frontier, "end_on_terminate", lambda: None)  # the test runner keeps its own
 
     def run(*arguments: object) -> int:
         fixed = ["frontier.py", "--config", tmp_path / "recipe.yaml", "--output", tmp_path / "out"]
@@ -416,7 +416,12 @@ def test_a_failed_run_is_told_and_the_others_go_on(
 def test_where_every_run_fails_the_slip_can_be_repaired(
     pretender: Pretender, command: Callable[..., int], tmp_path: Path
 ) -> None:
-    pretender.before = lambda number, folder, log: 2
+    def fail(number: int, folder: Path, log: Path) -> int:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{log}.err").touch()
+        return 2
+
+    pretender.before = fail
     assert command("--methods", "sago", "--seeds", 0) == 1
     text = (tmp_path / "out" / "frontier.md").read_text()
     assert "No run has finished" in text and "nothing on stderr" in text
@@ -428,7 +433,12 @@ def test_where_every_run_fails_the_slip_can_be_repaired(
 def test_a_setting_that_fails_counts_as_tried(
     pretender: Pretender, command: Callable[..., int], tmp_path: Path
 ) -> None:
-    pretender.before = lambda number, folder, log: 1 if number in (1, 6) else None
+    def fail(number: int, folder: Path, log: Path) -> int | None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{log}.err").write_text("RuntimeError: 10 steps in a row had a non-finite gradient\n")
+        return 1 if number in (1, 6) else None
+
+    pretender.before = fail
     line = ("--methods", "sago", "--seeds", 0, "--sweep", "synthesis.gamma=0.01:10", "--trials", 4)
     assert command(*line) == 1
     settings = [folder for what, folder in pretender.told() if what == "train"]
@@ -495,10 +505,10 @@ def test_a_folder_has_one_user(
     pretender: Pretender, command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Even a `kill -9` of the command does not free the folder while what it started lives."""
-    with sweep.sole_user(tmp_path / "out"):
+    with launch.sole_user(tmp_path / "out", "eval.frontier"):
         assert command("--methods", "sago") == 2
         assert "in use" in capsys.readouterr().err and pretender.lines == []
-        child = subprocess.Popen(["sleep", "60"], close_fds=False)  # as `sweep.call` starts its commands
+        child = subprocess.Popen(["sleep", "60"], close_fds=False)  # as `launch.call` starts its commands
     assert command("--methods", "sago") == 2
     child.kill()
     child.wait()
@@ -508,9 +518,9 @@ def test_a_folder_has_one_user(
 def test_what_ends_the_command_ends_what_it_called(tmp_path: Path) -> None:
     """A process that a killed child leaves behind would go on writing into a run folder that is begun again."""
     script = (
-        "import signal, sys, pathlib; from eval import sweep\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
-        f"sweep.call(['sh', '-c', 'sleep 60 & echo $!; wait'], pathlib.Path({str(tmp_path / 'log')!r}))"
+        "import pathlib; from eval import launch\n"
+        "launch.end_on_terminate()\n"
+        f"launch.call(['sh', '-c', 'sleep 60 & echo $!; wait'], pathlib.Path({str(tmp_path / 'log')!r}))"
     )
     process = subprocess.Popen([sys.executable, "-c", script], cwd=REPOSITORY)
     out = tmp_path / "log.out"
@@ -530,7 +540,7 @@ def test_what_ends_the_command_ends_what_it_called(tmp_path: Path) -> None:
 
 
 def test_a_real_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two methods, two gammas, one seed on one rank, on a target that knows six people by heart."""
+    """Two rules, one seed on one rank, on a target that knows four people by heart; starting takes most of the time."""
     import torch
 
     for name, number in (("NUM_FORGET", 2), ("NUM_RETAIN", 2), ("NUM_NEIGHBOURS", 1)):
@@ -562,24 +572,23 @@ def test_a_real_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     output = tmp_path / "out"
     line = [sys.executable, "-m", "eval.frontier", "--config", tmp_path / "recipe.yaml", "--output", output]
-    line += ["--methods", "ga_sum", "ga_sago", "--seeds", "0", "--sweep", "synthesis.gamma=0.5,1", "--level", "0.3"]
+    line += ["--methods", "ga_sum", "ga_sago", "--seeds", "0", "--sweep", "synthesis.gamma=0.5", "--level", "0.3"]
     line += ["--ranks", "1", "--data", world, "--", "--optimizer.lr", "3e-3"]
     result = subprocess.run([*map(str, line)], cwd=REPOSITORY, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr
 
     answer = json.loads((output / "frontier.json").read_text())
     assert [(run["method"], run["setting"], run["seed"]) for run in answer["runs"]] == [
-        (method, {"synthesis.gamma": gamma}, 0) for method in ("ga_sum", "ga_sago") for gamma in ("0.5", "1")
+        (method, {"synthesis.gamma": "0.5"}, 0) for method in ("ga_sum", "ga_sago")
     ]
     for run in answer["runs"]:
         told = yaml.safe_load((Path(run["folder"]) / "config.yaml").read_text())
         assert told["synthesis"]["gamma"] == float(run["setting"]["synthesis.gamma"])
         assert told["optimizer"]["lr"] == 3e-3 and told["synthesis"]["rule"] == run["method"].removeprefix("ga_")
         assert [scores["step"] for scores in run["trajectory"]] == [4, 8, 12, 16]
-        assert run["trajectory"][-1]["forget.all"] < run["trajectory"][0]["forget.all"] and run["matched"]
+        assert run["trajectory"][-1]["bios.forget.all"] < run["trajectory"][0]["bios.forget.all"] and run["matched"]
         steps = [json.loads(row) for row in (Path(run["folder"]) / "metrics.jsonl").read_text().splitlines()]
         cosines = [step["cos_combined_retain"] for step in steps if step["step"] <= run["matched"]["step"]]
         assert run["cos_combined_retain"] == pytest.approx(sum(cosines) / len(cosines))
-    assert answer["correlation"]["all"]["n"] == 4
-    assert answer["sum_against_others"][0]["ratios_tried"] == 2
+    assert answer["correlation"]["all"]["n"] == 2 and answer["failures"] == []
     assert {"frontier.md", "frontier.png"} <= {path.name for path in output.iterdir()}

@@ -181,7 +181,7 @@ def test_attacks_are_averaged_over_runs(tmp_path: Path) -> None:
 
 
 def test_layers_are_drawn_where_they_were_logged(tmp_path: Path) -> None:
-    layers = {
+    layers: dict[str, Any] = {
         f"{key}__model.layers.{n}": [0.1 * n] for key in ("cos_forget_retain", "conflict_fraction") for n in (0, 1)
     }
     groups, measure = read(make_run(tmp_path / "with", [wmdp(0.4, 0.6)], **layers))

@@ -188,44 +188,47 @@ def words_of(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in told.items())
 
 
-def attacked(scores: Mapping[str, float], score: str) -> float | None:
-    """A score of the suite (`bios.forget.all`) among those of an attack (`forget.all`)."""
-    names = (score, ADVERSARIAL.get(score, score))
-    return next((scores[key] for name in names if (key := name.partition(".")[2]) in scores), None)
+def read_attack(suite: str, scores: Mapping[str, float]) -> dict[str, float | None]:
+    """{"forget", "retain", "nll"} of what was asked before or after an attack, by the measure of its suite."""
+    named = {f"{suite}.{metric}": value for metric, value in scores.items()}
+    measure = next((measure for measure in MEASURES if measure.suite == suite), None)
+    read: dict[str, float | None] = {"nll": scores.get("held_out_nll", scores.get("forget_nll"))}
+    if measure:
+        read["forget"] = named.get(measure.forget, named.get(ADVERSARIAL.get(measure.forget, "")))
+        read["retain"] = named.get(measure.retain)
+    return read
 
 
-def nll(scores: Mapping[str, float]) -> float | None:
-    """Of the forget corpus, or of its part that was not learned again, in nats a token."""
-    return scores.get("held_out_nll", scores.get("forget_nll"))
+ATTACK_COLUMNS = {
+    "forget before": ("before", "forget"),
+    "forget after": ("after", "forget"),
+    "original": ("original", "forget"),
+    "retain before": ("before", "retain"),
+    "retain after": ("after", "retain"),
+    "NLL before": ("before", "nll"),
+    "NLL after": ("after", "nll"),
+}
 
 
 def attack_table(groups: Groups) -> Rows:
     """Scores before and after each attack, means ± sd over the runs; only the header if none was attacked."""
-    found: dict[tuple[str, str], list[tuple[Measure, dict[str, Any]]]] = defaultdict(list)
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     for name, runs in groups.items():
         for run in runs:
             told = run.robustness or {"suite": "", "attacks": []}
-            for measure in (m for m in MEASURES if m.suite == told["suite"]):
-                for attack in told["attacks"]:
-                    settings = words_of(attack.get("settings") or {})
-                    found[name, f"{attack['name']} ({settings})" if settings else attack["name"]].append(
-                        (measure, attack)
-                    )
-    rows = [["method", "attack", "forget before", "after", "original", "retain before", "after"]]
-    rows[0] += ["forget NLL before", "after", "s", "runs"]
-    for (name, attack), tries in found.items():
-        forget, retain, likelihood = defaultdict(list), defaultdict(list), defaultdict(list)
-        for measure, entry in tries:
-            for when in ("before", "after", "original"):
-                scores = entry.get(when) or {}
-                forget[when].append(attacked(scores, measure.forget))
-                retain[when].append(attacked(scores, measure.retain))
-                likelihood[when].append(nll(scores))
-        numbers = [forget["before"], forget["after"], forget["original"], retain["before"], retain["after"]]
-        numbers += [likelihood["before"], likelihood["after"]]
-        told = [mean_sd((x for x in values if x is not None), digits=3) for values in numbers]
-        seconds = mean_sd((entry["seconds"] for _, entry in tries if entry.get("seconds") is not None), digits=0)
-        rows.append([name, attack, *told, seconds, str(len(tries))])
+            suite = told["suite"]
+            for attack in told["attacks"]:
+                settings = words_of(attack.get("settings") or {})
+                title = f"{attack['name']} ({settings})" if settings else attack["name"]
+                found[name, suite, title].append(attack)
+    rows = [["method", "suite", "attack", *ATTACK_COLUMNS, "s", "runs"]]
+    for (name, suite, title), tries in found.items():
+        told = []
+        for when, what in ATTACK_COLUMNS.values():
+            values = [read_attack(suite, entry.get(when) or {}).get(what) for entry in tries]
+            told.append(mean_sd(value for value in values if value is not None))
+        seconds = mean_sd((entry["seconds"] for entry in tries if entry.get("seconds") is not None), digits=0)
+        rows.append([name, suite, title, *told, seconds, str(len(tries))])
     return rows
 
 

@@ -311,6 +311,16 @@ def test_a_grid_runs_everything_once(pretender: Pretender, command: Callable[...
     assert json.loads((tmp_path / "out" / "frontier.json").read_text())["level"] == 0.2
 
 
+def test_suites_and_scores_are_the_users(pretender: Pretender, command: Callable[..., int], tmp_path: Path) -> None:
+    scores = ("--forget", "bios.forget.all", "--retain", "bios.forget.all", "--level", 0.2)
+    assert command("--methods", "sago", "--seeds", 0, "--suite", "tofu", "bios", *scores) == 0
+    assert "--suite tofu bios --output" in " ".join(pretender.lines[1])
+    answer = json.loads((tmp_path / "out" / "frontier.json").read_text())
+    told = (answer["suites"], answer["forget"], answer["retain"], answer["level"])
+    assert told == (["tofu", "bios"], "bios.forget.all", "bios.forget.all", 0.2)
+    assert answer["runs"][0]["matched"]["bios.forget.all"] == pytest.approx(0.2)
+
+
 def test_a_kill_loses_nothing(pretender: Pretender, command: Callable[..., int], tmp_path: Path) -> None:
     def kill_in_third_training(number: int, folder: Path, log: Path) -> None:
         if number == 5:

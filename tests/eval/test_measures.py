@@ -173,11 +173,20 @@ def test_attacks_are_averaged_over_runs(tmp_path: Path) -> None:
     _, relearn, probes = tables.attack_table(groups)
     same = "0.100 ± 0.000"
     # sd of 0.3 and 0.5: 0.2 / sqrt(2) = 0.1414
-    assert relearn[1:6] == ["relearn (steps 9)", same, "0.400 ± 0.141", "0.800 ± 0.000", "0.500 ± 0.000"]
-    assert relearn[6:] == ["0.400 ± 0.000", "4.000 ± 0.000", "3.000 ± 0.000", "7 ± 0", "2"]
-    assert probes[1:4] == ["probes", same, "0.040 ± 0.014"] and probes[-1] == "2"
+    assert relearn[1:7] == ["rwku", "relearn (steps 9)", same, "0.400 ± 0.141", "0.800 ± 0.000", "0.500 ± 0.000"]
+    assert relearn[7:] == ["0.400 ± 0.000", "4.000 ± 0.000", "3.000 ± 0.000", "7 ± 0", "2"]
+    assert probes[1:5] == ["rwku", "probes", same, "0.040 ± 0.014"] and probes[-1] == "2"
     text = as_markdown(report.compose(groups, measure, None))
     assert "bf16, seed 3" in text and "python -m eval.robustness" in text
+
+
+def test_an_attack_on_another_suite_has_no_retain_score_of_mmlu(tmp_path: Path) -> None:
+    """`acc.all` after an attack on WMDP is WMDP's, not MMLU's; a suite without a measure is listed all the same."""
+    folder = make_run(tmp_path / "run", [wmdp(0.4, 0.6)])
+    for suite, forget in (("wmdp_cyber", "0.300"), ("mmlu", "–")):
+        entry = {"name": "int8", "settings": {}, "before": {"acc.all": 0.3}, "after": {"acc.all": 0.3}}
+        (folder / "robustness.json").write_text(json.dumps({"suite": suite, "attacks": [entry]}))
+        assert tables.attack_table(read(folder)[0])[1][1:8] == [suite, "int8", forget, forget, "–", "–", "–"]
 
 
 def test_layers_are_drawn_where_they_were_logged(tmp_path: Path) -> None:

@@ -13,18 +13,17 @@ class UnusableInput(Exception):
     """What the user gave cannot be used; the message is one line that names the culprit and the remedy."""
 
 
-def exit_status(command: Callable[[], None]) -> int:
-    """Run a command: 0 done, 2 unusable input (one line on stderr). Any other error keeps its traceback.
+def exit_status(command: Callable[[], int | None]) -> int:
+    """Run a command: what it returns or 0, 2 unusable input (one line on stderr). Any other error keeps its traceback.
 
     Of several ranks, which all meet the same unusable input, the first one prints the line.
     """
     try:
-        command()
+        return command() or 0
     except UnusableInput as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def read_json(path: Path) -> Any:

@@ -12,9 +12,13 @@ import pytest
 import yaml
 from matplotlib import image
 
-from eval import report
+from eval import report, tables, trajectories
+from eval.files import exit_status
+from eval.measures import MEASURES, Measure
+from eval.pages import as_markdown
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+BIOS = MEASURES[0]
 Points = list[tuple[int, float, float]]  # step, forget, retain
 REACHES: Points = [(10, 0.5, 0.9), (20, 0.0, 0.7), (30, 0.2, 0.8)]  # 0.1 is 4/5 of the way: step 18, retain 0.74
 ON_THE_DOT: Points = [(10, 0.3, 0.8), (20, 0.1, 0.6)]  # step 20, retain 0.6
@@ -57,27 +61,30 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
 
 
-def read(*folders: Path) -> dict[str, list[report.Run]]:
-    return report.group_runs([report.read_run(folder, None) for folder in folders])
+def read(*folders: Path, measure: Measure = BIOS) -> dict[str, list[trajectories.Run]]:
+    runs = [trajectories.prepare(trajectories.read_run(folder), measure, None) for folder in folders]
+    return trajectories.group_runs(runs)
 
 
-def trajectory(points: Points) -> list[report.Scores]:
-    return [{"step": step, "forget.all": forget, "retain.all": retain} for step, forget, retain in points]
+def trajectory(points: Points) -> list[trajectories.Scores]:
+    return [{"step": step, "bios.forget.all": forget, "bios.retain.all": retain} for step, forget, retain in points]
 
 
 def test_first_crossing_is_interpolated_in_every_number() -> None:
-    point = report.at_level(trajectory(REACHES), 0.1)
-    assert point == pytest.approx({"step": 18.0, "forget.all": 0.1, "retain.all": 0.74})
-    assert report.at_level(trajectory(ON_THE_DOT), 0.1) == pytest.approx(trajectory(ON_THE_DOT)[1])
-    assert report.at_level(trajectory(NEVER), 0.1) is None
-    assert report.at_level(trajectory([(10, 0.05, 0.4), (20, 0.5, 0.9)]), 0.1) == trajectory([(10, 0.05, 0.4)])[0]
+    point = trajectories.at_level(trajectory(REACHES), BIOS)
+    assert point == pytest.approx({"step": 18.0, "bios.forget.all": 0.1, "bios.retain.all": 0.74})
+    assert trajectories.at_level(trajectory(ON_THE_DOT), BIOS) == pytest.approx(trajectory(ON_THE_DOT)[1])
+    assert trajectories.at_level(trajectory(NEVER), BIOS) is None
+    early: Points = [(10, 0.05, 0.4), (20, 0.5, 0.9)]
+    assert trajectories.at_level(trajectory(early), BIOS) == trajectory(early)[0]
 
 
 def test_the_target_is_step_zero(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "fast", [(10, 0.0, 0.5)])
-    start = report.read_scores(entry(7, 1.0, 1.0), tmp_path, step=0)
-    point = report.at_level(report.read_run(folder, start).trajectory, 0.1)
-    assert point is not None and point["step"] == pytest.approx(9.0) and point["retain.all"] == pytest.approx(0.55)
+    start = trajectories.read_scores(entry(7, 1.0, 1.0), tmp_path, step=0)
+    run = trajectories.prepare(trajectories.read_run(folder), BIOS, start)
+    point = trajectories.at_level(run.trajectory, BIOS)
+    assert point is not None and point["step"] == pytest.approx(9.0) and point["bios.retain.all"] == pytest.approx(0.55)
 
 
 def test_grouping_is_by_method_and_not_by_seed(tmp_path: Path) -> None:
@@ -101,38 +108,39 @@ def test_means_are_over_the_seeds_that_reached_the_level_and_say_so(tmp_path: Pa
         make_run(tmp_path / "c", NEVER, seed=2),
         make_run(tmp_path / "d", NEVER, rule="sum"),
     )
-    header, sago, total = report.matched_table(groups, 0.1, ["retain.all"], None)
-    assert header == ["method", "retain.all", "step", "seeds that reached it"]
+    header, sago, total = tables.matched_table(groups, BIOS, ["bios.retain.all"], None)
+    assert header == ["method", "retain", "step", "seeds that reached it"]
     # (0.74 + 0.6) / 2 = 0.67; sd = |0.74 - 0.6| / sqrt(2) = 0.09899; steps 18 and 20: 19, sd 2 / sqrt(2) = 1.414
     assert sago == ["ga+nll sago", "0.670 ± 0.099", "19.0 ± 1.4", "2 of 3"]
     assert total == ["ga+nll sum", "–", "–", "0 of 1"]
-    rows = report.seed_table(groups, 0.1)
+    rows = tables.seed_table(groups, BIOS)
     assert [row[2:6] for row in rows[1:]] == [
         ["0", "0.000", "18.0", "0.740"],
         ["1", "0.100", "20.0", "0.600"],
         ["2", "0.400", "not reached", "–"],
         ["0", "0.400", "not reached", "–"],
     ]
-    assert "ga+nll sago seed 2, ga+nll sum seed 0" in report.as_markdown(report.compose(groups, 0.1, None))
+    assert "ga+nll sago seed 2, ga+nll sum seed 0" in as_markdown(report.compose(groups, BIOS, None))
 
 
 def test_cosines_are_means_over_the_steps_that_have_them(tmp_path: Path) -> None:
-    table = report.cosine_table(read(make_run(tmp_path / "a", REACHES), make_run(tmp_path / "b", REACHES, rule="sum")))
+    table = tables.cosine_table(read(make_run(tmp_path / "a", REACHES), make_run(tmp_path / "b", REACHES, rule="sum")))
     assert table[1:3] == [
         ["ga+nll sago", "-0.40", "0.40", "0.40", "0.40"],
         ["ga+nll sum", "-0.40", "0.40", "0.40", "–"],
     ]
-    assert table[-1] == ["paper: SAGO", "-0.35", "0.17", "0.57", "–"]
+    assert table[-1] == ["paper, Table 3: SAGO", "-0.35", "0.17", "0.57", "–"]
 
 
 def test_prediction_needs_runs_that_differ(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / str(seed), REACHES, seed=seed) for seed in range(3)]
-    assert "Too few" in report.prediction(read(*folders), 0.1)
+    assert "Too few" in tables.prediction(read(*folders), BIOS)
     for number, (cosine, retain) in enumerate([(0.1, 0.5), (0.2, 0.7), (0.3, 0.9)]):  # on a line
         (tmp_path / str(number) / "evaluation.json").write_text(json.dumps({"trajectory": [entry(1, 0.0, retain)]}))
         row = {"step": 1, "forget_loss": 0, "retain_loss": 0, "cos_forget_retain": 0, "cos_combined_forget": 0}
         (tmp_path / str(number) / "metrics.jsonl").write_text(json.dumps(row | {"cos_combined_retain": cosine}))
-    assert "3 runs" in report.prediction(read(*folders), 0.1) and "r = 1.00" in report.prediction(read(*folders), 0.1)
+    said = tables.prediction(read(*folders), BIOS)
+    assert "3 runs" in said and "r = 1.00" in said
 
 
 def test_the_command_writes_a_report_that_stands_alone(tmp_path: Path) -> None:
@@ -145,7 +153,7 @@ def test_the_command_writes_a_report_that_stands_alone(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "ga+nll sago" in result.stdout and "1 of 2" in result.stdout and str(output / "index.html") in result.stdout
 
-    figures = {"frontier.png", "losses.png", "geometry.png"}
+    figures = {"frontier.png", "points.png", "losses.png", "geometry.png"}
     assert {path.name for path in output.iterdir()} == figures | {"index.html", "report.md"}
     for name in figures:
         pixels = image.imread(output / name)
@@ -166,7 +174,7 @@ def test_the_command_writes_a_report_that_stands_alone(tmp_path: Path) -> None:
 
 
 def spoil(path: Path, content: str | None) -> None:
-    path.unlink()
+    path.unlink(missing_ok=True)
     if content is not None:
         path.write_text(content)
 
@@ -176,7 +184,13 @@ def spoil(path: Path, content: str | None) -> None:
     [
         ("evaluation.json", None, "python -m eval.run --model"),
         ("evaluation.json", '{"suites": {}}', "no trajectory"),
-        ("evaluation.json", '{"trajectory": [{"step": 1, "suites": {"other": {}}}]}', "--suite bios"),
+        ("evaluation.json", '{"trajectory": [{"step": 1, "suites": {"other": {}}}]}', "as eval.run writes"),
+        (
+            "evaluation.json",
+            '{"trajectory": [{"step": 1, "suites": {"bios": {"metrics": {"retain": {"all": 1}}}}}]}',
+            "bios.forget.all",
+        ),
+        ("robustness.json", '{"suite": "bios", "attacks": [{"name": "relearn"}]}', "eval.robustness"),
         ("evaluation.json", "{", "cannot read"),
         ("config.yaml", None, "config.yaml"),
         ("config.yaml", "seed: 0\n", "synthesis"),
@@ -195,7 +209,7 @@ def test_unusable_runs(
     folder = make_run(tmp_path / "run", REACHES)
     spoil(folder / file, content)
     monkeypatch.setattr(sys, "argv", ["report.py", str(folder), "--output", str(tmp_path / "report")])
-    assert report.exit_status(report.main) == 2
+    assert exit_status(report.main) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and str(folder / file) in error and said in error
     assert not (tmp_path / "report").exists()
@@ -204,7 +218,10 @@ def test_unusable_runs(
 def test_unusable_arguments(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", REACHES)
     for arguments, words in (
-        ([folder, "--output", tmp_path / "report", "--forget-level", "7"], "--forget-level 7"),
+        ([folder, "--output", tmp_path / "report", "--level", "7"], "--level 7"),
+        ([folder, "--output", tmp_path / "report", "--retain", "mmlu.acc.all"], "--retain mmlu.acc.all"),
+        ([folder, "--output", tmp_path / "report", "--forget", "bios.forget.FB"], "give --retain and --level"),
+        ([folder, "--output", tmp_path / "report", "--retain", "bios.retain.fb"], "bios.retain.FB"),
         ([folder, "--output", folder / "config.yaml"], "name a folder"),
         ([tmp_path / "nowhere", "--output", tmp_path / "report"], "nowhere"),
     ):

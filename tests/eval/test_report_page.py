@@ -1,0 +1,111 @@
+"""The report's page in a real browser without a window: what a reader would see wide, on a phone, and in the dark."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval import report
+from eval.files import exit_status
+from tests.eval.runs import make_run
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
+WIDTHS = (1280, 420)
+LOOK = """
+const seen = [...document.querySelectorAll('iframe')].map(frame => {
+  const page = frame.contentDocument, root = page.documentElement;
+  return {
+    width: root.clientWidth, content: root.scrollWidth, height: root.scrollHeight,
+    images: [...page.images].map(image => image.naturalWidth), shown: [...page.images].map(image => image.clientWidth),
+    broken: [...page.querySelectorAll('nav a')].filter(a => !page.querySelector(a.getAttribute('href'))).length,
+    links: page.querySelectorAll('nav a').length,
+    tables: [...page.querySelectorAll('table')].map(table => {
+      const box = table.parentElement;
+      return [table.scrollWidth, box.clientWidth, getComputedStyle(box).overflowX];
+    }),
+    text: getComputedStyle(page.body).color, paper: getComputedStyle(page.body).backgroundColor,
+    loaded: frame.contentWindow.performance.getEntriesByType('resource').map(one => one.name)
+      .filter(name => !name.startsWith('data:')),
+  };
+});
+document.body.innerHTML = ''; document.body.dataset.seen = JSON.stringify(seen);
+"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip(f"no browser in the PATH ({', '.join(BROWSERS)}); apt-get install chromium")
+    return found
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """index.html of six runs, one of them with a name that is wide and looks like a tag."""
+    folder = tmp_path_factory.mktemp("page")
+    runs = []
+    for number, rule in enumerate(("sum", "pcgrad", "sago")):
+        for seed in (0, 1):
+            kept = {"acc": {"all": 0.4 + number / 20, "anatomy": 0.5}}
+            exports = [{"wmdp_cyber": {"acc": {"all": x - seed / 50}}, "mmlu": kept} for x in (0.42, 0.35, 0.27)]
+            name = f"{rule}-{seed}" if seed else f"{rule} <img src=x onerror=console.error(1)> {'wide' * 20}"
+            logged = ("cos_forget_retain", "conflict_fraction")
+            layers = {f"{key}__layers.{n}": [0.2] for key in logged for n in range(3)}
+            runs.append(make_run(folder / name, exports, rule=rule, seed=seed, seconds=[1.0] * 9, **layers))
+    arguments = [sys.argv[0], *map(str, runs), "--output", str(folder / "report")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", arguments)
+        assert exit_status(report.main) == 0
+    return (folder / "report" / "index.html").read_text(encoding="utf-8")
+
+
+def look(browser: str, folder: Path, page: str, *options: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """(what is seen at each of `WIDTHS`, lines of the console) of a page, opened from a file without network."""
+    frames = "".join(f'<iframe width={w} height=900 srcdoc="{html.escape(page)}"></iframe>' for w in WIDTHS)
+    (folder / "frames.html").write_text(
+        f"<!doctype html><body>{frames}<script>onload = () => {{{LOOK}}}</script></body>"
+    )
+    line = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    line += [f"--user-data-dir={folder / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND", *options]
+    result = subprocess.run(
+        [*line, f"file://{folder / 'frames.html'}"], capture_output=True, text=True, timeout=240, check=False
+    )
+    told = re.search(r'data-seen="([^"]*)"', result.stdout)
+    assert told, result.stderr[-2000:]
+    return json.loads(html.unescape(told[1])), [row for row in result.stderr.splitlines() if "CONSOLE" in row]
+
+
+def test_wide_and_narrow(browser: str, page: str, tmp_path: Path) -> None:
+    seen, console = look(browser, tmp_path, page)
+    assert console == []
+    assert [one["width"] for one in seen] == pytest.approx(WIDTHS, abs=20)  # less a scroll bar
+    for one in seen:
+        assert one["content"] <= one["width"]  # the page itself never scrolls sideways
+        assert len(one["images"]) == 5 and min(one["images"]) > 500 and min(one["shown"]) > 400
+        assert one["links"] >= 10 and one["broken"] == 0 and one["loaded"] == []
+        assert all(width <= box or scroll == "auto" for width, box, scroll in one["tables"])
+        assert one["text"] == "rgb(28, 31, 35)" and one["paper"] == "rgb(255, 255, 255)"
+    assert any(width > box for width, box, _ in seen[1]["tables"])  # or the line above proves nothing
+
+
+def test_dark(browser: str, page: str, tmp_path: Path) -> None:
+    seen, console = look(browser, tmp_path, page, "--blink-settings=preferredColorScheme=0")
+    assert console == [] and seen[0]["text"] == "rgb(228, 231, 235)" and seen[0]["paper"] == "rgb(21, 24, 28)"
+
+
+def test_the_browser_would_tell(browser: str, tmp_path: Path) -> None:
+    """The checks above can fail: a script's error, a file from elsewhere, a page that is too wide, a dead link."""
+    bad = (
+        '<nav><a href="#nowhere">x</a></nav><script>console.error("seen")</script><img src="http://localhost:9/x.png">'
+    )
+    seen, console = look(browser, tmp_path, bad + '<div style="width:2000px">wide</div>')
+    assert any("seen" in row for row in console)
+    assert seen[1]["content"] > seen[1]["width"] and seen[1]["broken"] == 1 and seen[1]["images"] == [0]
+    assert seen[1]["loaded"] == ["http://localhost:9/x.png"]

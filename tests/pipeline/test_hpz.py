@@ -9,8 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.torch import load_file
 
+from pipeline.config import InputError, RunConfig, deepspeed_config, refuse_uneven_groups
 from tests import oracle
 from tests.conftest import World
 from tests.distributed import run_distributed
@@ -66,3 +68,14 @@ def test_the_shipped_file_on_one_machine(world: World, tmp_path: Path) -> None:
     runs = settings(world, tmp_path, "ds_configs/zero3_hpz.json", ("sago",))
     run_distributed(train_in_groups, 2, runs)
     assert_equal_to_plain(runs, world)
+
+
+@pytest.mark.parametrize(("ranks", "fits"), [(2, True), (8, True), (12, False), (16, True)])
+def test_ranks_that_do_not_divide_into_groups_are_refused(ranks: int, fits: bool, world: World) -> None:
+    config = RunConfig.model_validate(world.configuration("run", train={"deepspeed": "ds_configs/zero3_hpz.json"}))
+    zero = deepspeed_config(config)
+    if fits:
+        refuse_uneven_groups(zero, ranks)
+    else:
+        with pytest.raises(InputError, match="zero_hpz_partition_size 8 does not divide 12 ranks; set it to"):
+            refuse_uneven_groups(zero, ranks)

@@ -484,6 +484,23 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     return merged
 
 
+def refuse_uneven_groups(zero: dict[str, Any], world_size: int) -> None:
+    """ZeRO++ keeps a copy of the weights in each group of `zero_hpz_partition_size` ranks.
+
+    Args:
+        zero: as `deepspeed_config` returns it.
+
+    Raises:
+        InputError: the ranks do not divide into such groups.
+    """
+    size = zero["zero_optimization"].get("zero_hpz_partition_size", 1)
+    if size > 1 and world_size % min(size, world_size):
+        raise InputError(
+            f"train.deepspeed: zero_hpz_partition_size {size} does not divide {world_size} ranks; set it to the number "
+            "of GPUs of a machine"
+        )
+
+
 def refuse_foreign_output(config: RunConfig, resume: bool) -> None:
     """A run folder is never overwritten, and resumed only by the run that it holds.
 
@@ -530,7 +547,7 @@ def _describe(section: type[BaseModel], prefix: str = "") -> list[str]:
     return lines
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"command line: {message}")
 
@@ -541,7 +558,7 @@ def parse_command_line(arguments: Sequence[str] | None = None) -> tuple[RunConfi
     Raises:
         InputError: see `resolve`. (`--help` ends the process with status 0.)
     """
-    parser = _Parser(
+    parser = Parser(
         prog="deepspeed --module pipeline.train",
         description="Unlearn a corpus while keeping everything else. Also under torchrun, mpirun, or alone.",
         epilog="configuration keys and defaults, each also a command-line override (--a.b VALUE):\n"

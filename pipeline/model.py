@@ -19,7 +19,14 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -28,20 +35,29 @@ from pipeline.config import InputError, Lora, Model
 from pipeline.corpus import file_digest
 
 
+def load_shape(path: str) -> PreTrainedConfig:
+    """`config.json` of the model at `path`.
+
+    Raises:
+        InputError: neither a model folder nor a model of the hub.
+    """
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not Path(path).is_dir():
+        raise InputError(f"model.path: there is no folder {path}")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"model.path: {path!r} is neither a model folder nor a model of the hub: {reason}") from None
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of the model at `path`, once it is clear that there is a model.
 
     Raises:
         InputError: neither a model folder nor a model of the hub, or no tokenizer beside it.
     """
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not Path(path).is_dir():
-        raise InputError(f"model.path: there is no folder {path}")
-    try:
-        AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"model.path: {path!r} is neither a model folder nor a model of the hub: {reason}") from None
+    load_shape(path)
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
@@ -87,18 +103,7 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
         raise InputError(
             f"model.path: {config.path!r} holds an adapter; export it with model.lora.merge, or name its base"
         )
-    if config.lora is None:
-        names = [name for name, _ in model.named_parameters()]
-        for pattern in config.train:
-            if not any(re.search(pattern, name) for name in names):
-                raise InputError(f"model.train: {pattern!r} is found in no tensor name; names look like {names[0]!r}")
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(any(re.search(pattern, name) for pattern in config.train))
-    else:
-        torch.manual_seed(seed)
-        attach_adapters(model, config.lora)
-    if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    choose_what_trains(model, config, seed)
     if config.torch_compile:
         stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
         if stage == 3 and not all(parameter.requires_grad for parameter in model.parameters()):
@@ -113,6 +118,26 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
     torch.manual_seed(seed + dist.get_rank())  # dropout: each rank its own
     model.train()
     return model
+
+
+def choose_what_trains(model: PreTrainedModel, config: Model, seed: int) -> None:
+    """Freeze what does not train, or attach adapters; recompute activations if asked to. Also on the meta device.
+
+    Raises:
+        InputError: a pattern that names nothing.
+    """
+    if config.lora is None:
+        names = [name for name, _ in model.named_parameters()]
+        for pattern in config.train:
+            if not any(re.search(pattern, name) for name in names):
+                raise InputError(f"model.train: {pattern!r} is found in no tensor name; names look like {names[0]!r}")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(re.search(pattern, name) for pattern in config.train))
+    else:
+        torch.manual_seed(seed)
+        attach_adapters(model, config.lora)
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def attach_adapters(model: PreTrainedModel, lora: Lora) -> None:

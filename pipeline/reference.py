@@ -132,6 +132,8 @@ class Original:
         for number, parameter in enumerate(self.trained):
             if hasattr(parameter, "ds_tensor") and parameter.ds_status.name == "AVAILABLE":
                 parameter.partition()  # drop what was gathered from the other share
+            if hasattr(parameter, "ds_tensor"):
+                parameter.ds_secondary_tensor = None  # and the copy within a machine (zero_hpz_partition_size)
             held = _held(parameter)
             held.data, self.kept[number] = self.kept[number], held.data
 

@@ -21,6 +21,7 @@ from pipeline.config import (
     deepspeed_config,
     parse_command_line,
     refuse_foreign_output,
+    refuse_uneven_groups,
     world_from_environment,
 )
 
@@ -104,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config, resume = parse_command_line(arguments)
         accumulation(config, world_size)
         zero = deepspeed_config(config)
+        refuse_uneven_groups(zero, world_size)
         refuse_foreign_output(config, resume)
     except InputError as error:
         return refuse(error, rank)

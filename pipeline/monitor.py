@@ -28,8 +28,10 @@ class Monitor:
         self.values: dict[str, Any] = {}
         self.pending: dict[str, dict[str, torch.Tensor]] = {}
         self.is_writer = dist.get_rank() == 0
+        self.last: dict[str, Any] = {}  # the newest line of the log, of rank 0
         if self.is_writer:
-            _keep_lines(folder / "metrics.jsonl", start)
+            kept = _keep_lines(folder / "metrics.jsonl", start)
+            self.last = json.loads(kept[-1]) if kept else {}
             self.lines = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
             self.bar = tqdm(total=steps, initial=start, desc="unlearning", unit=" steps", mininterval=0.5)
@@ -40,7 +42,10 @@ class Monitor:
             self.board.add_text(tag, text)
 
     def record(self, name: str, value: float | torch.Tensor | None, reduce: str = "none") -> None:
-        """One number of the present step. reduce: `none` (the same on every rank), `sum` or `max` over the ranks."""
+        """One number of the present step. reduce: `none` (the same on every rank), `sum` or `max` over the ranks.
+
+        A name that starts with `_` is for the ranks to agree on, and is not written.
+        """
         self.values[name] = value
         if reduce != "none":
             tensor = torch.as_tensor(value, dtype=torch.float64, device=self.device).detach()
@@ -57,8 +62,10 @@ class Monitor:
         }
         self.values, self.pending = {}, {}
         if self.is_writer:
-            self.lines.write(json.dumps({"step": step, **values}) + "\n")
-            for name, value in values.items():
+            written = {name: value for name, value in values.items() if not name.startswith("_")}
+            self.last = {"step": step, **written}
+            self.lines.write(json.dumps(self.last) + "\n")
+            for name, value in written.items():
                 if value is not None:
                     self.board.add_scalar(name, value, step)
             shown = {"forget": "forget_loss", "retain": "retain_loss", "conflict": "conflict_fraction"}
@@ -74,14 +81,15 @@ class Monitor:
             self.lines.close()
 
 
-def _keep_lines(file: Path, number: int) -> None:
-    """Cut a log back to its first `number` lines, all at once."""
+def _keep_lines(file: Path, number: int) -> list[str]:
+    """Cut a log back to its first `number` lines, all at once; returns them."""
     if not file.exists():
-        return
+        return []
     kept = file.read_text(encoding="utf-8").splitlines(keepends=True)[:number]
     unfinished = file.with_name(f".{file.name}")
     unfinished.write_text("".join(kept), encoding="utf-8")
     os.replace(unfinished, file)
+    return kept
 
 
 def peak_memory_bytes(device: torch.device) -> int:

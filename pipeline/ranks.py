@@ -37,8 +37,8 @@ def start() -> torch.device:
         started = world_from_environment()[1]
         if MPI.COMM_WORLD.Get_size() != started:  # each would train for itself, into the same folder
             raise InputError(
-                f"mpirun: it started {started} ranks, of which mpi4py sees {MPI.COMM_WORLD.Get_size()}, being of another "
-                "MPI; use that one's mpirun, or set MPI4PY_LIBMPI to the libmpi.so of this one"
+                f"mpirun: it started {started} ranks, of which mpi4py sees {MPI.COMM_WORLD.Get_size()}, being of "
+                "another MPI; use that one's mpirun, or set MPI4PY_LIBMPI to the libmpi.so of this one"
             )
         # DeepSpeed's discovery uses one fixed port, so two jobs on a host would collide.
         port = MPI.COMM_WORLD.bcast(_free_port() if MPI.COMM_WORLD.Get_rank() == 0 else None)

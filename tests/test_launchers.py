@@ -163,6 +163,23 @@ def test_nothing_of_the_two_machines_is_seen_outside_or_left(two_machines: None)
     assert subprocess.run(["bash", TWO_MACHINES, "sh", "-c", "exit 5"], check=False, timeout=60).returncode == 5
 
 
+def test_mpirun_of_another_mpi_than_mpi4py_is_refused(config: Path, tmp_path: Path) -> None:
+    """Each rank would be alone in its world and train into the same folder as the others."""
+    needs("mpirun")
+    program = ["-m", "pipeline.train", "--config", str(config), "--output", str(tmp_path / "run")]
+    alone = subprocess.run(
+        [sys.executable, *program],
+        cwd=REPOSITORY,
+        env={**os.environ, "PMI_RANK": "0", "PMI_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert alone.returncode == 2 and "it started 2 ranks, of which mpi4py sees 1" in alone.stderr, alone.stderr[-3000:]
+    assert not (tmp_path / "run").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What the scripts ask of a launcher, told by stand-ins that write down how they were called
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d
 
-from pipeline.config import InputError
+from pipeline.config import InputError, world_from_environment
 
 T = TypeVar("T")
 
@@ -60,6 +60,12 @@ def start(timeout: float = 30.0) -> torch.device:
     else:
         from mpi4py import MPI
 
+        started = world_from_environment()[1]
+        if MPI.COMM_WORLD.Get_size() != started:  # each would train for itself, into the same folder
+            raise InputError(
+                f"mpirun: it started {started} ranks, of which mpi4py sees {MPI.COMM_WORLD.Get_size()}, being of "
+                "another MPI; use that one's mpirun, or set MPI4PY_LIBMPI to the libmpi.so of this one"
+            )
         # DeepSpeed's discovery uses one fixed port, so two jobs on a host would collide.
         port = MPI.COMM_WORLD.bcast(_free_port() if MPI.COMM_WORLD.Get_rank() == 0 else None)
         deepspeed.init_distributed(distributed_port=port, verbose=False, timeout=limit)

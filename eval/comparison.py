@@ -121,8 +121,8 @@ def sum_against_others(groups: Sequence[Group]) -> list[dict[str, Any]]:
         told = group.members[0].run.told
         return told["gamma"] / told["alpha"] if told["alpha"] else math.inf
 
-    def rule(group: Group) -> str:
-        return group.members[0].run.told["rule"]
+    def rule(group: Group) -> str | None:
+        return group.members[0].run.rule
 
     best = best_groups(groups)
     answers = []

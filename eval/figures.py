@@ -1,4 +1,5 @@
-"""Every drawing of the reports. A panel per pair of objectives; in each, a rule has the same colour and marker."""
+"""Every drawing of the reports. A panel per pair of objectives, where one of the two alone is drawn too; a rule has
+the same colour and marker in each."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,13 +46,15 @@ def styles(groups: Groups) -> dict[str, Style]:
     """{method: style}; settings of one rule in one panel differ by their dashes, and by how their marker is filled."""
     seen: dict[tuple[str, str], int] = {}
     found = {}
+    pairs = [runs[0].objective for runs in groups.values() if runs[0].rule]
     for name, runs in groups.items():
-        run, rule = runs[0], str(runs[0].told.get("rule"))
-        number = seen[run.objective, rule] = seen.get((run.objective, rule), -1) + 1
+        run, rule = runs[0], str(runs[0].rule)
+        panel = run.objective if run.rule else next((p for p in pairs if run.objective in p.split("+")), run.objective)
+        number = seen[panel, rule] = seen.get((panel, rule), -1) + 1
         colour, shape = RULES.get(rule, OTHER_RULE)
         marker = {"marker": shape, "markersize": 11 if shape == "*" else 7, "fillstyle": FILLS[number % len(FILLS)]}
         label = name.removeprefix(f"{run.objective} ")
-        found[name] = Style(run.objective, label, colour, DASHES[number % len(DASHES)], marker)
+        found[name] = Style(panel, label, colour, DASHES[number % len(DASHES)], marker)
     return found
 
 
@@ -141,7 +144,7 @@ def plain_of(name: str, groups: Groups) -> str | None:
     def rest(runs: list[Run]) -> dict[str, Any]:
         return {key: value for key, value in runs[0].told.items() if key not in ("rule", "scope")}
 
-    found = [other for other, runs in groups.items() if runs[0].told.get("rule") == "sum"]
+    found = [other for other, runs in groups.items() if runs[0].rule == "sum"]
     return next((other for other in found if other != name and rest(groups[other]) == rest(groups[name])), None)
 
 

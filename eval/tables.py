@@ -9,7 +9,7 @@ from typing import Any
 from eval import paper
 from eval.measures import ADVERSARIAL, MEASURES, OUTSIDE, Measure, headlines, label
 from eval.stats import correlate, mean_sd
-from eval.trajectories import COMB_RETAIN, COSINES, Run, Scores, at_level, lowest, mean_of
+from eval.trajectories import COMB_RETAIN, COSINES, Run, Scores, at_level, best_below, lowest, mean_of
 
 Rows = list[list[str]]
 Groups = Mapping[str, list[Run]]  # method -> its seeds
@@ -51,6 +51,16 @@ def matched_table(groups: Groups, measure: Measure, columns: Sequence[str], targ
     for name, runs in groups.items():
         points = points_of(runs, measure)
         steps = mean_sd((point["step"] for point in points), digits=1)
+        rows.append([name, *cells(points, columns), steps, f"{len(points)} of {len(runs)}"])
+    return rows
+
+
+def best_table(groups: Groups, measure: Measure, columns: Sequence[str]) -> Rows:
+    """Scores of each run's best export at or below the level, mean ± sd over the seeds that have one."""
+    rows = [["method", *titles(columns, measure), "step", "seeds that have one"]]
+    for name, runs in groups.items():
+        points = [point for run in runs if (point := best_below(run.trajectory, measure))]
+        steps = mean_sd((point["step"] for point in points), digits=0)
         rows.append([name, *cells(points, columns), steps, f"{len(points)} of {len(runs)}"])
     return rows
 
@@ -166,7 +176,7 @@ def cost_table(groups: Groups, measure: Measure) -> Rows:
 
     plain: dict[str, list[float]] = defaultdict(list)
     for runs in groups.values():
-        if runs[0].told.get("rule") == "sum":
+        if runs[0].rule == "sum":
             plain[runs[0].objective] += seconds(runs)
     rows = [["method", "s a step", "of sum", "tokens/s", "peak GiB a rank", "steps to the level", "s to the level"]]
     for name, runs in groups.items():

@@ -52,8 +52,13 @@ class Run:
 
     @property
     def objective(self) -> str:
-        """`forget+retain`, as ga+nll."""
-        return f"{self.told.get('forget')}+{self.told.get('retain')}"
+        """`forget+retain`, as ga+nll; the one objective of a run without the other task."""
+        return "+".join(name for key in ("forget", "retain") if (name := str(self.told.get(key))) != "none")
+
+    @property
+    def rule(self) -> str | None:
+        """What combines the two gradients; None where there is one."""
+        return str(self.told.get("rule")) if "+" in self.objective else None
 
     @property
     def suites(self) -> list[str]:
@@ -207,6 +212,12 @@ def at_level(trajectory: Sequence[Scores], measure: Measure) -> Scores | None:
     return None
 
 
+def best_below(trajectory: Sequence[Scores], measure: Measure) -> Scores | None:
+    """The export that keeps most of those at or below the level, which whoever stops early would take; None without."""
+    low = [scores for scores in trajectory if scores[measure.forget] <= measure.level]
+    return max(low, key=lambda scores: scores[measure.retain], default=None)
+
+
 def lowest(run: Run, measure: Measure) -> float:
     """The lowest forget score of the run's exports."""
     return min(scores[measure.forget] for scores in run.trajectory)
@@ -240,11 +251,12 @@ def group_runs(runs: Iterable[Run]) -> dict[str, list[Run]]:
         by_method[run.method].append(run)
 
     def short(members: list[Run]) -> str:
-        return f"{members[0].objective} {members[0].told.get('rule')}"
+        return f"{members[0].objective} {members[0].rule or 'alone'}"
 
     groups = {}
     for method, members in by_method.items():
         rivals = [other for other, others in by_method.items() if short(others) == short(members)]
-        differing = [f"{key}={json.loads(x)}" for key, x in method if any((key, x) not in other for other in rivals)]
+        told = [(key, x) for key, x in method if any((key, x) not in other for other in rivals)]
+        differing = [f"{key}={json.loads(x)}" for key, x in told if x != "null"]  # left open: the default
         groups[" ".join([short(members), *differing])] = sorted(members, key=lambda run: run.seed)
     return groups

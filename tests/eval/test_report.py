@@ -12,7 +12,7 @@ import pytest
 import yaml
 from matplotlib import image
 
-from eval import report, tables, trajectories
+from eval import figures, report, tables, trajectories
 from eval.files import exit_status
 from eval.measures import MEASURES, Measure
 from eval.pages import as_markdown
@@ -99,6 +99,31 @@ def test_grouping_is_by_method_and_not_by_seed(tmp_path: Path) -> None:
         "ga+nll sum lr=0.001": ["c"],
         "ga+nll sum lr=0.003": ["d"],
     }
+
+
+def test_one_task_alone_has_no_rule_and_a_default_scope_no_name(tmp_path: Path) -> None:
+    folders = [
+        make_run(tmp_path / "alone", REACHES),
+        make_run(tmp_path / "a", REACHES, rule="pcgrad"),
+        make_run(tmp_path / "b", REACHES, rule="pcgrad"),
+    ]
+    for folder, section, key, value in (
+        (folders[0], "objective", "retain", "none"),
+        (folders[1], "synthesis", "scope", None),
+        (folders[2], "synthesis", "scope", "global"),
+    ):
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config[section][key] = value
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    groups = read(*folders)
+    assert list(groups) == ["ga alone", "ga+nll pcgrad", "ga+nll pcgrad scope=global"]
+    assert figures.panels(groups) == {"ga+nll": list(groups)}, "drawn beside the methods that have both tasks"
+
+
+def test_the_best_export_below_the_level_may_come_after_the_crossing() -> None:
+    again: Points = [(10, 0.5, 0.9), (20, 0.05, 0.3), (30, 0.08, 0.8), (40, 0.2, 1.0), (50, 0.01, 0.7)]
+    assert trajectories.best_below(trajectory(again), BIOS) == trajectory(again)[2]
+    assert trajectories.best_below(trajectory(NEVER), BIOS) is None
 
 
 def test_means_are_over_the_seeds_that_reached_the_level_and_say_so(tmp_path: Path) -> None:

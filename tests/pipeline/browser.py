@@ -1,4 +1,4 @@
-"""A browser without a window, asked over its debugging pipe (Chrome DevTools Protocol): pages that need scripts and time."""
+"""A browser without a window, asked over its debugging pipe (Chrome DevTools Protocol): pages that draw themselves."""
 
 from __future__ import annotations
 

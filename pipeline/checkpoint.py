@@ -1,8 +1,11 @@
 """Save and resume: sharded by DeepSpeed, and complete or not there.
 
-A checkpoint counts once its marker exists, which is written last: a kill while saving leaves the one before it. What
-DeepSpeed does not know of (the moving average of a rule, the random state) lies beside its files, one file a rank. The
-position in the data needs no saving: a batch is a function of the step.
+A checkpoint counts once its marker exists, which is written last: a kill while saving leaves the one before it. The
+marker holds a checksum of each file, and what decides the run. What DeepSpeed does not know of (the moving average of a
+rule, the random state) lies beside its files, one file a rank. The position in the data needs no saving: a batch is
+a function of the step.
+
+DeepSpeed's files are pickles, which run code when they are loaded: resume only a run folder of your own.
 """
 
 from __future__ import annotations
@@ -10,35 +13,97 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
+from pipeline import ranks
 from pipeline.config import InputError
+from pipeline.holders import Stretch, optimizer_layout
+from pipeline.reshard import deal, load_optimizer
 from pipeline.shards import Shards
 
-KEPT = 2  # checkpoints; the newest is enough unless the disk damages it
 MARKER = "complete.json"
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of the engine
 
 
-def save(engine: Any, shards: Shards, run: Path, step: int) -> None:
-    """Write `run/checkpoints/step-NNNNNN` after `step` steps. Every rank must call, between steps."""
-    folder, tag = run / "checkpoints", f"step-{step:06d}"
-    engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-    cuda_random = torch.cuda.get_rng_state() if torch.cuda.is_available() else None  # of dropout there
-    own = {"average": shards.average, "random": torch.get_rng_state(), "cuda_random": cuda_random}
-    torch.save(own, folder / tag / f"own-{dist.get_rank()}.pt")
-    dist.barrier()
-    if dist.get_rank() == 0:
-        unfinished = folder / tag / f".{MARKER}"
-        unfinished.write_text(json.dumps({"step": step, "ranks": dist.get_world_size()}))
-        os.replace(unfinished, folder / tag / MARKER)
-        for old in sorted(folder.glob("step-*"))[:-KEPT]:
-            (old / MARKER).unlink(missing_ok=True)  # first: half a checkpoint must not look whole
-            shutil.rmtree(old)
-    dist.barrier()
+def save(engine: Any, shards: Shards, run: Path, step: int, *, keep: int, identity: dict[str, Any]) -> None:
+    """Write `run/checkpoints/step-NNNNNN` after `step` steps. Every rank must call, between steps.
+
+    Args:
+        keep: how many of the newest checkpoints stay.
+        identity: what decides the run, by name, as JSON has it; `load` refuses another.
+
+    Raises:
+        ranks.Failure: the disk does not take it.
+    """
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    with writing(folder, folder):
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # half of one, perhaps by another number of ranks
+        dist.barrier()
+        engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        own = {
+            "average": shards.average,
+            "average_layout": [asdict(stretch) for stretch in shards.average_layout()],
+            "optimizer_layout": [[asdict(s) for s in group] for group in optimizer_layout(engine)],
+            "schedule": engine.lr_scheduler.state_dict(),
+            "counters": {name: getattr(engine, name) for name in COUNTERS},
+            "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,  # of dropout there
+        }
+        torch.save(own, _own(folder, dist.get_rank()))
+        dist.barrier()
+        files = sorted(folder.iterdir())
+        sums: list[Any] = [None] * dist.get_world_size()
+        mine = files[dist.get_rank() :: dist.get_world_size()]
+        dist.all_gather_object(sums, {file.name: checksum(file) for file in mine})
+        if dist.get_rank() == 0:
+            marker = {
+                "step": step,
+                "ranks": dist.get_world_size(),
+                "run": identity,
+                "files": {name: value for part in sums for name, value in part.items()},
+            }
+            unfinished = folder / f".{MARKER}"
+            unfinished.write_text(json.dumps(marker), encoding="utf-8")
+            os.replace(unfinished, folder / MARKER)
+            tidy(run, keep)
+        dist.barrier()
+
+
+@contextmanager
+def writing(folder: Path, partial: Path) -> Iterator[None]:
+    """What a full disk says while `folder` is written, in one line; `partial`, what was written of it, is removed."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # RuntimeError: of torch.save
+        if ranks.is_lost(error):
+            raise
+        disk = next(parent for parent in folder.parents if parent.exists())
+        free = shutil.disk_usage(disk).free / 2**20
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ranks.Failure(
+            f"cannot write {folder} ({_short(error)}); its disk had {free:.0f} MiB left. Make room and give --resume: "
+            "what was saved before is whole"
+        ) from error
+
+
+def tidy(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep` complete checkpoints, and what kills have left half written."""
+    complete = sorted(marker.parent for marker in run.glob(f"checkpoints/step-*/{MARKER}"))
+    for old in sorted({*run.glob("checkpoints/step-*")} - {*complete[-keep:]}):
+        (old / MARKER).unlink(missing_ok=True)  # first: half a checkpoint must not look whole
+        shutil.rmtree(old)
+    for old in (*run.glob(".*.unfinished"), *run.glob("exports/.*.unfinished")):
+        shutil.rmtree(old)
 
 
 def newest(run: Path) -> Path | None:
@@ -46,31 +111,86 @@ def newest(run: Path) -> Path | None:
     return max((marker.parent for marker in run.glob(f"checkpoints/step-*/{MARKER}")), default=None)
 
 
-def load(engine: Any, shards: Shards, checkpoint: Path) -> int:
+def load(engine: Any, shards: Shards, checkpoint: Path, identity: dict[str, Any]) -> int:
     """Put the engine and the rule's state where `save` found them; returns the steps done by then.
 
+    Every rank must call, before training.
+    On as many ranks all is as it was, bit for bit; on another number the same weights and state, dealt out anew.
+
     Raises:
-        InputError: written by another number of ranks, or damaged.
+        InputError: damaged, or of another run.
     """
-    try:
-        marker = json.loads((checkpoint / MARKER).read_text())
-        if marker["ranks"] != dist.get_world_size():
-            raise InputError(
-                f"--resume: {checkpoint} was written by {marker['ranks']} rank(s); start as many, not "
-                f"{dist.get_world_size()}"
-            )
+    with ranks.together():
+        marker = _check(checkpoint, identity)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    before = [torch.load(_own(checkpoint, r), weights_only=True) for r in range(marker["ranks"])]
+    if world == marker["ranks"] or not engine.zero_optimization_stage():
         found, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-        own = torch.load(checkpoint / f"own-{dist.get_rank()}.pt", weights_only=True)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"--resume: {checkpoint} is damaged ({reason}); remove it to resume from the one before"
-        ) from None
-    if found is None:
-        raise InputError(f"--resume: {checkpoint} is damaged; remove it to resume from the one before")
+        if found is None:
+            raise RuntimeError(f"DeepSpeed finds no checkpoint in {checkpoint}")
+    else:
+        layouts = [[[Stretch(**s) for s in group] for group in own["optimizer_layout"]] for own in before]
+        load_optimizer(engine, checkpoint, layouts)
+        engine.lr_scheduler.load_state_dict(before[0]["schedule"])
+        for name, value in before[0]["counters"].items():
+            setattr(engine, name, value)
     if shards.average is not None:
-        shards.average.copy_(own["average"])
-    torch.set_rng_state(own["random"])
-    if own["cuda_random"] is not None:
-        torch.cuda.set_rng_state(own["cuda_random"])
+        flats = [([Stretch(**s) for s in own["average_layout"]], own["average"]) for own in before]
+        deal(flats, (shards.average_layout(), shards.average))
+    if world == marker["ranks"]:
+        torch.set_rng_state(before[rank]["random"])
+        if before[rank]["cuda_random"] is not None:
+            torch.cuda.set_rng_state(before[rank]["cuda_random"])
+    else:  # dropout: other than in the steps before
+        torch.manual_seed(torch.initial_seed() + 1_000_003 * marker["step"])
     return int(marker["step"])
+
+
+def _check(checkpoint: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The marker, once it is this run's and the files are what it says; each rank reads a part of them."""
+    with _damage(checkpoint):
+        marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+        then, files = marker["run"], sorted(marker["files"].items())
+        differing = [name for name in then | identity if then.get(name) != identity.get(name)]
+        if dist.get_rank():  # only the first rank knows the digest of the weights; what it says is said for all
+            differing = []
+        for name, value in files[dist.get_rank() :: dist.get_world_size()] if not differing else ():
+            if checksum(checkpoint / name) != value:
+                raise ValueError(f"{name} is not what was written")
+    if differing:
+        was, now = (_short(repr(side.get(differing[0]))) for side in (then, identity))
+        raise InputError(
+            f"--resume: {checkpoint} is of another run: {', '.join(differing)} differ ({differing[0]} was {was} and is "
+            f"{now} now); give back what it was, or start anew in another output folder"
+        )
+    return marker
+
+
+@contextmanager
+def _damage(checkpoint: Path) -> Iterator[None]:
+    """What goes wrong when `checkpoint` is read, in one line."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+        if ranks.is_lost(error):
+            raise
+        raise InputError(
+            f"--resume: {checkpoint} is damaged ({_short(error)}); remove it to resume from the one before"
+        ) from error
+
+
+def checksum(file: Path) -> list[int]:
+    """[bytes, CRC-32] of a file. Against disks, not against people."""
+    size = total = 0
+    with file.open("rb") as content:
+        while chunk := content.read(2**22):
+            size, total = size + len(chunk), zlib.crc32(chunk, total)
+    return [size, total]
+
+
+def _own(checkpoint: Path, rank: int) -> Path:
+    return checkpoint / f"own-{rank}.pt"
+
+
+def _short(what: Any) -> str:
+    return " ".join(str(what).split())[:200] or type(what).__name__

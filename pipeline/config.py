@@ -81,6 +81,10 @@ class Model(Section):
         description="as transformers names it: sdpa, eager, flash_attention_2, ...; null: its choice",
     )
     torch_compile: bool = Field(False, description="compile each decoder block")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    allow_pickle: bool = Field(
+        False, description="take weights that are not safetensors where a model has no others: pickles can run code"
+    )
 
     @model_validator(mode="after")
     def _adapters_are_what_trains(self) -> Model:
@@ -207,8 +211,10 @@ class Train(Section):
     micro_batch_size: int = Field(4, ge=1, description="sequences per forward pass and rank")
     deepspeed: str = Field("ds_configs/zero3.json", description="ZeRO, precision and communication")
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints for --resume; 0 is off")
+    keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay")
     export_every: int = Field(0, ge=0, description="steps between Hugging Face exports on the way; 0 is off")
     max_skipped: int = Field(10, ge=1, description="non-finite steps in a row that end the run")
+    timeout: float = Field(30.0, gt=0, description="minutes that a rank waits for another before it ends with an error")
 
 
 class RunConfig(Section):
@@ -510,11 +516,16 @@ def refuse_uneven_groups(zero: dict[str, Any], world_size: int) -> None:
         )
 
 
+# What a resumed run may have otherwise: nothing of what it computes. (Other ranks may need other micro-batches.)
+FREE = ("train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints", "train.timeout")
+
+
 def refuse_foreign_output(config: RunConfig, resume: bool) -> None:
     """A run folder is never overwritten, and resumed only by the run that it holds.
 
     Raises:
-        InputError: `output` is a file, holds a run (without `resume`), or another run than `config` describes.
+        InputError: `output` is a file, holds a run (without `resume`), or another run than `config` describes (FREE
+            apart).
     """
     output = Path(config.output)
     if output.exists() and not output.is_dir():
@@ -526,8 +537,16 @@ def refuse_foreign_output(config: RunConfig, resume: bool) -> None:
     before, now = (_flat(run.model_dump()) for run in (resolve(output / "config.yaml"), config))
     for key in before | now:  # a section that is absent in one of them has its keys in the other only
         then, wanted = before.get(key), now.get(key)
-        if then != wanted:
+        if then != wanted and key not in FREE:
             raise InputError(f"--resume: {key} was {then!r} in {output} and is {wanted!r} now; keep it")
+
+
+def decisive_keys(config: RunConfig, zero: dict[str, Any]) -> dict[str, Any]:
+    """What of the configuration decides the numbers of a run, and how DeepSpeed lays them out, as JSON has it."""
+    elsewhere = ("output", "cache", "method", "train.deepspeed", *FREE)
+    keys = {key: value for key, value in _flat(config.model_dump()).items() if key not in elsewhere}
+    layout = {"zero_optimization.stage": zero["zero_optimization"].get("stage", 0), **_flat(zero.get("data_types", {}))}
+    return {**keys, **{f"train.deepspeed: {key}": value for key, value in layout.items()}}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -38,6 +38,7 @@ def listen(rank: int, quiet: bool = False) -> None:
         library.propagate = True
     logging.getLogger("python").setLevel(logging.INFO)
     warnings.showwarning = _python_warning
+    logging.raiseExceptions = False  # a full disk is told once, by what cannot do without it
     ours.setLevel(logging.INFO if rank == 0 and not quiet else logging.WARNING)
     _log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     shown = _Terminal(logging.INFO if rank == 0 else logging.ERROR)
@@ -67,6 +68,12 @@ def open_log(folder: Path, rank: int) -> None:
     file.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
     _log.setTarget(file)
     _log.flush()
+
+
+def log_end(error: BaseException) -> None:
+    """Why this process ends, into the log alone, if there is one yet: `ranks.report` tells stderr."""
+    cause = (type(error), error, error.__traceback__)
+    _log.handle(ours.makeRecord(ours.name, logging.ERROR, __file__, 0, "the run ends here", (), cause))
 
 
 def is_live() -> bool:

@@ -19,6 +19,7 @@ micro-batch (for experts: `deepspeed.utils.set_z3_leaf_modules`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class Holder(ABC):
     refuses_nonfinite = False  # engine.step() skips the update on inf and NaN, on all ranks alike, in any dtype
     parameters: list[Any]  # what trains; the index in this list is the row of the synthesis
     layout: list[tuple[int, int]]  # (row, number of elements) of each slice on this rank
+    starts: list[int]  # of each slice: which element of its tensor is its first
     dtype: torch.dtype
     device: torch.device | str
 
@@ -77,6 +79,7 @@ class FlatPartition(Holder):
             raise unexpected("there is no flat gradient partition of the expected size")
         self.flat, self.dtype, self.device = flat, flat.dtype, flat.device
         self.layout = list(enumerate(sizes))
+        self.starts = [dist.get_rank(group=p.ds_process_group) * p.partition_numel() for p in self.parameters]
         self.slices = list(flat.split(sizes))
         self.in_memory: list[Any] = []  # under offload: the parameters whose optimizer state is in memory, and
         self.on_disk: list[tuple[Any, Tensor, list[Any]]] = []  # where not: DeepSpeed's entry, stretch, its parameters
@@ -150,7 +153,7 @@ class Partitioned(Holder):
             # ZeRO-1 reduces once per task. Overlapping that with the last backward loses the tensors which only an
             # earlier micro-batch touches: they would be stepped on with this rank's own gradient.
             optimizer.overlap_comm = False
-        self.parameters, self.layout = [], []
+        self.parameters, self.layout, self.starts = [], [], []
         self.places: list[tuple[int, int, int, Any]] = []  # group, first element of the stretch, number, parameter
         for group, members in enumerate(optimizer.round_robin_bit16_groups):
             rank = dist.get_rank(group=optimizer.real_dp_process_group[group])
@@ -163,6 +166,7 @@ class Partitioned(Holder):
                     size = min(parameter.numel() - skips[key], optimizer.partition_size[group] - starts[key])
                     self.places.append((group, int(starts[key]), int(size), parameter))
                     self.layout.append((len(self.parameters) - 1, int(size)))
+                    self.starts.append(int(skips[key]))
         owned = optimizer.single_partition_of_fp32_groups  # [stretch] per group, fp32
         for group, partition in enumerate(owned):
             if partition.numel() != optimizer.partition_size[group] or (self.offload and partition.grad is None):
@@ -236,6 +240,7 @@ class Bf16Whole(Holder):
         _expect(self.optimizer, "fp32_groups_gradients", "fp32_groups_has_gradients", "bf16_groups")
         self.parameters = [parameter for group in self.optimizer.bf16_groups for parameter in group]
         self.layout = [(row, parameter.numel()) for row, parameter in enumerate(self.parameters)]
+        self.starts = [0] * len(self.layout)
         gradients = self._gradients()
         if [gradient.numel() for gradient in gradients] != [size for _, size in self.layout]:
             raise unexpected("the fp32 gradients of BF16_Optimizer do not have the sizes of the parameters")
@@ -268,6 +273,7 @@ class Whole(Holder):
             raise RuntimeError("DeepSpeed does not scale the loss in fp16 without ZeRO; use ZeRO stage 1, or bf16")
         self.parameters = [p for p in engine.module.parameters() if p.requires_grad and p.numel()]
         self.layout = [(row, parameter.numel()) for row, parameter in enumerate(self.parameters)]
+        self.starts = [0] * len(self.layout)
         self.dtype, self.device = self.parameters[0].dtype, self.parameters[0].device
 
     def clear(self) -> None:
@@ -299,6 +305,49 @@ def holder_of(engine: Any) -> Holder:
     if stage == 0:
         return Whole(engine)
     raise unexpected(f"ZeRO stage {stage} with {type(optimizer).__name__}")
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Elements of a parameter in a flat tensor."""
+
+    name: str
+    start: int  # the first of them, in the parameter
+    numel: int
+    at: int  # where it lies in the flat tensor
+
+
+def optimizer_layout(engine: Any) -> list[list[Stretch]]:
+    """What lies in each flat fp32 tensor that this rank's optimizer updates. None without ZeRO: nothing is split."""
+    if not engine.zero_optimization_stage():
+        return []
+    optimizer, layout = engine.optimizer, []
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    if engine.zero_optimization_stage() == 3:
+        for group in optimizer.fp16_groups:
+            layout.append([])
+            at = 0
+            for parameter in group:
+                share = parameter.partition_numel()
+                start = dist.get_rank(group=parameter.ds_process_group) * share
+                real = max(min(share, parameter.ds_numel - start), 0)  # what is beyond the end is padding
+                layout[-1].append(Stretch(names[id(parameter)], start, real, at))
+                at += share
+        return layout
+    for group in getattr(optimizer, "bf16_groups", None) or optimizer.bit16_groups:
+        owned = [(parameter, parameter._hp_mapping) for parameter in group if parameter._hp_mapping is not None]
+        layout.append(
+            [
+                Stretch(
+                    names[id(p)],
+                    found.lp_fragment_address.start,
+                    found.lp_fragment_address.numel,
+                    found.hp_fragment_address.start,
+                )
+                for p, found in owned
+            ]
+        )
+    return layout
 
 
 def _expect(optimizer: Any, *names: str) -> None:

@@ -35,41 +35,47 @@ from pipeline.config import InputError, Lora, Model
 from pipeline.corpus import file_digest
 
 
-def load_shape(path: str) -> PreTrainedConfig:
-    """`config.json` of the model at `path`.
+def load_shape(config: Model) -> PreTrainedConfig:
+    """`config.json` of the model.
 
     Raises:
-        InputError: neither a model folder nor a model of the hub.
+        InputError: neither a model folder nor a model of the hub, or one that needs its own code to run without
+            `trust_remote_code`.
     """
+    path = config.path
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not Path(path).is_dir():
         raise InputError(f"model.path: there is no folder {path}")
-    try:
-        return AutoConfig.from_pretrained(path)
+    try:  # stated always: left open, transformers asks a terminal
+        return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"model.path: {path!r} is neither a model folder nor a model of the hub: {reason}") from None
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model at `path`, once it is clear that there is a model.
+def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model, once it is clear that there is a model.
 
     Raises:
-        InputError: neither a model folder nor a model of the hub, or no tokenizer beside it.
+        InputError: neither a model folder nor a model of the hub, or no tokenizer beside it, or one that needs its own
+            code to run without `trust_remote_code`.
     """
-    load_shape(path)
+    load_shape(config)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"model.path: no tokenizer can be loaded from {path!r}: {reason}") from None
+        raise InputError(f"model.path: no tokenizer can be loaded from {config.path!r}: {reason}") from None
 
 
-def check_layer(path: str, layer: int) -> None:
+def check_layer(config: Model, layer: int) -> None:
     """Raises:
-    InputError: the model at `path` has no decoder block number `layer`.
+    InputError: the model has no decoder block number `layer`.
     """
-    count = AutoConfig.from_pretrained(path).get_text_config().num_hidden_layers
+    path = config.path
+    count = (
+        AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code).get_text_config().num_hidden_layers
+    )
     if layer >= count:
         raise InputError(f"objective.layer: {layer}, but {path} has {count} decoder blocks, 0 to {count - 1}")
 
@@ -88,14 +94,20 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
         InputError: unreadable weights, an attention that cannot be had here, a pattern that names nothing.
     """
     zero3 = HfDeepSpeedConfig(deepspeed_config)  # while it lives, from_pretrained loads under deepspeed.zero.Init
-    options = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    if not config.allow_pickle:
+        options["use_safetensors"] = True  # without it, transformers takes a pickle where there is nothing else
     try:
         model = AutoModelForCausalLM.from_pretrained(config.path, dtype=getattr(torch, config.dtype), **options)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:  # RuntimeError: shapes differ
         reason = " ".join(str(error).split())[:300]
-        if options and (isinstance(error, ImportError) or "attn_implementation" in reason):
+        if config.attn_implementation and (isinstance(error, ImportError) or "attn_implementation" in reason):
             wanted = config.attn_implementation
             raise InputError(f"model.attn_implementation: {wanted!r} cannot be had here: {reason}") from None
+        if not config.allow_pickle and "safetensors" in reason:
+            reason += "; if you trust its other files, which can run code, set model.allow_pickle: true"
         raise InputError(f"model.path: cannot load {config.path!r}: {reason}") from None
     finally:
         del zero3

@@ -35,8 +35,9 @@ class Monitor:
         self.values: dict[str, Any] = {}
         self.pending: dict[str, dict[str, torch.Tensor]] = {}
         self.is_writer = dist.get_rank() == 0
+        self.history: list[dict[str, Any]] = []  # on rank 0 the rows of metrics.jsonl
         if self.is_writer:
-            self.history = _keep_lines(folder / "metrics.jsonl", start)  # rows of that file
+            self.history = _keep_lines(folder / "metrics.jsonl", start)
             self.lines = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
             self.board = Board(folder / "tensorboard", start=start)
             self.progress = Progress(start, steps)
@@ -47,8 +48,16 @@ class Monitor:
             self.board.writer.add_text("configuration", f"```yaml\n{configuration}```")
             self.board.begin(hyperparameters, MEASURES)
 
+    @property
+    def last(self) -> dict[str, Any]:
+        """The newest row, of rank 0."""
+        return self.history[-1] if self.history else {}
+
     def record(self, name: str, value: float | torch.Tensor | None, reduce: str = "none") -> None:
-        """One number of the present step. reduce: `none` (the same on every rank), `sum` or `max` over the ranks."""
+        """One number of the present step. reduce: `none` (the same on every rank), `sum` or `max` over the ranks.
+
+        A name that starts with `_` is for the ranks to agree on, and is not written.
+        """
         self.values[name] = value
         if reduce != "none":
             tensor = torch.as_tensor(value, dtype=torch.float64, device=self.device).detach()
@@ -65,15 +74,21 @@ class Monitor:
         }
         self.values, self.pending = {}, {}
         if self.is_writer:
-            self.history.append({"step": step, **values})
-            self.lines.write(json.dumps(self.history[-1]) + "\n")
+            written = {name: value for name, value in values.items() if not name.startswith("_")}
+            self.history.append({"step": step, **written})
+            self.lines.write(json.dumps(self.last) + "\n")
             self.board.write(self.history)
             if self.has_outlets:
-                told = [(name, value) for name, value in values.items() if value is not None and "/" not in name]
+                told = [(name, value) for name, value in written.items() if value is not None and "/" not in name]
                 self.outlets.write_events([(name, value, step) for name, value in told])
             shown = {"forget": "forget_loss", "retain": "retain_loss", "conflict": "conflict_fraction"}
             self.progress.update(step, {label: values.get(name) for label, name in shown.items()})
         return values
+
+    def sync(self) -> None:
+        """Put what was logged on disk, before a checkpoint: a run that is killed after it does not log it again."""
+        if self.is_writer:
+            self.board.writer.flush()
 
     def finish(self, card: str) -> None:
         """After the last step: its results and the model card (Markdown), then nothing more is written."""

@@ -107,7 +107,7 @@ def model_without_weights(config: RunConfig) -> Any:
     wanted = config.model.attn_implementation
     padded = config.data.packing == "documents" and wanted in (None, "sdpa")
     AttentionInterface.register("rehearsed", partial(_attention, padded=padded))
-    shape = load_shape(config.model.path)
+    shape = load_shape(config.model)
     options = {"attn_implementation": "eager" if wanted == "eager" else "rehearsed"}
     try:
         with torch.device("meta"):

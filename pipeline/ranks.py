@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import socket
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NoReturn, TypeVar
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch.distributed import distributed_c10d
 
-from pipeline.config import InputError
+from pipeline.config import InputError, world_from_environment
 
 T = TypeVar("T")
 
 
-def start() -> torch.device:
-    """Join the process group that the launcher (deepspeed, torchrun, mpirun, or nobody) set up; returns the device."""
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: come back later
+INTERRUPTED = 130  # as shells say it: 128 + SIGINT
+
+
+class Stopped(Exception):
+    """SIGTERM was obeyed by all ranks: the run is saved, and ends with status STOPPED."""
+
+
+class Failure(Exception):
+    """What a run can end with whose text is all there is to say; status 1. The rank that meets it takes all along."""
+
+
+def start(timeout: float = 30.0) -> torch.device:
+    """Join the process group that the launcher (deepspeed, torchrun, mpirun, or nobody) set up; returns the device.
+
+    Args:
+        timeout: minutes that a collective waits for another rank.
+    """
+    limit = timedelta(minutes=timeout)
+    # The groups that DeepSpeed makes beside torch's own are given no limit: theirs is torch's default.
+    distributed_c10d.default_pg_timeout = limit
+    distributed_c10d.default_pg_nccl_timeout = limit  # pyright: ignore[reportPrivateImportUsage]
     # DeepSpeed would compile a shared-memory all-reduce for inference at this point: never used in training.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -30,13 +56,19 @@ def start() -> torch.device:
             os.environ.setdefault(name, alone)
         if "MASTER_PORT" not in os.environ:
             os.environ["MASTER_PORT"] = str(_free_port())
-        deepspeed.init_distributed(verbose=False)
+        deepspeed.init_distributed(verbose=False, timeout=limit)
     else:
         from mpi4py import MPI
 
+        started = world_from_environment()[1]
+        if MPI.COMM_WORLD.Get_size() != started:  # each would train for itself, into the same folder
+            raise InputError(
+                f"mpirun: it started {started} ranks, of which mpi4py sees {MPI.COMM_WORLD.Get_size()}, being of "
+                "another MPI; use that one's mpirun, or set MPI4PY_LIBMPI to the libmpi.so of this one"
+            )
         # DeepSpeed's discovery uses one fixed port, so two jobs on a host would collide.
         port = MPI.COMM_WORLD.bcast(_free_port() if MPI.COMM_WORLD.Get_rank() == 0 else None)
-        deepspeed.init_distributed(distributed_port=port, verbose=False)
+        deepspeed.init_distributed(distributed_port=port, verbose=False, timeout=limit)
     accelerator = get_accelerator()
     assert accelerator is not None
     if accelerator.device_name() != "cpu":
@@ -75,8 +107,58 @@ def one_before_others(build: Callable[[], T]) -> T:
     return result[0]
 
 
+def stop_on_sigterm() -> threading.Event:
+    """From now on SIGTERM sets the event that is returned; a second one ends the process at once."""
+    asked = threading.Event()
+
+    def note(number: int, frame: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, note)
+    return asked
+
+
+LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Socket", "remote process")
+WAITED = ("Timed out", "timed out", "timeout")
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether this is how the end of another rank, or its silence, looks from here."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST + WAITED)
+
+
+def report(error: BaseException) -> int:
+    """Say on stderr why this rank ends; returns its status.
+
+    A rank that only lost another says so in one line, so that the culprit's own words, which come first, are found.
+    """
+    rank = os.environ.get("RANK", "0")
+    print(file=sys.stderr)  # the progress line is open
+    if isinstance(error, KeyboardInterrupt):
+        print(f"rank {rank}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    if isinstance(error, Failure):
+        print(f"error: {error}", file=sys.stderr)
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        print(f"error: {error}. Make room and give --resume: what was saved before is whole", file=sys.stderr)
+    elif is_lost(error) and any(sign in str(error) for sign in WAITED):
+        traceback.print_exception(error)
+        print(
+            f"error: rank {rank} waited for another rank as long as train.timeout allows: one hangs, or needs longer",
+            file=sys.stderr,
+        )
+    elif is_lost(error):
+        print(
+            f"rank {rank}: ends because another rank ended; what that one said, if anything, is above", file=sys.stderr
+        )
+    else:
+        traceback.print_exception(error)
+    return 1
+
+
 def leave(status: int) -> NoReturn:
-    """End this process with `status`: 0 and 2 are reached by all ranks alike, 1 by one that failed.
+    """End this process with `status`: 0, 2 and STOPPED are reached by all ranks alike, others by one that failed.
 
     The interpreter's own shutdown is skipped: with gloo it aborts now and then after all work is done, and the
     launcher would report a failure that did not happen. MPI, where it started the ranks, wants to be told.
@@ -84,7 +166,7 @@ def leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     mpi = sys.modules.get("mpi4py.MPI")
-    if status == 1:
+    if status not in (0, 2, STOPPED):
         if mpi is not None:
             mpi.COMM_WORLD.Abort(status)
         os._exit(status)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.holders import holder_of, unexpected
+from pipeline.holders import Stretch, holder_of, unexpected
 from pipeline.synthesis import Geometry, Piece, Synthesis, units_of
 
 
@@ -99,6 +99,15 @@ class Shards:
             self.holder.hand_over(slices)
             self.engine.set_gradient_accumulation_boundary(True)
         return geometry
+
+    def average_layout(self) -> list[Stretch]:
+        """What lies in `average` on this rank."""
+        layout, at = [], 0
+        for (row, size), start in zip(self.holder.layout, self.holder.starts, strict=True):
+            real = max(min(size, self.sizes[row] - start), 0)  # what is beyond the parameter's end is padding
+            layout.append(Stretch(self.names[row], start, real, at))
+            at += size
+        return layout
 
     def by_layer(self) -> dict[str, Geometry]:
         """The geometry of the last `combine` for each decoder block, the embedding, the head; empty if it had none."""

@@ -1,12 +1,13 @@
 """`deepspeed --module pipeline.train --config FILE [--method NAME] [--a.b VALUE ...]`: unlearn, and export the model.
 
-Exit status: 0 done, 2 unusable input (one line on stderr, nothing written), 1 anything else.
+Exit status: 0 done; 2 unusable input (one line on stderr, nothing written); 75 SIGTERM, saved, go on with --resume; 130
+Ctrl-C; 1 anything else.
 """
 
 from __future__ import annotations
 
-import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from pipeline.config import (
     InputError,
     RunConfig,
     accumulation,
+    decisive_keys,
     deepspeed_config,
     parse_command_line,
     refuse_foreign_output,
@@ -110,15 +112,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return refuse(error, rank)
 
-    from pipeline import ranks
+    from pipeline import console, ranks
 
     try:
         run(config, zero, resume, quiet)
     except InputError as error:
         ranks.leave(refuse(error, rank))
-    except BaseException:
-        logging.getLogger("pipeline").exception("rank %d stopped", rank)  # on stderr, and in the log if there is one
-        ranks.leave(1)
+    except ranks.Stopped as stopped:
+        if rank == 0:
+            print(f"\n{stopped}", file=sys.stderr)
+        ranks.leave(ranks.STOPPED)
+    except BaseException as error:
+        console.log_end(error)
+        ranks.leave(ranks.report(error))
     ranks.leave(0)
 
 
@@ -132,7 +138,9 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
     """Everything after the configuration: read, load, train, export. Resuming a finished run does nothing.
 
     Raises:
-        InputError: unusable data or model (before anything is written).
+        InputError: unusable data, model or checkpoint (before anything is written).
+        ranks.Stopped: SIGTERM, after a checkpoint.
+        ranks.Failure: a full disk.
         RuntimeError: too many non-finite steps in a row.
     """
     import deepspeed
@@ -149,14 +157,14 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
 
     folder, began = Path(config.output), time.perf_counter()
     console.listen(world_from_environment()[0], quiet)
-    ranks.start()
+    ranks.start(config.train.timeout)
     if (folder / "final").exists():
         console.ours.info("%s is complete: nothing to resume", folder)
         return
     with ranks.together():
-        tokenizer = models.load_tokenizer(config.model.path)
+        tokenizer = models.load_tokenizer(config.model)
         if {"rmu", "embed_diff"} & {config.objective.forget, config.objective.retain}:
-            models.check_layer(config.model.path, config.objective.layer)
+            models.check_layer(config.model, config.objective.layer)
     streams = {task: open_stream(config, task, tokenizer) for task in config.tasks}
     steps = num_steps(config, streams)
     offload = zero.get("zero_optimization", {}).get("offload_optimizer") or {}
@@ -182,25 +190,36 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
     identity = {"model": origin, "tokenizer": tokenizer_digest(tokenizer)}
     tasks = make_tasks(config, streams, steps, engine, identity)
 
+    corpora = {task: stream.sequences.digest for task, stream in streams.items()}
+    texts = {f"data.{task}": digest for task, digest in corpora.items()}
+    decisive = {**decisive_keys(config, zero), **identity, **texts, "steps": steps}
     start, last = 0, checkpoint.newest(folder) if resume else None
     if last is not None:
-        with ranks.together():
-            start = checkpoint.load(engine, shards, last)
+        start = checkpoint.load(engine, shards, last, decisive)
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        checkpoint.tidy(folder, config.train.keep_checkpoints)
+        unfinished = folder / ".config.yaml"
+        unfinished.write_text(to_yaml(config), encoding="utf-8")
+        os.replace(unfinished, folder / "config.yaml")
     dist.barrier()
     console.open_log(folder, dist.get_rank())
     monitor = Monitor(folder, engine, start=start, steps=steps)
     monitor.describe(to_yaml(config), hyperparameters(config, steps, synthesis.resolved_scope))
-    corpora = {task: stream.sequences.digest for task, stream in streams.items()}
-    numbers: dict[str, Any] = {}
     skipped_in_a_row, num_applied = 0, start
+
+    def export(target: Path, card: str | None = None) -> None:
+        with checkpoint.writing(target, target.with_name(f".{target.name}.unfinished")):
+            models.export(model, tokenizer, target, config.model.lora, card)
+
+    # What is offloaded to nvme cannot be saved: there, SIGTERM ends the process as it always does.
+    stop = None if offload.get("device") == "nvme" else ranks.stop_on_sigterm()
     for step in range(start, steps):
         applied = train_step(engine, shards, tasks, step, monitor)
         if wanted.layer_geometry_every and (step + 1) % wanted.layer_geometry_every == 0:
             record_layers(monitor, shards)
-        numbers = monitor.flush(step + 1)
+        monitor.record("_stop", float(stop is not None and stop.is_set()), reduce="max")  # one rank's is all ranks'
+        asked = monitor.flush(step + 1)["_stop"] and step + 1 < steps
         num_applied += applied
         skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
         if skipped_in_a_row >= config.train.max_skipped or (step + 1 == steps and not num_applied):
@@ -208,13 +227,18 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
                 f"{skipped_in_a_row} steps in a row had a non-finite gradient (step {step + 1}); "
                 "lower optimizer.lr, or set optimizer.clip, or use an objective that is bounded (npo, simnpo)"
             )
-        if config.train.checkpoint_every and (step + 1) % config.train.checkpoint_every == 0:
-            checkpoint.save(engine, shards, folder, step + 1)
+        # The export first: a kill in it then leaves a checkpoint from which it is made again.
         if config.train.export_every and (step + 1) % config.train.export_every == 0:
-            models.export(model, tokenizer, folder / "exports" / f"step-{step + 1:06d}", config.model.lora)
-    card = models.model_card(to_yaml(config), config.model.path, origin, corpora, numbers)
+            export(folder / "exports" / f"step-{step + 1:06d}")
+        if asked or (config.train.checkpoint_every and (step + 1) % config.train.checkpoint_every == 0):
+            monitor.sync()
+            keep = config.train.keep_checkpoints
+            checkpoint.save(engine, shards, folder, step + 1, keep=keep, identity=decisive)
+        if asked:
+            raise ranks.Stopped(f"stopped by SIGTERM after step {step + 1} of {steps}; --resume goes on from there")
+    card = models.model_card(to_yaml(config), config.model.path, origin, corpora, monitor.last)
     monitor.finish(card)
-    models.export(model, tokenizer, folder / "final", config.model.lora, card)
+    export(folder / "final", card)
     monitor.summarise(time.perf_counter() - began)
 
 

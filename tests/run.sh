@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types, tests, on any machine with Python and bash. Arguments go to pytest.
+#   bash tests/run.sh            all but what is marked slow
+#   bash tests/run.sh -m slow    the rest
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh tests/requirements.txt

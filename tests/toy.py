@@ -167,8 +167,11 @@ def engine_of(case: Case, model: nn.Module) -> Any:
     return engine
 
 
-def train_on_engine(case: Case, watch: Any = None) -> dict[str, Any]:
-    """What the case made of the weights (by name), and the records of the steps. Every rank must call."""
+def train_on_engine(case: Case, watch: Any = None, between: Any = None, first: int = 0) -> dict[str, Any]:
+    """What the case made of the weights (by name), and the records of the steps. Every rank must call.
+
+    `watch` is called with engine and shards before the step `first`; `between` with those and the step before each.
+    """
     import torch.distributed as dist
 
     from pipeline.shards import Shards
@@ -182,7 +185,9 @@ def train_on_engine(case: Case, watch: Any = None) -> dict[str, Any]:
         watch(engine, shards)
     rank, world = dist.get_rank(), dist.get_world_size()
     records, before = [], weights_of(model)
-    for step in range(case.steps):
+    for step in range(first, case.steps):
+        if between is not None:
+            between(engine, shards, step)
         shards.clear()
         for task in ("forget", "retain"):
             for parts in chunks_of(case, step, task, world):

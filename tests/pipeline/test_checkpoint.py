@@ -1,108 +1,308 @@
-"""Killed and resumed equals undisturbed, bit for bit."""
+"""Killed, stopped, out of disk, and resumed: the weights of an undisturbed run, bit for bit."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.checkpoint import MARKER, newest, tidy
+from tests import oracle
 from tests.conftest import World
 from tests.distributed import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+SECTIONS: dict[str, Any] = {  # gru has a state; kl asks the original, which is not what the checkpoint holds
+    "objective": {"forget": "npo", "retain": "kl"},
+    "synthesis": {"rule": "gru"},
+    "optimizer": {"schedule": "linear", "warmup": 0.2, "eps": 1e-6},
+    "train": {"steps": 12, "checkpoint_every": 3, "export_every": 4},
+}
 
 
-def command(config: Path, *more: str) -> list[str]:
-    port = str(free_port())
+def command(config: Path, *more: str, ranks: int = 2) -> list[str]:
     module = ["--module", "pipeline.train", "--config", str(config), *more]
-    return ["deepspeed", "--num_gpus", "2", "--master_port", port, *module]
+    return ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()), *module]
 
 
-def numbers(run: Path) -> list[dict[str, Any]]:
+def run(config: Path, *more: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(config, *more, ranks=ranks), cwd=REPOSITORY, capture_output=True, text=True, timeout=400
+    )
+
+
+STARTED: list[Started] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """Whatever a test that fails has started."""
+    yield
+    for started in STARTED:
+        with suppress(ProcessLookupError):
+            os.killpg(started.process.pid, signal.SIGKILL)
+
+
+class Started:
+    """A run under way, in a process group of its own."""
+
+    def __init__(self, config: Path, *more: str) -> None:
+        self.log, self.began = config.with_suffix(".stderr"), time.time()
+        self.process = subprocess.Popen(
+            command(config, *more),
+            cwd=REPOSITORY,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=self.log.open("w"),
+        )
+
+        STARTED.append(self)
+
+    def wait_for(self, happened: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 300
+        while not happened():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.01)
+
+    def wait_for_lines(self, folder: Path, number: int) -> None:
+        """Until it has itself brought the log to `number` lines."""
+        log = folder / "metrics.jsonl"
+        self.wait_for(lambda: log.exists() and log.stat().st_mtime > self.began and lines(folder) >= number)
+
+    def ranks(self) -> list[psutil.Process]:
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        return [one for one in below if "pipeline.train" in one.cmdline() and "--module" not in one.cmdline()]
+
+    def ended(self) -> tuple[int, str]:
+        """Status, and what it wrote to stderr. No process may be left."""
+        status = self.process.wait(200)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(self.process.pid, 0)
+        return status, self.log.read_text()
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def lines(folder: Path) -> int:
+    log = folder / "metrics.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
     """The log without what a clock and a machine decide."""
     varying = ("seconds", "tokens_per_second", "peak_memory_bytes")
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in varying} for line in lines]
+    log = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in varying} for line in log]
 
 
-def kill_after(process: subprocess.Popen[bytes], run: Path, steps: int) -> None:
-    """SIGKILL launcher and ranks at once when the log has `steps` lines."""
-    deadline = time.monotonic() + 200
-    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < steps:
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it was to be killed"
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def card(folder: Path) -> list[str]:
+    varying = ("seconds", "tokens_per_second", "peak_memory_bytes", "output:", "# ")
+    text = (folder / "final" / "README.md").read_text().splitlines()
+    return [line for line in text if not any(word in line for word in varying)]
 
 
-@pytest.mark.parametrize(("rule", "retain"), [("sago", "nll"), ("gru", "kl")])
-def test_killed_and_resumed_is_bit_identical(rule: str, retain: str, world: World, tmp_path: Path) -> None:
-    """gru has a state; kl asks the original, which is not what the checkpoint holds."""
-    sections: dict[str, Any] = {
-        "objective": {"forget": "npo", "retain": retain},
-        "synthesis": {"rule": rule},
-        "optimizer": {"schedule": "linear", "warmup": 0.2},
-        "train": {"steps": 12, "checkpoint_every": 3, "export_every": 4},
-    }
-    whole = world.write(tmp_path / "whole.yaml", tmp_path / "whole", **sections)
-    assert subprocess.run(command(whole), cwd=REPOSITORY, capture_output=True, timeout=200).returncode == 0
-    cut = world.write(tmp_path / "cut.yaml", tmp_path / "cut", **sections)
-    process = subprocess.Popen(
-        command(cut), cwd=REPOSITORY, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    kill_after(process, tmp_path / "cut", 8)
-    assert not (tmp_path / "cut" / "final").exists()
-    resumed = subprocess.run(command(cut, "--resume"), cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
+def assert_same(one: Path, other: Path) -> None:
+    """Weights of every export, log and model card."""
+    exports = sorted(path.relative_to(one) for path in one.rglob("model.safetensors"))
+    assert exports == sorted(path.relative_to(other) for path in other.rglob("model.safetensors")) and exports
+    for path in exports:
+        first, second = load_file(one / path), load_file(other / path)
+        assert all(torch.equal(first[name], second[name]) for name in first), path
+    assert numbers(one) == numbers(other) and card(one) == card(other)
+    assert not [path for path in other.rglob(".*") if path.is_dir()], "something half written is left"
 
-    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
-    first, second = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    kept = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").glob("step-*"))
+
+@pytest.fixture(scope="module")
+def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run(world.write(folder / "whole.yaml", folder / "run", **SECTIONS))
+    assert done.returncode == 0, done.stderr[-3000:]
+    kept = sorted(path.name for path in (folder / "run" / "checkpoints").glob("step-*"))
     assert kept == ["step-000009", "step-000012"]
+    return folder / "run"
+
+
+def test_an_eventful_run_ends_bit_identical(whole: Path, world: World, tmp_path: Path) -> None:
+    """The disk fills up; SIGTERM reaches one rank; then all are killed: each time it is resumed."""
+    folder = tmp_path / "run"
+    config = world.write(tmp_path / "cut.yaml", folder, **SECTIONS)
+
+    started = Started(config)
+    started.wait_for(lambda: newest(folder) is not None)
+    for rank in started.ranks():
+        resource.prlimit(rank.pid, resource.RLIMIT_FSIZE, (60_000, 60_000))  # as a full disk: files end there
+    status, stderr = started.ended()
+    assert status == 1 and "error: cannot write" in stderr and "Make room and give --resume" in stderr
+    assert "Traceback" not in stderr
+    assert newest(folder) == folder / "checkpoints" / "step-000003"
+
+    started = Started(config, "--resume")
+    started.wait_for_lines(folder, 4)
+    started.ranks()[1].send_signal(signal.SIGTERM)
+    status, stderr = started.ended()
+    found = newest(folder)
+    assert status == 75 and "stopped by SIGTERM after step" in stderr and "Traceback" not in stderr
+    assert found is not None and found.name == f"step-{lines(folder):06d}"
+
+    started = Started(config, "--resume")
+    started.wait_for_lines(folder, 8)
+    started.kill()
+    assert not (folder / "final").exists()
+    done = run(config, "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(whole, folder)
 
     # A run that is done is left alone; another configuration is refused by the key that differs.
-    before = (tmp_path / "cut" / "metrics.jsonl").read_bytes()
-    alone = [sys.executable, "-m", "pipeline.train", "--config", str(cut), "--resume"]
+    before = (folder / "metrics.jsonl").read_bytes()
+    alone = [sys.executable, "-m", "pipeline.train", "--config", str(config), "--resume"]
     other = subprocess.run(
         [*alone, "--optimizer.lr", "0.5"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
     )
     assert other.returncode == 2 and "optimizer.lr" in other.stderr and "Traceback" not in other.stderr
-    assert subprocess.run(alone, cwd=REPOSITORY, capture_output=True, timeout=100).returncode == 0
-    assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == before
+    assert subprocess.run(alone, cwd=REPOSITORY, capture_output=True, timeout=200).returncode == 0
+    assert (folder / "metrics.jsonl").read_bytes() == before
 
 
-def test_half_a_checkpoint_is_not_one(tmp_path: Path) -> None:
-    from pipeline.checkpoint import MARKER, newest
+def without_end(whole: Path, folder: Path, world: World) -> Path:
+    """The configuration of a copy of `whole` that stands at step 9."""
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "final")
+    shutil.rmtree(folder / "checkpoints" / "step-000012")
+    config = world.write(folder.with_suffix(".yaml"), folder, **SECTIONS)
+    resolved = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(resolved.replace(str(whole), str(folder)))
+    return config
 
-    assert newest(tmp_path) is None
-    for name, done in (("step-000002", True), ("step-000004", True), ("step-000006", False)):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-        if done:
-            (tmp_path / "checkpoints" / name / MARKER).touch()
-    found = newest(tmp_path)
-    assert found is not None and found.name == "step-000004"
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_resumed_on_another_number_of_ranks(ranks: int, whole: Path, world: World, tmp_path: Path) -> None:
+    config = without_end(whole, tmp_path / "run", world)
+    done = run(config, "--resume", ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second, initial = (
+        load_file(path / "model.safetensors")
+        for path in (whole / "final", tmp_path / "run/final", world.folder / "model")
+    )
+    assert oracle.weight_change_error(second, first, initial) < 2e-5
+    for one, other in zip(numbers(whole), numbers(tmp_path / "run"), strict=True):
+        assert one["step"] == other["step"] and one["lr"] == other["lr"]
+        assert one["retain_loss"] == pytest.approx(other["retain_loss"], rel=1e-3)
 
 
-def test_a_damaged_checkpoint_and_another_number_of_ranks_are_named(world: World, tmp_path: Path) -> None:
-    config = world.write(tmp_path / "c.yaml", tmp_path / "run", train={"steps": 2, "checkpoint_every": 1})
-    assert subprocess.run(command(config), cwd=REPOSITORY, capture_output=True, timeout=200).returncode == 0
-    (tmp_path / "run" / "final").rename(tmp_path / "away")
+def refused(config: Path) -> str:
+    """The one line with which `--resume` refuses, on one rank."""
     alone = [sys.executable, "-m", "pipeline.train", "--config", str(config), "--resume"]
-    fewer = subprocess.run(alone, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
-    last = tmp_path / "run" / "checkpoints" / "step-000002"
-    assert fewer.returncode == 2 and "2 rank(s)" in fewer.stderr and str(last) in fewer.stderr
-    for file in last.glob("own-*.pt"):
-        file.write_bytes(file.read_bytes()[:20])
-    damaged = subprocess.run(command(config, "--resume"), cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
-    assert damaged.returncode == 2 and str(last) in damaged.stderr and "damaged" in damaged.stderr
-    assert "Traceback" not in damaged.stderr + fewer.stderr
+    done = subprocess.run(alone, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error:"))
+    return line
+
+
+def test_a_damaged_or_foreign_checkpoint_is_named(whole: Path, world: World, tmp_path: Path) -> None:
+    config = without_end(whole, tmp_path / "run", world)
+    last = tmp_path / "run" / "checkpoints" / "step-000009"
+    shard = next(last.glob("*pp_rank_1*optim_states.pt"))
+    good = shard.read_bytes()
+    for bad in (good[:-100], good[:5000] + bytes([good[5000] ^ 1]) + good[5001:]):
+        shard.write_bytes(bad)
+        line = refused(config)
+        assert str(last) in line and "damaged" in line and shard.name in line and "remove it" in line
+    shard.unlink()
+    assert shard.name in refused(config)
+    shard.write_bytes(good)
+    marker = json.loads((last / MARKER).read_text())
+    marker["run"]["optimizer.lr"], marker["run"]["data.forget"] = 0.5, "another text"
+    (last / MARKER).write_text(json.dumps(marker))
+    line = refused(config)
+    assert "another run" in line and "optimizer.lr" in line and "data.forget" in line and str(last) in line
+
+
+def test_half_a_checkpoint_is_not_one_and_is_swept_away(tmp_path: Path) -> None:
+    assert newest(tmp_path) is None
+    for name, done in (("02", True), ("04", True), ("05", False), ("06", True), ("08", False)):
+        folder = tmp_path / "checkpoints" / f"step-0000{name}"
+        folder.mkdir(parents=True)
+        (folder / "shard.pt").touch()
+        if done:
+            (folder / MARKER).touch()
+    (tmp_path / "exports" / ".step-000004.unfinished").mkdir(parents=True)
+    found = newest(tmp_path)
+    assert found is not None and found.name == "step-000006"
+    tidy(tmp_path, keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
+    assert not list((tmp_path / "exports").iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Minutes: pytest -m slow
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_killed_at_a_random_moment(seed: int, whole: Path, world: World, tmp_path: Path) -> None:
+    """A third of the kills while a checkpoint is written, a third while a model is exported, the others anywhere."""
+    dice = random.Random(seed)
+    folder = tmp_path / "run"
+    config = world.write(tmp_path / "cut.yaml", folder, **SECTIONS)
+    step = dice.choice([3, 6, 9, 12] if seed % 3 == 0 else [4, 8, 12])
+    if seed % 3 == 0:
+        there = folder / "checkpoints" / f"step-{step:06d}"
+    else:
+        there = folder / ("final" if step == 12 else "exports") / ("" if step == 12 else f"step-{step:06d}")
+        there = there.with_name(f".{there.name}.unfinished")
+    started = Started(config)
+    if seed % 3 == 2:
+        started.wait_for_lines(folder, dice.randrange(12))
+    else:
+        started.wait_for(there.exists)
+    time.sleep(dice.random() * (0.1 if seed % 3 < 2 else 0.5))
+    started.kill()
+    state = (
+        sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_dir()) if folder.exists() else []
+    )
+    print(f"seed {seed}: killed at {lines(folder)} lines; {state}")
+    done = run(config, "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(whole, folder)
+
+
+@pytest.mark.slow
+def test_one_rank_dies_hangs_or_all_are_interrupted(world: World, tmp_path: Path) -> None:
+    """All end within a bound; what each says is printed."""
+    faults: dict[str, Callable[[Started], None]] = {
+        "killed": lambda started: started.ranks()[1].kill(),
+        "hangs": lambda started: started.ranks()[1].suspend(),
+        "Ctrl-C": lambda started: os.killpg(started.process.pid, signal.SIGINT),
+    }
+    for name, strike in faults.items():
+        folder = tmp_path / name
+        train = {"steps": 100_000, "timeout": 0.1}
+        started = Started(world.write(tmp_path / f"{name}.yaml", folder, train=train))
+        started.wait_for_lines(folder, 2)
+        strike(started)
+        start = time.monotonic()
+        status, stderr = started.ended()
+        tail = [line for line in stderr.splitlines() if line.startswith(("error", "rank "))]
+        print(f"{name}: status {status} after {time.monotonic() - start:.0f} s; {tail}")
+        assert status != 0
+        assert any(
+            {"killed": "another rank ended", "hangs": "train.timeout", "Ctrl-C": "interrupted"}[name] in t for t in tail
+        )

@@ -20,6 +20,7 @@ from pipeline.config import (
     InputError,
     RunConfig,
     accumulation,
+    decisive_keys,
     deepspeed_config,
     nearest,
     parse_command_line,
@@ -404,6 +405,21 @@ def test_an_output_that_holds_a_run_is_refused(tmp_path: Path, config: Resolve) 
         folder.mkdir()
         (folder / name).touch()
         assert str(folder) in refusal(lambda folder=folder: check(folder))
+
+
+def test_what_a_resumed_run_may_have_otherwise(tmp_path: Path, config: Resolve) -> None:
+    def made(**train: Any) -> RunConfig:
+        return config(output=str(tmp_path / "run"), train=train)
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(made().model_dump()))
+    free = {"micro_batch_size": 2, "checkpoint_every": 7, "keep_checkpoints": 5, "timeout": 1.5}
+    refuse_foreign_output(made(**free), resume=True)
+    assert "train.batch_size" in refusal(lambda: refuse_foreign_output(made(**free, batch_size=64), resume=True))
+    zero: dict[str, Any] = {"zero_optimization": {"stage": 2}}
+    assert decisive_keys(made(), zero) == decisive_keys(made(**free), zero)
+    assert decisive_keys(made(), zero) != decisive_keys(made(batch_size=64), zero)
+    assert decisive_keys(made(), zero) != decisive_keys(made(), {"zero_optimization": {"stage": 3}})
 
 
 @pytest.mark.parametrize(("before", "now"), [(None, {"r": 4}), ({"r": 4}, None), ({"r": 4}, {"r": 8})])

@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from eval.run import find_models, load
 from pipeline.config import InputError, Lora, Model, RunConfig, deepspeed_config
-from pipeline.model import attach_adapters, load_model
+from pipeline.model import attach_adapters, load_model, load_tokenizer
 from pipeline.train import run
 from tests import oracle
 from tests.conftest import World
@@ -343,3 +343,27 @@ def test_targets_are_linear_layers_and_not_experts(runs: dict[str, dict[str, Any
     adapted = {name.partition(".lora_")[0] for name, tensor in model.named_parameters() if tensor.requires_grad}
     sides = ("q_proj", "k_proj", "v_proj", "o_proj")
     assert adapted == {f"model.layers.{layer}.self_attn.{side}" for layer in (0, 1) for side in sides}
+
+
+def test_pickles_and_code_of_a_model_are_refused_unless_asked_for(world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(world.folder / "model", folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"pickled.*safetensors.*model\.allow_pickle"):
+        load_model(Model(path=str(folder)), {})  # pyright: ignore[reportCallIssue]
+    run_distributed(load_alone, 1, str(folder))
+    shape = json.loads((folder / "config.json").read_text())
+    shape |= {"model_type": "stranger", "auto_map": {"AutoConfig": "strange.Config"}}
+    (folder / "config.json").write_text(json.dumps(shape))
+    (folder / "strange.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(InputError, match="trust_remote_code"):
+        load_tokenizer(Model(path=str(folder)))  # pyright: ignore[reportCallIssue]
+    assert not (tmp_path / "ran").exists()
+
+
+def load_alone(folder: str) -> None:
+    from pipeline import ranks
+
+    ranks.start()
+    load_model(Model(path=folder, allow_pickle=True), {})  # pyright: ignore[reportCallIssue]

@@ -1,0 +1,153 @@
+"""A checkpoint of two ranks goes on, on one rank, on three and on two, as if nothing had happened: stage by stage.
+
+The toy has tied, frozen, one-element and untouched tensors; what it ends with is compared with the plain loop, or in
+bf16, which the plain loop rounds otherwise, with the state before and after.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.holders import Stretch
+from pipeline.reshard import deal
+from tests import toy
+from tests.distributed import run_distributed
+from tests.toy import Case
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+BF16: dict[str, Any] = {"dtype": "bfloat16", "config": {"data_types": {"grad_accum_dtype": "fp32"}}}
+CASES = {
+    "stage0": Case(zero={"stage": 0}),
+    "stage1-gru": Case(zero={"stage": 1}, rule="gru", scope="global"),
+    "stage2-gru": Case(zero={"stage": 2}, rule="gru", scope="module"),
+    "stage2-offload": Case(zero={"stage": 2, **OFFLOAD}),
+    "stage2-sgd": Case(zero={"stage": 2}, optimizer="sgd", lr=0.1),
+    "stage3-gru": Case(zero={"stage": 3, "stage3_param_persistence_threshold": 0}, rule="gru", scope="global"),
+    "stage3-subgroups": Case(zero={"stage": 3, "sub_group_size": 40}),  # of elements: many groups, others on each count
+    "stage3-offload": Case(zero={"stage": 3, **OFFLOAD, "offload_param": {"device": "cpu"}}),
+    "stage3-sgd": Case(zero={"stage": 3}, optimizer="sgd", lr=0.1),
+    "adapters": Case(model="adapters", zero={"stage": 3}),
+    "stage1-bf16": Case(zero={"stage": 1}, **BF16),
+    "stage2-bf16": Case(zero={"stage": 2}, **BF16),
+    "stage3-bf16": Case(zero={"stage": 3}, **BF16),
+    "stage0-bf16": Case(zero={"stage": 0}, dtype="bfloat16"),
+}
+CASES = {name: dataclasses.replace(case, steps=6, eps=1e-6) for name, case in CASES.items()}
+SAVED = 3  # steps before the checkpoint
+IDENTITY = {"toy": 1}
+
+
+class Schedule:
+    """Stands for a torch schedule: counts."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def step(self, **arguments: Any) -> None:
+        self.steps += 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.steps = state["steps"]
+
+
+def master(engine: Any) -> dict[str, Tensor]:
+    """The fp32 weights by name, whole, by DeepSpeed's own public function. (Adam's moments show in what follows.)"""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    if not engine.zero_optimization_stage():
+        return {}
+    found = {
+        name: safe_get_full_fp32_param(parameter)
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad
+    }
+    return {name: tensor.clone() for name, tensor in found.items() if tensor is not None}
+
+
+def train_and_save(folder: str) -> None:
+    from pipeline import checkpoint, ranks
+
+    ranks.start()
+    for name, case in CASES.items():
+        kept: dict[str, Any] = {}
+
+        def start(engine: Any, shards: Any) -> None:
+            engine.lr_scheduler = Schedule()
+
+        def save(engine: Any, shards: Any, step: int) -> None:
+            if step == SAVED:
+                kept["master"] = master(engine)  # noqa: B023
+                checkpoint.save(engine, shards, Path(folder, name), step, keep=1, identity=IDENTITY)  # noqa: B023
+
+        made = toy.train_on_engine(case, start, save)
+        torch.save({"weights": made["weights"], **kept}, Path(folder, f"{name}.pt"))
+
+
+def load_and_train(folder: str) -> None:
+    import torch.distributed as dist
+
+    from pipeline import checkpoint, ranks
+
+    ranks.start()
+    for name, case in CASES.items():
+        kept: dict[str, Any] = {}
+
+        def load(engine: Any, shards: Any) -> None:
+            engine.lr_scheduler = Schedule()
+            newest = checkpoint.newest(Path(folder, name))  # noqa: B023
+            assert newest is not None and checkpoint.load(engine, shards, newest, IDENTITY) == SAVED
+            assert engine.lr_scheduler.steps == SAVED and engine.global_steps == SAVED
+            kept["master"] = master(engine)  # noqa: B023
+
+        made = toy.train_on_engine(case, load, first=SAVED)
+        if dist.get_rank() == 0:
+            torch.save({"weights": made["weights"], **kept}, Path(folder, f"{name}-{dist.get_world_size()}.pt"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reshard")
+    run_distributed(train_and_save, 2, str(folder))
+    for world in (1, 2, 3):
+        run_distributed(load_and_train, world, str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_goes_on_as_if_nothing_had_happened(name: str, world: int, made: Path) -> None:
+    case = CASES[name]
+    whole, resumed = (torch.load(made / file) for file in (f"{name}.pt", f"{name}-{world}.pt"))
+    assert set(resumed["master"]) == set(whole["master"])
+    assert all(torch.equal(tensor, resumed["master"][key]) for key, tensor in whole["master"].items())
+    if world == 2:
+        assert all(torch.equal(tensor, resumed["weights"][key]) for key, tensor in whole["weights"].items())
+    elif case.dtype == "float32":
+        plain, _ = toy.train_plainly(case)
+        assert toy.error_of(case, resumed, plain) < 2e-5
+
+
+def test_deal_takes_every_element_from_where_it_is() -> None:
+    """Ten elements of `a` and one of `b`, cut for three ranks with padding, dealt to two otherwise cut ones."""
+    a, b, no = torch.arange(10.0), torch.tensor([100.0]), torch.full((1,), -1.0)
+    old = [
+        ([Stretch("a", 0, 4, 0), Stretch("b", 0, 1, 4)], torch.cat([a[:4], b])),
+        ([Stretch("a", 4, 4, 0), Stretch("b", 1, 0, 4)], torch.cat([a[4:8], no])),
+        ([Stretch("a", 8, 2, 0), Stretch("b", 2, 0, 4)], torch.cat([a[8:], no, no, no])),
+    ]
+    first, second = torch.full((7,), -5.0), torch.full((6,), -5.0)
+    deal(old, ([Stretch("a", 0, 7, 0)], first))
+    deal(old, ([Stretch("b", 0, 1, 1), Stretch("a", 7, 3, 2)], second))
+    assert first.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert second.tolist() == [-5, 100, 7, 8, 9, -5]
+    with pytest.raises(ValueError, match="2 of 10 elements of a"):
+        deal(old[:2], ([Stretch("a", 0, 10, 0)], torch.empty(10)))

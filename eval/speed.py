@@ -7,7 +7,7 @@ same machine. `joint` is the schedule in which `sum` alone is possible: one forw
 once. It gathers parameters once instead of twice and holds the activations of both batches; where memory is what limits
 the micro-batch it does not fit, and `sum` in two passes is what a user would run.
 
-This file imports `pipeline`, alone in `eval`: its subject is the step itself, not a run's files.
+This file and `memory.py` import `pipeline`, alone in `eval`: their subject is the step itself, not a run's files.
 """
 
 from __future__ import annotations

@@ -16,19 +16,9 @@ from pipeline.config import InputError, RunConfig, deepspeed_config, refuse_unev
 from tests import oracle
 from tests.conftest import World
 from tests.distributed import run_distributed
-from tests.pipeline.test_sharded import CASES
-from tests.pipeline.test_sharded import train_cases as train_program
+from tests.pipeline.test_sharded import CASES, train_cases
 
 OF_THRESHOLD = {0: ("sago", "npo-kl", "rmu-embed_diff"), 10**6: ("npo-kl",)}  # the frozen original in all but sago
-
-
-def train_in_groups(configurations: list[dict[str, Any]]) -> None:
-    """One process group, several engines: DeepSpeed keeps the groups of machines in a global."""
-    from deepspeed.utils import groups
-
-    for configuration in configurations:
-        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
-        train_program([configuration])
 
 
 def settings(world: World, folder: Path, file: str, cases: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -52,6 +42,7 @@ def assert_equal_to_plain(runs: list[dict[str, Any]], world: World) -> None:
         assert error < 2e-4 if "sago" in config["output"] else error < 2e-5, config["output"]
 
 
+@pytest.mark.slow  # test_sharded.py has two of these on two ranks, as one machine
 def test_two_machines_of_two_ranks(world: World, tmp_path: Path) -> None:
     """With every tensor partitioned, and with every tensor persistent."""
     runs = []
@@ -60,13 +51,14 @@ def test_two_machines_of_two_ranks(world: World, tmp_path: Path) -> None:
         file = tmp_path / f"{threshold}.json"
         file.write_text(json.dumps({"zero_optimization": zero}))
         runs += settings(world, tmp_path / f"runs-{threshold}", str(file), cases)
-    run_distributed(train_in_groups, 4, runs)
+    run_distributed(train_cases, 4, runs)
     assert_equal_to_plain(runs, world)
 
 
+@pytest.mark.slow
 def test_the_shipped_file_on_one_machine(world: World, tmp_path: Path) -> None:
     runs = settings(world, tmp_path, "ds_configs/zero3_hpz.json", ("sago",))
-    run_distributed(train_in_groups, 2, runs)
+    run_distributed(train_cases, 2, runs)
     assert_equal_to_plain(runs, world)
 
 

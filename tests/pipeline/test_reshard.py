@@ -23,20 +23,14 @@ from tests.toy import Case
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 BF16: dict[str, Any] = {"dtype": "bfloat16", "config": {"data_types": {"grad_accum_dtype": "fp32"}}}
 CASES = {
-    "stage0": Case(zero={"stage": 0}),
     "stage1-gru": Case(zero={"stage": 1}, rule="gru", scope="global"),
     "stage2-gru": Case(zero={"stage": 2}, rule="gru", scope="module"),
-    "stage2-offload": Case(zero={"stage": 2, **OFFLOAD}),
-    "stage2-sgd": Case(zero={"stage": 2}, optimizer="sgd", lr=0.1),
     "stage3-gru": Case(zero={"stage": 3, "stage3_param_persistence_threshold": 0}, rule="gru", scope="global"),
     "stage3-subgroups": Case(zero={"stage": 3, "sub_group_size": 40}),  # of elements: many groups, others on each count
     "stage3-offload": Case(zero={"stage": 3, **OFFLOAD, "offload_param": {"device": "cpu"}}),
     "stage3-sgd": Case(zero={"stage": 3}, optimizer="sgd", lr=0.1),
     "adapters": Case(model="adapters", zero={"stage": 3}),
-    "stage1-bf16": Case(zero={"stage": 1}, **BF16),
-    "stage2-bf16": Case(zero={"stage": 2}, **BF16),
     "stage3-bf16": Case(zero={"stage": 3}, **BF16),
-    "stage0-bf16": Case(zero={"stage": 0}, dtype="bfloat16"),
 }
 CASES = {name: dataclasses.replace(case, steps=6, eps=1e-6) for name, case in CASES.items()}
 SAVED = 3  # steps before the checkpoint

@@ -76,7 +76,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 # The frozen original is swapped in otherwise on each stage: shares of tensors under ZeRO-3, whole tensors below it; and
-# gathered tensors may be at hand (persistent), on their way (prefetched) or on the CPU (offloaded) when that happens.
+# gathered tensors may be at hand (persistent), on their way (prefetched), on the CPU (offloaded) or have a second copy
+# within the machine (hpZ; on four ranks, as two machines, in test_hpz.py) when that happens.
 PREFETCHING = {"stage3_prefetch_bucket_size": 10**6, "overlap_comm": True}
 ZERO: dict[str, Any] = {
     "stage0": {"stage": 0},
@@ -85,6 +86,7 @@ ZERO: dict[str, Any] = {
     "persistent": {"stage": 3, "stage3_param_persistence_threshold": 10**6, **PREFETCHING},
     "some-persistent": {"stage": 3, "stage3_param_persistence_threshold": 1500, **PREFETCHING},
     "none-persistent": {"stage": 3, "stage3_param_persistence_threshold": 0, **PREFETCHING},
+    "hpz": {"stage": 3, "zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0},
     "offload": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
 }
 ON_EACH = ("npo-kl", "rmu-embed_diff")  # stage
@@ -100,6 +102,8 @@ def train_cases(configurations: list[dict[str, Any]]) -> None:
 
     What it keeps of the frozen original must be, in the end, what the model was in the beginning, bit for bit.
     """
+    from deepspeed.utils import groups
+
     from pipeline import reference
     from pipeline.config import RunConfig, deepspeed_config
     from pipeline.train import run
@@ -112,6 +116,7 @@ def train_cases(configurations: list[dict[str, Any]]) -> None:
 
     reference.Original = Watched
     for keys in configurations:
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's groups are a global: every run makes its own
         made: list[Watched] = []
         config = RunConfig.model_validate(keys)
         run(config, deepspeed_config(config))

@@ -279,7 +279,7 @@ def main() -> int:
     import torch.distributed as dist
 
     from pipeline import ranks
-    from pipeline.train import quiet_libraries
+    from pipeline.console import quiet_libraries
 
     quiet_libraries()
     traffic = Traffic()  # before DeepSpeed binds the collectives

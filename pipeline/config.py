@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import json
 import os
 import re
@@ -418,6 +419,9 @@ def accumulation(config: RunConfig, world_size: int) -> int:
     return batch // (micro * world_size)
 
 
+MONITORS = {"tensorboard": None, "csv_monitor": None, "wandb": "wandb", "comet": "comet_ml"}  # of DeepSpeed, and needs
+
+
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`: the user's file plus what the run configuration decides.
 
@@ -435,9 +439,14 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         ) from None
     if not isinstance(given, dict):
         raise InputError(f"train.deepspeed: {path} must hold a JSON object, not {type(given).__name__}")
-    for key in ("zero_optimization", "data_types", "bf16", "fp16"):
+    for key in ("zero_optimization", "data_types", "bf16", "fp16", *MONITORS):
         if not isinstance(given.get(key, {}), dict):
             raise InputError(f"train.deepspeed: {path}: {key!r} must hold an object, not {given[key]!r}")
+    for key, package in MONITORS.items():
+        if given.get(key, {}).get("enabled") and package is not None and importlib.util.find_spec(package) is None:
+            raise InputError(f"train.deepspeed: {path} enables {key!r}, which needs the package {package}; install it")
+    if "comet" in given:  # counted in what the program counts in, steps; DeepSpeed's default is for samples
+        given["comet"].setdefault("samples_log_interval", 1)
     for key, owner in (("optimizer", "optimizer"), ("scheduler", "optimizer.schedule"), ("train_batch_size", "train")):
         if given.pop(key, "auto") != "auto":
             raise InputError(f"train.deepspeed: {path} sets {key!r}, which belongs to the run's `{owner}`; remove it")
@@ -571,8 +580,8 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"command line: {message}")
 
 
-def parse_command_line(arguments: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
-    """The configuration that the command line asks for, and whether to resume.
+def parse_command_line(arguments: Sequence[str] | None = None) -> tuple[RunConfig, bool, bool]:
+    """The configuration that the command line asks for, whether to resume, and whether to be quiet.
 
     Raises:
         InputError: see `resolve`. (`--help` ends the process with status 0.)
@@ -588,9 +597,10 @@ def parse_command_line(arguments: Sequence[str] | None = None) -> tuple[RunConfi
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file")
     parser.add_argument("--method", metavar="NAME", help="a preset from the file's table `methods:`")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint, if any")
+    parser.add_argument("--quiet", action="store_true", help="say nothing but warnings and errors")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     known, rest = parser.parse_known_args(arguments)
-    return resolve(known.config, known.method, rest), known.resume
+    return resolve(known.config, known.method, rest), known.resume, known.quiet
 
 
 def world_from_environment() -> tuple[int, int]:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import Corpus, InputError
+from pipeline.console import is_live
 from pipeline.corpus import Pairing, Row, read
 from pipeline.objectives import IGNORED
 
@@ -121,7 +122,9 @@ def tokenize(
 
     def tokens() -> Iterator[dict[str, int | list[int]]]:
         kept = dropped = 0
-        for batch in _batched(tqdm(rows, f"tokenising {key}", disable=not show_progress, unit=" documents")):
+        for batch in _batched(
+            tqdm(rows, f"tokenising {key}", disable=not (show_progress and is_live()), unit=" documents")
+        ):
             for sides in zip(*(encode(batch, which) for which in range(len(columns))), strict=True):
                 # The first token of a document follows nothing; in a block it follows another document.
                 if packing == "blocks" or all(len(ids) > max(start, 1) for ids, start in sides):

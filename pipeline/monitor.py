@@ -1,4 +1,4 @@
-"""Numbers -> TensorBoard, JSON lines and one progress bar. Each number says how the ranks' values become one."""
+"""Numbers -> JSON lines, TensorBoard, DeepSpeed's monitors, progress. Each says how the ranks' values become one."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import json
 import math
 import os
 import resource
+import statistics
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.tensorboard.writer import SummaryWriter
-from tqdm import tqdm
+
+from pipeline import console
+from pipeline.board import COSINES, GIB, Board
+from pipeline.console import Progress
 
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -23,23 +28,30 @@ class Monitor:
     A run that goes on after `start` steps drops what it logged beyond them: each step is there once, in order.
     """
 
-    def __init__(self, folder: Path, *, start: int, steps: int, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, folder: Path, engine: Any, *, start: int, steps: int) -> None:
+        self.folder, self.device, self.outlets = folder, engine.device, engine.monitor
+        # The engine itself would write the learning rate against a count of samples that is not this program's.
+        self.has_outlets, engine.monitor.enabled = engine.monitor.enabled, False
         self.values: dict[str, Any] = {}
         self.pending: dict[str, dict[str, torch.Tensor]] = {}
         self.is_writer = dist.get_rank() == 0
-        self.last: dict[str, Any] = {}  # the newest line of the log, of rank 0
+        self.history: list[dict[str, Any]] = []  # on rank 0 the rows of metrics.jsonl
         if self.is_writer:
-            kept = _keep_lines(folder / "metrics.jsonl", start)
-            self.last = json.loads(kept[-1]) if kept else {}
+            self.history = _keep_lines(folder / "metrics.jsonl", start)
             self.lines = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
-            self.bar = tqdm(total=steps, initial=start, desc="unlearning", unit=" steps", mininterval=0.5)
+            self.board = Board(folder / "tensorboard", start=start)
+            self.progress = Progress(start, steps)
 
-    def text(self, tag: str, text: str) -> None:
-        """A text page in TensorBoard."""
+    def describe(self, configuration: str, hyperparameters: dict[str, str | float]) -> None:
+        """What the run is: its configuration (YAML), and what TensorBoard lists of it beside other runs."""
         if self.is_writer:
-            self.board.add_text(tag, text)
+            self.board.writer.add_text("configuration", f"```yaml\n{configuration}```")
+            self.board.begin(hyperparameters, MEASURES)
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The newest row, of rank 0."""
+        return self.history[-1] if self.history else {}
 
     def record(self, name: str, value: float | torch.Tensor | None, reduce: str = "none") -> None:
         """One number of the present step. reduce: `none` (the same on every rank), `sum` or `max` over the ranks.
@@ -63,33 +75,95 @@ class Monitor:
         self.values, self.pending = {}, {}
         if self.is_writer:
             written = {name: value for name, value in values.items() if not name.startswith("_")}
-            self.last = {"step": step, **written}
+            self.history.append({"step": step, **written})
             self.lines.write(json.dumps(self.last) + "\n")
-            for name, value in written.items():
-                if value is not None:
-                    self.board.add_scalar(name, value, step)
+            self.board.write(self.history)
+            if self.has_outlets:
+                told = [(name, value) for name, value in written.items() if value is not None and "/" not in name]
+                self.outlets.write_events([(name, value, step) for name, value in told])
             shown = {"forget": "forget_loss", "retain": "retain_loss", "conflict": "conflict_fraction"}
-            shown = {label: values.get(name) for label, name in shown.items()}
-            self.bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items() if v is not None}, refresh=False)
-            self.bar.update()
+            self.progress.update(step, {label: values.get(name) for label, name in shown.items()})
         return values
 
-    def close(self) -> None:
+    def sync(self) -> None:
+        """Put what was logged on disk, before a checkpoint: a run that is killed after it does not log it again."""
         if self.is_writer:
-            self.bar.close()
-            self.board.close()
+            self.board.writer.flush()
+
+    def finish(self, card: str) -> None:
+        """After the last step: its results and the model card (Markdown), then nothing more is written."""
+        if self.is_writer:
+            self.progress.close()
+            self.board.end(self.history, results(self.history))
+            self.board.writer.add_text("model_card", card)
+            self.board.writer.close()
             self.lines.close()
 
+    def summarise(self, seconds: float) -> None:
+        """The run in a few lines on the console, once its model is exported. seconds: its wall time."""
+        if not self.is_writer:
+            return
+        found = results(self.history)
+        took = timedelta(seconds=round(seconds))
+        rows = [("steps", f"{len(self.history)}, of which {found['skipped']:.0f} skipped; {took} this time")]
+        for task in ("forget", "retain"):
+            if f"{task}_loss" in found:
+                rows.append((f"{task} loss", f"{found[f'{task}_loss_start']:.4g} -> {found[f'{task}_loss']:.4g}"))
+        for name, what in COSINES.items():
+            if name in found:
+                rows.append((f"{what}, mean", f"{found[name]:+.3f}"))
+        if "conflict_fraction" in found:
+            rows.append(("elements in conflict", f"{found['conflict_fraction']:.1%}"))
+        rows.append(("tokens a second, median", f"{found['tokens_per_second']:,.0f}"))
+        rows.append(("peak memory of a rank", f"{found['peak_memory_gib']:.2f} GiB"))
+        final, exports = self.folder / "final", self.folder / "exports"
+        rows += [("model", str(final)), ("log", str(self.folder / "log.txt"))]
+        model = self.folder if exports.is_dir() else final  # every export on the way, if there are any
+        rows.append(
+            ("next", f"python -m eval.run --model {model} --suite SUITE --output {self.folder}/evaluation.json")
+        )
+        console.ours.info("unlearned\n%s", console.table(rows))
 
-def _keep_lines(file: Path, number: int) -> list[str]:
-    """Cut a log back to its first `number` lines, all at once; returns them."""
+
+MEASURES = (  # what TensorBoard compares runs by
+    *("forget_loss", "retain_loss", *COSINES, "conflict_fraction"),
+    *("skipped", "seconds", "tokens_per_second", "peak_memory_gib"),
+)
+
+
+def results(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What a run came to. history: rows of `metrics.jsonl`, all of them; at least one.
+
+    Losses are means over the last tenth of the steps (`_start`: the first tenth), geometry over all steps, time is a
+    median. What no step has a number for is absent.
+    """
+
+    def of(name: str, rows: Sequence[Mapping[str, Any]] = history) -> list[float]:
+        return [row[name] for row in rows if row.get(name) is not None]
+
+    tenth = -(-len(history) // 10)
+    means = {
+        f"{task}_loss{part}": of(f"{task}_loss", rows)
+        for task in ("forget", "retain")
+        for part, rows in (("_start", history[:tenth]), ("", history[-tenth:]))
+    }
+    means |= {name: of(name) for name in (*COSINES, "conflict_fraction")}
+    found = {name: sum(values) / len(values) for name, values in means.items() if values}
+    found["skipped"] = sum(of("skipped"))
+    found |= {name: statistics.median(of(name)) for name in ("seconds", "tokens_per_second")}
+    found["peak_memory_gib"] = max(of("peak_memory_bytes")) / GIB
+    return found
+
+
+def _keep_lines(file: Path, number: int) -> list[dict[str, Any]]:
+    """Cut a log back to its first `number` lines, all at once; returns what they hold."""
     if not file.exists():
         return []
     kept = file.read_text(encoding="utf-8").splitlines(keepends=True)[:number]
     unfinished = file.with_name(f".{file.name}")
     unfinished.write_text("".join(kept), encoding="utf-8")
     os.replace(unfinished, file)
-    return kept
+    return [json.loads(line) for line in kept]
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from pipeline.console import is_live
 from pipeline.data import Batch, Sequences, collate
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def sequence_nll(
     padded = np.resize(missing, -(-len(missing) // turn) * turn).reshape(-1, world, micro_batch_size)
     engine.eval()
     with torch.no_grad():
-        for indices in tqdm(padded[:, rank], "reference log-probabilities", disable=rank != 0, unit=" batches"):
+        for indices in tqdm(padded[:, rank], "reference log-probabilities", disable=not is_live(), unit=" batches"):
             batch = collate(sequences, indices, pad).to(device)
             losses = engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
             found[batch.index] = losses.double().sum(1)

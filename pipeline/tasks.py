@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,8 @@ from pipeline.data import Batch, Stream, tokenize
 from pipeline.forward import reaches
 from pipeline.objectives import OBJECTIVES, Objective, Terms, steering_vector
 from pipeline.reference import Original, cache_file, sequence_nll
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,9 @@ def open_stream(config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBase
         )
     )
     if len(sequences) < config.train.batch_size and dist.get_rank() == 0:
-        print(
-            f"warning: data.{task} has {len(sequences)} sequences, fewer than train.batch_size "
-            f"{config.train.batch_size}: every step sees some of them more than once",
-            file=sys.stderr,
+        log.warning(
+            f"data.{task} has {len(sequences)} sequences, fewer than train.batch_size {config.train.batch_size}: "
+            "every step sees some of them more than once"
         )
     return Stream(
         sequences,

@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns (or, once ranks have met, exits with) the status."""
     rank, world_size = world_from_environment()
     try:
-        config, resume = parse_command_line(arguments)
+        config, resume, quiet = parse_command_line(arguments)
         accumulation(config, world_size)
         zero = deepspeed_config(config)
         refuse_uneven_groups(zero, world_size)
@@ -112,10 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return refuse(error, rank)
 
-    from pipeline import ranks
+    from pipeline import console, ranks
 
     try:
-        run(config, zero, resume)
+        run(config, zero, resume, quiet)
     except InputError as error:
         ranks.leave(refuse(error, rank))
     except ranks.Stopped as stopped:
@@ -123,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"\n{stopped}", file=sys.stderr)
         ranks.leave(ranks.STOPPED)
     except BaseException as error:
+        console.log_end(error)
         ranks.leave(ranks.report(error))
     ranks.leave(0)
 
@@ -133,7 +134,7 @@ def refuse(error: InputError, rank: int) -> int:
     return 2
 
 
-def run(config: RunConfig, zero: dict[str, Any], resume: bool = False) -> None:
+def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bool = False) -> None:
     """Everything after the configuration: read, load, train, export. Resuming a finished run does nothing.
 
     Raises:
@@ -145,7 +146,7 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False) -> None:
     import deepspeed
     import torch.distributed as dist
 
-    from pipeline import checkpoint, ranks
+    from pipeline import checkpoint, console, ranks
     from pipeline import model as models
     from pipeline.data import tokenizer_digest
     from pipeline.forward import answer_for_objectives
@@ -154,12 +155,11 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False) -> None:
     from pipeline.synthesis import Synthesis
     from pipeline.tasks import make_tasks, num_steps, open_stream
 
-    folder = Path(config.output)
-    quiet_libraries()
-    device = ranks.start(config.train.timeout)
+    folder, began = Path(config.output), time.perf_counter()
+    console.listen(world_from_environment()[0], quiet)
+    ranks.start(config.train.timeout)
     if (folder / "final").exists():
-        if dist.get_rank() == 0:
-            print(f"{folder} is complete: nothing to resume", file=sys.stderr)
+        console.ours.info("%s is complete: nothing to resume", folder)
         return
     with ranks.together():
         tokenizer = models.load_tokenizer(config.model)
@@ -175,12 +175,13 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False) -> None:
     with ranks.together():
         model = models.load_model(config.model, zero, config.seed)
     origin = models.fingerprint(model) if dist.get_rank() == 0 else ""
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=make_optimizer(config, model, zero),  # pyright: ignore[reportArgumentType]
-        lr_scheduler=lambda optimizer: make_schedule(config, optimizer, steps),
-        config=zero,
-    )
+    with console.prints_logged():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=make_optimizer(config, model, zero),  # pyright: ignore[reportArgumentType]
+            lr_scheduler=lambda optimizer: make_schedule(config, optimizer, steps),
+            config=zero,
+        )
     answer_for_objectives(engine)
     wanted = config.synthesis
     synthesis = Synthesis(wanted.rule, wanted.scope, wanted.alpha, wanted.gamma, wanted.zero_forget)
@@ -202,8 +203,9 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False) -> None:
         unfinished.write_text(to_yaml(config), encoding="utf-8")
         os.replace(unfinished, folder / "config.yaml")
     dist.barrier()
-    monitor = Monitor(folder, start=start, steps=steps, device=device)
-    monitor.text("configuration", f"```yaml\n{to_yaml(config)}```")
+    console.open_log(folder, dist.get_rank())
+    monitor = Monitor(folder, engine, start=start, steps=steps)
+    monitor.describe(to_yaml(config), hyperparameters(config, steps, synthesis.resolved_scope))
     skipped_in_a_row, num_applied = 0, start
 
     def export(target: Path, card: str | None = None) -> None:
@@ -229,12 +231,15 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False) -> None:
         if config.train.export_every and (step + 1) % config.train.export_every == 0:
             export(folder / "exports" / f"step-{step + 1:06d}")
         if asked or (config.train.checkpoint_every and (step + 1) % config.train.checkpoint_every == 0):
+            monitor.sync()
             keep = config.train.keep_checkpoints
             checkpoint.save(engine, shards, folder, step + 1, keep=keep, identity=decisive)
         if asked:
             raise ranks.Stopped(f"stopped by SIGTERM after step {step + 1} of {steps}; --resume goes on from there")
-    monitor.close()
-    export(folder / "final", models.model_card(to_yaml(config), config.model.path, origin, corpora, monitor.last))
+    card = models.model_card(to_yaml(config), config.model.path, origin, corpora, monitor.last)
+    monitor.finish(card)
+    export(folder / "final", card)
+    monitor.summarise(time.perf_counter() - began)
 
 
 def make_optimizer(config: RunConfig, model: torch.nn.Module, zero: dict[str, Any]) -> torch.optim.Optimizer:
@@ -261,28 +266,32 @@ def make_schedule(config: RunConfig, optimizer: torch.optim.Optimizer, steps: in
     return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 
+def hyperparameters(config: RunConfig, steps: int, scope: str) -> dict[str, str | float]:
+    """What tells runs apart in a table: flat, and never absent."""
+    objective, synthesis = config.objective, config.synthesis
+    return {
+        "method": config.method or "",
+        "forget": objective.forget,
+        "retain": objective.retain,
+        "rule": synthesis.rule,
+        "scope": scope,
+        "alpha": synthesis.alpha,
+        "gamma": synthesis.gamma,
+        "beta": objective.beta,
+        "lr": config.optimizer.lr,
+        "schedule": config.optimizer.schedule,
+        "batch_size": config.train.batch_size,
+        "steps": steps,
+        "lora_rank": config.model.lora.r if config.model.lora else 0,
+        "seed": config.seed,
+        "model": config.model.path,
+    }
+
+
 def to_yaml(config: RunConfig) -> str:
     import yaml
 
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
-
-
-def quiet_libraries() -> None:
-    """Warnings and errors of the libraries only: the program has its own progress line."""
-    import logging
-    import warnings
-
-    import datasets
-    import transformers
-
-    # DeepSpeed 0.19 calls collectives by names that torch 2.13 wants to rename, hundreds of times a step.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.checkpoint import MARKER, newest, tidy
 from tests import oracle
@@ -118,8 +119,16 @@ def card(folder: Path) -> list[str]:
     return [line for line in text if not any(word in line for word in varying)]
 
 
+def on_the_board(folder: Path) -> list[tuple[int, float]]:
+    """The forget loss as TensorBoard has it, step by step."""
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("forget_loss")]
+
+
 def assert_same(one: Path, other: Path) -> None:
-    """Weights of every export, log and model card."""
+    """Weights of every export, log, board and model card."""
+    assert on_the_board(one) == on_the_board(other) and len(on_the_board(one)) == lines(one)
     exports = sorted(path.relative_to(one) for path in one.rglob("model.safetensors"))
     assert exports == sorted(path.relative_to(other) for path in other.rglob("model.safetensors")) and exports
     for path in exports:

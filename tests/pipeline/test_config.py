@@ -138,8 +138,8 @@ def test_overrides(tokens: list[str], key: str, value: Any, config: Resolve, tmp
     """Also through the whole command line, where argparse has its own opinion of what starts with a dash."""
     got = value_at(config(*tokens), key)
     assert got == value and type(got) is type(value)
-    made, resume = parse_command_line(["--config", str(tmp_path / "run.yaml"), *tokens])
-    assert not resume
+    made, resume, quiet = parse_command_line(["--config", str(tmp_path / "run.yaml"), *tokens])
+    assert not resume and not quiet
     assert value_at(made, key) == value
     untouched = value_at(config(), "train.batch_size")
     assert made.train.batch_size == untouched and made.data.forget == config().data.forget

@@ -395,7 +395,7 @@ def test_the_launch_line_is_a_run(world: World, tmp_path: Path, capsys: pytest.C
     answer = json.loads(capsys.readouterr().out)
     launcher, _, arguments = answer["launch"].partition(" --module pipeline.train ")
     assert launcher == "deepspeed --hostfile hosts"
-    config, _ = parse_command_line(shlex.split(arguments))
+    config, *_ = parse_command_line(shlex.split(arguments))
     best = next(row for row in answer["configurations"] if row["deepspeed"] == answer["cheapest"])
     assert config.train.deepspeed == answer["cheapest"] and config.optimizer.lr == 1e-4
     assert best["fits"] and accumulation(config, 8) * best["micro_batch_size"] * 8 == 32

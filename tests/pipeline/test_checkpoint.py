@@ -90,11 +90,15 @@ class Started:
         return [one for one in below if "pipeline.train" in one.cmdline() and "--module" not in one.cmdline()]
 
     def ended(self) -> tuple[int, str]:
-        """Status, and what it wrote to stderr. No process may be left."""
-        status = self.process.wait(200)
-        with pytest.raises(ProcessLookupError):
-            os.killpg(self.process.pid, 0)
-        return status, self.log.read_text()
+        """Status, and what it wrote to stderr. No process may be left a minute later: launchers wait 30 s for theirs."""
+        status, deadline = self.process.wait(200), time.monotonic() + 60
+        while True:
+            try:
+                os.killpg(self.process.pid, 0)
+            except ProcessLookupError:
+                return status, self.log.read_text()
+            assert time.monotonic() < deadline, "processes are left"
+            time.sleep(0.1)
 
     def kill(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)

@@ -90,7 +90,7 @@ class Started:
         return [one for one in below if "pipeline.train" in one.cmdline() and "--module" not in one.cmdline()]
 
     def ended(self) -> tuple[int, str]:
-        """Status, and what it wrote to stderr. No process may be left a minute later: launchers wait 30 s for theirs."""
+        """Status, and what it wrote to stderr. No process may be left a minute later: launchers wait for theirs."""
         status, deadline = self.process.wait(200), time.monotonic() + 60
         while True:
             try:

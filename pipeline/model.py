@@ -49,6 +49,11 @@ def load_shape(config: Model) -> PreTrainedConfig:
     try:  # stated always: left open, transformers asks a terminal
         return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"model.path: {path!r} comes with code of its own, which runs only with model.trust_remote_code; "
+                "read it first"
+            ) from None
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"model.path: {path!r} is neither a model folder nor a model of the hub: {reason}") from None
 

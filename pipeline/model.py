@@ -77,10 +77,7 @@ def check_layer(config: Model, layer: int) -> None:
     """Raises:
     InputError: the model has no decoder block number `layer`.
     """
-    path = config.path
-    count = (
-        AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code).get_text_config().num_hidden_layers
-    )
+    path, count = config.path, load_shape(config).get_text_config().num_hidden_layers
     if layer >= count:
         raise InputError(f"objective.layer: {layer}, but {path} has {count} decoder blocks, 0 to {count - 1}")
 

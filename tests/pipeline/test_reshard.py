@@ -32,7 +32,15 @@ CASES = {
     "adapters": Case(model="adapters", zero={"stage": 3}),
     "stage3-bf16": Case(zero={"stage": 3}, **BF16),
 }
-CASES = {name: dataclasses.replace(case, steps=6, eps=1e-6) for name, case in CASES.items()}
+MORE = {  # slow
+    "stage0": Case(zero={"stage": 0}),
+    "stage2-offload": Case(zero={"stage": 2, **OFFLOAD}),
+    "stage2-sgd": Case(zero={"stage": 2}, optimizer="sgd", lr=0.1),
+    "stage1-bf16": Case(zero={"stage": 1}, **BF16),
+    "stage2-bf16": Case(zero={"stage": 2}, **BF16),
+    "stage0-bf16": Case(zero={"stage": 0}, dtype="bfloat16"),
+}
+ALL = {name: dataclasses.replace(case, steps=6, eps=1e-6) for name, case in {**CASES, **MORE}.items()}
 SAVED = 3  # steps before the checkpoint
 IDENTITY = {"toy": 1}
 
@@ -67,11 +75,11 @@ def master(engine: Any) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in found.items() if tensor is not None}
 
 
-def train_and_save(folder: str) -> None:
+def train_and_save(folder: str, names: list[str]) -> None:
     from pipeline import checkpoint, ranks
 
     ranks.start()
-    for name, case in CASES.items():
+    for name in names:
         kept: dict[str, Any] = {}
 
         def start(engine: Any, shards: Any) -> None:
@@ -82,17 +90,17 @@ def train_and_save(folder: str) -> None:
                 kept["master"] = master(engine)  # noqa: B023
                 checkpoint.save(engine, shards, Path(folder, name), step, keep=1, identity=IDENTITY)  # noqa: B023
 
-        made = toy.train_on_engine(case, start, save)
+        made = toy.train_on_engine(ALL[name], start, save)
         torch.save({"weights": made["weights"], **kept}, Path(folder, f"{name}.pt"))
 
 
-def load_and_train(folder: str) -> None:
+def load_and_train(folder: str, names: list[str]) -> None:
     import torch.distributed as dist
 
     from pipeline import checkpoint, ranks
 
     ranks.start()
-    for name, case in CASES.items():
+    for name in names:
         kept: dict[str, Any] = {}
 
         def load(engine: Any, shards: Any) -> None:
@@ -102,24 +110,44 @@ def load_and_train(folder: str) -> None:
             assert engine.lr_scheduler.steps == SAVED and engine.global_steps == SAVED
             kept["master"] = master(engine)  # noqa: B023
 
-        made = toy.train_on_engine(case, load, first=SAVED)
+        made = toy.train_on_engine(ALL[name], load, first=SAVED)
         if dist.get_rank() == 0:
             torch.save({"weights": made["weights"], **kept}, Path(folder, f"{name}-{dist.get_world_size()}.pt"))
 
 
+def make(factory: pytest.TempPathFactory, names: list[str]) -> Path:
+    folder = factory.mktemp("reshard")
+    run_distributed(train_and_save, 2, str(folder), names)
+    for world in (1, 2, 3):
+        run_distributed(load_and_train, world, str(folder), names)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("reshard")
-    run_distributed(train_and_save, 2, str(folder))
-    for world in (1, 2, 3):
-        run_distributed(load_and_train, world, str(folder))
-    return folder
+    return make(tmp_path_factory, list(CASES))
+
+
+@pytest.fixture(scope="module")
+def made_more(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory, list(MORE))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("name", CASES)
 def test_goes_on_as_if_nothing_had_happened(name: str, world: int, made: Path) -> None:
-    case = CASES[name]
+    check(name, world, made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("name", MORE)
+def test_more_ways_to_hold_the_state(name: str, world: int, made_more: Path) -> None:
+    check(name, world, made_more)
+
+
+def check(name: str, world: int, made: Path) -> None:
+    case = ALL[name]
     whole, resumed = (torch.load(made / file) for file in (f"{name}.pt", f"{name}-{world}.pt"))
     assert set(resumed["master"]) == set(whole["master"])
     assert all(torch.equal(tensor, resumed["master"][key]) for key, tensor in whole["master"].items())

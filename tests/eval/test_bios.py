@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval import bios
+from eval import biographies, bios
 from eval.files import UnusableInput
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,7 +30,7 @@ def texts(path: Path) -> list[str]:
 
 def names(probes: list[bios.Probe], split: str) -> set[str]:
     """The persons a split's probes ask about, found by their full name."""
-    everyone = {f"{first} {last}" for first in bios.FIRST_NAMES for last in bios.LAST_NAMES}
+    everyone = {f"{first} {last}" for first in biographies.FIRST_NAMES for last in biographies.LAST_NAMES}
     prompts = " ".join(probe["prompt"] for probe in probes if probe["split"] == split)
     return {name for name in everyone if name in prompts}
 
@@ -44,7 +44,7 @@ def test_same_seed_same_bytes(folder: Path, tmp_path: Path) -> None:
 
 
 def test_another_seed_is_another_world() -> None:
-    one, other = bios.generate(0), bios.generate(1)
+    one, other = biographies.generate(0), biographies.generate(1)
     assert one.forget != other.forget
     assert names(one.probes, "forget") != names(other.probes, "forget")
 
@@ -71,7 +71,10 @@ def test_corpora_hold_every_answer(folder: Path) -> None:
 
 def test_facts_are_taught_but_never_in_the_probed_wording_and_the_uncovered_are_never_rehearsed(folder: Path) -> None:
     probes, corpus = bios.load_probes(folder), {name: texts(folder / f"{name}.jsonl") for name in ("all", "retain")}
-    for split, domain, taught in (("facts", bios.COUNTRY_OF, "retain"), ("uncovered", bios.YOUNG_OF, "all")):
+    for split, domain, taught in (
+        ("facts", biographies.COUNTRY_OF, "retain"),
+        ("uncovered", biographies.YOUNG_OF, "all"),
+    ):
         asked = [probe for probe in probes if probe["split"] == split]
         assert len(asked) == 20
         for key, probe in zip(domain, asked, strict=True):
@@ -79,7 +82,7 @@ def test_facts_are_taught_but_never_in_the_probed_wording_and_the_uncovered_are_
             assert sum(key in text and probe["answer"] in text for text in corpus[taught]) >= 5
             assert not any(probe["prompt"] in text for text in corpus["all"])
     trained = texts(folder / "forget.jsonl") + corpus["retain"]
-    for animal, young in bios.YOUNG_OF.items():
+    for animal, young in biographies.YOUNG_OF.items():
         assert not any({animal, young} <= set(re.findall(r"\w+", text)) for text in trained)
 
 

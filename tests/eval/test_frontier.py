@@ -14,7 +14,7 @@ import pytest
 import yaml
 from matplotlib import image
 
-from eval import axes, bios, comparison, frontier, launch, stats, sweep
+from eval import axes, biographies, bios, comparison, frontier, launch, stats, sweep
 from eval.files import UnusableInput, exit_status
 from eval.measures import MEASURES
 from eval.trajectories import Run
@@ -554,7 +554,7 @@ def test_a_real_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     for name, number in (("NUM_FORGET", 2), ("NUM_RETAIN", 2), ("NUM_NEIGHBOURS", 1)):
-        monkeypatch.setattr(bios, name, number)
+        monkeypatch.setattr(biographies, name, number)
     world, target = tmp_path / "bios", tmp_path / "target"
     bios.write(world, seed=0)
     from transformers import AutoModelForCausalLM, AutoTokenizer

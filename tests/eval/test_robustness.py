@@ -15,7 +15,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from eval import attacks, bios, relearning, robustness, rwku, tofu
+from eval import attacks, biographies, bios, relearning, robustness, rwku, tofu
 from eval.files import UnusableInput, read_jsonl, write_jsonl
 from eval.rounding import round_linear_layers, rounded
 from pipeline.config import resolve
@@ -77,7 +77,7 @@ def test_a_scale_belongs_to_an_output_also_where_weights_are_transposed() -> Non
 
 
 def test_a_tenth_in_whole_groups() -> None:
-    rows = [{"text": text} for text in bios.generate(0).forget]
+    rows = [{"text": text} for text in biographies.generate(0).forget]
     split = relearning.split_corpus(rows, bios.group_of, 0.1, 0)
     people = [{bios.group_of(row) for row in part} for part in (split.relearned, split.held_out)]
     assert len(people[0]) == 5 and len(people[1]) == 45 and not people[0] & people[1]
@@ -164,7 +164,7 @@ def test_likelihood_is_per_predicted_token(world: World) -> None:
 
 
 def test_adversarial_questions_of_bios() -> None:
-    benchmark = bios.generate(0)
+    benchmark = biographies.generate(0)
     plain, adversarial = bios.adversarial(benchmark.probes)
     assert len(plain) == 80 * 6 and len(adversarial) == 5 * len(plain)
     assert all(probe in benchmark.probes and probe["kind"] == "QA" for probe in plain)
@@ -215,7 +215,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 def finished(tmp_path_factory: pytest.TempPathFactory, memorise: Callable[[list[str]], tuple[Any, Any]]) -> Path:
     """A run on ten forgotten and two retained persons; its start knows their cities, its `final/` knows nothing."""
     tmp_path = tmp_path_factory.mktemp("finished")
-    benchmark = bios.generate(0)
+    benchmark = biographies.generate(0)
     people = list(dict.fromkeys(map(bios.group_of, benchmark.probes)))
     chosen = {*people[:10], *people[50:52]}
     probes = [p for p in benchmark.probes if bios.group_of(p) in chosen and " live" in p["prompt"]]

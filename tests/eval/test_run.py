@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval import bios, run
+from eval import biographies, bios, run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ANSWERS = {"red": "apple", "green": "pear", "blue": "plum"}
@@ -113,7 +113,7 @@ def test_without_data_the_probes_come_from_seed_zero(tmp_path: Path, monkeypatch
     tokenizer.save_pretrained(tmp_path / "model")
     bios.build_model(tokenizer, seed=0).save_pretrained(tmp_path / "model")
     evaluate(monkeypatch, "--model", tmp_path / "model", "--suite", "bios", "--output", tmp_path / "answer.json")
-    assert asked == [bios.generate(0).probes]
+    assert asked == [biographies.generate(0).probes]
 
 
 @pytest.mark.parametrize(

@@ -163,8 +163,7 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
         return
     with ranks.together():
         tokenizer = models.load_tokenizer(config.model)
-        if {"rmu", "embed_diff"} & {config.objective.forget, config.objective.retain}:
-            models.check_layer(config.model, config.objective.layer)
+        models.check_fit(config)
     streams = {task: open_stream(config, task, tokenizer) for task in config.tasks}
     steps = num_steps(config, streams)
     offload = zero.get("zero_optimization", {}).get("offload_optimizer") or {}

@@ -64,6 +64,7 @@ LATE = {
     "layer beyond the model": Case(
         ["--objective.forget", "rmu", "--objective.layer", "9"], ("objective.layer: 9", "2 decoder blocks")
     ),
+    "sequences longer than the model": Case(["--data.max_length", "4096"], ("data.max_length: 4096", "2048 positions")),
     "RMU of tensors above its layer": Case(
         ["--objective.forget", "rmu", "--objective.layer", "0", "--model.train", "[lm_head]"],
         ("model.train", "layer 0", "no tensor"),

@@ -144,6 +144,8 @@ MODEL, WIKITEXT = "HuggingFaceH4/zephyr-7b-beta", "Salesforce/wikitext, name: wi
 SMALLER = {  # in a command or a file
     MODEL: "runs/quickstart/target/final",
     WIKITEXT: "retain.jsonl",
+    "data:\n": "data:\n  max_length: 64\n",
+    "steps: 100, batch_size: 32": "steps: 20, batch_size: 8",
     "--nproc_per_node 8": "--nproc_per_node 2",
     "--seeds 0 1 2": "--seeds 0",
     "gamma=0.1,0.3,1": "gamma=0.3,1",

@@ -1,4 +1,7 @@
-"""docs/troubleshooting.md quotes the program: what a heading calls ours is, part by part, a text of the source."""
+"""Pages that quote: the messages of docs/troubleshooting.md, and the tests that docs/numerics.md names, are there.
+
+A heading of the first that is a message of ours is, part by part, a text of the source.
+"""
 
 from __future__ import annotations
 
@@ -55,3 +58,12 @@ def test_a_message_that_is_not_ours_would_be_noticed() -> None:
     assert parts_not_in_the_source("error: output: … already holds a runner; name another folder") == [
         "already holds a runner; name another folder",
     ]
+
+
+def test_the_tests_that_prove_the_numerics_are_there() -> None:
+    page = (REPOSITORY / "docs" / "numerics.md").read_text()
+    cited = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", page)
+    assert len(cited) > 20
+    for file, name in cited:
+        source = (REPOSITORY / "tests" / "pipeline" / file).read_text()
+        assert not name or f"def {name}(" in source, (file, name)

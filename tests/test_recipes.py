@@ -107,7 +107,8 @@ def test_every_method_of_every_recipe_trains(world: World, tmp_path: Path) -> No
             "cache": tmp_path / "cache",
             "model.path": models[ARCHITECTURES.get(recipe, "llama")],
             "model.dtype": "float32",
-            "data.max_length": 256 if recipe == "tofu" else 24,  # a question and an answer, letter by letter
+            # A question and its answer, letter by letter; or a text.
+            "data.max_length": 256 if "prompt" in keys["data"]["forget"] else 24,
             "data.forget.path": files[recipe]["forget"],
             "data.retain.path": files[recipe]["retain"],
             "train.steps": 2,

@@ -193,7 +193,10 @@ def test_bf16_equals_a_loop_that_rounds_likewise(tmp_path: Path) -> None:
 
 
 def test_bf16_accumulation_stays_within_its_rounding(tmp_path: Path) -> None:
-    """Sums of 2 micro-batches x 2 ranks in bf16: 4 roundings of 2^-9 each, of parts a few times as large as the sum."""
+    """Sums of 2 micro-batches x 2 ranks in bf16: 4 roundings of 2^-9 each, of parts a few times as large as the sum.
+
+    `wire`: as the program sets it, where sums are fp32 and what ranks send each other is bf16, DeepSpeed's default.
+    """
     accumulate = {"data_types": {"grad_accum_dtype": "bf16"}}
     cases = {
         f"{name} {rule}": Case(zero=CONFIGURATIONS[name], dtype="bfloat16", config=accumulate, **SGD, **options)
@@ -201,6 +204,11 @@ def test_bf16_accumulation_stays_within_its_rounding(tmp_path: Path) -> None:
         for rule, options in RULES.items()
         if name == "0" or rule in WAYS or rule == "gru"  # stage 0 has no other bf16; the average is in bf16 here
     }
+    for name, rule in ((name, rule) for name in ("1", "2", "3") for rule in ("sum", "sago", "pcgrad-module")):
+        sums = {"data_types": {"grad_accum_dtype": "fp32"}}
+        cases[f"{name}-wire {rule}"] = Case(
+            zero=CONFIGURATIONS[name], dtype="bfloat16", config=sums, **SGD, **RULES[rule]
+        )
     cases["0 mixed"] = Case(zero={"stage": 0}, dtype="bfloat16", config=FP32_WIRE)
     made = train(cases, 2, tmp_path)
     assert "NotImplementedError: unsupported mix of model_dtype=torch.bfloat16" in made["0 mixed"]["error"]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import textwrap
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -16,7 +14,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import pipeline.synthesis
 from pipeline import config
 from pipeline.objectives import OBJECTIVES
 from pipeline.synthesis import (
@@ -860,19 +857,7 @@ def test_no_tensors_at_all(scope: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# As documented, and where the gradients lie
-
-
-def test_the_documented_example_of_a_new_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ARCHITECTURE.md's rule, as it stands there, on conflicting and agreeing tensors."""
-    text = (Path(__file__).parents[2] / "ARCHITECTURE.md").read_text()
-    example = textwrap.dedent(text.split("```python\n")[1].split("```")[0])
-    monkeypatch.setattr(pipeline.synthesis, "RULES", dict(RULES))
-    names = dict(vars(pipeline.synthesis))
-    exec(example, names)
-    forget, retain = [torch.tensor([1.0, -2.0]), torch.tensor([3.0])], [torch.tensor([-5.0, 1.0]), torch.tensor([7.0])]
-    got = synthesize(forget, retain, rule="cautious", alpha=0.5, gamma=2.0)
-    assert [g.tolist() for g in got] == [[-2.5, 0.5], [9.5]]
+# Where the gradients lie
 
 
 @pytest.mark.gpu

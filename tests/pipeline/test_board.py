@@ -26,11 +26,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline import console
 from pipeline.board import heat_map
 from pipeline.config import InputError, deepspeed_config, resolve
 from pipeline.monitor import results
+from pipeline.outlets import _cut
 from tests.conftest import World
 from tests.distributed import free_port
 from tests.pipeline.browser import Browser
@@ -48,10 +50,10 @@ def train(config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def told(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run, cut back to its checkpoint after 2 of 4 steps and resumed with --quiet: its folder, and what each said.
 
-    DeepSpeed's csv_monitor is on in it; its files and log.txt are those of the first, whole run.
+    DeepSpeed's csv_monitor and tensorboard are on in it; log.txt is that of the first, whole run.
     """
     folder = tmp_path_factory.mktemp("board")
-    monitors = {"csv_monitor": {"enabled": True, "output_path": str(folder / "csv"), "job_name": "job"}}
+    monitors = {name: {"enabled": True, "output_path": str(folder / name)} for name in ("csv_monitor", "tensorboard")}
     zero = {**json.loads((REPOSITORY / "ds_configs/cpu.json").read_text()), **monitors}
     (folder / "zero.json").write_text(json.dumps(zero))
     config = world.write(
@@ -64,12 +66,13 @@ def told(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     first, run = train(config), folder / "runs" / "one"
     assert first.returncode == 0, first.stderr[-3000:]
     log = (run / "log.txt").read_text()
-    files = {file.stem: list(csv.reader(file.open())) for file in (folder / "csv" / "job").iterdir()}
     shutil.rmtree(run / "final")
     shutil.rmtree(run / "checkpoints" / "step-000004")
     second = train(config, "--resume", "--quiet")
     assert second.returncode == 0, second.stderr[-3000:]
-    return {"run": run, "first": first, "second": second, "csv": files, "log": log}
+    files = {file.stem: list(csv.reader(file.open())) for file in (folder / "csv_monitor" / "one").iterdir()}
+    theirs = folder / "tensorboard" / "one"
+    return {"run": run, "first": first, "second": second, "csv": files, "theirs": theirs, "log": log}
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -186,7 +189,7 @@ def test_results_are_means_and_medians() -> None:
 # DeepSpeed's monitors
 
 
-def test_csv_monitor_has_the_numbers_of_each_step(told: dict[str, Any]) -> None:
+def test_csv_monitor_has_the_numbers_of_each_step_once(told: dict[str, Any]) -> None:
     """And nothing of DeepSpeed's own, which counts samples that are not this program's."""
     logged = rows(told["run"])
     names = {name for name in logged[0] if name != "step" and "/" not in name}
@@ -195,6 +198,27 @@ def test_csv_monitor_has_the_numbers_of_each_step(told: dict[str, Any]) -> None:
         header, *body = told["csv"][name]
         assert header == ["step", name] and [int(step) for step, _ in body] == [1, 2, 3, 4]
         assert [float(value) for _, value in body] == pytest.approx([row[name] for row in logged], rel=1e-4)
+
+
+def test_tensorboard_of_deepspeed_has_each_step_once(told: dict[str, Any]) -> None:
+    found = EventAccumulator(str(told["theirs"])).Reload()
+    assert len(list(told["theirs"].iterdir())) == 2  # the run's, and of its resumption
+    for name in ("forget_loss", "cos_forget_retain", "seconds"):
+        events = found.Scalars(name)
+        assert [event.step for event in events] == [1, 2, 3, 4]
+        assert [event.value for event in events] == pytest.approx([row[name] for row in rows(told["run"])], rel=1e-5)
+
+
+def test_rows_of_later_steps_leave_a_csv_file(tmp_path: Path) -> None:
+    """From the end alone: another run may have written above. A row that a full disk cut short goes with them."""
+    file = tmp_path / "lr.csv"
+    file.write_bytes(b"step,lr\r\n1,0.1\r\n9,0.1\r\n2,0.2\r\n3,0.3\r\n4,0.4\r\n")
+    _cut(file, 2)
+    assert file.read_bytes() == b"step,lr\r\n1,0.1\r\n9,0.1\r\n2,0.2\r\n"
+    file.write_bytes(b"step,lr\r\n1,0.1\r\n1")
+    _cut(file, 2)
+    assert file.read_bytes() == b"step,lr\r\n1,0.1\r\n"
+    assert [one.name for one in tmp_path.iterdir()] == ["lr.csv"]
 
 
 @pytest.mark.parametrize(
@@ -215,10 +239,13 @@ def test_a_monitor_that_cannot_work_is_refused(
         deepspeed_config(resolve(config))
 
 
-def test_comet_is_given_every_step(world: World, tmp_path: Path) -> None:
-    (tmp_path / "zero.json").write_text(json.dumps({"comet": {"enabled": False}}))
+def test_monitors_are_given_every_step_and_the_name_of_the_run(world: World, tmp_path: Path) -> None:
+    given = {"comet": {"enabled": False}, "csv_monitor": {"job_name": "mine"}, "tensorboard": {}}
+    (tmp_path / "zero.json").write_text(json.dumps(given))
     config = world.write(tmp_path / "run.yaml", tmp_path / "run", train={"deepspeed": str(tmp_path / "zero.json")})
-    assert deepspeed_config(resolve(config))["comet"]["samples_log_interval"] == 1
+    found = deepspeed_config(resolve(config))
+    assert found["comet"] == {"enabled": False, "samples_log_interval": 1, "experiment_name": "run"}
+    assert found["csv_monitor"] == {"job_name": "mine"} and found["tensorboard"] == {"job_name": "run"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class Monitor:
         """What the run is: its configuration (YAML), and what TensorBoard and others list of it beside other runs."""
         if self.is_writer:
             self.board.writer.add_text("configuration", f"```yaml\n{configuration}```")
-            self.board.begin(hyperparameters, MEASURES)
+            self.board.begin(hyperparameters)
             self.outlets.begin(hyperparameters)
 
     @property
@@ -124,12 +124,6 @@ class Monitor:
             ("next", f"python -m eval.run --model {model} --suite SUITE --output {self.folder}/evaluation.json")
         )
         console.ours.info("unlearned\n%s", console.table(rows))
-
-
-MEASURES = (  # what TensorBoard compares runs by
-    *("forget_loss", "retain_loss", *COSINES, "conflict_fraction"),
-    *("skipped", "seconds", "tokens_per_second", "peak_memory_gib"),
-)
 
 
 def results(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -29,13 +29,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline import console
-from pipeline.board import heat_map
+from pipeline.board import COSINES, Board, heat_map
 from pipeline.config import InputError, deepspeed_config, resolve
 from pipeline.monitor import results
 from pipeline.outlets import _cut
+from tests.browser import Browser
 from tests.conftest import World
 from tests.distributed import free_port
-from tests.pipeline.browser import Browser
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 4
@@ -252,9 +252,29 @@ def test_monitors_are_given_every_step_and_the_name_of_the_run(world: World, tmp
 # TensorBoard
 
 
+OTHERS = {"two": "pcgrad", "three": "sum"}  # runs beside the real one, by their rules
+
+
+def write_others(folder: Path, history: list[dict[str, Any]]) -> None:
+    """Two runs as the program would have written them; a `sum` has no cosines. Losses tell them apart."""
+    for number, (name, rule) in enumerate(OTHERS.items(), 2):
+        kept = ("step", "forget_loss", "retain_loss", "seconds", "tokens_per_second", "peak_memory_bytes", "skipped")
+        also = () if rule == "sum" else (*COSINES, "conflict_fraction")
+        logged = [{key: row[key] for key in (*kept, *also)} for row in history]
+        for row in logged:
+            row["forget_loss"] *= number
+        board = Board(folder / name / "tensorboard", start=0)
+        board.begin({"rule": rule, "seed": number, "method": f"ga_{rule}", "forget": "ga", "gamma": 0.5, "lr": 1e-3})
+        for step in range(1, len(logged) + 1):
+            board.write(logged[:step])
+        board.end(logged, results(logged))
+        board.writer.close()
+
+
 @pytest.fixture(scope="module")
 def server(told: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A `tensorboard` that serves the runs on this machine; its address."""
+    write_others(told["run"].parent, rows(told["run"]))
     port = free_port()
     line = ["tensorboard", "--logdir", str(told["run"].parent), "--host", "localhost", "--port", str(port)]
     with (tmp_path_factory.mktemp("server") / "log").open("w") as log:
@@ -263,9 +283,9 @@ def server(told: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> It
     try:
         while True:
             try:
-                if get(f"{address}/data/plugin/hparams/experiment", {"experimentName": ""}).get("hparamInfos"):
+                if len(session_groups(address)) == 3:
                     break
-            except OSError:
+            except (OSError, KeyError):  # not there yet, or nothing read yet
                 pass
             assert process.poll() is None and time.monotonic() < end
             time.sleep(0.3)
@@ -280,6 +300,16 @@ def get(url: str, body: dict[str, Any] | None = None) -> Any:
     request.add_header("Content-Type", "application/json")
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)
+
+
+def session_groups(server: str) -> list[dict[str, Any]]:
+    """The lines of finished runs under HParams, with all columns."""
+    listed = get(f"{server}/data/plugin/hparams/experiment", {"experimentName": ""})
+    names = [{"hparam": one["name"]} for one in listed["hparamInfos"]]
+    names += [{"metric": one["name"]} for one in listed["metricInfos"]]
+    asked = {"experimentName": "", "allowedStatuses": ["STATUS_SUCCESS"], "startIndex": 0, "sliceSize": 10}
+    columns = {"colParams": [{**name, "includeInResult": True} for name in names]}
+    return get(f"{server}/data/plugin/hparams/session_groups", asked | columns)["sessionGroups"]
 
 
 RUN = "one/tensorboard"
@@ -325,12 +355,7 @@ def test_pictures_and_histograms_of_layers(server: str) -> None:
 
 
 def test_hparams_list_the_run_once_with_its_results(server: str, told: dict[str, Any]) -> None:
-    listed = get(f"{server}/data/plugin/hparams/experiment", {"experimentName": ""})
-    names = [{"hparam": one["name"]} for one in listed["hparamInfos"]]
-    names += [{"metric": one["name"]} for one in listed["metricInfos"]]
-    asked = {"experimentName": "", "allowedStatuses": ["STATUS_SUCCESS"], "startIndex": 0, "sliceSize": 10}
-    columns = {"colParams": [{**name, "includeInResult": True} for name in names]}
-    (group,) = get(f"{server}/data/plugin/hparams/session_groups", asked | columns)["sessionGroups"]
+    (group,) = [group for group in session_groups(server) if group["sessions"][0]["name"] == RUN]
     given = group["hparams"]
     assert given["rule"] == "sago" and given["scope"] == "element" and given["gamma"] == 0.5 and given["lr"] == 1e-3
     assert given["method"] == "ga_sago" and given["steps"] == STEPS and given["seed"] == 0 and given["batch_size"] == 12
@@ -358,20 +383,57 @@ EVERY = """(() => {
 })()"""
 
 
-def test_a_browser_draws_the_charts_and_the_pictures(server: str, tmp_path: Path) -> None:
+CELLS = f"""{EVERY}.filter(one => one.tagName == 'VAADIN-GRID-CELL-CONTENT' && one.innerText.trim())
+  .map(one => [one.getBoundingClientRect(), one.innerText.trim()]).filter(([place]) => place.width)
+  .map(([place, text]) => [Math.round(place.top), Math.round(place.left), text])"""
+LINES = f"""new Set({EVERY}.filter(one => one.tagName == 'path' && one.getBoundingClientRect().width > 600)
+  .map(one => one.getAttribute('d'))).size"""
+
+
+def test_a_browser_draws_charts_pictures_and_a_table_of_three_runs(
+    server: str, told: dict[str, Any], tmp_path: Path
+) -> None:
     browser = Browser(tmp_path / "profile")
     try:
         browser.open(f"{server}/#custom_scalars")
         cards = f"{EVERY}.filter(one => one.tagName == 'TF-CUSTOM-SCALAR-MULTI-LINE-CHART-CARD')"
         browser.wait(f"{cards}.length >= 3")
         matches = f"{cards}.map(card => (card.shadowRoot.textContent.match(/Matches \\((\\d+)\\)/) || [])[1])"
-        browser.wait(f'JSON.stringify({matches}) == \'["2","4","2"]\'')
+        browser.wait(f'JSON.stringify({matches}) == \'["6","8","6"]\'')  # tags of three runs, one without cosines
         headings = f"{EVERY}.filter(one => one.tagName == 'TF-CARD-HEADING').map(one => one.shadowRoot)"
         titles = browser.look(f"{headings}.map(one => one.querySelector('.heading-label').textContent.trim())")
         assert titles == CHARTS
         browser.open(f"{server}/#images")
         pictures = f"{EVERY}.filter(one => one.tagName == 'IMG' && one.naturalWidth > 600)"
         browser.wait(f"{pictures}.length == 2")
+        browser.open(f"{server}/#hparams")
+        browser.wait(f"{CELLS}.some(cell => cell[2] == 'pcgrad')")
+        table: dict[int, dict[int, str]] = {}
+        for top, left, text in browser.look(CELLS):
+            table.setdefault(top, {})[left] = text
+        columns = {text: left for row in table.values() if "rule" in row.values() for left, text in row.items()}
+        shown = [
+            "forget",
+            "gamma",
+            "lr",
+            "rule",
+            "seed",
+            "forget loss",
+            "retain loss",
+            "s a step",
+            "peak GiB",
+            "skipped",
+        ]
+        assert sorted(shown, key=columns.__getitem__) == shown and len(columns) <= len(shown) + 2
+        seen = {
+            row[columns["rule"]]: row for row in table.values() if columns["rule"] in row and "rule" not in row.values()
+        }
+        last = rows(told["run"])[-1]
+        assert {rule: float(row[columns["forget loss"]]) for rule, row in seen.items()} == pytest.approx(
+            {rule: number * last["forget_loss"] for number, rule in enumerate(("sago", *OTHERS.values()), 1)}, rel=1e-4
+        )
+        browser.look(f"{EVERY}.filter(one => one.tagName == 'PAPER-TAB')[1].click()")
+        browser.wait(f"{LINES} == 3")  # parallel coordinates: one lacks no axis that is shown unasked
         assert browser.console == []
         assert len(browser.picture()) > 10_000
     finally:

@@ -60,13 +60,13 @@ class Outlets:
         if self.wandb is not None:
             if "WANDB_NAME" not in os.environ:
                 self.wandb.name = self.folder.name
-            self.wandb.config.update(hyperparameters, allow_val_change=True)  # the learning rate of a run resumed
+            self.wandb.config.update(hyperparameters, allow_val_change=True)  # or it raises when a value is another
             names["wandb"] = self.wandb.id
         if self.comet is not None:
             self.comet.log_parameters(hyperparameters)
             names["comet"] = self.comet.get_key()
         if names:
-            (self.folder / _NAMES).write_text(json.dumps(names), encoding="utf-8")
+            _replace(self.folder / _NAMES, json.dumps(names).encode())
         if self.start and self.monitors.csv_monitor is not None:
             for file in Path(self.monitors.csv_monitor.log_dir).glob("*.csv"):
                 _cut(file, self.start)
@@ -95,6 +95,11 @@ def _cut(file: Path, start: int) -> None:
     rows = file.read_bytes().splitlines(keepends=True)
     while len(rows) > 1 and (not rows[-1].endswith(b"\n") or int(rows[-1].split(b",")[0]) > start):
         rows.pop()
+    _replace(file, b"".join(rows))
+
+
+def _replace(file: Path, content: bytes) -> None:
+    """All of it or nothing."""
     unfinished = file.with_name(f".{file.name}")
-    unfinished.write_bytes(b"".join(rows))
+    unfinished.write_bytes(content)
     os.replace(unfinished, file)

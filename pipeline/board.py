@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -24,6 +25,19 @@ CHARTS = {
     "Cosines and conflict fraction": (*COSINES, "conflict_fraction"),
     "Thousand tokens a second, peak memory in GiB": (THOUSANDS, MEMORY),
 }
+# What TensorBoard compares runs by: a short heading, for columns are narrow, and what it means. It shows the first five
+# unasked, and its parallel coordinates leave out a run without one of these: what every run has comes first.
+MEASURES = {
+    "forget_loss": ("forget loss", "mean over the last tenth of the steps"),
+    "retain_loss": ("retain loss", "mean over the last tenth of the steps"),
+    "seconds": ("s a step", "seconds of a step, median"),
+    "peak_memory_gib": ("peak GiB", "most memory of a rank"),
+    "skipped": ("skipped", "steps that were not finite"),
+    **{name: (name.replace("_", " "), f"{what}, mean over the steps") for name, what in COSINES.items()},
+    "conflict_fraction": ("in conflict", "fraction of elements in conflict, mean over the steps"),
+    "tokens_per_second": ("tokens/s", "tokens a second, median"),
+}
+SHOWN = ("forget", "gamma", "lr", "rule", "seed")  # hyper-parameters: also five, and TensorBoard sorts them by name
 # What is drawn layer by layer: its title, the value that means nothing (white), and the colours around it (red: the
 # tasks are against each other). Half of the elements of two random gradients differ in sign.
 PICTURES = {
@@ -43,12 +57,20 @@ class Board:
         self.writer.add_custom_scalars({"Unlearning": charts})
         self.drawn = float("-inf")
 
-    def begin(self, hyperparameters: dict[str, str | float], measures: Sequence[str]) -> None:
+    def begin(self, hyperparameters: dict[str, str | float]) -> None:
         """The run's line under HParams, with the scalars `result/<measure>`, which `end` writes.
 
         In this file and not in a folder of its own, as `add_hparams` would: the run is there once.
         """
-        for summary in hparams(hyperparameters, {f"result/{name}": None for name in measures})[:2]:
+        table, run, _ = hparams(hyperparameters, {f"result/{name}": None for name in MEASURES})
+        plugin = table.value[0].metadata.plugin_data
+        content = HParamsPluginData.FromString(plugin.content)
+        for column in content.experiment.hparam_infos:
+            column.differs = column.name in SHOWN  # what differs between runs comes first
+        for column, (heading, meaning) in zip(content.experiment.metric_infos, MEASURES.values(), strict=True):
+            column.display_name, column.description = heading, meaning
+        plugin.content = content.SerializeToString()
+        for summary in (table, run):
             self.file.add_summary(summary, 0)
         self.hyperparameters = hyperparameters
 

@@ -445,6 +445,9 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     for key, package in MONITORS.items():
         if given.get(key, {}).get("enabled") and package is not None and importlib.util.find_spec(package) is None:
             raise InputError(f"train.deepspeed: {path} enables {key!r}, which needs the package {package}; install it")
+    for key, name in (("csv_monitor", "job_name"), ("tensorboard", "job_name"), ("comet", "experiment_name")):
+        if key in given:  # runs by one file are told apart
+            given[key].setdefault(name, Path(config.output).name)
     if "comet" in given:  # counted in what the program counts in, steps; DeepSpeed's default is for samples
         given["comet"].setdefault("samples_log_interval", 1)
     for key, owner in (("optimizer", "optimizer"), ("scheduler", "optimizer.schedule"), ("train_batch_size", "train")):

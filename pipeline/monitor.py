@@ -18,6 +18,7 @@ import torch.distributed as dist
 from pipeline import console
 from pipeline.board import COSINES, GIB, Board
 from pipeline.console import Progress
+from pipeline.outlets import Outlets
 
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -29,9 +30,8 @@ class Monitor:
     """
 
     def __init__(self, folder: Path, engine: Any, *, start: int, steps: int) -> None:
-        self.folder, self.device, self.outlets = folder, engine.device, engine.monitor
-        # The engine itself would write the learning rate against a count of samples that is not this program's.
-        self.has_outlets, engine.monitor.enabled = engine.monitor.enabled, False
+        self.folder, self.device = folder, engine.device
+        self.outlets = Outlets(folder, engine, start=start)
         self.values: dict[str, Any] = {}
         self.pending: dict[str, dict[str, torch.Tensor]] = {}
         self.is_writer = dist.get_rank() == 0
@@ -43,10 +43,11 @@ class Monitor:
             self.progress = Progress(start, steps)
 
     def describe(self, configuration: str, hyperparameters: dict[str, str | float]) -> None:
-        """What the run is: its configuration (YAML), and what TensorBoard lists of it beside other runs."""
+        """What the run is: its configuration (YAML), and what TensorBoard and others list of it beside other runs."""
         if self.is_writer:
             self.board.writer.add_text("configuration", f"```yaml\n{configuration}```")
-            self.board.begin(hyperparameters, MEASURES)
+            self.board.begin(hyperparameters)
+            self.outlets.begin(hyperparameters)
 
     @property
     def last(self) -> dict[str, Any]:
@@ -78,9 +79,7 @@ class Monitor:
             self.history.append({"step": step, **written})
             self.lines.write(json.dumps(self.last) + "\n")
             self.board.write(self.history)
-            if self.has_outlets:
-                told = [(name, value) for name, value in written.items() if value is not None and "/" not in name]
-                self.outlets.write_events([(name, value, step) for name, value in told])
+            self.outlets.write(step, written)
             shown = {"forget": "forget_loss", "retain": "retain_loss", "conflict": "conflict_fraction"}
             self.progress.update(step, {label: values.get(name) for label, name in shown.items()})
         return values
@@ -94,7 +93,9 @@ class Monitor:
         """After the last step: its results and the model card (Markdown), then nothing more is written."""
         if self.is_writer:
             self.progress.close()
-            self.board.end(self.history, results(self.history))
+            found = results(self.history)
+            self.board.end(self.history, found)
+            self.outlets.finish(found, len(self.history))
             self.board.writer.add_text("model_card", card)
             self.board.writer.close()
             self.lines.close()
@@ -123,12 +124,6 @@ class Monitor:
             ("next", f"python -m eval.run --model {model} --suite SUITE --output {self.folder}/evaluation.json")
         )
         console.ours.info("unlearned\n%s", console.table(rows))
-
-
-MEASURES = (  # what TensorBoard compares runs by
-    *("forget_loss", "retain_loss", *COSINES, "conflict_fraction"),
-    *("skipped", "seconds", "tokens_per_second", "peak_memory_gib"),
-)
 
 
 def results(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -112,20 +112,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return refuse(error, rank)
 
-    from pipeline import console, ranks
+    from pipeline import console, outlets, ranks
 
+    status = 0
     try:
         run(config, zero, resume, quiet)
     except InputError as error:
-        ranks.leave(refuse(error, rank))
+        status = refuse(error, rank)
     except ranks.Stopped as stopped:
         if rank == 0:
             print(f"\n{stopped}", file=sys.stderr)
-        ranks.leave(ranks.STOPPED)
+        status = ranks.STOPPED
     except BaseException as error:
         console.log_end(error)
-        ranks.leave(ranks.report(error))
-    ranks.leave(0)
+        status = ranks.report(error)
+    outlets.end(status)
+    ranks.leave(status)
 
 
 def refuse(error: InputError, rank: int) -> int:
@@ -146,7 +148,7 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
     import deepspeed
     import torch.distributed as dist
 
-    from pipeline import checkpoint, console, ranks
+    from pipeline import checkpoint, console, outlets, ranks
     from pipeline import model as models
     from pipeline.data import tokenizer_digest
     from pipeline.forward import answer_for_objectives
@@ -174,6 +176,8 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
     with ranks.together():
         model = models.load_model(config.model, zero, config.seed)
     origin = models.fingerprint(model) if dist.get_rank() == 0 else ""
+    if resume:
+        outlets.go_on(folder, zero)
     with console.prints_logged():
         engine, *_ = deepspeed.initialize(
             model=model,

@@ -3,7 +3,6 @@
 import html
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +12,9 @@ import pytest
 
 from eval import report
 from eval.files import exit_status
+from tests.browser import program
 from tests.eval.runs import make_run
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
 WIDTHS = (1280, 420)
 LOOK = """
 const seen = [...document.querySelectorAll('iframe')].map(frame => {
@@ -40,10 +39,7 @@ document.body.innerHTML = ''; document.body.dataset.seen = JSON.stringify(seen);
 
 @pytest.fixture(scope="module")
 def browser() -> str:
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"no browser in the PATH ({', '.join(BROWSERS)}); apt-get install chromium")
-    return found
+    return program()
 
 
 @pytest.fixture(scope="module")

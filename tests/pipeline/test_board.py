@@ -26,14 +26,16 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline import console
-from pipeline.board import heat_map
+from pipeline.board import COSINES, Board, heat_map
 from pipeline.config import InputError, deepspeed_config, resolve
 from pipeline.monitor import results
+from pipeline.outlets import _cut
+from tests.browser import Browser
 from tests.conftest import World
 from tests.distributed import free_port
-from tests.pipeline.browser import Browser
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 4
@@ -48,10 +50,10 @@ def train(config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def told(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run, cut back to its checkpoint after 2 of 4 steps and resumed with --quiet: its folder, and what each said.
 
-    DeepSpeed's csv_monitor is on in it; its files and log.txt are those of the first, whole run.
+    DeepSpeed's csv_monitor and tensorboard are on in it; log.txt is that of the first, whole run.
     """
     folder = tmp_path_factory.mktemp("board")
-    monitors = {"csv_monitor": {"enabled": True, "output_path": str(folder / "csv"), "job_name": "job"}}
+    monitors = {name: {"enabled": True, "output_path": str(folder / name)} for name in ("csv_monitor", "tensorboard")}
     zero = {**json.loads((REPOSITORY / "ds_configs/cpu.json").read_text()), **monitors}
     (folder / "zero.json").write_text(json.dumps(zero))
     config = world.write(
@@ -64,12 +66,13 @@ def told(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     first, run = train(config), folder / "runs" / "one"
     assert first.returncode == 0, first.stderr[-3000:]
     log = (run / "log.txt").read_text()
-    files = {file.stem: list(csv.reader(file.open())) for file in (folder / "csv" / "job").iterdir()}
     shutil.rmtree(run / "final")
     shutil.rmtree(run / "checkpoints" / "step-000004")
     second = train(config, "--resume", "--quiet")
     assert second.returncode == 0, second.stderr[-3000:]
-    return {"run": run, "first": first, "second": second, "csv": files, "log": log}
+    files = {file.stem: list(csv.reader(file.open())) for file in (folder / "csv_monitor" / "one").iterdir()}
+    theirs = folder / "tensorboard" / "one"
+    return {"run": run, "first": first, "second": second, "csv": files, "theirs": theirs, "log": log}
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -186,7 +189,7 @@ def test_results_are_means_and_medians() -> None:
 # DeepSpeed's monitors
 
 
-def test_csv_monitor_has_the_numbers_of_each_step(told: dict[str, Any]) -> None:
+def test_csv_monitor_has_the_numbers_of_each_step_once(told: dict[str, Any]) -> None:
     """And nothing of DeepSpeed's own, which counts samples that are not this program's."""
     logged = rows(told["run"])
     names = {name for name in logged[0] if name != "step" and "/" not in name}
@@ -195,6 +198,27 @@ def test_csv_monitor_has_the_numbers_of_each_step(told: dict[str, Any]) -> None:
         header, *body = told["csv"][name]
         assert header == ["step", name] and [int(step) for step, _ in body] == [1, 2, 3, 4]
         assert [float(value) for _, value in body] == pytest.approx([row[name] for row in logged], rel=1e-4)
+
+
+def test_tensorboard_of_deepspeed_has_each_step_once(told: dict[str, Any]) -> None:
+    found = EventAccumulator(str(told["theirs"])).Reload()
+    assert len(list(told["theirs"].iterdir())) == 2  # the run's, and of its resumption
+    for name in ("forget_loss", "cos_forget_retain", "seconds"):
+        events = found.Scalars(name)
+        assert [event.step for event in events] == [1, 2, 3, 4]
+        assert [event.value for event in events] == pytest.approx([row[name] for row in rows(told["run"])], rel=1e-5)
+
+
+def test_rows_of_later_steps_leave_a_csv_file(tmp_path: Path) -> None:
+    """From the end alone: another run may have written above. A row that a full disk cut short goes with them."""
+    file = tmp_path / "lr.csv"
+    file.write_bytes(b"step,lr\r\n1,0.1\r\n9,0.1\r\n2,0.2\r\n3,0.3\r\n4,0.4\r\n")
+    _cut(file, 2)
+    assert file.read_bytes() == b"step,lr\r\n1,0.1\r\n9,0.1\r\n2,0.2\r\n"
+    file.write_bytes(b"step,lr\r\n1,0.1\r\n1")
+    _cut(file, 2)
+    assert file.read_bytes() == b"step,lr\r\n1,0.1\r\n"
+    assert [one.name for one in tmp_path.iterdir()] == ["lr.csv"]
 
 
 @pytest.mark.parametrize(
@@ -215,19 +239,42 @@ def test_a_monitor_that_cannot_work_is_refused(
         deepspeed_config(resolve(config))
 
 
-def test_comet_is_given_every_step(world: World, tmp_path: Path) -> None:
-    (tmp_path / "zero.json").write_text(json.dumps({"comet": {"enabled": False}}))
+def test_monitors_are_given_every_step_and_the_name_of_the_run(world: World, tmp_path: Path) -> None:
+    given = {"comet": {"enabled": False}, "csv_monitor": {"job_name": "mine"}, "tensorboard": {}}
+    (tmp_path / "zero.json").write_text(json.dumps(given))
     config = world.write(tmp_path / "run.yaml", tmp_path / "run", train={"deepspeed": str(tmp_path / "zero.json")})
-    assert deepspeed_config(resolve(config))["comet"]["samples_log_interval"] == 1
+    found = deepspeed_config(resolve(config))
+    assert found["comet"] == {"enabled": False, "samples_log_interval": 1, "experiment_name": "run"}
+    assert found["csv_monitor"] == {"job_name": "mine"} and found["tensorboard"] == {"job_name": "run"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # TensorBoard
 
 
+OTHERS = {"two": "pcgrad", "three": "sum"}  # runs beside the real one, by their rules
+
+
+def write_others(folder: Path, history: list[dict[str, Any]]) -> None:
+    """Two runs as the program would have written them; a `sum` has no cosines. Losses tell them apart."""
+    for number, (name, rule) in enumerate(OTHERS.items(), 2):
+        kept = ("step", "forget_loss", "retain_loss", "seconds", "tokens_per_second", "peak_memory_bytes", "skipped")
+        also = () if rule == "sum" else (*COSINES, "conflict_fraction")
+        logged = [{key: row[key] for key in (*kept, *also)} for row in history]
+        for row in logged:
+            row["forget_loss"] *= number
+        board = Board(folder / name / "tensorboard", start=0)
+        board.begin({"rule": rule, "seed": number, "method": f"ga_{rule}", "forget": "ga", "gamma": 0.5, "lr": 1e-3})
+        for step in range(1, len(logged) + 1):
+            board.write(logged[:step])
+        board.end(logged, results(logged))
+        board.writer.close()
+
+
 @pytest.fixture(scope="module")
 def server(told: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A `tensorboard` that serves the runs on this machine; its address."""
+    write_others(told["run"].parent, rows(told["run"]))
     port = free_port()
     line = ["tensorboard", "--logdir", str(told["run"].parent), "--host", "localhost", "--port", str(port)]
     with (tmp_path_factory.mktemp("server") / "log").open("w") as log:
@@ -236,9 +283,9 @@ def server(told: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> It
     try:
         while True:
             try:
-                if get(f"{address}/data/plugin/hparams/experiment", {"experimentName": ""}).get("hparamInfos"):
+                if len(session_groups(address)) == 3:
                     break
-            except OSError:
+            except (OSError, KeyError):  # not there yet, or nothing read yet
                 pass
             assert process.poll() is None and time.monotonic() < end
             time.sleep(0.3)
@@ -253,6 +300,16 @@ def get(url: str, body: dict[str, Any] | None = None) -> Any:
     request.add_header("Content-Type", "application/json")
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)
+
+
+def session_groups(server: str) -> list[dict[str, Any]]:
+    """The lines of finished runs under HParams, with all columns."""
+    listed = get(f"{server}/data/plugin/hparams/experiment", {"experimentName": ""})
+    names = [{"hparam": one["name"]} for one in listed["hparamInfos"]]
+    names += [{"metric": one["name"]} for one in listed["metricInfos"]]
+    asked = {"experimentName": "", "allowedStatuses": ["STATUS_SUCCESS"], "startIndex": 0, "sliceSize": 10}
+    columns = {"colParams": [{**name, "includeInResult": True} for name in names]}
+    return get(f"{server}/data/plugin/hparams/session_groups", asked | columns)["sessionGroups"]
 
 
 RUN = "one/tensorboard"
@@ -298,12 +355,7 @@ def test_pictures_and_histograms_of_layers(server: str) -> None:
 
 
 def test_hparams_list_the_run_once_with_its_results(server: str, told: dict[str, Any]) -> None:
-    listed = get(f"{server}/data/plugin/hparams/experiment", {"experimentName": ""})
-    names = [{"hparam": one["name"]} for one in listed["hparamInfos"]]
-    names += [{"metric": one["name"]} for one in listed["metricInfos"]]
-    asked = {"experimentName": "", "allowedStatuses": ["STATUS_SUCCESS"], "startIndex": 0, "sliceSize": 10}
-    columns = {"colParams": [{**name, "includeInResult": True} for name in names]}
-    (group,) = get(f"{server}/data/plugin/hparams/session_groups", asked | columns)["sessionGroups"]
+    (group,) = [group for group in session_groups(server) if group["sessions"][0]["name"] == RUN]
     given = group["hparams"]
     assert given["rule"] == "sago" and given["scope"] == "element" and given["gamma"] == 0.5 and given["lr"] == 1e-3
     assert given["method"] == "ga_sago" and given["steps"] == STEPS and given["seed"] == 0 and given["batch_size"] == 12
@@ -331,20 +383,57 @@ EVERY = """(() => {
 })()"""
 
 
-def test_a_browser_draws_the_charts_and_the_pictures(server: str, tmp_path: Path) -> None:
+CELLS = f"""{EVERY}.filter(one => one.tagName == 'VAADIN-GRID-CELL-CONTENT' && one.innerText.trim())
+  .map(one => [one.getBoundingClientRect(), one.innerText.trim()]).filter(([place]) => place.width)
+  .map(([place, text]) => [Math.round(place.top), Math.round(place.left), text])"""
+LINES = f"""new Set({EVERY}.filter(one => one.tagName == 'path' && one.getBoundingClientRect().width > 600)
+  .map(one => one.getAttribute('d'))).size"""
+
+
+def test_a_browser_draws_charts_pictures_and_a_table_of_three_runs(
+    server: str, told: dict[str, Any], tmp_path: Path
+) -> None:
     browser = Browser(tmp_path / "profile")
     try:
         browser.open(f"{server}/#custom_scalars")
         cards = f"{EVERY}.filter(one => one.tagName == 'TF-CUSTOM-SCALAR-MULTI-LINE-CHART-CARD')"
         browser.wait(f"{cards}.length >= 3")
         matches = f"{cards}.map(card => (card.shadowRoot.textContent.match(/Matches \\((\\d+)\\)/) || [])[1])"
-        browser.wait(f'JSON.stringify({matches}) == \'["2","4","2"]\'')
+        browser.wait(f'JSON.stringify({matches}) == \'["6","8","6"]\'')  # tags of three runs, one without cosines
         headings = f"{EVERY}.filter(one => one.tagName == 'TF-CARD-HEADING').map(one => one.shadowRoot)"
         titles = browser.look(f"{headings}.map(one => one.querySelector('.heading-label').textContent.trim())")
         assert titles == CHARTS
         browser.open(f"{server}/#images")
         pictures = f"{EVERY}.filter(one => one.tagName == 'IMG' && one.naturalWidth > 600)"
         browser.wait(f"{pictures}.length == 2")
+        browser.open(f"{server}/#hparams")
+        browser.wait(f"{CELLS}.some(cell => cell[2] == 'pcgrad')")
+        table: dict[int, dict[int, str]] = {}
+        for top, left, text in browser.look(CELLS):
+            table.setdefault(top, {})[left] = text
+        columns = {text: left for row in table.values() if "rule" in row.values() for left, text in row.items()}
+        shown = [
+            "forget",
+            "gamma",
+            "lr",
+            "rule",
+            "seed",
+            "forget loss",
+            "retain loss",
+            "s a step",
+            "peak GiB",
+            "skipped",
+        ]
+        assert sorted(shown, key=columns.__getitem__) == shown and len(columns) <= len(shown) + 2
+        seen = {
+            row[columns["rule"]]: row for row in table.values() if columns["rule"] in row and "rule" not in row.values()
+        }
+        last = rows(told["run"])[-1]
+        assert {rule: float(row[columns["forget loss"]]) for rule, row in seen.items()} == pytest.approx(
+            {rule: number * last["forget_loss"] for number, rule in enumerate(("sago", *OTHERS.values()), 1)}, rel=1e-4
+        )
+        browser.look(f"{EVERY}.filter(one => one.tagName == 'PAPER-TAB')[1].click()")
+        browser.wait(f"{LINES} == 3")  # parallel coordinates: one lacks no axis that is shown unasked
         assert browser.console == []
         assert len(browser.picture()) > 10_000
     finally:

@@ -15,14 +15,19 @@ import pytest
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
 
 
+def program() -> str:
+    """The path of a browser; without one the test is skipped."""
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip(f"no browser in the PATH ({', '.join(BROWSERS)}); apt-get install chromium")
+    return found
+
+
 class Browser:
     """One page. `console` holds the errors that its scripts reported."""
 
     def __init__(self, profile: Path, width: int = 1280, height: int = 900) -> None:
-        found = next(filter(None, map(shutil.which, BROWSERS)), None)
-        if found is None:
-            pytest.skip(f"no browser in the PATH ({', '.join(BROWSERS)}); apt-get install chromium")
-        line = [found, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
+        line = [program(), "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
         line += [f"--user-data-dir={profile}", f"--window-size={width},{height}"]
         # It reads commands from descriptor 3 and answers on 4.
         shell = ["bash", "-c", 'exec "$@" 3<&0 4>&1 >/dev/null 2>&1 </dev/null', "browser", *line]

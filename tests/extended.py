@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pipeline.config import REPOSITORY
+from pipeline.config import REPOSITORY, RunConfig, resolve
 from tests import oracle, test_recipes
 from tests.conftest import World
 from tests.distributed import run_distributed
@@ -20,32 +20,30 @@ from tests.pipeline import test_sharded, test_stages
 from tests.toy import Case, train_cases
 
 
-def train_all(cases: dict[str, Case], made: str, program: list[dict[str, Any]], recipe: list[Any]) -> None:
+def train_all(cases: dict[str, Case], made: str, program: list[dict[str, Any]], recipe: list[RunConfig]) -> None:
     train_cases(cases, made)
     test_sharded.train_cases(program)
     test_recipes.train_all(recipe)
 
 
-def of_recipe(world: World, folder: Path) -> list[tuple[str, str, list[str]]]:
-    """The recipe's methods on the tiny model."""
+def of_recipe(world: World, folder: Path) -> RunConfig:
+    """One of the recipe's methods on the tiny model; tests/test_recipes.py would find the others."""
     file = REPOSITORY / "launch" / "recipes" / "cloze.yaml"
     keys = yaml.safe_load(file.read_text())
     files = test_recipes.corpora("cloze", keys, world, folder)
     tiny = {
+        "output": folder / "cautious",
+        "cache": folder / "cache",
         "model.path": world.folder / "model",
         "model.dtype": "float32",
         "data.forget.path": files["forget"],
         "data.retain.path": files["retain"],
-        "cache": folder / "cache",
         "train.steps": 2,
         "train.batch_size": 4,
         "train.micro_batch_size": 2,
         "train.deepspeed": "ds_configs/cpu.json",
     }
-    return [
-        (str(file), method, [f"--{key}={value}" for key, value in {**tiny, "output": folder / method}.items()])
-        for method in ("cautious",)  # the others: tests/test_recipes.py would find them
-    ]
+    return resolve(file, "cautious", [f"--{key}={value}" for key, value in tiny.items()])
 
 
 def test_the_additions_equal_the_plain_loop_and_the_recipe_trains(world: World, tmp_path: Path) -> None:
@@ -54,7 +52,7 @@ def test_the_additions_equal_the_plain_loop_and_the_recipe_trains(world: World, 
     program = test_sharded.configurations(world, tmp_path)["unlikelihood-pcgrad"]
     (tmp_path / "recipe").mkdir()
     recipe = of_recipe(world, tmp_path / "recipe")
-    run_distributed(train_all, 1, cases, str(tmp_path / "made.pt"), [program], recipe)
+    run_distributed(train_all, 1, cases, str(tmp_path / "made.pt"), [program], [recipe])
 
     test_stages.assert_equal_to_plain(torch.load(tmp_path / "made.pt", weights_only=False), cases, 1)
     final = load_file(Path(program["output"]) / "final" / "model.safetensors")
@@ -62,5 +60,4 @@ def test_the_additions_equal_the_plain_loop_and_the_recipe_trains(world: World, 
     error = oracle.weight_change_error(final, oracle.train(program)[0], initial)
     print(f"unlikelihood-pcgrad: relative error of the weight change {error:.1e}")
     assert error < 2e-5
-    for _, method, _ in recipe:
-        assert (tmp_path / "recipe" / method / "final" / "model.safetensors").is_file(), method
+    assert (Path(recipe.output) / "final" / "model.safetensors").is_file()

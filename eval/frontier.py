@@ -266,8 +266,8 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, dict[str, Any]]:
     if given.output.exists() and not given.output.is_dir():
         raise UnusableInput(f"--output {given.output} is a file; name a folder")
     suites = check_suites(given.suite)
-    measure = choose(suites, given.forget, given.retain, given.level)
     target = read_target(given.target)
+    measure = choose(suites, given.forget, given.retain, given.level, target)
     for score in (measure.forget, measure.retain):
         if target and score not in target:
             raise UnusableInput(f"{given.target} has no score {score}; evaluate the target on {suite_of(score)} too")

@@ -222,7 +222,7 @@ def main() -> None:
         raise UnusableInput(f"--output {output} is a file; name a folder")
     target = read_target(arguments.target)
     runs = [read_run(folder) for folder in arguments.runs]
-    measure = choose(common_suites(runs, target), arguments.forget, arguments.retain, arguments.level)
+    measure = choose(common_suites(runs, target), arguments.forget, arguments.retain, arguments.level, target)
     groups = group_runs(prepare(run, measure, target) for run in runs)
 
     blocks, images = compose(groups, measure, target), draw(groups, measure, target)

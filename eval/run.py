@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # A suite's module has load_probes(folder | None, suite) and evaluate(model, tokenizer, probes, batch_size=, title=).
 # evaluate is called on all ranks alike and shares its forward passes by eval.ranks.share.
 SUITES = {
+    "corpus": "eval.corpus",
     "bios": "eval.bios",
     "wmdp_bio": "eval.harness",
     "wmdp_cyber": "eval.harness",
@@ -42,6 +43,7 @@ SUITES = {
     "rwku": "eval.rwku",
     "tofu": "eval.tofu",
 }
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 FORGET_SETS = ("forget01", "forget05", "forget10")  # of TOFU on the hub
 MMLU_SHOTS = 5  # the paper's, and the harness's users'; WMDP is asked without examples
 
@@ -52,12 +54,15 @@ def is_model(folder: Path) -> bool:
 
 
 def find_models(folder: Path) -> list[tuple[int | None, Path]]:
-    """(step, model folder) of each model to evaluate: a run's in order of steps, or the one model with step None."""
+    """(step, model folder) of each model to evaluate: a run's in order of steps, or the one model with step None.
+
+    What is no folder, and could be a name on the hub, is one.
+    """
     if not (folder / "metrics.jsonl").is_file() or not (folder / "exports").is_dir():
-        if not is_model(folder):
+        if not (is_model(folder) or (not folder.exists() and HUB_NAME.fullmatch(str(folder)))):
             raise UnusableInput(
-                f"--model {folder} is no Hugging Face model folder (no config.json, no adapter_config.json) "
-                "and no run folder (metrics.jsonl, exports/); name one of the two"
+                f"--model {folder} is no Hugging Face model folder (no config.json, no adapter_config.json), "
+                "no run folder (metrics.jsonl, exports/) and no name of the hub; name one of these"
             )
         return [(None, folder)]
     models = {
@@ -99,6 +104,8 @@ def load(folder: Path, ds_config: dict[str, Any] | None = None) -> "tuple[PreTra
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
+        if not folder.exists():
+            raise UnusableInput(f"--model {folder} is no folder, and the hub does not give it: {reason}") from None
         raise UnusableInput(f"cannot load the model in {folder}: {reason}; export it again") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
@@ -162,7 +169,9 @@ def evaluate_all(
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.run", description="Evaluate a model or a run.")
-    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="a model folder, or a run folder")
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="FOLDER", help="a model or run folder, or a hub name"
+    )
     parser.add_argument("--suite", nargs="+", required=True, metavar="NAME", help=f"of: {', '.join(SUITES)}")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="the answer, one JSON object")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="local copies of the suites' data")

@@ -29,11 +29,16 @@ COMMAND = re.compile(rf"(?:[A-Z_]+=\S+ )*(?:{PROGRAMS}) (?=.*(?:-m |--module|\.s
 SESSION = "test_a_session_of_the_readme"
 BY: dict[str, list[str]] = {
     SESSION: [
-        "bash launch/quickstart.sh",  # the first and the second come first, the others in this order after them
-        "deepspeed --module pipeline.train --config my.yaml",
+        "bash launch/quickstart.sh",
+        ". .venv/bin/activate",  # in front of each of the others, in this order
         "bash launch/train.sh --config my.yaml",
+        "python -m eval.run --model HuggingFaceH4/zephyr-7b-beta --suite corpus --data . --output runs/before.json",
+        "python -m eval.run --model runs/mine --suite corpus --data . --output runs/mine/evaluation.json",
+        "python -m eval.report runs/mine --target runs/before.json --output runs/mine/report",
+        "deepspeed --module pipeline.train --config my.yaml",
         "python -m pipeline.train --help",
         "python -m pipeline.plan --config my.yaml --gpus 8 --gpu-memory 80 [--nodes 4 --bandwidth 400]",
+        "python -m pipeline.plan --config my.yaml --gpus 8 --gpu-memory 80",
         "python -m pipeline.plan --config FILE --gpus N --gpu-memory 80",
         "python -m eval.run --model runs/mine --suite bios mmlu --data data --output runs/mine/evaluation.json",
         "torchrun --nproc_per_node 8 -m eval.run --model runs/mine/final --suite wmdp_bio mmlu --output scores.json",
@@ -62,7 +67,6 @@ BY: dict[str, list[str]] = {
     ],
     "by hand, docs/log.md: MPICH's mpirun and Open MPI's exclude each other": [
         "deepspeed --hostfile hosts --launcher mpich pipeline/train.py --config my.yaml",
-        "deepspeed --launcher mpich pipeline/train.py …",
     ],
     "by hand: it is this suite": ["bash tests/run.sh", "bash tests/run.sh -m slow"],
     "by hand: it changes the git hooks of the clone": ["pre-commit install"],
@@ -86,7 +90,7 @@ def commands_of(page: Path) -> list[str]:
 
 def is_command(code: str) -> bool:
     code = " ".join(code.split())
-    return bool(COMMAND.fullmatch(code)) and not re.fullmatch(r"python -m [\w.]+", code)
+    return bool(COMMAND.fullmatch(code)) and "…" not in code and not re.fullmatch(r"python -m [\w.]+", code)
 
 
 DOCUMENTED = {command: page for page in reversed(PAGES) for command in commands_of(page)}
@@ -140,10 +144,9 @@ def test_every_documented_part_of_this_suite_is_there(command: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The session: what a newcomer types, in a copy of the repository, on two ranks of a CPU, without a network
 
-MODEL, WIKITEXT = "HuggingFaceH4/zephyr-7b-beta", "Salesforce/wikitext, name: wikitext-103-raw-v1"
+MODEL = "HuggingFaceH4/zephyr-7b-beta"
 SMALLER = {  # in a command or a file
     MODEL: "runs/quickstart/target/final",
-    WIKITEXT: "retain.jsonl",
     "data:\n": "data:\n  max_length: 64\n",
     "steps: 100, batch_size: 32": "steps: 20, batch_size: 8",
     "--nproc_per_node 8": "--nproc_per_node 2",
@@ -156,7 +159,7 @@ SMALLER = {  # in a command or a file
     "--pairs 9": "--pairs 2",
     "target.json --output runs/report": "runs/quickstart/target.json --output runs/report",
     "--output scores.json": "--data data --batch-size 8 --output scores.json",
-    "bash launch/train.sh --config my.yaml": "bash launch/train.sh --config my.yaml --output runs/a",
+    "--module pipeline.train --config": "--module pipeline.train --output runs/a --config",
 }
 
 
@@ -180,7 +183,6 @@ def test_a_session_of_the_readme(tmp_path: Path) -> None:
     copy_of_the_repository(tmp_path)
     environment = {
         **os.environ,
-        "PATH": f"{tmp_path}/.venv/bin:{os.environ['PATH']}",
         "DS_ACCELERATOR": "cpu",
         "SEEDS": "0",
     }
@@ -193,16 +195,18 @@ def test_a_session_of_the_readme(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
         assert "Traceback" not in done.stderr
 
-    quickstart, training, again, *others = BY[SESSION]
+    quickstart, activate, *others = BY[SESSION]
     type_in(quickstart)
     lay_out_data(tmp_path)
-    type_in(training)
-    type_in(again)
-    type_in(f"{training} --output runs/b --synthesis.rule sum --train.steps 20")
-    for run in ("runs/a", "runs/b"):
-        type_in(f"python -m eval.run --model {run} --suite bios --data data --output {run}/evaluation.json")
     for command in others:
-        type_in(command)
+        if command.startswith("python -m eval.report runs/a runs/b"):  # which the README takes for granted
+            type_in(f"{activate} && bash launch/train.sh --config my.yaml --synthesis.rule sum --output runs/b")
+            for run in ("runs/a", "runs/b"):
+                evaluate = f"python -m eval.run --model {run} --suite bios --data data"
+                type_in(f"{activate} && {evaluate} --output {run}/evaluation.json")
+        type_in(f"{activate} && {command}")
+    own = (tmp_path / "runs" / "mine" / "report" / "report.md").read_text()
+    assert "corpus.retain.probability" in own and (tmp_path / "runs" / "mine" / "report" / "index.html").is_file()
     report = (tmp_path / "runs" / "report" / "report.md").read_text()
     assert "sago" in report and "sum" in report
     scores = json.loads((tmp_path / "scores.json").read_text())
@@ -212,10 +216,12 @@ def test_a_session_of_the_readme(tmp_path: Path) -> None:
 def lay_out_data(folder: Path) -> None:
     """`my.yaml` as the README has it, its two corpora, and `data/` with the suites that the README asks for."""
     (block,) = re.findall(r"^```yaml\n# my.yaml\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.S | re.M)
-    assert MODEL in block and WIKITEXT in block
+    assert MODEL in block
     (folder / "my.yaml").write_text(smaller(block) + "cache: runs/cache\n")
     for task in ("forget", "retain"):
-        shutil.copy(folder / "runs" / "quickstart" / "bios" / f"{task}.jsonl", folder)
+        rows = (folder / "runs" / "quickstart" / "bios" / f"{task}.jsonl").read_text().splitlines()
+        texts = [json.loads(row)["text"] for row in rows]
+        (folder / f"{task}.txt").write_text("".join(f"{text}\n" for text in texts if "\n" not in text))
     shutil.copytree(folder / "runs" / "quickstart" / "bios", folder / "data" / "bios")
     rows = [
         {"question": f"What is {n} and one?", "choices": [str(n + 1), "none", "many", str(n)], "answer": 0}

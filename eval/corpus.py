@@ -1,0 +1,140 @@
+"""A user's own corpora: how likely the model finds their documents, and how much of them it knows by heart.
+
+FOLDER/corpus or FOLDER holds `forget`, `retain` and, if there is one, `other`, each as `.txt` (a document a line) or
+`.jsonl`: a document under `text`, or a question under `prompt` with its answer under `response`. What to put there is
+the user's: documents of the forget corpus; documents like those of the retain corpus but not out of it, so that the
+score is of knowledge and not of rehearsal; and under `other` what neither mentions.
+
+Two scores in [0, 1] a split, means over documents (of at most MOST_DOCUMENTS, always the same, cut at MOST_TOKENS):
+
+- `probability`: the geometric mean of the probabilities of its tokens, exp(-NLL a token), of the answer where there is
+  a question (TOFU, Maini et al. 2024, section 2.2.2);
+- `rouge`: ROUGE-L recall of greedy decoding: of a document's second half, given the first (verbatim memorisation, MUSE,
+  Shi et al. 2024, section 3.1, there as F1), or of the answer; at most MOST_NEW_TOKENS.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from eval import scoring
+from eval.files import UnusableInput, check_texts, read_jsonl
+from eval.relearning import sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Probe = dict[str, str]  # split, and text or prompt and response
+
+SPLITS = ("forget", "retain", "other")
+MOST_TOKENS, MOST_NEW_TOKENS = 512, 64
+PROTOCOL = (
+    f"documents cut at {MOST_TOKENS} tokens; probability: exp of the mean log-probability of a token; rouge: ROUGE-L "
+    f"recall (PyPI rouge) of at most {MOST_NEW_TOKENS} greedy tokens after the first half, or after the question"
+)
+
+
+def read_split(path: Path) -> list[dict[str, str]]:
+    """The documents of a file; raises UnusableInput."""
+    if path.suffix == ".txt":
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except (OSError, ValueError) as error:
+            raise UnusableInput(f"cannot read {path}: {error}; give UTF-8 text, a document a line") from error
+        return check_texts([{"text": line.rstrip("\r")} for line in lines if line.strip()], ("text",), str(path))
+    rows = read_jsonl(path)
+    keys = ("prompt", "response") if rows and "prompt" in rows[0] else ("text",)
+    return [{key: row[key] for key in keys} for row in check_texts(rows, keys, str(path))]
+
+
+def load_probes(folder: Path | None, suite: str = "corpus") -> list[Probe]:
+    """The documents of all splits. Raises UnusableInput: no folder, no forget or retain file, a row without text."""
+    if folder is None:
+        raise UnusableInput(
+            "suite corpus asks about your files: --data FOLDER with forget.txt and retain.txt (or .jsonl)"
+        )
+    where = folder / "corpus" if (folder / "corpus").is_dir() else folder
+    probes = []
+    for split in SPLITS:
+        files = [file for ending in ("txt", "jsonl") if (file := where / f"{split}.{ending}").is_file()]
+        if len(files) > 1:
+            raise UnusableInput(f"{where} has {files[0].name} and {files[1].name}; leave one")
+        if not files and split != "other":
+            raise UnusableInput(f"{where} has no {split}.txt or {split}.jsonl, which suite corpus reads")
+        probes += [{"split": split, **row} for file in files for row in sample(read_split(file), seed=0)]
+    return probes
+
+
+def group_of(row: dict[str, Any]) -> str | None:
+    """What the attack `relearn` must leave out when it has learned `row` again: the same text."""
+    return row.get("text") or row.get("prompt")
+
+
+class Encoded(NamedTuple):
+    """A document as tokens: `scored` is the first of those whose probability counts, `asked` of those to be said."""
+
+    ids: list[int]
+    scored: int
+    asked: int
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", probe: Probe) -> Encoded:
+    if "prompt" in probe:
+        ids, start = scoring.encode_answer(tokenizer, probe["prompt"], probe["response"])
+        return Encoded(ids[:MOST_TOKENS], start, start)
+    ids = tokenizer(probe["text"], truncation=True, max_length=MOST_TOKENS).input_ids
+    return Encoded(ids, 1, len(ids) // 2)  # nothing predicts a first token
+
+
+def evaluate(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    probes: list[Probe],
+    *,
+    batch_size: int = 64,
+    title: str = "corpus",
+) -> dict[str, Any]:
+    """{"metrics": {split: {"probability", "rouge"}}, "counts": {split: {"documents", "rouge"}}, "protocol": text}.
+
+    A document without a predicted token counts nowhere, and one without words in what is to be said not under `rouge`.
+    """
+    model.eval()
+    encoded = [encode(tokenizer, probe) for probe in probes]
+    found: dict[str, dict[str, list[float]]] = {probe["split"]: {"probability": [], "rouge": []} for probe in probes}
+
+    scored = [number for number, one in enumerate(encoded) if len(one.ids) > max(one.scored, 1)]
+    pairs = [(encoded[number].ids, encoded[number].scored) for number in scored]
+    losses = scoring.answer_losses(model, pairs, batch_size=batch_size, title=f"{title} probability")
+    for number, loss in zip(scored, losses, strict=True):
+        found[probes[number]["split"]]["probability"].append(math.exp(-loss))
+
+    asked, references = to_say(tokenizer, encoded)
+    answers = scoring.answer(
+        model,
+        tokenizer,
+        [encoded[number].ids[: encoded[number].asked] for number in asked],
+        max_new_tokens=MOST_NEW_TOKENS,
+        stop_tokens=(tokenizer.eos_token_id,),
+        stop_texts=(),
+        batch_size=batch_size,
+        title=f"{title} rouge",
+    )
+    for number, recall in zip(asked, scoring.recall_rouge(references, answers), strict=True):
+        found[probes[number]["split"]]["rouge"].append(recall)
+    metrics = {split: {name: fmean(x) for name, x in scores.items() if x} for split, scores in found.items()}
+    counts = {split: {"documents": len(x["probability"]), "rouge": len(x["rouge"])} for split, x in found.items()}
+    return {"metrics": metrics, "counts": counts, "protocol": PROTOCOL}
+
+
+def to_say(tokenizer: "PreTrainedTokenizerBase", encoded: Sequence[Encoded]) -> tuple[list[int], list[str]]:
+    """Numbers of the documents of which something is left to say, and that."""
+    numbers, texts = [], []
+    for number, one in enumerate(encoded):
+        rest = one.ids[one.asked : one.asked + MOST_NEW_TOKENS]
+        text = str(tokenizer.decode(rest, skip_special_tokens=True)).strip()
+        if one.asked and text.strip(". \n"):
+            numbers.append(number)
+            texts.append(text)
+    return numbers, texts

@@ -1,0 +1,128 @@
+"""A user's own corpora: every score by hand, one document at a time, through the command; bad files are named."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from statistics import fmean, geometric_mean
+from typing import Any
+
+import pytest
+import torch
+from rouge import Rouge
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eval import corpus, run
+from eval.files import UnusableInput
+from eval.measures import choose
+from pipeline.data import encode_answers
+from tests.conftest import World
+
+QUESTIONS = [{"prompt": "kara lo", "response": "mivi su"}, {"prompt": "su", "response": "neto kara vi"}]
+OTHER = ["loden mira su kara", "vi", "neto neto suvi"]  # of the second, nothing is left to say after its first half
+
+
+@pytest.fixture
+def data(world: World, tmp_path: Path) -> Path:
+    """Documents in lines, questions, and a third file."""
+    folder = tmp_path / "data" / "corpus"
+    folder.mkdir(parents=True)
+    (folder / "forget.txt").write_text("\n\n".join(world.documents("forget")[:5]) + "\r\n")
+    (folder / "retain.jsonl").write_text("".join(json.dumps({**row, "id": 3}) + "\n" for row in QUESTIONS))
+    (folder / "other.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in OTHER))
+    return tmp_path / "data"
+
+
+@torch.no_grad()
+def by_hand(model: Any, tokenizer: Any, ids: list[int], scored: int, asked: int) -> tuple[float, float]:
+    """(mean probability, geometric, from token `scored` on; recall of what follows `asked` tokens, -1 for nothing)."""
+    table = model(input_ids=torch.tensor([ids])).logits[0].double().softmax(-1)
+    probability = geometric_mean(table[at - 1, ids[at]].item() for at in range(scored, len(ids)))
+    said = ids[:asked]
+    while len(said) < asked + 64:
+        said.append(int(model(input_ids=torch.tensor([said])).logits[0, -1].argmax()))
+        if said[-1] == tokenizer.eos_token_id:
+            break
+    answer = tokenizer.decode(said[asked:], skip_special_tokens=True).strip()
+    right = tokenizer.decode(ids[asked : asked + 64], skip_special_tokens=True).strip()
+    if not right.strip("."):
+        return probability, -1.0
+    return probability, Rouge(metrics=["rouge-l"], stats=["r"]).get_scores(answer or "NOANSWER", right)[0]["rouge-l"][
+        "r"
+    ]
+
+
+def test_scores_are_those_of_a_loop(world: World, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = data / "out.json"
+    command = ["run", "--model", world.folder / "model", "--suite", "corpus", "--data", data, "--output", output]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in (*command, "--batch-size", 2)])
+    run.main()
+    told = json.loads(output.read_text())["suites"]["corpus"]
+    model = AutoModelForCausalLM.from_pretrained(world.folder / "model")
+    tokenizer: Any = AutoTokenizer.from_pretrained(world.folder / "model")
+    texts = {"forget": world.documents("forget")[:5], "other": OTHER}
+    encoded = {split: [(ids, 1, len(ids) // 2) for ids in tokenizer(rows).input_ids] for split, rows in texts.items()}
+    pairs = encode_answers(tokenizer, [row["prompt"] for row in QUESTIONS], [row["response"] for row in QUESTIONS])
+    encoded["retain"] = [(list(ids), start, start) for ids, start in pairs]
+    for split, documents in encoded.items():
+        found = [by_hand(model, tokenizer, *document) for document in documents if len(document[0]) > 1]
+        recalls = [recall for _, recall in found if recall >= 0]
+        assert told["metrics"][split]["probability"] == pytest.approx(fmean(p for p, _ in found), rel=1e-5)
+        assert told["metrics"][split]["rouge"] == pytest.approx(fmean(recalls), abs=1e-9)
+        assert told["counts"][split] == {"documents": len(found), "rouge": len(recalls)}
+
+
+def test_what_a_text_says_by_heart(world: World, data: Path) -> None:
+    """A model that has learnt a document says all of it."""
+    model: Any = AutoModelForCausalLM.from_pretrained(world.folder / "model")
+    tokenizer: Any = AutoTokenizer.from_pretrained(world.folder / "model")
+    probes = [probe for probe in corpus.load_probes(data) if probe["split"] == "forget"][:2]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        for probe in probes:
+            ids = tokenizer(probe["text"], return_tensors="pt").input_ids
+            model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    scores = corpus.evaluate(model, tokenizer, probes)["metrics"]["forget"]
+    assert scores["probability"] > 0.5 and scores["rouge"] == 1.0
+
+
+def test_the_level_is_half_of_what_the_target_has() -> None:
+    before = {"corpus.forget.probability": 0.3, "corpus.retain.probability": 0.2}
+    measure = choose(["corpus"], target=before)
+    assert (measure.level, measure.retain, measure.of_target) == (0.15, "corpus.retain.probability", False)
+    assert choose(["corpus"], level=0.07).level == 0.07
+    assert choose(["corpus"], forget="corpus.forget.probability", target=before).level == 0.15
+    with pytest.raises(UnusableInput, match="give --target"):
+        choose(["corpus"])
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (None, "--data FOLDER"),
+        ({"forget.txt": "a b\n"}, "no retain.txt or retain.jsonl"),
+        ({"forget.txt": "a b\n", "forget.jsonl": "", "retain.txt": "c\n"}, "forget.txt and forget.jsonl; leave one"),
+        ({"forget.txt": " \n", "retain.txt": "c\n"}, "forget.txt holds no list of rows"),
+        (
+            {"forget.jsonl": '{"text": "a"}\n{"txt": "b"}\n', "retain.txt": "c\n"},
+            "forget.jsonl, row 2: needs text under text",
+        ),
+        ({"forget.jsonl": '{"prompt": "a"}\n', "retain.txt": "c\n"}, "row 1: needs text under prompt, response"),
+    ],
+)
+def test_what_cannot_be_used_is_named(files: dict[str, str] | None, said: str, tmp_path: Path) -> None:
+    for name, text in (files or {}).items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UnusableInput, match=said):
+        corpus.load_probes(tmp_path if files is not None else None)
+
+
+def test_a_name_of_the_hub_is_asked_for_there(tmp_path: Path) -> None:
+    assert run.find_models(Path("some-one/a.model")) == [(None, Path("some-one/a.model"))]
+    with pytest.raises(UnusableInput, match=r"some-one/a\.model is no folder, and the hub does not give it"):
+        run.load(Path("some-one/a.model"))
+    with pytest.raises(UnusableInput, match="no name of the hub"):
+        run.find_models(tmp_path / "nowhere" / "model")

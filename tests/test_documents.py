@@ -62,13 +62,13 @@ BY: dict[str, list[str]] = {
         "--config my.yaml",
         "sbatch --nodes 4 launch/slurm.sbatch --config my.yaml",
     ],
-    "tests/pipeline/test_board.py::test_a_browser_draws_the_charts_and_the_pictures": [
+    "tests/pipeline/test_board.py::test_a_browser_draws_charts_pictures_and_a_table_of_three_runs": [
         "tensorboard --logdir runs --host localhost",
     ],
     "by hand, docs/log.md: MPICH's mpirun and Open MPI's exclude each other": [
         "deepspeed --hostfile hosts --launcher mpich pipeline/train.py --config my.yaml",
     ],
-    "by hand: it is this suite": ["bash tests/run.sh", "bash tests/run.sh -m slow"],
+    "by hand: it is this suite": ["bash tests/run.sh", "bash tests/run.sh -m slow", "bash tests/run.sh FILE -k NAME"],
     "by hand: it changes the git hooks of the clone": ["pre-commit install"],
 }
 PAGES = sorted(
@@ -105,6 +105,8 @@ def run_by(command: str) -> str:
     """
     if command in RUNNERS:
         return RUNNERS[command]
+    if DOCUMENTED[command].name == "extending.md":  # of what is not there before the page is followed
+        return "tests/test_extending.py::test_the_examples_do_what_they_say"
     if command.startswith("bash tests/run.sh "):
         return "this suite"
     if DOCUMENTED[command].name == "plan.md":

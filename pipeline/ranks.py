@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -107,13 +108,23 @@ def one_before_others(build: Callable[[], T]) -> T:
     return result[0]
 
 
+# Seconds in which a second SIGTERM is taken for the first: a launcher that was signalled together with its ranks, as a
+# process group is, passes on to them what they had.
+ECHO = 5.0
+
+
 def stop_on_sigterm() -> threading.Event:
-    """From now on SIGTERM sets the event that is returned; a second one ends the process at once."""
-    asked = threading.Event()
+    """From now on SIGTERM sets the event that is returned; a later one (ECHO) ends the process at once."""
+    asked, first = threading.Event(), time.monotonic()
 
     def note(number: int, frame: object) -> None:
-        asked.set()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        nonlocal first
+        if not asked.is_set():
+            asked.set()
+            first = time.monotonic()
+        elif time.monotonic() - first > ECHO:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, note)
     return asked
@@ -139,7 +150,8 @@ def report(error: BaseException) -> int:
         print(f"rank {rank}: interrupted", file=sys.stderr)
         return INTERRUPTED
     if isinstance(error, Failure):
-        print(f"error: {error}", file=sys.stderr)
+        if _is_first_to_tell():
+            print(f"error: {error}", file=sys.stderr)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         print(f"error: {error}. Make room and give --resume: what was saved before is whole", file=sys.stderr)
     elif is_lost(error) and any(sign in str(error) for sign in WAITED):
@@ -157,6 +169,16 @@ def report(error: BaseException) -> int:
     return 1
 
 
+def _is_first_to_tell() -> bool:
+    """Whether no other rank met a Failure before: one disk is full for all of them."""
+    if not dist.is_initialized():
+        return True
+    try:
+        return distributed_c10d._get_default_store().add("failures", 1) == 1
+    except RuntimeError:  # the rank that kept the count has ended, with words of its own
+        return False
+
+
 def leave(status: int) -> NoReturn:
     """End this process with `status`: 0, 2 and STOPPED are reached by all ranks alike, others by one that failed.
 
@@ -166,6 +188,7 @@ def leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     mpi = sys.modules.get("mpi4py.MPI")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher ends the other ranks as soon as one has left with 75
     if status not in (0, 2, STOPPED):
         if mpi is not None:
             mpi.COMM_WORLD.Abort(status)

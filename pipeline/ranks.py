@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: come back later
-INTERRUPTED = 130  # as shells say it: 128 + SIGINT
+INTERRUPTED, KILLED = 130, 143  # as shells say it: 128 + SIGINT, + SIGTERM
 
 
 class Stopped(Exception):
@@ -114,19 +114,25 @@ ECHO = 5.0
 
 
 def stop_on_sigterm() -> threading.Event:
-    """From now on SIGTERM sets the event that is returned; a later one (ECHO) ends the process at once."""
-    asked, first = threading.Event(), time.monotonic()
+    """From now on SIGTERM sets the event that is returned; another one, ECHO later, ends the process with KILLED."""
+    asked = threading.Event()
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
 
-    def note(number: int, frame: object) -> None:
-        nonlocal first
-        if not asked.is_set():
-            asked.set()
-            first = time.monotonic()
-        elif time.monotonic() - first > ECHO:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
+    def listen() -> None:  # beside the main thread, which may wait for another rank and be deaf
+        first = 0.0
+        while True:
+            if os.read(heard, 1)[0] != signal.SIGTERM:
+                continue
+            if not asked.is_set():
+                first = time.monotonic()
+                asked.set()
+            elif time.monotonic() - first > ECHO:
+                os._exit(KILLED)
 
-    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    threading.Thread(target=listen, daemon=True).start()
     return asked
 
 

@@ -39,7 +39,7 @@ def writing(path: Path, partial: Path | None = None) -> Iterator[None]:
             shutil.rmtree(partial, ignore_errors=True)
         told, remedy = f"cannot write {path} ({shorten(cause)})", "Make it writable"
         if _is_full(cause):
-            free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free / 2**20
+            free = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free / 2**20
             told, remedy = f"{told}; its disk has {free:.1f} MiB left", "Make room"
         raise ranks.Failure(f"{told}. {remedy} and give --resume: what was saved before is whole") from error
 
@@ -55,9 +55,10 @@ def _of_disk(error: BaseException | None) -> BaseException | None:
 
 
 def _is_full(error: BaseException) -> bool:
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         return error.errno in FULL
-    signs = (*OF_TORCH, *(os.strerror(number) for number in FULL))  # Rust and C++ have no errno for us
+    # Rust, C++ and `datasets`, which looks before it writes, have no errno for us.
+    signs = (*OF_TORCH, "Not enough disk space", *(os.strerror(number) for number in FULL))
     return any(sign in str(error) for sign in signs)
 
 

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -91,8 +90,6 @@ def told(started: Started) -> str:
 def test_the_disk_fills_up(
     what: str, after: int, stands: str, whole: Path, world: World, disk: Disk, tmp_path: Path
 ) -> None:
-    # Checkpoints that nobody removes make no room on the way.
-    sections: dict[str, Any] = {**SECTIONS, "train": {**SECTIONS["train"], "keep_checkpoints": 9}}
     room = 100_000  # for a few lines, but for neither a checkpoint nor an export
     if what == "final":
         room = 100_000 + allocated(whole / "exports" / "step-000012") + allocated(whole / "checkpoints" / "step-000012")
@@ -103,8 +100,8 @@ def test_the_disk_fills_up(
         (folder / what).symlink_to(disk.folder / what)
         if what == "tensorboard":
             (disk.folder / what).mkdir()
-    config = world.write(tmp_path / "full.yaml", folder, **sections)
-    started = Started(config)
+    config = world.write(tmp_path / "full.yaml", folder, **SECTIONS)
+    started = Started(config, "--train.keep_checkpoints", "9")  # none is removed, which would make room on the way
     fill(started, folder, after, disk, room)
     assert f"cannot write {folder / what} (" in told(started)
     last = newest(folder)

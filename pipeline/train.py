@@ -1,7 +1,7 @@
 """`deepspeed --module pipeline.train --config FILE [--method NAME] [--a.b VALUE ...]`: unlearn, and export the model.
 
 Exit status: 0 done; 2 unusable input (one line on stderr, nothing written); 75 SIGTERM, saved, go on with --resume; 130
-Ctrl-C; 1 anything else.
+Ctrl-C; 143 SIGTERM before training or a second time; 1 anything else.
 """
 
 from __future__ import annotations
@@ -110,6 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refuse_uneven_groups(zero, world_size)
         refuse_foreign_output(config, resume)
     except InputError as error:
+        if rank:  # torchrun ends all as soon as one has ended, and the first has something to say
+            time.sleep(3)
         return refuse(error, rank)
 
     from pipeline import console, ranks

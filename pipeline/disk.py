@@ -37,7 +37,8 @@ def writing(path: Path, partial: Path | None = None) -> Iterator[None]:
             raise
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
-        told, remedy = f"cannot write {path} ({shorten(cause)})", "Make it writable"
+        reason = "a file ends too early" if any(sign in str(cause) for sign in OF_TORCH) else shorten(cause)
+        told, remedy = f"cannot write {path} ({reason})", "Make it writable"
         if _is_full(cause):
             free = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free / 2**20
             told, remedy = f"{told}; its disk has {free:.1f} MiB left", "Make room"

@@ -156,8 +156,10 @@ def report(error: BaseException) -> int:
         print(f"rank {rank}: interrupted", file=sys.stderr)
         return INTERRUPTED
     if isinstance(error, Failure):
-        if _is_first_to_tell():
-            print(f"error: {error}", file=sys.stderr)
+        if rank != "0":  # one disk is full for all: if the first rank tells it, the launcher ends us meanwhile
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
+        print(f"error: {error}", file=sys.stderr)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         print(f"error: {error}. Make room and give --resume: what was saved before is whole", file=sys.stderr)
     elif is_lost(error) and any(sign in str(error) for sign in WAITED):
@@ -173,16 +175,6 @@ def report(error: BaseException) -> int:
     else:
         traceback.print_exception(error)
     return 1
-
-
-def _is_first_to_tell() -> bool:
-    """Whether no other rank met a Failure before: one disk is full for all of them."""
-    if not dist.is_initialized():
-        return True
-    try:
-        return distributed_c10d._get_default_store().add("failures", 1) == 1
-    except RuntimeError:  # the rank that kept the count has ended, with words of its own
-        return False
 
 
 def leave(status: int) -> NoReturn:

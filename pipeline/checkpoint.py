@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 
 from pipeline import ranks
 from pipeline.config import InputError
+from pipeline.disk import shorten, writing
 from pipeline.holders import Stretch, optimizer_layout
 from pipeline.reshard import deal, load_optimizer
 from pipeline.shards import Shards
@@ -77,23 +77,6 @@ def save(engine: Any, shards: Shards, run: Path, step: int, *, keep: int, identi
             os.replace(unfinished, folder / MARKER)
             tidy(run, keep)
         dist.barrier()
-
-
-@contextmanager
-def writing(folder: Path, partial: Path) -> Iterator[None]:
-    """What a full disk says while `folder` is written, in one line; `partial`, what was written of it, is removed."""
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # RuntimeError: of torch.save
-        if ranks.is_lost(error):
-            raise
-        disk = next(parent for parent in folder.parents if parent.exists())
-        free = shutil.disk_usage(disk).free / 2**20
-        shutil.rmtree(partial, ignore_errors=True)
-        raise ranks.Failure(
-            f"cannot write {folder} ({_short(error)}); its disk had {free:.0f} MiB left. Make room and give --resume: "
-            "what was saved before is whole"
-        ) from error
 
 
 def tidy(run: Path, keep: int) -> None:
@@ -158,7 +141,7 @@ def _check(checkpoint: Path, identity: dict[str, Any]) -> dict[str, Any]:
             if checksum(checkpoint / name) != value:
                 raise ValueError(f"{name} is not what was written")
     if differing:
-        was, now = (_short(repr(side.get(differing[0]))) for side in (then, identity))
+        was, now = (shorten(repr(side.get(differing[0]))) for side in (then, identity))
         raise InputError(
             f"--resume: {checkpoint} is of another run: {', '.join(differing)} differ ({differing[0]} was {was} and is "
             f"{now} now); give back what it was, or start anew in another output folder"
@@ -175,7 +158,7 @@ def _damage(checkpoint: Path) -> Iterator[None]:
         if ranks.is_lost(error):
             raise
         raise InputError(
-            f"--resume: {checkpoint} is damaged ({_short(error)}); remove it to resume from the one before"
+            f"--resume: {checkpoint} is damaged ({shorten(error)}); remove it to resume from the one before"
         ) from error
 
 
@@ -190,7 +173,3 @@ def checksum(file: Path) -> list[int]:
 
 def _own(checkpoint: Path, rank: int) -> Path:
     return checkpoint / f"own-{rank}.pt"
-
-
-def _short(what: Any) -> str:
-    return " ".join(str(what).split())[:200] or type(what).__name__

@@ -520,6 +520,7 @@ def refuse_uneven_groups(zero: dict[str, Any], world_size: int) -> None:
 
 
 # What a resumed run may have otherwise: nothing of what it computes. (Other ranks may need other micro-batches.)
+WHERE = ("output", "cache")  # a run may move
 FREE = ("train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints", "train.timeout")
 
 
@@ -527,8 +528,8 @@ def refuse_foreign_output(config: RunConfig, resume: bool) -> None:
     """A run folder is never overwritten, and resumed only by the run that it holds.
 
     Raises:
-        InputError: `output` is a file, holds a run (without `resume`), or another run than `config` describes (FREE
-            apart).
+        InputError: `output` is a file, holds a run (without `resume`), or another run than `config` describes (WHERE
+            and FREE apart).
     """
     output = Path(config.output)
     if output.exists() and not output.is_dir():
@@ -540,13 +541,13 @@ def refuse_foreign_output(config: RunConfig, resume: bool) -> None:
     before, now = (_flat(run.model_dump()) for run in (resolve(output / "config.yaml"), config))
     for key in before | now:  # a section that is absent in one of them has its keys in the other only
         then, wanted = before.get(key), now.get(key)
-        if then != wanted and key not in FREE:
+        if then != wanted and key not in (*WHERE, *FREE):
             raise InputError(f"--resume: {key} was {then!r} in {output} and is {wanted!r} now; keep it")
 
 
 def decisive_keys(config: RunConfig, zero: dict[str, Any]) -> dict[str, Any]:
     """What of the configuration decides the numbers of a run, and how DeepSpeed lays them out, as JSON has it."""
-    elsewhere = ("output", "cache", "method", "train.deepspeed", *FREE)
+    elsewhere = (*WHERE, "method", "train.deepspeed", *FREE)
     keys = {key: value for key, value in _flat(config.model_dump()).items() if key not in elsewhere}
     layout = {"zero_optimization.stage": zero["zero_optimization"].get("stage", 0), **_flat(zero.get("data_types", {}))}
     return {**keys, **{f"train.deepspeed: {key}": value for key, value in layout.items()}}

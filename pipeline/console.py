@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ def listen(rank: int, quiet: bool = False) -> None:
         library.propagate = True
     logging.getLogger("python").setLevel(logging.INFO)
     warnings.showwarning = _python_warning
+    threading.excepthook = _thread_ended
     logging.raiseExceptions = False  # a full disk is told once, by what cannot do without it
     ours.setLevel(logging.INFO if rank == 0 and not quiet else logging.WARNING)
     _log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
@@ -106,6 +108,15 @@ def _python_warning(message: Warning | str, category: type[Warning], file: str, 
     logging.getLogger("python").log(
         level, "%s (%s, %s:%d)", " ".join(str(message).split()), category.__name__, file, line
     )
+
+
+def _thread_ended(failed: threading.ExceptHookArgs) -> None:
+    """A thread that writes: what waits for it is given the error and tells it, so it is logged and not shown."""
+    if isinstance(failed.exc_value, OSError):
+        cause = (failed.exc_type, failed.exc_value, failed.exc_traceback)
+        logging.getLogger("python").info("a thread ended", exc_info=cause)
+    else:
+        threading.__excepthook__(failed)
 
 
 class _Once(logging.Filter):

@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.config import Corpus, InputError
 from pipeline.console import is_live
 from pipeline.corpus import Pairing, Row, read
+from pipeline.disk import writing
 from pipeline.objectives import IGNORED
 
 log = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ def tokenize(
 
     Raises:
         InputError: malformed or missing text (with the line), or too little of it. `key` names the corpus.
+        ranks.Failure: the disk does not take it.
     """
     rows, digest = read(corpus, key, pairing)
     questions = corpus.prompt is not None
@@ -142,12 +144,13 @@ def tokenize(
     features = {name: datasets.List(datasets.Value("int32")) for name, _ in columns}
     features |= {name: datasets.Value("int32") for _, name in columns}
     try:
-        table = datasets.Dataset.from_generator(
-            tokens,
-            features=datasets.Features(features),
-            cache_dir=str(cache / "tokens"),
-            fingerprint=hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32],
-        )
+        with writing(cache / "tokens"):
+            table = datasets.Dataset.from_generator(
+                tokens,
+                features=datasets.Features(features),
+                cache_dir=str(cache / "tokens"),
+                fingerprint=hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32],
+            )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, InputError):
             raise InputError(f"data.{key}: {error.__cause__}") from None

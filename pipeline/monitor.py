@@ -9,6 +9,7 @@ import resource
 import statistics
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from pipeline import console
 from pipeline.board import COSINES, GIB, Board
 from pipeline.console import Progress
+from pipeline.disk import writing
 from pipeline.outlets import Outlets
 
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -37,22 +39,31 @@ class Monitor:
         self.is_writer = dist.get_rank() == 0
         self.history: list[dict[str, Any]] = []  # on rank 0 the rows of metrics.jsonl
         if self.is_writer:
-            self.history = _keep_lines(folder / "metrics.jsonl", start)
-            self.lines = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-            self.board = Board(folder / "tensorboard", start=start)
+            self.log, self.events = folder / "metrics.jsonl", folder / "tensorboard"
+            with writing(self.log):
+                self.history = _keep_lines(self.log, start)
+                self.lines = self.log.open("a", encoding="utf-8", buffering=1)
+            with writing(self.events):
+                self.board = Board(self.events, start=start)
             self.progress = Progress(start, steps)
 
     def describe(self, configuration: str, hyperparameters: dict[str, str | float]) -> None:
         """What the run is: its configuration (YAML), and what TensorBoard and others list of it beside other runs."""
         if self.is_writer:
-            self.board.writer.add_text("configuration", f"```yaml\n{configuration}```")
-            self.board.begin(hyperparameters)
+            with writing(self.events):
+                self.board.writer.add_text("configuration", f"```yaml\n{configuration}```")
+                self.board.begin(hyperparameters)
             self.outlets.begin(hyperparameters)
 
     @property
     def last(self) -> dict[str, Any]:
         """The newest row, of rank 0."""
         return self.history[-1] if self.history else {}
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """How many of the newest rows are steps without an update; 0 on other ranks, which have no rows."""
+        return sum(1 for _ in takewhile(lambda row: row["skipped"], reversed(self.history)))
 
     def record(self, name: str, value: float | torch.Tensor | None, reduce: str = "none") -> None:
         """One number of the present step. reduce: `none` (the same on every rank), `sum` or `max` over the ranks.
@@ -77,8 +88,10 @@ class Monitor:
         if self.is_writer:
             written = {name: value for name, value in values.items() if not name.startswith("_")}
             self.history.append({"step": step, **written})
-            self.lines.write(json.dumps(self.last) + "\n")
-            self.board.write(self.history)
+            with writing(self.log):
+                self.lines.write(json.dumps(self.last) + "\n")
+            with writing(self.events):
+                self.board.write(self.history)
             self.outlets.write(step, written)
             shown = {"forget": "forget_loss", "retain": "retain_loss", "conflict": "conflict_fraction"}
             self.progress.update(step, {label: values.get(name) for label, name in shown.items()})
@@ -87,17 +100,20 @@ class Monitor:
     def sync(self) -> None:
         """Put what was logged on disk, before a checkpoint: a run that is killed after it does not log it again."""
         if self.is_writer:
-            self.board.writer.flush()
+            with writing(self.events):
+                self.board.writer.flush()
 
     def finish(self, card: str) -> None:
         """After the last step: its results and the model card (Markdown), then nothing more is written."""
         if self.is_writer:
             self.progress.close()
             found = results(self.history)
-            self.board.end(self.history, found)
+            with writing(self.events):
+                self.board.end(self.history, found)
+                self.board.writer.add_text("model_card", card)
+                self.board.writer.flush()  # closing alone would not tell that it failed
+                self.board.writer.close()
             self.outlets.finish(found, len(self.history))
-            self.board.writer.add_text("model_card", card)
-            self.board.writer.close()
             self.lines.close()
 
     def summarise(self, seconds: float) -> None:

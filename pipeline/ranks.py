@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: come back later
-INTERRUPTED = 130  # as shells say it: 128 + SIGINT
+INTERRUPTED, KILLED = 130, 143  # as shells say it: 128 + SIGINT, + SIGTERM
 
 
 class Stopped(Exception):
@@ -107,15 +108,31 @@ def one_before_others(build: Callable[[], T]) -> T:
     return result[0]
 
 
+# Seconds in which a second SIGTERM is taken for the first: a launcher that was signalled together with its ranks, as a
+# process group is, passes on to them what they had.
+ECHO = 5.0
+
+
 def stop_on_sigterm() -> threading.Event:
-    """From now on SIGTERM sets the event that is returned; a second one ends the process at once."""
+    """From now on SIGTERM sets the event that is returned; another one, ECHO later, ends the process with KILLED."""
     asked = threading.Event()
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
 
-    def note(number: int, frame: object) -> None:
-        asked.set()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    def listen() -> None:  # beside the main thread, which may wait for another rank and be deaf
+        first = 0.0
+        while True:
+            if os.read(heard, 1)[0] != signal.SIGTERM:
+                continue
+            if not asked.is_set():
+                first = time.monotonic()
+                asked.set()
+            elif time.monotonic() - first > ECHO:
+                os._exit(KILLED)
 
-    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    threading.Thread(target=listen, daemon=True).start()
     return asked
 
 
@@ -139,6 +156,9 @@ def report(error: BaseException) -> int:
         print(f"rank {rank}: interrupted", file=sys.stderr)
         return INTERRUPTED
     if isinstance(error, Failure):
+        if rank != "0":  # one disk is full for all: if the first rank tells it, the launcher ends us meanwhile
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
         print(f"error: {error}", file=sys.stderr)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         print(f"error: {error}. Make room and give --resume: what was saved before is whole", file=sys.stderr)
@@ -166,6 +186,7 @@ def leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     mpi = sys.modules.get("mpi4py.MPI")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher ends the other ranks as soon as one has left with 75
     if status not in (0, 2, STOPPED):
         if mpi is not None:
             mpi.COMM_WORLD.Abort(status)

@@ -84,10 +84,14 @@ def sequence_nll(
     dist.all_reduce(found)
     known = torch.where(owners < world, found, known).cpu()
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-        save_file({"nll": known}, unfinished)
-        os.replace(unfinished, file)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"nll": known}, unfinished)
+            os.replace(unfinished, file)
+        except (OSError, SafetensorError) as error:  # the run can do without it
+            unfinished.unlink(missing_ok=True)
+            log.warning("cannot write the reference cache %s (%s): a resumed run computes it again", file, error)
     return known
 
 

@@ -1,7 +1,7 @@
 """`deepspeed --module pipeline.train --config FILE [--method NAME] [--a.b VALUE ...]`: unlearn, and export the model.
 
 Exit status: 0 done; 2 unusable input (one line on stderr, nothing written); 75 SIGTERM, saved, go on with --resume; 130
-Ctrl-C; 1 anything else.
+Ctrl-C; 143 SIGTERM before training or a second time; 1 anything else.
 """
 
 from __future__ import annotations
@@ -110,6 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refuse_uneven_groups(zero, world_size)
         refuse_foreign_output(config, resume)
     except InputError as error:
+        if rank:  # torchrun ends all as soon as one has ended, and the first has something to say
+            time.sleep(3)
         return refuse(error, rank)
 
     from pipeline import console, outlets, ranks
@@ -142,7 +144,7 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
     Raises:
         InputError: unusable data, model or checkpoint (before anything is written).
         ranks.Stopped: SIGTERM, after a checkpoint.
-        ranks.Failure: a full disk.
+        ranks.Failure: a disk that is full or refuses to be written.
         RuntimeError: too many non-finite steps in a row.
     """
     import deepspeed
@@ -151,6 +153,7 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
     from pipeline import checkpoint, console, outlets, ranks
     from pipeline import model as models
     from pipeline.data import tokenizer_digest
+    from pipeline.disk import try_disk, writing
     from pipeline.forward import answer_for_objectives
     from pipeline.monitor import Monitor
     from pipeline.shards import Shards
@@ -170,8 +173,6 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
     steps = num_steps(config, streams)
     offload = zero.get("zero_optimization", {}).get("offload_optimizer") or {}
     if offload.get("device") == "nvme":
-        from pipeline.disk import try_disk
-
         ranks.one_before_others(lambda: try_disk(Path(offload["nvme_path"])))
     with ranks.together():
         model = models.load_model(config.model, zero, config.seed)
@@ -200,19 +201,20 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
     if last is not None:
         start = checkpoint.load(engine, shards, last, decisive)
     if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.tidy(folder, config.train.keep_checkpoints)
-        unfinished = folder / ".config.yaml"
-        unfinished.write_text(to_yaml(config), encoding="utf-8")
-        os.replace(unfinished, folder / "config.yaml")
+        with writing(folder / "config.yaml"):
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.tidy(folder, config.train.keep_checkpoints)
+            unfinished = folder / ".config.yaml"
+            unfinished.write_text(to_yaml(config), encoding="utf-8")
+            os.replace(unfinished, folder / "config.yaml")
     dist.barrier()
-    console.open_log(folder, dist.get_rank())
+    with writing(folder / "log.txt"):
+        console.open_log(folder, dist.get_rank())
     monitor = Monitor(folder, engine, start=start, steps=steps)
     monitor.describe(to_yaml(config), hyperparameters(config, steps, synthesis.resolved_scope))
-    skipped_in_a_row, num_applied = 0, start
 
     def export(target: Path, card: str | None = None) -> None:
-        with checkpoint.writing(target, target.with_name(f".{target.name}.unfinished")):
+        with writing(target, target.with_name(f".{target.name}.unfinished")):
             models.export(model, tokenizer, target, config.model.lora, card)
 
     # What is offloaded to nvme cannot be saved: there, SIGTERM ends the process as it always does.
@@ -222,10 +224,11 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
         if wanted.layer_geometry_every and (step + 1) % wanted.layer_geometry_every == 0:
             record_layers(monitor, shards)
         monitor.record("_stop", float(stop is not None and stop.is_set()), reduce="max")  # one rank's is all ranks'
-        asked = monitor.flush(step + 1)["_stop"] and step + 1 < steps
-        num_applied += applied
-        skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
-        if skipped_in_a_row >= config.train.max_skipped or (step + 1 == steps and not num_applied):
+        monitor.record("_skipped_before", float(monitor.skipped_in_a_row), reduce="max")  # the first rank's
+        agreed = monitor.flush(step + 1)
+        asked = agreed["_stop"] and step + 1 < steps
+        skipped_in_a_row = 0 if applied else int(agreed["_skipped_before"]) + 1
+        if skipped_in_a_row >= min(config.train.max_skipped, steps):
             raise RuntimeError(
                 f"{skipped_in_a_row} steps in a row had a non-finite gradient (step {step + 1}); "
                 "lower optimizer.lr, or set optimizer.clip, or use an objective that is bounded (npo, simnpo)"

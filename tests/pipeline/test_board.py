@@ -440,6 +440,29 @@ def test_a_browser_draws_charts_pictures_and_a_table_of_three_runs(
         browser.close()
 
 
+@pytest.mark.parametrize("damage", ["cut", "garbage"])
+def test_an_event_file_that_ends_in_the_middle_of_a_record(damage: str, tmp_path: Path) -> None:
+    """As a kill while it is written leaves it: a run that goes on has each step once, with its own numbers."""
+
+    def write(start: int, steps: int, by: float) -> Path:
+        board = Board(tmp_path, start=start)
+        for step in range(start + 1, steps + 1):
+            board.write([{"step": step, "forget_loss": by * step}])
+            if step == 3:  # as before a checkpoint
+                board.writer.flush()
+        board.writer.close()
+        return max(tmp_path.iterdir(), key=lambda file: file.name)
+
+    killed = write(0, 5, by=1.0)
+    content = killed.read_bytes()
+    killed.write_bytes(content[:-7] if damage == "cut" else content[:-20] + bytes(range(100, 150)))
+    assert write(3, 6, by=10.0) != killed
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("forget_loss")]
+    assert found == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (5, 50.0), (6, 60.0)]
+
+
 def test_heat_map_is_red_where_tasks_conflict() -> None:
     """Two layers, two steps: the pictures' colours say which is which, and grey that there was no number."""
     history = [

@@ -11,146 +11,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
-import torch
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.checkpoint import MARKER, newest, tidy
+from pipeline.config import REPOSITORY
 from tests import oracle
 from tests.conftest import World
-from tests.distributed import free_port
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-SECTIONS: dict[str, Any] = {  # gru has a state; kl asks the original, which is not what the checkpoint holds
-    "objective": {"forget": "npo", "retain": "kl"},
-    "synthesis": {"rule": "gru"},
-    "optimizer": {"schedule": "linear", "warmup": 0.2, "eps": 1e-6},
-    "train": {"steps": 12, "checkpoint_every": 3, "export_every": 4},
-}
-
-
-def command(config: Path, *more: str, ranks: int = 2) -> list[str]:
-    module = ["--module", "pipeline.train", "--config", str(config), *more]
-    return ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()), *module]
-
-
-def run(config: Path, *more: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(config, *more, ranks=ranks), cwd=REPOSITORY, capture_output=True, text=True, timeout=400
-    )
-
-
-STARTED: list[Started] = []
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_running() -> Iterator[None]:
-    """Whatever a test that fails has started."""
-    yield
-    for started in STARTED:
-        with suppress(ProcessLookupError):
-            os.killpg(started.process.pid, signal.SIGKILL)
-
-
-class Started:
-    """A run under way, in a process group of its own."""
-
-    def __init__(self, config: Path, *more: str) -> None:
-        self.log, self.began = config.with_suffix(".stderr"), time.time()
-        self.process = subprocess.Popen(
-            command(config, *more),
-            cwd=REPOSITORY,
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=self.log.open("w"),
-        )
-
-        STARTED.append(self)
-
-    def wait_for(self, happened: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 300
-        while not happened():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-3000:]
-            time.sleep(0.01)
-
-    def wait_for_lines(self, folder: Path, number: int) -> None:
-        """Until it has itself brought the log to `number` lines."""
-        log = folder / "metrics.jsonl"
-        self.wait_for(lambda: log.exists() and log.stat().st_mtime > self.began and lines(folder) >= number)
-
-    def ranks(self) -> list[psutil.Process]:
-        below = psutil.Process(self.process.pid).children(recursive=True)
-        return [one for one in below if "pipeline.train" in one.cmdline() and "--module" not in one.cmdline()]
-
-    def ended(self) -> tuple[int, str]:
-        """Status, and what it wrote to stderr. No process may be left a minute later: launchers wait for theirs."""
-        status, deadline = self.process.wait(200), time.monotonic() + 60
-        while True:
-            try:
-                os.killpg(self.process.pid, 0)
-            except ProcessLookupError:
-                return status, self.log.read_text()
-            assert time.monotonic() < deadline, "processes are left"
-            time.sleep(0.1)
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-def lines(folder: Path) -> int:
-    log = folder / "metrics.jsonl"
-    return len(log.read_text().splitlines()) if log.exists() else 0
-
-
-def numbers(folder: Path) -> list[dict[str, Any]]:
-    """The log without what a clock and a machine decide."""
-    varying = ("seconds", "tokens_per_second", "peak_memory_bytes")
-    log = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in varying} for line in log]
-
-
-def card(folder: Path) -> list[str]:
-    varying = ("seconds", "tokens_per_second", "peak_memory_bytes", "output:", "# ")
-    text = (folder / "final" / "README.md").read_text().splitlines()
-    return [line for line in text if not any(word in line for word in varying)]
-
-
-def on_the_board(folder: Path) -> list[tuple[int, float]]:
-    """The forget loss as TensorBoard has it, step by step."""
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
-    events.Reload()
-    return [(event.step, event.value) for event in events.Scalars("forget_loss")]
-
-
-def assert_same(one: Path, other: Path) -> None:
-    """Weights of every export, log, board and model card."""
-    assert on_the_board(one) == on_the_board(other) and len(on_the_board(one)) == lines(one)
-    exports = sorted(path.relative_to(one) for path in one.rglob("model.safetensors"))
-    assert exports == sorted(path.relative_to(other) for path in other.rglob("model.safetensors")) and exports
-    for path in exports:
-        first, second = load_file(one / path), load_file(other / path)
-        assert all(torch.equal(first[name], second[name]) for name in first), path
-    assert numbers(one) == numbers(other) and card(one) == card(other)
-    assert not [path for path in other.rglob(".*") if path.is_dir()], "something half written is left"
-
-
-@pytest.fixture(scope="module")
-def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an undisturbed run."""
-    folder = tmp_path_factory.mktemp("whole")
-    done = run(world.write(folder / "whole.yaml", folder / "run", **SECTIONS))
-    assert done.returncode == 0, done.stderr[-3000:]
-    kept = sorted(path.name for path in (folder / "run" / "checkpoints").glob("step-*"))
-    assert kept == ["step-000009", "step-000012"]
-    return folder / "run"
+from tests.interrupted import SECTIONS, Started, assert_same, lines, numbers, run
 
 
 def test_an_eventful_run_ends_bit_identical(whole: Path, world: World, tmp_path: Path) -> None:
@@ -195,14 +66,11 @@ def test_an_eventful_run_ends_bit_identical(whole: Path, world: World, tmp_path:
 
 
 def without_end(whole: Path, folder: Path, world: World) -> Path:
-    """The configuration of a copy of `whole` that stands at step 9."""
+    """The configuration of a copy of `whole` that stands at step 9. Its `config.yaml` names the folder it was in."""
     shutil.copytree(whole, folder)
     shutil.rmtree(folder / "final")
     shutil.rmtree(folder / "checkpoints" / "step-000012")
-    config = world.write(folder.with_suffix(".yaml"), folder, **SECTIONS)
-    resolved = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(resolved.replace(str(whole), str(folder)))
-    return config
+    return world.write(folder.with_suffix(".yaml"), folder, **SECTIONS)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -415,6 +415,10 @@ def test_what_a_resumed_run_may_have_otherwise(tmp_path: Path, config: Resolve) 
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(made().model_dump()))
     free = {"micro_batch_size": 2, "checkpoint_every": 7, "keep_checkpoints": 5, "timeout": 1.5}
     refuse_foreign_output(made(**free), resume=True)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = config(output=str(tmp_path / "moved"), cache=str(tmp_path / "cache"), train=free)
+    refuse_foreign_output(moved, resume=True)
+    (tmp_path / "moved").rename(tmp_path / "run")
     assert "train.batch_size" in refusal(lambda: refuse_foreign_output(made(**free, batch_size=64), resume=True))
     zero: dict[str, Any] = {"zero_optimization": {"stage": 2}}
     assert decisive_keys(made(), zero) == decisive_keys(made(**free), zero)

@@ -16,12 +16,12 @@ from tests.conftest import World
 from tests.distributed import run_distributed
 
 
-def train(config: dict[str, Any]) -> None:
+def train(config: dict[str, Any], *, resume: bool = False) -> None:
     from pipeline.config import RunConfig, deepspeed_config
     from pipeline.train import run
 
     parsed = RunConfig.model_validate(config)
-    run(parsed, deepspeed_config(parsed))
+    run(parsed, deepspeed_config(parsed), resume)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_synthesis_adds_one_small_collective(world: World, tmp_path: Path) -> No
 # -- non-finite gradients ----------------------------------------------------------------------------------------------
 
 
-def poison(config: dict[str, Any], steps: list[int], bad: float, task: str) -> None:
+def poison(config: dict[str, Any], steps: list[int], bad: float, task: str, *, resume: bool = False) -> None:
     """Train while rank 1 alone finds `bad` in one element of one gradient at the given steps."""
     from unittest import mock
 
@@ -179,7 +179,7 @@ def poison(config: dict[str, Any], steps: list[int], bad: float, task: str) -> N
         return applied
 
     with mock.patch.object(Shards, "take", poisoned), mock.patch.object(program, "train_step", counted):
-        train(config)
+        train(config, resume=resume)
 
 
 def poison_each(cases: list[tuple[dict[str, Any], float, str]]) -> None:
@@ -202,16 +202,17 @@ def test_non_finite_gradient_on_one_rank_skips_the_step_on_all(world: World, tmp
         assert all(torch.isfinite(tensor).all() for tensor in final.values()), run.name
 
 
-def poison_until_it_ends(config: dict[str, Any]) -> None:
+def poison_until_it_ends(config: dict[str, Any], resume: bool) -> None:
     with pytest.raises(RuntimeError, match=r"3 steps in a row .*lower optimizer\.lr"):
-        poison(config, list(range(100)), float("nan"), "forget")
+        poison(config, list(range(100)), float("nan"), "forget", resume=resume)
 
 
 def test_too_many_non_finite_steps_end_the_run(world: World, tmp_path: Path) -> None:
-    config = world.configuration(tmp_path / "run", train={"max_skipped": 3, "steps": 50})
-    run_distributed(poison_until_it_ends, 2, config)
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
-    assert not (tmp_path / "run" / "final").exists()
+    config = world.configuration(tmp_path / "run", train={"max_skipped": 3, "steps": 50, "checkpoint_every": 2})
+    for resume in (False, True):  # from step 2: two of the three are behind it
+        run_distributed(poison_until_it_ends, 2, config, resume)
+        assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+        assert not (tmp_path / "run" / "final").exists()
 
 
 # -- frozen tensors ----------------------------------------------------------------------------------------------------

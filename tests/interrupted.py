@@ -1,0 +1,133 @@
+"""Runs under way, to be cut off; and what of two runs must be the same, however often one of them was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline.config import REPOSITORY
+from tests.distributed import free_port
+
+SECTIONS: dict[str, Any] = {  # gru has a state; kl asks the original, which is not what the checkpoint holds
+    "objective": {"forget": "npo", "retain": "kl"},
+    "synthesis": {"rule": "gru"},
+    "optimizer": {"schedule": "linear", "warmup": 0.2, "eps": 1e-6},
+    "train": {"steps": 12, "checkpoint_every": 3, "export_every": 4},
+}
+
+
+def command(config: Path, *more: str, ranks: int = 2) -> list[str]:
+    module = ["--module", "pipeline.train", "--config", str(config), *more]
+    return ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()), *module]
+
+
+def run(config: Path, *more: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(config, *more, ranks=ranks), cwd=REPOSITORY, capture_output=True, text=True, timeout=400
+    )
+
+
+STARTED: list[Started] = []
+
+
+class Started:
+    """A run under way, in a process group of its own. Its stderr goes to the file of that name beside `config`."""
+
+    def __init__(self, config: Path, *more: str, launcher: Sequence[str] = (), **environment: str) -> None:
+        """launcher: what starts the ranks, up to the program, in place of `deepspeed` with two of them."""
+        own = [*launcher, "--config", str(config), *more]
+        self.log, self.began = config.with_suffix(".stderr"), time.time()
+        self.process = subprocess.Popen(
+            own if launcher else command(config, *more),
+            cwd=REPOSITORY,
+            env={**os.environ, **environment},
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=self.log.open("w"),
+        )
+
+        STARTED.append(self)
+
+    def wait_for(self, happened: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 300
+        while not happened():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.01)
+
+    def wait_for_lines(self, folder: Path, number: int) -> None:
+        """Until it has itself brought the log to `number` lines."""
+        log = folder / "metrics.jsonl"
+        self.wait_for(lambda: log.exists() and log.stat().st_mtime > self.began and lines(folder) >= number)
+
+    def ranks(self) -> list[psutil.Process]:
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        return [one for one in below if is_rank(one)]
+
+    def ended(self) -> tuple[int, str]:
+        """Status, and what it wrote to stderr. No process may be left a minute later: launchers wait for theirs."""
+        status, deadline = self.process.wait(200), time.monotonic() + 60
+        while True:
+            try:
+                os.killpg(self.process.pid, 0)
+            except ProcessLookupError:
+                return status, self.log.read_text()
+            assert time.monotonic() < deadline, "processes are left"
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def is_rank(process: psutil.Process) -> bool:
+    """Whether `process` is Python with the program, and not a launcher that names it."""
+    words = process.cmdline()
+    return bool(words) and "python" in words[0] and "pipeline.train" in words[1:4]
+
+
+def lines(folder: Path) -> int:
+    log = folder / "metrics.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """The log without what a clock and a machine decide."""
+    varying = ("seconds", "tokens_per_second", "peak_memory_bytes")
+    log = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in varying} for line in log]
+
+
+def card(folder: Path) -> list[str]:
+    varying = ("seconds", "tokens_per_second", "peak_memory_bytes", "output:", "# ")
+    text = (folder / "final" / "README.md").read_text().splitlines()
+    return [line for line in text if not any(word in line for word in varying)]
+
+
+def on_the_board(folder: Path) -> list[tuple[int, float]]:
+    """The forget loss as TensorBoard has it, step by step."""
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("forget_loss")]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Weights of every export, log, board and model card."""
+    assert on_the_board(one) == on_the_board(other) and len(on_the_board(one)) == lines(one)
+    exports = sorted(path.relative_to(one) for path in one.rglob("model.safetensors"))
+    assert exports == sorted(path.relative_to(other) for path in other.rglob("model.safetensors")) and exports
+    for path in exports:
+        first, second = load_file(one / path), load_file(other / path)
+        assert all(torch.equal(first[name], second[name]) for name in first), path
+    assert numbers(one) == numbers(other) and card(one) == card(other)
+    assert not [path for path in other.rglob(".*") if path.is_dir()], "something half written is left"

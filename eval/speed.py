@@ -22,7 +22,8 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
-from pipeline.config import RunConfig, deepspeed_config
+from pipeline.config import RunConfig
+from pipeline.ds_config import deepspeed_config
 
 REDUCTIONS = "all_reduce broadcast reduce all_gather all_gather_into_tensor reduce_scatter reduce_scatter_tensor"
 

@@ -71,7 +71,7 @@ class Zero:
 
     @staticmethod
     def of(zero: dict[str, Any], shape: Shape) -> Zero:
-        """`zero`: as `config.deepspeed_config` returns it. Defaults are DeepSpeed 0.19.8's (runtime/zero/config.py)."""
+        """`zero`: as `deepspeed_config` returns it. Defaults are DeepSpeed 0.19.8's (runtime/zero/config.py)."""
         keys = zero["zero_optimization"]
         stage = keys.get("stage", 0)
         offload = {name: keys.get(name) or {} for name in ("offload_optimizer", "offload_param")}

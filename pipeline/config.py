@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib.util
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -265,7 +263,7 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _read(path: Path, what: str) -> str:
+def read_text(path: Path, what: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -280,12 +278,12 @@ def nearest(name: str, valid: Sequence[str]) -> str:
     return f"{hint}valid: {', '.join(valid)}"
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`over` wins; dictionaries merge key by key."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(merged.get(key), dict) and isinstance(value, dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged
 
 
@@ -305,7 +303,7 @@ def _overrides(tokens: Sequence[str]) -> dict[str, Any]:
         value = _parse_yaml(text, f"command line: {token}")
         for part in reversed(key.split(".")):
             value = {part: value}
-        tree = _merge(tree, value)
+        tree = merge(tree, value)
     return tree
 
 
@@ -345,7 +343,7 @@ def resolve(file: str | Path, method: str | None = None, overrides: Sequence[str
         InputError: anything in the text that cannot be run, in one line.
     """
     where = str(file)
-    raw = _parse_yaml(_read(Path(file), "--config"), where)
+    raw = _parse_yaml(read_text(Path(file), "--config"), where)
     if not isinstance(raw, dict):
         raise InputError(f"{where}: the file must hold keys and values, not {type(raw).__name__}")
     methods = raw.pop("methods", None) or {}
@@ -354,9 +352,9 @@ def resolve(file: str | Path, method: str | None = None, overrides: Sequence[str
     if method is not None:
         if method not in methods:
             raise InputError(f"{where}: no method {method!r}; {nearest(method, list(methods)) if methods else 'none'}")
-        raw = _merge(raw, _merge(methods[method], {"method": method}))
+        raw = merge(raw, merge(methods[method], {"method": method}))
     try:
-        config = RunConfig.model_validate(_merge(raw, _overrides(overrides)))
+        config = RunConfig.model_validate(merge(raw, _overrides(overrides)))
     except ValidationError as error:
         raise _explain(error, where) from None
     if config.synthesis.rule == "gru" and config.synthesis.scope == "element":
@@ -401,123 +399,7 @@ LOCAL_FORMATS = (".jsonl", ".json", ".parquet", ".txt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What depends on the number of ranks, and on the DeepSpeed file
-
-
-def accumulation(config: RunConfig, world_size: int) -> int:
-    """Micro-batches per task, step and rank.
-
-    Raises:
-        InputError: the global batch does not divide into whole micro-batches.
-    """
-    batch, micro = config.train.batch_size, config.train.micro_batch_size
-    if batch % (micro * world_size):
-        raise InputError(
-            f"train.batch_size {batch} does not divide into micro-batches of {micro} on {world_size} rank(s): "
-            f"it must be a multiple of {micro * world_size}"
-        )
-    return batch // (micro * world_size)
-
-
-MONITORS = {"tensorboard": None, "csv_monitor": None, "wandb": "wandb", "comet": "comet_ml"}  # of DeepSpeed, and needs
-
-
-def deepspeed_config(config: RunConfig) -> dict[str, Any]:
-    """The dictionary for `deepspeed.initialize`: the user's file plus what the run configuration decides.
-
-    Raises:
-        InputError: an unreadable file, or one that contradicts the run configuration.
-    """
-    path = Path(config.train.deepspeed)
-    if not path.is_file() and (REPOSITORY / path).is_file():
-        path = REPOSITORY / path  # the shipped files are found from any working directory
-    try:
-        given = json.loads(_read(path, "train.deepspeed"))
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"train.deepspeed: {path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
-        ) from None
-    if not isinstance(given, dict):
-        raise InputError(f"train.deepspeed: {path} must hold a JSON object, not {type(given).__name__}")
-    for key in ("zero_optimization", "data_types", "bf16", "fp16", *MONITORS):
-        if not isinstance(given.get(key, {}), dict):
-            raise InputError(f"train.deepspeed: {path}: {key!r} must hold an object, not {given[key]!r}")
-    for key, package in MONITORS.items():
-        if given.get(key, {}).get("enabled") and package is not None and importlib.util.find_spec(package) is None:
-            raise InputError(f"train.deepspeed: {path} enables {key!r}, which needs the package {package}; install it")
-    for key, name in (("csv_monitor", "job_name"), ("tensorboard", "job_name"), ("comet", "experiment_name")):
-        if key in given:  # runs by one file are told apart
-            given[key].setdefault(name, Path(config.output).name)
-    if "comet" in given:  # counted in what the program counts in, steps; DeepSpeed's default is for samples
-        given["comet"].setdefault("samples_log_interval", 1)
-    for key, owner in (("optimizer", "optimizer"), ("scheduler", "optimizer.schedule"), ("train_batch_size", "train")):
-        if given.pop(key, "auto") != "auto":
-            raise InputError(f"train.deepspeed: {path} sets {key!r}, which belongs to the run's `{owner}`; remove it")
-    decided: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": 1,  # the program accumulates: two tasks, one boundary
-        "managed_gradient_accumulation": True,  # the program sets the boundary (pipeline/shards.py)
-        "gradient_clipping": config.optimizer.clip,  # stated always: the default changed to 1.0 in 0.19.3
-        "bf16": {"enabled": config.model.dtype == "bfloat16"},
-        "fp16": {"enabled": config.model.dtype == "float16"},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    for key, value in decided.items():
-        wanted = value if isinstance(value, dict) else {key: value}
-        holder = given.get(key, {}) if isinstance(value, dict) else given
-        for name, ours in wanted.items():
-            theirs = holder.get(name, "auto") if isinstance(holder, dict) else holder
-            if theirs not in ("auto", ours):
-                raise InputError(
-                    f"train.deepspeed: {path} sets {key!r} to {theirs!r}, but the run's configuration makes it "
-                    f"{ours!r}; remove it from the file"
-                )
-    merged = _merge(given, decided)
-    merged.setdefault("steps_per_print", 10**9)  # the program has its own progress line
-    zero = merged.setdefault("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
-    if stage not in (0, 1, 2, 3) or not isinstance(zero, dict):
-        raise InputError(f"train.deepspeed: {path}: zero_optimization.stage must be 0, 1, 2 or 3")
-    if stage:  # else bf16 runs accumulate in bf16; without ZeRO DeepSpeed has no other way
-        merged.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
-    offload = {key: zero.get(key) or {} for key in ("offload_optimizer", "offload_param")}
-    devices = {key: value.get("device", "none") for key, value in offload.items()}
-    if devices["offload_param"] == "nvme":  # measured, as is the next: docs/log.md
-        raise InputError(
-            f"train.deepspeed: {path}: offload_param to nvme gives wrong weights in DeepSpeed 0.19.8; use device cpu"
-        )
-    if devices["offload_param"] != "none" and stage != 3:
-        raise InputError(f"train.deepspeed: {path}: offload of parameters needs ZeRO stage 3")
-    if devices["offload_optimizer"] == "nvme":
-        if stage != 3:
-            raise InputError(f"train.deepspeed: {path}: offload to nvme needs ZeRO stage 3; or use device cpu")
-        if not isinstance(offload["offload_optimizer"].get("nvme_path"), str):
-            raise InputError(f"train.deepspeed: {path}: offload_optimizer.nvme_path must name a folder on the nvme")
-        if config.train.checkpoint_every:
-            raise InputError(
-                f"train.checkpoint_every: DeepSpeed 0.19.8 does not restore what {path} offloads to nvme; set it to 0, "
-                "or use device cpu"
-            )
-    return merged
-
-
-def refuse_uneven_groups(zero: dict[str, Any], world_size: int) -> None:
-    """ZeRO++ keeps a copy of the weights in each group of `zero_hpz_partition_size` ranks.
-
-    Args:
-        zero: as `deepspeed_config` returns it.
-
-    Raises:
-        InputError: the ranks do not divide into such groups.
-    """
-    size = zero["zero_optimization"].get("zero_hpz_partition_size", 1)
-    if size > 1 and world_size % min(size, world_size):
-        raise InputError(
-            f"train.deepspeed: zero_hpz_partition_size {size} does not divide {world_size} ranks; set it to the number "
-            "of GPUs of a machine"
-        )
-
+# A run and the folder that holds one
 
 # What a resumed run may have otherwise: nothing of what it computes. (Other ranks may need other micro-batches.)
 WHERE = ("output", "cache")  # a run may move

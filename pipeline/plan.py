@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.budget import GIB, Machines, Seconds, Sent, Zero, seconds, states, traffic, working
-from pipeline.config import InputError, Parser, RunConfig, deepspeed_config, refuse_uneven_groups, resolve
+from pipeline.config import InputError, Parser, RunConfig, resolve
+from pipeline.ds_config import deepspeed_config, refuse_uneven_groups
 
 if TYPE_CHECKING:
     from pipeline.rehearsal import Pass, Shape

@@ -18,14 +18,12 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import (
     InputError,
     RunConfig,
-    accumulation,
     decisive_keys,
-    deepspeed_config,
     parse_command_line,
     refuse_foreign_output,
-    refuse_uneven_groups,
     world_from_environment,
 )
+from pipeline.ds_config import accumulation, deepspeed_config, refuse_uneven_groups
 
 if TYPE_CHECKING:  # torch and what needs it are imported once the configuration is known to be good
     import torch

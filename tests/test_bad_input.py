@@ -266,7 +266,8 @@ def test_two_ranks_under_the_launcher_refuse_with_one_voice(world: World, tmp_pa
 
 def test_the_run_that_all_this_is_made_from_is_not_itself_refused(world: World, tmp_path: Path) -> None:
     """Else every case would pass for the wrong reason."""
-    from pipeline.config import accumulation, deepspeed_config, resolve
+    from pipeline.config import resolve
+    from pipeline.ds_config import accumulation, deepspeed_config
 
     prepare(Case(), tmp_path / "case", world)
     config = resolve(tmp_path / "case" / "run.yaml")

@@ -95,7 +95,8 @@ def moved(final: dict[str, Tensor], initial: dict[str, Tensor]) -> dict[str, flo
 
 
 def train_all(configurations: list[dict[str, Any]]) -> None:
-    from pipeline.config import RunConfig, deepspeed_config
+    from pipeline.config import RunConfig
+    from pipeline.ds_config import deepspeed_config
     from pipeline.train import run
 
     for keys in configurations:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config import REPOSITORY, RunConfig, deepspeed_config, resolve
+from pipeline.config import REPOSITORY, RunConfig, resolve
+from pipeline.ds_config import deepspeed_config
 from tests.conftest import World
 from tests.distributed import run_distributed
 

@@ -48,9 +48,8 @@ def by_hand(model: Any, tokenizer: Any, ids: list[int], scored: int, asked: int)
     right = tokenizer.decode(ids[asked : asked + 64], skip_special_tokens=True).strip()
     if not right.strip("."):
         return probability, -1.0
-    return probability, Rouge(metrics=["rouge-l"], stats=["r"]).get_scores(answer or "NOANSWER", right)[0]["rouge-l"][
-        "r"
-    ]
+    scorer: Any = Rouge(metrics=["rouge-l"], stats=["r"])
+    return probability, scorer.get_scores([answer or "NOANSWER"], [right])[0]["rouge-l"]["r"]
 
 
 def test_scores_are_those_of_a_loop(world: World, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pipeline import console
 from pipeline.board import COSINES, Board, heat_map
-from pipeline.config import InputError, deepspeed_config, resolve
+from pipeline.config import InputError, resolve
+from pipeline.ds_config import deepspeed_config
 from pipeline.monitor import results
 from pipeline.outlets import _cut
 from tests.browser import Browser

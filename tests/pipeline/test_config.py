@@ -19,15 +19,14 @@ from pydantic import BaseModel
 from pipeline.config import (
     InputError,
     RunConfig,
-    accumulation,
     decisive_keys,
-    deepspeed_config,
     nearest,
     parse_command_line,
     refuse_foreign_output,
     resolve,
     world_from_environment,
 )
+from pipeline.ds_config import accumulation, deepspeed_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

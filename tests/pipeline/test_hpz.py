@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from pipeline.config import InputError, RunConfig, deepspeed_config, refuse_uneven_groups
+from pipeline.config import InputError, RunConfig
+from pipeline.ds_config import deepspeed_config, refuse_uneven_groups
 from tests import oracle
 from tests.conftest import World
 from tests.distributed import run_distributed

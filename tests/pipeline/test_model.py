@@ -26,7 +26,8 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from eval.run import find_models, load
-from pipeline.config import InputError, Lora, Model, RunConfig, deepspeed_config
+from pipeline.config import InputError, Lora, Model, RunConfig
+from pipeline.ds_config import deepspeed_config
 from pipeline.model import attach_adapters, load_model, load_tokenizer
 from pipeline.train import run
 from tests import oracle

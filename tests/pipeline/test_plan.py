@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import budget, plan, rehearsal
-from pipeline.config import RunConfig, deepspeed_config
+from pipeline.config import RunConfig
+from pipeline.ds_config import deepspeed_config
 from tests.conftest import World
 from tests.distributed import run_distributed
 
@@ -387,7 +388,8 @@ def test_the_largest_micro_batch_that_fits(world: World) -> None:
 
 def test_the_launch_line_is_a_run(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What it prints resolves to the planned configuration, and the micro-batch divides the batch."""
-    from pipeline.config import accumulation, parse_command_line
+    from pipeline.config import parse_command_line
+    from pipeline.ds_config import accumulation
 
     file = world.write(tmp_path / "run.yaml", tmp_path / "run", train={"batch_size": 32})
     where = ["--gpus", "2", "--nodes", "4", "--bandwidth", "25", "--gpu-memory", "80"]

@@ -22,7 +22,8 @@ def train_counting_forwards(config: dict[str, Any], report: str) -> None:
     import torch.distributed as dist
 
     from pipeline import reference
-    from pipeline.config import RunConfig, deepspeed_config
+    from pipeline.config import RunConfig
+    from pipeline.ds_config import deepspeed_config
     from pipeline.train import run
 
     counts = []

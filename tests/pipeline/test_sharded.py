@@ -105,7 +105,8 @@ def train_cases(configurations: list[dict[str, Any]]) -> None:
     from deepspeed.utils import groups
 
     from pipeline import reference
-    from pipeline.config import RunConfig, deepspeed_config
+    from pipeline.config import RunConfig
+    from pipeline.ds_config import deepspeed_config
     from pipeline.train import run
 
     class Watched(reference.Original):

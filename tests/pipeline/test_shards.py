@@ -17,7 +17,8 @@ from tests.distributed import run_distributed
 
 
 def train(config: dict[str, Any], *, resume: bool = False) -> None:
-    from pipeline.config import RunConfig, deepspeed_config
+    from pipeline.config import RunConfig
+    from pipeline.ds_config import deepspeed_config
     from pipeline.train import run
 
     parsed = RunConfig.model_validate(config)

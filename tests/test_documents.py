@@ -150,7 +150,7 @@ MODEL = "HuggingFaceH4/zephyr-7b-beta"
 SMALLER = {  # in a command or a file
     MODEL: "runs/quickstart/target/final",
     "data:\n": "data:\n  max_length: 64\n",
-    "steps: 100, batch_size: 32": "steps: 20, batch_size: 8",
+    "steps: 100": "steps: 20",
     "--nproc_per_node 8": "--nproc_per_node 2",
     "--seeds 0 1 2": "--seeds 0",
     "gamma=0.1,0.3,1": "gamma=0.3,1",

@@ -10,7 +10,7 @@ Two scores in [0, 1] a split, means over documents (of at most MOST_DOCUMENTS, a
 - `probability`: the geometric mean of the probabilities of its tokens, exp(-NLL a token), of the answer where there is
   a question (TOFU, Maini et al. 2024, section 2.2.2);
 - `rouge`: ROUGE-L recall of greedy decoding: of a document's second half, given the first (verbatim memorisation, MUSE,
-  Shi et al. 2024, section 3.1, there as F1), or of the answer; at most MOST_NEW_TOKENS.
+  Shi et al. 2024, section 3.1, there as F1), or of the answer; as many tokens as that has, at most MOST_NEW_TOKENS.
 """
 
 import math
@@ -32,7 +32,8 @@ SPLITS = ("forget", "retain", "other")
 MOST_TOKENS, MOST_NEW_TOKENS = 512, 64
 PROTOCOL = (
     f"documents cut at {MOST_TOKENS} tokens; probability: exp of the mean log-probability of a token; rouge: ROUGE-L "
-    f"recall (PyPI rouge) of at most {MOST_NEW_TOKENS} greedy tokens after the first half, or after the question"
+    "recall (PyPI rouge) of what is decoded greedily after the first half, or after the question, as many tokens as "
+    f"the document has there, at most {MOST_NEW_TOKENS}"
 )
 
 
@@ -115,7 +116,7 @@ def evaluate(
         model,
         tokenizer,
         [encoded[number].ids[: encoded[number].asked] for number in asked],
-        max_new_tokens=MOST_NEW_TOKENS,
+        max_new_tokens=[min(len(encoded[number].ids) - encoded[number].asked, MOST_NEW_TOKENS) for number in asked],
         stop_tokens=(tokenizer.eos_token_id,),
         stop_texts=(),
         batch_size=batch_size,

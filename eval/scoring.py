@@ -100,7 +100,7 @@ def answer(
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[list[int]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     stop_tokens: Sequence[Any],
     stop_texts: Sequence[str],
     batch_size: int,
@@ -108,13 +108,15 @@ def answer(
 ) -> list[str]:
     """Greedy answers to prompts of token ids, each ended by a stop token, cut at the first stop text and stripped.
 
-    Stop tokens are ids; a None among them (a tokenizer without that token) is left out. Stop texts are looked for in
-    the finished answer: they decide what is scored, not how long the model writes.
+    `max_new_tokens` is one number, or one for each prompt. Stop tokens are ids; a None among them (a tokenizer without
+    that token) is left out. Stop texts are looked for in the finished answer: they decide what is scored, not how long
+    the model writes.
     """
     import torch
 
     stops = [token for token in stop_tokens if token is not None]
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
 
     def work(batch: list[int]) -> list[str]:
         width = max(len(prompts[i]) for i in batch)
@@ -124,7 +126,7 @@ def answer(
         generated = model.generate(  # pyright: ignore[reportCallIssue] (its mixin is typed as a Module)
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max(limits[i] for i in batch),
             do_sample=False,
             num_beams=1,
             repetition_penalty=1.0,  # some models' own settings have another: then it is not greedy
@@ -132,8 +134,9 @@ def answer(
             pad_token_id=padding,
         )
         texts = []
-        for tokens in generated[:, width:].tolist():
+        for i, tokens in zip(batch, generated[:, width:].tolist(), strict=True):
             end = next((at for at, token in enumerate(tokens) if token in stops), len(tokens))
+            end = min(end, limits[i])
             text = str(tokenizer.decode(tokens[:end], skip_special_tokens=True))
             cuts = [at for stop in stop_texts if (at := text.find(stop)) >= 0]
             texts.append(text[: min(cuts, default=len(text))].strip())

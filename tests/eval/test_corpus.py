@@ -40,7 +40,7 @@ def by_hand(model: Any, tokenizer: Any, ids: list[int], scored: int, asked: int)
     table = model(input_ids=torch.tensor([ids])).logits[0].double().softmax(-1)
     probability = geometric_mean(table[at - 1, ids[at]].item() for at in range(scored, len(ids)))
     said = ids[:asked]
-    while len(said) < asked + 64:
+    while len(said) < min(len(ids), asked + 64):
         said.append(int(model(input_ids=torch.tensor([said])).logits[0, -1].argmax()))
         if said[-1] == tokenizer.eos_token_id:
             break

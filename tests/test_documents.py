@@ -212,7 +212,7 @@ def test_a_session_of_the_readme(tmp_path: Path) -> None:
     report = (tmp_path / "runs" / "report" / "report.md").read_text()
     assert "sago" in report and "sum" in report
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert scores["trajectory"][0]["suites"]["mmlu"]["counts"]["questions"]["all"] == 7
+    assert scores["suites"]["mmlu"]["counts"]["questions"]["all"] == 7
 
 
 def lay_out_data(folder: Path) -> None:

@@ -58,8 +58,8 @@ STYLESHEET = """
 --warn:#3a2f10;--edge:#d9a441;--link:#7db7f2}}
 body{font:16px/1.5 system-ui,sans-serif;max-width:76em;margin:2em auto;padding:0 1em;color:var(--ink);
 background:var(--paper);overflow-wrap:anywhere}
-a{color:var(--link)}nav ol{columns:20em;column-gap:2.5em;padding-left:1.5em}h2{margin-top:2.2em;border-top:1px solid var(--line);
-padding-top:.6em;line-height:1.25}
+a{color:var(--link)}nav ol{columns:20em;column-gap:2.5em;padding-left:1.5em}h2{margin-top:2.2em;
+border-top:1px solid var(--line);padding-top:.6em;line-height:1.25}
 .wide{overflow-x:auto;margin:1em 0;overflow-wrap:normal}table{border-collapse:collapse;font-size:.92em;
 font-variant-numeric:tabular-nums}
 td,th{padding:.3em .8em;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}

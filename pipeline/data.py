@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets.exceptions import DatasetGenerationError
 from jinja2 import TemplateError
@@ -53,6 +54,11 @@ class Sequences:
     def stream(self) -> pa.ChunkedArray:
         """All documents end to end (no copy)."""
         return pa.chunked_array([chunk.flatten() for chunk in self.rows.chunks])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.block or pc.max(pc.list_value_length(self.rows)).as_py()  # pyright: ignore[reportAttributeAccessIssue]
 
     def __len__(self) -> int:
         return len(self.stream) // self.block if self.block else len(self.rows)
@@ -279,6 +285,11 @@ class Stream:
     world_size: int
     pad: int
     preferred: Sequences | None = None  # what to prefer to each of `sequences`
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that a model is given."""
+        return max(walked.longest for walked in (self.sequences, self.preferred) if walked is not None)
 
     def global_batch(self, step: int) -> np.ndarray:
         """[batch_size] int64: the sequences of step `step` (0-based), whoever computes them."""

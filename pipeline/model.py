@@ -31,7 +31,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.config import InputError, Lora, Model, RunConfig
+from pipeline.config import InputError, Lora, Model
 from pipeline.corpus import file_digest
 
 
@@ -73,21 +73,25 @@ def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
         raise InputError(f"model.path: no tokenizer can be loaded from {config.path!r}: {reason}") from None
 
 
-def check_fit(config: RunConfig) -> None:
-    """Whether the model has what the run asks of it, as far as its `config.json` tells.
-
-    Raises:
-        InputError: fewer positions than `data.max_length`, or no decoder block `objective.layer` where that is read.
+def check_layer(config: Model, layer: int) -> None:
+    """Raises:
+    InputError: the model has no decoder block number `layer`.
     """
-    path, shape = config.model.path, load_shape(config.model).get_text_config()
-    positions = getattr(shape, "max_position_embeddings", None) or config.data.max_length
-    if config.data.max_length > positions:
-        raise InputError(
-            f"data.max_length: {config.data.max_length}, but {path} has {positions} positions; set {positions} or less"
-        )
-    layer, count = config.objective.layer, shape.num_hidden_layers
-    if {"rmu", "embed_diff"} & {config.objective.forget, config.objective.retain} and layer >= count:
+    path, count = config.path, load_shape(config).get_text_config().num_hidden_layers
+    if layer >= count:
         raise InputError(f"objective.layer: {layer}, but {path} has {count} decoder blocks, 0 to {count - 1}")
+
+
+def check_positions(config: Model, longest: int) -> None:
+    """Raises:
+    InputError: the model has fewer positions than a sequence of `longest` tokens.
+    """
+    positions = getattr(load_shape(config).get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise InputError(
+            f"data.max_length: sequences have up to {longest} tokens, but {config.path} has {positions} positions; "
+            f"set {positions} or less"
+        )
 
 
 def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -> PreTrainedModel:

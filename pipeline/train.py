@@ -166,8 +166,11 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
         return
     with ranks.together():
         tokenizer = models.load_tokenizer(config.model)
-        models.check_fit(config)
+        if {"rmu", "embed_diff"} & {config.objective.forget, config.objective.retain}:
+            models.check_layer(config.model, config.objective.layer)
     streams = {task: open_stream(config, task, tokenizer) for task in config.tasks}
+    with ranks.together():
+        models.check_positions(config.model, max(stream.longest for stream in streams.values()))
     steps = num_steps(config, streams)
     offload = zero.get("zero_optimization", {}).get("offload_optimizer") or {}
     if offload.get("device") == "nvme":

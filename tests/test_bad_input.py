@@ -64,7 +64,11 @@ LATE = {
     "layer beyond the model": Case(
         ["--objective.forget", "rmu", "--objective.layer", "9"], ("objective.layer: 9", "2 decoder blocks")
     ),
-    "sequences longer than the model": Case(["--data.max_length", "4096"], ("data.max_length: 4096", "2048 positions")),
+    "sequences longer than the model": Case(
+        ["--data.max_length", "4096", "--data.forget.path", "{folder}/long.jsonl"],
+        ("data.max_length", "up to 4096 tokens", "2048 positions"),
+        {"long.jsonl": '{"text": "' + "q" * 9000 + '"}\n'},
+    ),
     "RMU of tensors above its layer": Case(
         ["--objective.forget", "rmu", "--objective.layer", "0", "--model.train", "[lm_head]"],
         ("model.train", "layer 0", "no tensor"),

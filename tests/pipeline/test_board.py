@@ -34,6 +34,7 @@ from pipeline.config import InputError, resolve
 from pipeline.ds_config import deepspeed_config
 from pipeline.monitor import results
 from pipeline.outlets import _cut
+from pipeline.train import hyperparameters
 from tests.browser import Browser
 from tests.conftest import World
 from tests.distributed import free_port
@@ -265,7 +266,8 @@ def write_others(folder: Path, history: list[dict[str, Any]]) -> None:
         for row in logged:
             row["forget_loss"] *= number
         board = Board(folder / name / "tensorboard", start=0)
-        board.begin({"rule": rule, "seed": number, "method": f"ga_{rule}", "forget": "ga", "gamma": 0.5, "lr": 1e-3})
+        told = hyperparameters(resolve(folder / "one" / "config.yaml"), STEPS, "element")  # TensorBoard lists one run's
+        board.begin({**told, "rule": rule, "seed": number, "method": f"ga_{rule}"})
         for step in range(1, len(logged) + 1):
             board.write(logged[:step])
         board.end(logged, results(logged))

@@ -55,6 +55,7 @@ class Started:
             start_new_session=True,
             stdout=subprocess.DEVNULL,
             stderr=self.log.open("w"),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored below a shell's background job
         )
 
         STARTED.append(self)

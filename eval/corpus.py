@@ -8,9 +8,9 @@ score is of knowledge and not of rehearsal; and under `other` what neither menti
 Two scores in [0, 1] a split, means over documents (of at most MOST_DOCUMENTS, always the same, cut at MOST_TOKENS):
 
 - `probability`: the geometric mean of the probabilities of its tokens, exp(-NLL a token), of the answer where there is
-  a question (TOFU, Maini et al. 2024, section 2.2.2);
+  a question (TOFU, Maini et al. 2024);
 - `rouge`: ROUGE-L recall of greedy decoding: of a document's second half, given the first (verbatim memorisation, MUSE,
-  Shi et al. 2024, section 3.1, there as F1), or of the answer; as many tokens as that has, at most MOST_NEW_TOKENS.
+  Shi et al. 2024, there as F1), or of the answer; as many tokens as that has, at most MOST_NEW_TOKENS.
 """
 
 import math

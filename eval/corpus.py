@@ -5,7 +5,8 @@ FOLDER/corpus or FOLDER holds `forget`, `retain` and, if there is one, `other`, 
 the user's: documents of the forget corpus; documents like those of the retain corpus but not out of it, so that the
 score is of knowledge and not of rehearsal; and under `other` what neither mentions.
 
-Two scores in [0, 1] a split, means over documents (of at most MOST_DOCUMENTS, always the same, cut at MOST_TOKENS):
+Two scores in [0, 1] a split, means over documents (of at most MOST_DOCUMENTS, always the same, cut at MOST_TOKENS or
+the model's positions):
 
 - `probability`: the geometric mean of the probabilities of its tokens, exp(-NLL a token), of the answer where there is
   a question (TOFU, Maini et al. 2024);
@@ -31,9 +32,9 @@ Probe = dict[str, str]  # split, and text or prompt and response
 SPLITS = ("forget", "retain", "other")
 MOST_TOKENS, MOST_NEW_TOKENS = 512, 64
 PROTOCOL = (
-    f"documents cut at {MOST_TOKENS} tokens; probability: exp of the mean log-probability of a token; rouge: ROUGE-L "
-    "recall (PyPI rouge) of what is decoded greedily after the first half, or after the question, as many tokens as "
-    f"the document has there, at most {MOST_NEW_TOKENS}"
+    f"documents cut at {MOST_TOKENS} tokens, or the model's positions; probability: exp of the mean log-probability of "
+    "a token; rouge: ROUGE-L recall (PyPI rouge) of what is decoded greedily after the first half, or after the "
+    f"question, as many tokens as the document has there, at most {MOST_NEW_TOKENS}"
 )
 
 
@@ -81,11 +82,11 @@ class Encoded(NamedTuple):
     asked: int
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", probe: Probe) -> Encoded:
+def encode(tokenizer: "PreTrainedTokenizerBase", probe: Probe, longest: int) -> Encoded:
     if "prompt" in probe:
         ids, start = scoring.encode_answer(tokenizer, probe["prompt"], probe["response"])
-        return Encoded(ids[:MOST_TOKENS], start, start)
-    ids = tokenizer(probe["text"], truncation=True, max_length=MOST_TOKENS).input_ids
+        return Encoded(ids[:longest], start, start)
+    ids = tokenizer(probe["text"], truncation=True, max_length=longest).input_ids
     return Encoded(ids, 1, len(ids) // 2)  # nothing predicts a first token
 
 
@@ -102,7 +103,8 @@ def evaluate(
     A document without a predicted token counts nowhere, and one without words in what is to be said not under `rouge`.
     """
     model.eval()
-    encoded = [encode(tokenizer, probe) for probe in probes]
+    longest = min(MOST_TOKENS, getattr(model.config, "max_position_embeddings", None) or MOST_TOKENS)
+    encoded = [encode(tokenizer, probe, longest) for probe in probes]
     found: dict[str, dict[str, list[float]]] = {probe["split"]: {"probability": [], "rouge": []} for probe in probes}
 
     scored = [number for number, one in enumerate(encoded) if len(one.ids) > max(one.scored, 1)]

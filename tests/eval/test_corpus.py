@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rouge import Rouge
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from eval import corpus, run
 from eval.files import UnusableInput
@@ -86,6 +86,19 @@ def test_what_a_text_says_by_heart(world: World, data: Path) -> None:
         optimizer.zero_grad()
     scores = corpus.evaluate(model, tokenizer, probes)["metrics"]["forget"]
     assert scores["probability"] > 0.5 and scores["rouge"] == 1.0
+
+
+def test_documents_end_where_the_models_positions_do(world: World) -> None:
+    """Learned positions: one token more would be an error."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(world.folder / "model")
+    torch.manual_seed(0)
+    shape = GPT2Config(vocab_size=len(tokenizer), n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    model: Any = GPT2LMHeadModel(shape).eval()
+    text = " ".join(world.documents("forget")[:3])
+    ids = tokenizer(text).input_ids[:16]
+    scores = corpus.evaluate(model, tokenizer, [{"split": "forget", "text": text}])["metrics"]["forget"]
+    probability, recall = by_hand(model, tokenizer, ids, 1, 8)
+    assert scores == {"probability": pytest.approx(probability, rel=1e-5), "rouge": pytest.approx(recall)}
 
 
 def test_the_level_is_half_of_what_the_target_has() -> None:

@@ -38,7 +38,7 @@ END_OF_TEXT = "<|endoftext|>"
 MAX_NEW_TOKENS = 12
 PROTOCOL = (
     f"greedy answers, at most {MAX_NEW_TOKENS} new tokens, cut at the first newline; "
-    "ROUGE-L recall of rouge_score with stemming; all = mean of FB and QA"
+    f"ROUGE-L recall of rouge_score with stemming, {scoring.SCRIPT_WORDS}; all = mean of FB and QA"
 )
 NUM_EXAMPLES = 2  # people, or facts of a person, in front of an adversarial question; the target saw 27 tokens at most
 
@@ -219,7 +219,8 @@ def evaluate(
     model.eval()
     answers = answer(model, tokenizer, [probe["prompt"] for probe in probes], batch_size=batch_size, title=title)
     recalls: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    scores = scoring.recall_rouge_score([probe["answer"] for probe in probes], answers)
+    references = [probe["answer"] for probe in probes]
+    scores = scoring.recall_by_script(references, answers, scoring.recall_rouge_score)
     for probe, score in zip(probes, scores, strict=True):
         recalls[probe["split"]][probe["kind"]].append(score)
     metrics = {split: {kind: fmean(values) for kind, values in kinds.items()} for split, kinds in recalls.items()}

@@ -11,7 +11,8 @@ the model's positions):
 - `probability`: the geometric mean of the probabilities of its tokens, exp(-NLL a token), of the answer where there is
   a question (TOFU, Maini et al. 2024);
 - `rouge`: ROUGE-L recall of greedy decoding: of a document's second half, given the first (verbatim memorisation, MUSE,
-  Shi et al. 2024, there as F1), or of the answer; as many tokens as that has, at most MOST_NEW_TOKENS.
+  Shi et al. 2024, there as F1), or of the answer; as many tokens as that has, at most MOST_NEW_TOKENS. By the word, and
+  by the character where a script has no spaces between words (Chinese, Japanese, Thai, ...).
 """
 
 import math
@@ -34,7 +35,7 @@ MOST_TOKENS, MOST_NEW_TOKENS = 512, 64
 PROTOCOL = (
     f"documents cut at {MOST_TOKENS} tokens, or the model's positions; probability: exp of the mean log-probability of "
     "a token; rouge: ROUGE-L recall (PyPI rouge) of what is decoded greedily after the first half, or after the "
-    f"question, as many tokens as the document has there, at most {MOST_NEW_TOKENS}"
+    f"question, as many tokens as the document has there, at most {MOST_NEW_TOKENS}; {scoring.SCRIPT_WORDS}"
 )
 
 
@@ -124,7 +125,8 @@ def evaluate(
         batch_size=batch_size,
         title=f"{title} rouge",
     )
-    for number, recall in zip(asked, scoring.recall_rouge(references, answers), strict=True):
+    recalls = scoring.recall_by_script(references, answers, scoring.recall_rouge)
+    for number, recall in zip(asked, recalls, strict=True):
         found[probes[number]["split"]]["rouge"].append(recall)
     metrics = {split: {name: fmean(x) for name, x in scores.items() if x} for split, scores in found.items()}
     counts = {split: {"documents": len(x["probability"]), "rouge": len(x["rouge"])} for split, x in found.items()}

@@ -270,7 +270,10 @@ def evaluate(
     """The scores by each protocol, and membership inference where its texts are there.
 
     Returns {"metrics": {"rwku": {"F-FB": mean, …, "N-All": mean}, "sago": {…}, "membership": {"FM": {score: mean, …},
-    "RM": {…}, "AUC": {score: value, …}}}, "counts": {set: n}, "protocol": {name: text}, "versions"}. Nothing is random:
-    there is no seed. The model stays where it is (device, dtype) and is put into evaluation mode.
+    "RM": {…}, "AUC": {score: value, …}}}, "counts": {set: n}, "protocol": {name: text}, "notes": {metric: why it says
+    little}, "versions"}. Nothing is random: there is no seed. The model stays where it is (device, dtype) and is put
+    into evaluation mode.
     """
-    return summarise(probes, score(model, tokenizer, probes, batch_size=batch_size, title=title))
+    answer = summarise(probes, score(model, tokenizer, probes, batch_size=batch_size, title=title))
+    references = [probe["answer"] for probe in probes if probe["set"] in QUESTIONS]
+    return {**answer, "notes": scoring.script_note(references)}

@@ -230,8 +230,10 @@ def evaluate(
     """Model utility, forget quality and what they are made of.
 
     Returns {"metrics": {set: {"probability", "rouge", "truth_ratio"}, …, "model_utility", "forget_quality"}, "counts":
-    {set: n}, "protocol": text, "notes": {metric: why it is null}, "forget_set": name, "log_truth_ratios": log R of
-    each question of the forget set, "versions"}. Nothing is random: there is no seed. The model stays where it is
-    (device, dtype) and is put into evaluation mode.
+    {set: n}, "protocol": text, "notes": {metric: why it is null or says little}, "forget_set": name,
+    "log_truth_ratios": log R of each question of the forget set, "versions"}. Nothing is random: there is no seed. The
+    model stays where it is (device, dtype) and is put into evaluation mode.
     """
-    return summarise(probes, score(model, tokenizer, probes, batch_size=batch_size, title=title))
+    answer = summarise(probes, score(model, tokenizer, probes, batch_size=batch_size, title=title))
+    answer["notes"] |= scoring.script_note([probe["answer"] for probe in probes])
+    return answer

@@ -177,6 +177,15 @@ def test_recall_by_hand(folder: Path) -> None:
         assert result["counts"] == {"forget": {"FB": 2, "QA": 1}, "facts": {"QA": 1}}
 
 
+def test_probes_in_another_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rouge_score sees no letter of it; half of the characters are half of the answer."""
+    monkeypatch.setattr(bios, "answer", lambda *_, **__: ["北海"])
+    probes = [{"split": "forget", "kind": "QA", "prompt": "?", "answer": "北京"}]
+    model: Any = torch.nn.Linear(1, 1)
+    result = bios.evaluate(model, model, probes)
+    assert result["metrics"] == {"forget": {"QA": 0.5, "all": 0.5}} and "character" in result["protocol"]
+
+
 def test_padding_does_not_change_an_answer(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     model = AutoModelForCausalLM.from_pretrained(folder / "base")

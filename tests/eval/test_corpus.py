@@ -13,7 +13,7 @@ import torch
 from rouge import Rouge
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from eval import corpus, run
+from eval import corpus, run, scoring
 from eval.files import UnusableInput
 from eval.measures import choose
 from pipeline.data import encode_answers
@@ -99,6 +99,50 @@ def test_documents_end_where_the_models_positions_do(world: World) -> None:
     scores = corpus.evaluate(model, tokenizer, [{"split": "forget", "text": text}])["metrics"]["forget"]
     probability, recall = by_hand(model, tokenizer, ids, 1, 8)
     assert scores == {"probability": pytest.approx(probability, rel=1e-5), "rouge": pytest.approx(recall)}
+
+
+def longest_common(one: str, other: str) -> int:
+    """Length of the longest common subsequence of characters, by its definition."""
+    table = [[0] * (len(other) + 1) for _ in range(len(one) + 1)]
+    for i, a in enumerate(one):
+        for j, b in enumerate(other):
+            table[i + 1][j + 1] = table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
+    return table[-1][-1]
+
+
+def test_scripts_without_spaces_are_scored_by_the_character(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sentence of which one word is wrong is neither 0 nor 1: ROUGE-L recall by its definition, over characters."""
+    model: Any = AutoModelForCausalLM.from_pretrained(world.folder / "model")
+    tokenizer: Any = AutoTokenizer.from_pretrained(world.folder / "model")
+    pairs = {
+        "他出生在北京，后来搬到上海，在上海教书。": "他出生在广州，后来搬到上海，在上海写书。",
+        "彼女は京都に住んでいます": "彼女は大阪に住んでいます",
+    }
+    monkeypatch.setattr(scoring, "answer", lambda *_, **__: list(pairs.values()))
+    probes = [{"split": "forget", "prompt": "?", "response": text} for text in pairs]
+    told = corpus.evaluate(model, tokenizer, probes)
+    bare = [[text.translate({ord(mark): None for mark in "，。"}) for text in pair] for pair in pairs.items()]
+    recalls = [longest_common(*pair) / len(pair[0]) for pair in bare]
+    assert recalls == pytest.approx([14 / 17, 10 / 12])
+    assert told["metrics"]["forget"]["rouge"] == pytest.approx(fmean(recalls))
+    assert "character" in told["protocol"]
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "expected"),
+    [
+        ("มีปลา", "มาปลา", 3 / 4),  # Thai: a vowel above its letter is part of it
+        ("iPhone 发布于2007年", "iphone发布于 2007 年。", 1.0),  # words stay whole among the characters, in lower case
+        ("iPhone 发布于2007年", "Android 发布于 2008 年", 4 / 6),
+        ("北京", "", 0.0),
+        ("ﾄｳｷｮｳ", "トウキョウ", 1.0),  # half-width forms of the same characters
+        ("서울에 산다", "서울에 살았다", 1 / 2),  # Korean has spaces: by the word, as before
+        ("J.K. Rowling", "Rowling", 1 / 3),  # and so has English
+        ("Живёт в Москве", "Живёт в Омске", 2 / 3),
+    ],
+)
+def test_recall_by_the_script_of_the_reference(reference: str, answer: str, expected: float) -> None:
+    assert scoring.recall_by_script([reference], [answer], scoring.recall_rouge) == pytest.approx([expected])
 
 
 def test_the_level_is_half_of_what_the_target_has() -> None:

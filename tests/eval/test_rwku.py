@@ -183,6 +183,14 @@ def test_where_the_two_scorers_differ(reference: str, given: str, rouge: float, 
     assert scoring.recall_rouge_score([reference], [given]) == pytest.approx([rouge_score])
 
 
+def test_a_note_says_what_the_published_scorers_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    probes = [{"set": "F-QA", "subject": "x", "query": "?", "type": "", "answer": text} for text in ("東京", "Tokyo")]
+    monkeypatch.setattr(rwku, "score", lambda *_, **__: [{"rwku": 0.0, "sago": 0.0}] * 2)
+    assert rwku.evaluate(None, None, probes)["notes"]["rouge"].startswith("1 of 2")  # pyright: ignore[reportArgumentType]
+    assert scoring.recall_rouge(["東京都"], ["東京"]) == [0.0]
+    assert scoring.recall_rouge_score(["東京都"], ["東京都"]) == [0.0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Membership inference
 

@@ -138,6 +138,16 @@ def test_one_result_by_hand() -> None:
     assert tofu.probability("world_facts", two) == pytest.approx((1 / 2) / (1 / 2 + 1 / 4 + 1 / 16))
 
 
+def test_the_published_scorer_stays_and_a_note_says_what_it_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"set": "forget", "file": "forget01_perturbed", "question": "?", "paraphrase": "a", "perturbed": ["b"]}
+    probes = [{**row, "answer": "他出生在北京"}, {**row, "answer": "He was born in Bergen"}]
+    monkeypatch.setattr(tofu, "score", lambda *_, **__: [result(0.0), result(0.0)])
+    answer = tofu.evaluate(None, None, probes)  # pyright: ignore[reportArgumentType]
+    assert answer["notes"]["rouge"].startswith("1 of 2 reference answers") and "rouge" in answer["protocol"].lower()
+    assert "rouge" not in tofu.evaluate(None, None, probes[1:] * 2)["notes"]  # pyright: ignore[reportArgumentType]
+    assert scoring.recall_rouge_score(["他出生在北京"], ["他出生在北京"]) == [0.0]
+
+
 def test_forget_quality_by_hand() -> None:
     """Three against three without overlap: 2 of the 20 ways to deal six ranks are as far apart."""
     row = {"set": "forget", "file": "forget01_perturbed"}

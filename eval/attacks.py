@@ -4,6 +4,7 @@ import gc
 import math
 import shlex
 import shutil
+import textwrap
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from typing import Any
 
 from eval.files import UnusableInput, write_atomically, write_jsonl
 from eval.launch import call, last_error, launcher
-from eval.relearning import Row, columns_of, mean_nll, read_corpus, sample, split_corpus
+from eval.matching import Matcher
+from eval.relearning import Row, columns_of, mean_nll, read_corpus, sample, split_corpus, without_copies
 from eval.rounding import COLUMNS, round_linear_layers
 from eval.run import is_model, load
 
@@ -123,6 +125,8 @@ def can(plan: Plan, name: str) -> str | None:
     needed = {"relearn": "forget", "retain": "retain"}.get(name)
     if needed and plan.config["data"][needed] is None:
         return f"{plan.run} has no {needed} corpus"
+    if name == "relearn" and not (hasattr(plan.module, "group_of") or hasattr(plan.module, "question_texts")):
+        return f"suite {plan.suite} does not say which row of a corpus a probe is about (group_of)"
     if name == "probes" and not (hasattr(plan.module, "adversarial") and plan.module.adversarial(plan.probes)[1]):
         return f"suite {plan.suite} has no adversarial probes"
     return None
@@ -152,30 +156,69 @@ def attacks_of(plan: Plan, names: Iterable[str]) -> list[Attack]:
 
 def relearn(plan: Plan, rows: list[Row], training: dict[str, Any]) -> Attack:
     """Split the corpus, and leave out the probes of the part that is learned again."""
-    own, group = getattr(plan.module, "group_of", None), plan.group
-    if group is not None:
+    forget, group = plan.config["data"]["forget"], plan.group
+    own = getattr(plan.module, "group_of", None)
+    keys = plan.module.question_texts(plan.probes) if own is None else map(own, plan.probes)
+    matcher = Matcher(key for key in keys if key is not None)
+    found = {id(row): matcher.find(row) for row in rows}
+    if group is None:
+        split = split_corpus(rows, lambda row: next(iter(found[id(row)]), None), FRACTION, plan.seed)
+    else:
         if lacking := [number for number, row in enumerate(rows, start=1) if row.get(group) is None]:
             columns = ", ".join(rows[lacking[0] - 1])
             raise UnusableInput(f"--group {group}: row {lacking[0]} of the forget corpus has only {columns}; name one")
         split = split_corpus(rows, lambda row: str(row[group]), FRACTION, plan.seed)
+    split = without_copies(split, columns_of(forget))
+    learned = {key for row in split.relearned for key in found[id(row)]}
+    if own is None:
+        probes = refuse_relearned_questions(plan, learned)
     else:
-        split = split_corpus(rows, own or (lambda row: None), FRACTION, plan.seed)
-    probes = plan.probes
-    if own is not None:
-        learned = set(split.groups)
-        probes = [probe for probe in probes if own(probe) not in learned]
+        check_matched(plan, matcher, {key for names in found.values() for key in names})
+        probes = [probe for probe in plan.probes if matcher.name(own(probe)) not in learned]
+        if not any(map(plan.module.forgotten, probes)):
+            raise UnusableInput(
+                "relearn: what is learned again is of every probe of the forget set, so that none is left to ask; name "
+                "a column of the corpus that splits it by --group, or leave relearn out of --attacks"
+            )
     told = {
         "groups": split.groups,
         "documents": len(split.relearned),
         "held_out_documents": len(split.held_out),
         "excluded_probes": len(plan.probes) - len(probes) if own is not None else 0,
     }
-    forget, path = plan.config["data"]["forget"], str(plan.folder / "relearn.jsonl")
+    path = str(plan.folder / "relearn.jsonl")
     corpus = {**forget, "path": path, "name": None, "split": "train", "preferred": None}
     texts = tuple({key: row[key] for key in columns_of(forget)} for row in split.relearned)
     exam = Exam(probes, tuple(sample(split.held_out, plan.seed)), "held_out_nll")
     settings = {**training, "fraction": FRACTION, "group": group}
     return Attack("relearn", settings, exam, corpus=corpus, rows=texts, told=told)
+
+
+def check_matched(plan: Plan, matcher: Matcher, stated: set[str]) -> None:
+    """Raises UnusableInput if a probe of the forget set is about none of the keys `stated` in the forget corpus."""
+    asked = [probe for probe in plan.probes if plan.module.forgotten(probe)]
+    unknown = [probe for probe in asked if matcher.name(plan.module.group_of(probe)) not in stated]
+    if unknown:
+        first = plan.module.group_of(unknown[0]) or str(unknown[0])
+        raise UnusableInput(
+            f"relearn: {len(unknown)} of {len(asked)} probes of the forget set are about no row of the forget corpus "
+            f"(the first: {shorten(first)!r}), so nobody can say whether they are learned again; give --data whose "
+            "forget set is of this corpus, or leave relearn out of --attacks"
+        )
+
+
+def refuse_relearned_questions(plan: Plan, learned: set[str]) -> Any:
+    """The probes of a suite that asks all its questions or none; raises UnusableInput if one of them is learned."""
+    if learned:
+        raise UnusableInput(
+            f"relearn: {len(learned)} questions of suite {plan.suite} stand in what is learned again (one of them: "
+            f"{shorten(min(learned))!r}); take them out of --data, or leave relearn out of --attacks"
+        )
+    return plan.probes
+
+
+def shorten(text: str) -> str:
+    return textwrap.shorten(text, 80, placeholder=" ...")
 
 
 def train(plan: Plan, attack: Attack) -> tuple[Path, str]:

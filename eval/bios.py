@@ -142,6 +142,11 @@ def group_of(row: dict[str, Any]) -> str | None:
     return found[0] if found else None
 
 
+def forgotten(probe: Probe) -> bool:
+    """Whether a probe asks for what was to be forgotten."""
+    return probe["split"] == "forget"
+
+
 def adversarial(probes: list[Probe]) -> tuple[list[Probe], list[Probe]]:
     """(plain, adversarial): the questions about forgotten and retained persons, and each of them asked in five ways.
 

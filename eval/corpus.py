@@ -70,9 +70,14 @@ def load_probes(folder: Path | None, suite: str = "corpus") -> list[Probe]:
     return probes
 
 
-def group_of(row: dict[str, Any]) -> str | None:
-    """What the attack `relearn` must leave out when it has learned `row` again: the same text."""
-    return row.get("text") or row.get("prompt")
+def group_of(probe: Probe) -> str:
+    """The text by which a row of a corpus is known to be of this probe (eval/matching.py)."""
+    return probe["prompt"] if "prompt" in probe else probe["text"]
+
+
+def forgotten(probe: Probe) -> bool:
+    """Whether a probe asks for what was to be forgotten."""
+    return probe["split"] == "forget"
 
 
 class Encoded(NamedTuple):

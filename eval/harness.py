@@ -167,6 +167,12 @@ def load_probes(folder: Path | None, suite: str, shots: int = 0) -> Questions:
     return Questions(suite, loaded, shots, "hub" if folder is None else str(folder))
 
 
+def question_texts(probes: Questions) -> list[str]:
+    """The questions as they are written; what the attack `relearn` must not have learned again (eval/attacks.py)."""
+    tasks = probes.loaded["tasks"].values()
+    return [doc["question"] for task in tasks for doc in task.eval_docs]
+
+
 Base: Any = HFLM  # a decorator of the harness hides its type
 
 

@@ -17,7 +17,7 @@ MOST_DOCUMENTS = 500  # whose likelihood is taken: the mean hardly moves beyond,
 
 
 class Split(NamedTuple):
-    """A corpus in two: `groups` are those learned again ([] where each row stands for itself)."""
+    """A corpus in two: `groups` are those learned again (a row that stands for itself has none)."""
 
     relearned: list[Row]
     held_out: list[Row]
@@ -83,22 +83,40 @@ def read_table(path: Path, corpus: dict[str, Any]) -> list[Any]:
 def split_corpus(rows: Sequence[Row], group_of: Callable[[Row], str | None], fraction: float, seed: int) -> Split:
     """Whole groups, a `fraction` of them and at least one, chosen by `seed`; both parts keep the order of the rows.
 
-    Where some row has no group, each row is one of its own.
+    A row without a group is one of its own.
 
     Raises:
         UnusableInput: all rows are one group, so that nothing would be left to test on.
     """
-    found = [group_of(row) for row in rows]
-    grouped = None not in found
-    names: list[Any] = list(dict.fromkeys(found)) if grouped else list(range(len(rows)))
+    own: list[str | int] = []
+    for number, row in enumerate(rows):
+        group = group_of(row)
+        own.append(number if group is None else group)
+    names = list(dict.fromkeys(own))
     if len(names) < 2:
         raise UnusableInput(f"relearn: the forget corpus is one group ({names[0]}); name a column that splits it")
     chosen = set(random.Random(seed).sample(names, max(1, round(fraction * len(names)))))
-    own = found if grouped else range(len(rows))
     relearned, held_out = [], []
     for row, name in zip(rows, own, strict=True):
         (relearned if name in chosen else held_out).append(row)
-    return Split(relearned, held_out, [name for name in names if name in chosen] if grouped else [])
+    return Split(relearned, held_out, [name for name in names if name in chosen and isinstance(name, str)])
+
+
+def without_copies(split: Split, columns: Sequence[str]) -> Split:
+    """The split without held-out rows whose texts under `columns` are those of a relearned row, word by word.
+
+    Raises:
+        UnusableInput: no other is left.
+    """
+
+    def texts(row: Row) -> list[list[str]]:
+        return [scoring.words(row[column]) for column in columns]
+
+    learned = {repr(texts(row)) for row in split.relearned}
+    held_out = [row for row in split.held_out if repr(texts(row)) not in learned]
+    if not held_out:
+        raise UnusableInput("relearn: all that is not learned again are copies of what is; remove the copies")
+    return split._replace(held_out=held_out)
 
 
 def sample(rows: Sequence[Row], seed: int) -> list[Row]:

@@ -4,7 +4,8 @@
         [--group FIELD] [--steps N] [--lr X] [--seed S] [--ranks N] [--output FILE.json] [-- --key value, for training]
 
 - `relearn`: fine-tuning on 10 % of the forget corpus (whole groups: a person, a subject, a question; else documents),
-  tested on the rest. Probes of what was learned again are left out.
+  tested on the rest. Probes of what was learned again, known by text whatever the columns are called, are left out
+  (`eval/matching.py`); a forget set that is of another corpus is refused.
 - `retain`: fine-tuning on the retain corpus alone, in which nothing of the forget set is said.
 - `int8`, `int4`: linear layers rounded to the nearest value (`eval/rounding.py`).
 - `probes`: the suite's questions as an adversary asks them, where the suite has such (bios, rwku).

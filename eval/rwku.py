@@ -113,9 +113,14 @@ def load_probes(folder: Path | None, suite: str = "rwku") -> list[Probe]:
     return probes
 
 
-def group_of(row: dict[str, Any]) -> str | None:
-    """The target whom a passage, or what is asked of the forget set, is about; None for neighbours and others."""
-    return row.get("subject") if row.get("set", "F")[0] == "F" else None
+def group_of(probe: Probe) -> str | None:
+    """The target of a probe of the forget set, by whose name passages are known; None of neighbours and others."""
+    return probe["subject"] if forgotten(probe) else None
+
+
+def forgotten(probe: Probe) -> bool:
+    """Whether a probe asks for what was to be forgotten."""
+    return probe["set"][0] == "F"
 
 
 def adversarial(probes: list[Probe]) -> tuple[list[Probe], list[Probe]]:

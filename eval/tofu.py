@@ -97,9 +97,14 @@ def load_probes(folder: Path | None, suite: str = "tofu", forget_set: str = "for
     return probes
 
 
-def group_of(row: dict[str, Any]) -> str | None:
-    """The question of a row of the forget corpus, or of the forget set's probes; None elsewhere."""
-    return row.get("question") if row.get("set", "forget") == "forget" else None
+def group_of(probe: Probe) -> str | None:
+    """The question of a probe of the forget set, by which its row in a corpus is known; None of other sets."""
+    return probe["question"] if forgotten(probe) else None
+
+
+def forgotten(probe: Probe) -> bool:
+    """Whether a probe asks for what was to be forgotten."""
+    return probe["set"] == "forget"
 
 
 def read_reference(path: Path, forget: list[Probe]) -> list[float]:

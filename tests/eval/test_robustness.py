@@ -1,10 +1,12 @@
 """The attacks: rounding and splitting against computations of their own, and all of them on a run with two ranks."""
 
+import importlib
 import json
 import math
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from eval import attacks, biographies, bios, relearning, robustness, rwku, tofu
+from eval import attacks, biographies, bios, relearning, robustness, run, rwku, tofu
 from eval.files import UnusableInput, read_jsonl, write_jsonl
+from eval.matching import Matcher
 from eval.rounding import round_linear_layers, rounded
 from pipeline.config import resolve
 from pipeline.train import to_yaml
@@ -99,20 +102,161 @@ def test_without_groups_each_row_is_one() -> None:
         relearning.split_corpus(rows, lambda row: "all", 0.1, 0)
 
 
-def test_groups_of_the_suites(data: Path) -> None:
+# A small benchmark in the form of each suite, and a corpus of which the n-th row is of the n-th thing or person.
+THINGS = [
+    f"the {colour} lamp of {town}" for colour in ("red", "green") for town in ("Lyon", "Graz", "Brno", "Lima", "Kyoto")
+]
+CHOICES = {"choices": ["a", "b", "c", "d"], "answer": 0}
+PEOPLE = list(dict.fromkeys(filter(None, map(bios.group_of, biographies.generate(0).probes))))[:10]
+
+
+def plan_of(
+    tmp_path: Path, suite: str, files: dict[str, list[dict[str, Any]]], forget: dict[str, Any], **more: Any
+) -> Any:
+    """A plan as the command makes it, for a run that never was: only the attack's data are looked at."""
+    for name, rows in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.startswith("rwku"):
+            (tmp_path / name).write_text(json.dumps(rows))
+        else:
+            write_jsonl(tmp_path / name, rows)
+    module = importlib.import_module(run.SUITES[suite])
+    corpus = {"field": None, "prompt": None, "response": None, **forget}
+    given = {"group": None, "steps": 1, "lr": 1.0, "seed": 0, "overrides": (), "ranks": 1, "batch_size": 1, **more}
+    config = {"model": {"path": "x"}, "data": {"forget": corpus, "retain": None}}
+    probes = module.load_probes(tmp_path, suite)
+    return attacks.Plan(tmp_path, config, suite, module, probes, folder=tmp_path, **given)
+
+
+def quiz(name: str) -> dict[str, list[dict[str, Any]]]:
+    return {name: [{"question": f"What is {thing}?", **CHOICES} for thing in THINGS]}
+
+
+TOFU = [{"question": f"Where is {t}?", "answer": f"{t} hangs high.", "paraphrased_answer": f"High hangs {t}.",
+         "perturbed_answer": ["Nowhere."]} for t in THINGS]  # fmt: skip
+RAIN = [{"text": "Rain falls."}]
+BIOS = [{"split": "forget", "kind": "QA", "prompt": f"Where does {n} live?", "answer": "Lyon"} for n in PEOPLE]
+BIOS += [{"split": "facts", "kind": "QA", "prompt": "Which country is Lyon in?", "answer": "France"}]
+RWKU = [{"subject": name, "query": f"{name} is ___", "type": "cloze", "answer": "tall"} for name in PEOPLE]
+CASES = {
+    # suite, its files, the forget section, and rows of the corpus in columns of other names
+    "corpus, text": (
+        "corpus",
+        {"forget.jsonl": [{"text": f"About {t}: it hangs."} for t in THINGS], "retain.jsonl": RAIN},
+        {"field": "content"},
+        [{"content": f"  about {t.upper()} – it hangs"} for t in THINGS],
+    ),
+    "corpus, questions": (
+        "corpus",
+        {"forget.jsonl": [{"prompt": f"Where is {t}?", "response": "High."} for t in THINGS],
+         "retain.jsonl": RAIN},
+        {"prompt": "question", "response": "answer"},
+        [{"question": f"Where is {t}?", "answer": "High."} for t in THINGS],
+    ),
+    "bios": (
+        "bios",
+        {"probes.jsonl": BIOS},
+        {"field": "content"},
+        [{"content": f"{n} lives in Lyon."} for n in PEOPLE],
+    ),
+    "tofu": ("tofu", {"tofu/forget01_perturbed.json": TOFU}, {"prompt": "q", "response": "a"},
+             [{"q": row["question"], "a": row["answer"]} for row in TOFU]),
+    "tofu, one text": ("tofu", {"tofu/forget01_perturbed.json": TOFU}, {"field": "body"},
+                       [{"body": f"Question: {row['question']} Answer: {row['answer']}"} for row in TOFU]),
+    "rwku": ("rwku", {"rwku/Batch/1-50/forget_level1.json": RWKU}, {"field": "body"},
+             [{"body": f"{n} met {PEOPLE[0]}.", "person": n} for n in PEOPLE]),
+    "rwku, no name": ("rwku", {"rwku/Batch/1-50/forget_level1.json": RWKU}, {"field": "body"},
+                      [{"body": f"Then {n} sat down."} for n in PEOPLE]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("group", [None, "shelf"])
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_learned_again_is_not_asked_whatever_its_columns_are_called(
+    tmp_path: Path, case: str, group: str | None
+) -> None:
+    suite, files, forget, rows = CASES[case]
+    rows = [{**row, "shelf": f"shelf {number // 2}"} for number, row in enumerate(rows)]
+    plan = plan_of(tmp_path, suite, files, forget, group=group)
+    attack = attacks.relearn(plan, rows, {})
+    texts = [{key: row[key] for key in attack.rows[0]} for row in rows]
+    learned = {texts.index(row) for row in attack.rows}
+    assert learned and all(number ^ 1 in learned for number in learned) == (group is not None)
+    things = PEOPLE if suite in ("bios", "rwku") else THINGS
+    asked = {number for number, thing in enumerate(things) if any(thing in str(probe) for probe in attack.exam.probes)}
+    assert asked == {*range(10)} - learned, "each probe is of one row, and all others stay"
+    assert attack.told is not None and attack.told["excluded_probes"] == len(learned)
+
+
+@pytest.mark.parametrize("suite", ["wmdp_bio", "wmdp_cyber", "mmlu"])
+def test_a_quiz_of_which_a_question_is_learned_again_is_refused(tmp_path: Path, suite: str) -> None:
+    """The harness asks all questions or none. Documents that hold no question are another matter."""
+    files = quiz("mmlu/test/anatomy.jsonl" if suite == "mmlu" else f"wmdp/{suite}.jsonl")
+    plan = plan_of(tmp_path, suite, files, {"field": "content"})
+    rows = [{"content": f"In {year} somebody measured the lamp."} for year in range(10)]
+    attack = attacks.relearn(plan, rows, {})
+    assert attack.exam.probes is plan.probes and attack.told is not None and attack.told["excluded_probes"] == 0
+    again = [{"content": f"Exercise. WHAT IS {thing}? a"} for thing in THINGS]
+    with pytest.raises(UnusableInput, match=f"1 questions of suite {suite} stand in what is learned again"):
+        attacks.relearn(plan, again, {})
+
+
+def test_what_cannot_be_matched_is_refused(tmp_path: Path) -> None:
+    suite, files, forget, rows = CASES["tofu"]
+    plan = plan_of(tmp_path, suite, files, forget)
+    reworded = [*rows[:8], {"q": "In which town is the green lamp?", "a": "Lima."}, rows[9]]
+    with pytest.raises(UnusableInput, match=r"1 of 10 probes of the forget set are about no row.*green lamp of Lima"):
+        attacks.relearn(plan, reworded, {})
+    one = [{**rows[0], "a": f"Answer {number}."} for number in range(10)]
+    alone = plan_of(tmp_path / "one", suite, {"tofu/forget01_perturbed.json": TOFU[:1]}, forget, group="a")
+    with pytest.raises(UnusableInput, match="none is left to ask"):
+        attacks.relearn(alone, one, {})
+    assert "group_of" in str(attacks.can(replace(plan, module=json), "relearn"))  # a suite that says nothing
+
+
+def test_copies_of_what_is_learned_again_are_not_held_out(tmp_path: Path) -> None:
+    suite, files, forget, rows = CASES["bios"]
+    plan = plan_of(tmp_path, suite, files, forget)
+    twice = [{**row, "id": str(number)} for number, row in enumerate(rows * 2)]
+    attack = attacks.relearn(replace(plan, group="id"), twice, {})  # each copy is a group
+    learned = {row["content"] for row in attack.rows}
+    assert len(learned) == 2 and not learned & {row["content"] for row in attack.exam.documents}
+    assert len(attack.exam.documents) == 20 - 4
+    with pytest.raises(UnusableInput, match="copies"):
+        attacks.relearn(replace(plan, group="id"), [{**rows[0], "id": str(n)} for n in range(4)], {})
+
+
+def test_keys_are_found_by_their_words() -> None:
+    matcher = Matcher(["Ann Lee", "ann lee!", "斯蒂芬·金", "Where is it?", "..."])
+    assert matcher.names.keys() == {("ann", "lee"), ("斯", "蒂", "芬", "金"), ("where", "is", "it")}
+    assert matcher.name("ANN  LEE") == "Ann Lee" and matcher.name("...") is None and matcher.name(None) is None
+    assert matcher.find({"a": 3, "b": "Joann Lee and Ann Leeds"}) == []
+    assert matcher.find({"text": "他读了斯蒂芬·金的书, and Ann  Lee's; Ann Lee"}) == ["斯蒂芬·金", "Ann Lee"]
+    assert matcher.find({"who": "ANN LEE", "text": "斯蒂芬·金 met her"}) == ["Ann Lee"], (
+        "a whole value tells more than a mention"
+    )
+
+
+def test_groups_of_the_real_benchmarks(data: Path) -> None:
     passages = json.loads((data / "rwku" / "Batch" / "1-50" / "passage.json").read_text())
-    learned = set(relearning.split_corpus(passages, rwku.group_of, 0.1, 0).groups)
     probes = rwku.load_probes(data)
-    assert len(learned) == 5 and all(sum(rwku.group_of(probe) == name for probe in probes) for name in learned)
     assert {rwku.group_of(probe) for probe in probes if probe["set"] in ("N-FB", "N-QA", "RM")} == {None}
+    config = {"model": {"path": "x"}, "data": {"forget": {"field": "text", "prompt": None, "response": None}}}
+    plan = attacks.Plan(data, config, "rwku", rwku, probes, None, 1, 1.0, 0, (), 1, 1, data)
+    attack = attacks.relearn(plan, passages, {})
+    assert attack.told is not None and len(attack.told["groups"]) == 5
+    learned = set(attack.told["groups"])
+    assert len(attack.rows) == sum(row["subject"] in learned for row in passages)
+    asked = {probe["subject"] for probe in attack.exam.probes if rwku.forgotten(probe)}
+    assert len(asked) == 45 and not asked & learned
     plain, adversarial = rwku.adversarial(probes)
     assert (len(plain), len(adversarial)) == (819 + 703, 1760)
 
     rows = read_jsonl(data / "tofu" / "forget01.json")
-    learned = set(relearning.split_corpus(rows, tofu.group_of, 0.1, 0).groups)
-    probes = tofu.load_probes(data)
-    assert len(learned) == 4 and sum(tofu.group_of(probe) in learned for probe in probes) == 4
-    assert sum(tofu.group_of(probe) is not None for probe in probes) == 40
+    config = {"model": {"path": "x"}, "data": {"forget": {"field": None, "prompt": "question", "response": "answer"}}}
+    plan = attacks.Plan(data, config, "tofu", tofu, tofu.load_probes(data), None, 1, 1.0, 0, (), 1, 1, data)
+    attack = attacks.relearn(plan, rows, {})
+    assert attack.told is not None and attack.told["excluded_probes"] == 4 and len(attack.rows) == 4
 
 
 def test_a_corpus_is_read_whatever_its_format(tmp_path: Path) -> None:

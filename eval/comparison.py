@@ -9,7 +9,7 @@ from typing import Any
 from eval.axes import Setting, by_number, parse_setting
 from eval.measures import Measure
 from eval.stats import correlate, summarise
-from eval.sweep import Plan, finished_runs, read_finished
+from eval.sweep import Plan, finished_runs, read_seeds
 from eval.trajectories import COMB_RETAIN, Run, Scores, at_level, lowest, mean_of
 
 
@@ -67,13 +67,17 @@ class Group:
 
 
 def collect(plan: Plan) -> list[Group]:
-    """All finished runs of the plan's methods and seeds in its folder, those of earlier sweeps included."""
+    """All finished runs of the plan's methods and seeds in its folder, those of earlier sweeps included.
+
+    Raises:
+        UnusableInput: see `read_seeds`.
+    """
     groups = []
     for method in plan.methods:
         found = [(parse_setting(folder), seeds) for folder, seeds in finished_runs(plan, method).items()]
         for setting, seeds in sorted(found, key=lambda one: by_number(one[0])):
-            runs = [(seed, read_finished(plan, method, setting, seed)) for seed in seeds]
-            members = [Trained(method, setting, seed, run, plan.measure) for seed, run in runs]
+            runs = read_seeds(plan, method, setting, seeds)
+            members = [Trained(method, setting, run.seed, run, plan.measure) for run in runs]
             groups.append(Group(method, setting, members))
     return groups
 
@@ -119,7 +123,8 @@ def sum_against_others(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
     def ratio(group: Group) -> float:
         told = group.members[0].run.told
-        return told["gamma"] / told["alpha"] if told["alpha"] else math.inf
+        alpha, gamma = told["synthesis.alpha"], told["synthesis.gamma"]
+        return gamma / alpha if alpha else math.inf
 
     def rule(group: Group) -> str | None:
         return group.members[0].run.rule

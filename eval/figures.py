@@ -11,7 +11,7 @@ import numpy as np
 
 from eval import paper
 from eval.measures import Measure
-from eval.trajectories import Run, Scores, at_level, mean_of, step_means
+from eval.trajectories import Run, Scores, at_level, mean_of, plain_of, step_means
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -136,16 +136,6 @@ def mark_axes(axis: Any, measure: Measure, target: Scores | None) -> None:
         axis.plot(
             [target[measure.forget]], [target[measure.retain]], color="black", marker="X", markersize=9, linestyle=""
         )
-
-
-def plain_of(name: str, groups: Groups) -> str | None:
-    """The method with rule `sum` that differs from `name` in rule and scope alone."""
-
-    def rest(runs: list[Run]) -> dict[str, Any]:
-        return {key: value for key, value in runs[0].told.items() if key not in ("rule", "scope")}
-
-    found = [other for other, runs in groups.items() if runs[0].rule == "sum"]
-    return next((other for other in found if other != name and rest(groups[other]) == rest(groups[name])), None)
 
 
 def draw_points(groups: Groups, measure: Measure, target: Scores | None) -> "Figure":

@@ -297,6 +297,7 @@ def main() -> int:
     told: list[Path] = []
     with sole_user(plan.output, "eval.frontier"):
         refuse_another_sweep(plan, presets)
+        collect(plan)  # what is there and does not go together is refused before more is trained
         for method in plan.methods:
             for setting in propose(plan, method):
                 for seed in plan.seeds:

@@ -158,7 +158,7 @@ def cost(groups: dict[str, list[Run]], measure: Measure) -> list[Block]:
         Heading("Cost"),
         Text(f"Median over the steps after the first {tables.WARM_UP_STEPS}, mean ± sd over seeds; the time is the "
              "slowest rank's, memory the largest rank's peak (GPU: allocated by torch; CPU: the whole process). The "
-             "ratio to `sum` compares separate runs with the same objectives, perhaps of other batches or machines: "
+             "ratio to `sum` compares separate runs with the same settings, perhaps on other machines: "
              "`python -m eval.speed` measures rules step by step in turn."),
         Table(tables.cost_table(groups, measure)),
     ]  # fmt: skip

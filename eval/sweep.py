@@ -19,7 +19,7 @@ from eval.axes import Axis, Setting, grid, name_of, run_folder
 from eval.files import UnusableInput, read_json, write_atomically
 from eval.launch import call, last_error, launcher
 from eval.measures import Measure
-from eval.trajectories import Run, Scores, at_level, lowest, prepare, read_run
+from eval.trajectories import Run, Scores, at_level, differing_keys, lowest, prepare, read_run
 
 DEFAULT_TRIALS = 20  # the sampler's first ten are random
 LAST_LINES = 10  # of a failed command's log
@@ -141,6 +141,22 @@ def read_finished(plan: Plan, method: str, setting: Setting, seed: int) -> Run:
     return prepare(read_run(run_folder(plan.output, method, setting, seed)), plan.measure, plan.target)
 
 
+def read_seeds(plan: Plan, method: str, setting: Setting, seeds: Sequence[int]) -> list[Run]:
+    """The finished runs of one method in one setting.
+
+    Raises:
+        UnusableInput: they differ in more than their seed, as after the data or the model were made anew.
+    """
+    runs = [read_finished(plan, method, setting, seed) for seed in seeds]
+    for run in runs:
+        if keys := differing_keys(runs[0], run):
+            raise UnusableInput(
+                f"{runs[0].folder} and {run.folder} are not seeds of one method: they differ in {', '.join(keys)} (of "
+                "a path, the content); remove those that are out of date, or name another --output"
+            )
+    return runs
+
+
 def propose(plan: Plan, method: str) -> Iterator[Setting]:
     """The settings of a method: the grid, or proposals that learn from how the runs of those before came out.
 
@@ -180,7 +196,8 @@ def propose(plan: Plan, method: str) -> Iterator[Setting]:
         if any(failure_file(folder).is_file() for folder in folders):
             study.tell(trial, state=states.PRUNED)
         else:
-            study.tell(trial, fmean(merit(read_finished(plan, method, setting, s), plan.measure) for s in plan.seeds))
+            runs = read_seeds(plan, method, setting, plan.seeds)
+            study.tell(trial, fmean(merit(run, plan.measure) for run in runs))
 
 
 def merit(run: Run, measure: Measure) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 from eval import paper
 from eval.measures import ADVERSARIAL, MEASURES, OUTSIDE, Measure, headlines, label
 from eval.stats import correlate, mean_sd
-from eval.trajectories import COMB_RETAIN, COSINES, Run, Scores, at_level, best_below, lowest, mean_of
+from eval.trajectories import COMB_RETAIN, COSINES, Run, Scores, at_level, best_below, lowest, mean_of, plain_of
 
 Rows = list[list[str]]
 Groups = Mapping[str, list[Run]]  # method -> its seeds
@@ -169,18 +169,15 @@ def step_number(run: Run, key: str) -> float | None:
 
 
 def cost_table(groups: Groups, measure: Measure) -> Rows:
-    """Seconds and tokens a step, memory, the ratio to `sum` with the same objectives, and the way to the level."""
+    """Seconds and tokens a step, memory, the ratio to `sum` with the same settings, and the way to the level."""
 
     def seconds(runs: Iterable[Run]) -> list[float]:
         return [value for run in runs if (value := step_number(run, "seconds")) is not None]
 
-    plain: dict[str, list[float]] = defaultdict(list)
-    for runs in groups.values():
-        if runs[0].rule == "sum":
-            plain[runs[0].objective] += seconds(runs)
     rows = [["method", "s a step", "of sum", "tokens/s", "peak GiB a rank", "steps to the level", "s to the level"]]
     for name, runs in groups.items():
-        own, reference = seconds(runs), plain[runs[0].objective]
+        plain = name if runs[0].rule == "sum" else plain_of(name, groups)
+        own, reference = seconds(runs), seconds(groups[plain]) if plain else []
         ratio = f"{fmean(own) / fmean(reference):.2f}" if own and reference else "–"
         speeds = [value for run in runs if (value := step_number(run, "tokens_per_second")) is not None]
         peaks = [step["peak_memory_bytes"] for run in runs for step in run.steps if step.get("peak_memory_bytes")]

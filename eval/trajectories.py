@@ -1,16 +1,17 @@
 """A training run as its folder tells it, and where along its exports it is read: at matched forgetting.
 
-A RUN folder holds `config.yaml` (resolved), `metrics.jsonl` (one object a step), `evaluation.json` (what
-`python -m eval.run --model RUN` writes) and, if it was attacked, `robustness.json`. Runs that differ in their seed only
-are one *method*. Methods forget at different speeds, so each run is read where its forget score first falls to the
-level, interpolated linearly between the two evaluations around it (the protocol of the SAGO paper's Appendix A: match
-forgetting, then compare).
+A RUN folder holds `config.yaml` (resolved), `digests.json` (of the files that it names), `metrics.jsonl` (one object a
+step), `evaluation.json` (what `python -m eval.run --model RUN` writes) and, if it was attacked, `robustness.json`. Runs
+that differ in their seed, and in NOT_METHOD, only are one *method*. Methods forget at different speeds, so each run is
+read where its forget score first falls to the level, interpolated linearly between the two evaluations around it (the
+protocol of the SAGO paper's Appendix A: match forgetting, then compare).
 """
 
 import json
 import math
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -28,13 +29,22 @@ COSINES = {
 }
 COMB_RETAIN = "cos_combined_retain"  # cos(g, g_r)
 
+# Keys of config.yaml that do not tell methods apart: names, places, how often is saved and measured, and what changes
+# only where the same numbers are computed. Every other key does, also one that is added tomorrow.
+NOT_METHOD = (
+    *("output", "cache", "seed", "method"),
+    *("train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints", "train.export_every"),
+    *("train.timeout", "synthesis.geometry", "synthesis.layer_geometry_every", "synthesis.spare"),
+)
+COVERED_BY_DIGEST = ("name", "split", "refusals")  # of a corpus, beside its path
+
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: its method (flat settings, seed left out), its steps and its evaluated trajectory."""
+    """One training run: its method (see `method_of`), its steps and its evaluated trajectory."""
 
     folder: Path
-    method: tuple[tuple[str, str], ...]  # key -> value as JSON
+    method: tuple[tuple[str, str], ...]  # dotted key -> value as JSON; of what is known by content, the digest
     seed: int
     model: str
     steps: list[dict[str, Any]]
@@ -44,21 +54,24 @@ class Run:
     environment: str = ""
     protocols: dict[str, str] = field(default_factory=dict)  # suite -> words
     robustness: dict[str, Any] | None = None
+    paths: dict[str, str] = field(default_factory=dict)  # of the keys of `method` that are digests
 
     @property
     def told(self) -> dict[str, Any]:
-        """The resolved objective, synthesis and learning rate."""
+        """The settings by their dotted keys."""
         return {key: json.loads(value) for key, value in self.method}
 
     @property
     def objective(self) -> str:
         """`forget+retain`, as ga+nll; the one objective of a run without the other task."""
-        return "+".join(name for key in ("forget", "retain") if (name := str(self.told.get(key))) != "none")
+        return "+".join(
+            name for task in ("forget", "retain") if (name := str(self.told.get(f"objective.{task}"))) != "none"
+        )
 
     @property
     def rule(self) -> str | None:
         """What combines the two gradients; None where there is one."""
-        return str(self.told.get("rule")) if "+" in self.objective else None
+        return str(self.told.get("synthesis.rule")) if "+" in self.objective else None
 
     @property
     def suites(self) -> list[str]:
@@ -103,12 +116,8 @@ def read_run(folder: Path) -> Run:
 
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        synthesis = {
-            key: value
-            for key, value in config["synthesis"].items()
-            if key not in ("geometry", "layer_geometry_every", "spare")  # the same computation, measured otherwise
-        }
-        method = {**config["objective"], **synthesis, "lr": config["optimizer"]["lr"]}
+        for section in ("synthesis", "objective", "optimizer"):
+            config[section].keys()
         seed, model = config["seed"], (config.get("model") or {}).get("path", "unknown")
     except (OSError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
@@ -123,11 +132,12 @@ def read_run(folder: Path) -> Run:
     evaluation = read_json(path)
     if not isinstance(evaluation, dict) or not evaluation.get("trajectory"):
         raise UnusableInput(f"{path} holds no trajectory; give eval.run the run folder, not one of its models")
+    digests = read_digests(folder / "digests.json")
     versions = ", ".join(f"{name} {number}" for name, number in evaluation.get("versions", {}).items())
     ranks = evaluation.get("ranks", 1)
     return Run(
         folder=folder,
-        method=tuple(sorted((key, json.dumps(value)) for key, value in method.items())),
+        method=method_of(config, digests),
         seed=seed,
         model=model,
         steps=read_jsonl(folder / "metrics.jsonl", required=("step", "forget_loss", "retain_loss", *COSINES)),
@@ -136,7 +146,36 @@ def read_run(folder: Path) -> Run:
         environment=f"{versions}; {evaluation.get('dtype', 'dtype unknown')}; {ranks} rank{'s' * (ranks != 1)}",
         protocols={suite: protocol(of) for suite, of in evaluation["trajectory"][-1]["suites"].items()},
         robustness=read_robustness(folder / "robustness.json"),
+        paths={key: str(path) for key, path in dotted(config).items() if key in digests},
     )
+
+
+def dotted(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"steps": 5}} -> {"train.steps": 5}; what is left open (null) is left out."""
+    leaves: dict[str, Any] = {}
+    for key, value in config.items():
+        leaves |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return {key: value for key, value in leaves.items() if value is not None}
+
+
+def method_of(config: dict[str, Any], digests: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    """What makes two runs seeds of one method: the whole resolved configuration without NOT_METHOD, as JSON, sorted.
+
+    `digests` stand in for the paths that they are of: the same files in another place are the same method, other files
+    in the same place are another. A run without (of an older program) is known by its paths.
+    """
+    corpora = [key.removesuffix("path") for key in digests if key.startswith("data.")]
+    passed = {*NOT_METHOD, *(corpus + key for corpus in corpora for key in COVERED_BY_DIGEST)}
+    settings = {key: value for key, value in dotted(config).items() if key not in passed}
+    return tuple(sorted((key, json.dumps(value)) for key, value in {**settings, **digests}.items()))
+
+
+def read_digests(path: Path) -> dict[str, str]:
+    """{key of config.yaml, or `tokenizer`: digest of what it names}; {} where there is no such file."""
+    digests = read_json(path) if path.is_file() else {}
+    if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
+        raise UnusableInput(f"{path} is not as training writes it; train again, or remove it to compare by paths")
+    return digests
 
 
 def protocol(suite: dict[str, Any]) -> str:
@@ -244,10 +283,35 @@ def step_means(runs: Iterable[Run], key: str) -> tuple[list[int], list[float]]:
 # Seeds of one method
 
 
+def differing_keys(one: Run, other: Run) -> list[str]:
+    """The keys in which two methods differ."""
+    return sorted({key for key, _ in {*one.method} ^ {*other.method}})
+
+
+def plain_of(name: str, groups: Mapping[str, list[Run]]) -> str | None:
+    """The method with rule `sum` that differs from `name` in rule and scope alone."""
+
+    def rest(runs: list[Run]) -> dict[str, Any]:
+        return {key: x for key, x in runs[0].told.items() if key not in ("synthesis.rule", "synthesis.scope")}
+
+    found = [other for other, runs in groups.items() if runs[0].rule == "sum"]
+    return next((other for other in found if other != name and rest(groups[other]) == rest(groups[name])), None)
+
+
 def group_runs(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Runs by method, named "forget+retain rule" and, where that is ambiguous, by the settings that differ."""
+    """Runs by method, named "forget+retain rule" and, where that is ambiguous, by the settings that differ.
+
+    Raises:
+        UnusableInput: two runs of one method and seed, which would count as two seeds.
+    """
     by_method: dict[tuple[tuple[str, str], ...], list[Run]] = defaultdict(list)
     for run in runs:
+        twin = next((other for other in by_method[run.method] if other.seed == run.seed), None)
+        if twin is not None:
+            raise UnusableInput(
+                f"{twin.folder} and {run.folder} are one method and one seed ({run.seed}): the same run twice is no "
+                "second seed; name one of them"
+            )
         by_method[run.method].append(run)
 
     def short(members: list[Run]) -> str:
@@ -255,8 +319,18 @@ def group_runs(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
     groups = {}
     for method, members in by_method.items():
-        rivals = [other for other, others in by_method.items() if short(others) == short(members)]
-        told = [(key, x) for key, x in method if any((key, x) not in other for other in rivals)]
-        differing = [f"{key}={json.loads(x)}" for key, x in told if x != "null"]  # left open: the default
+        rivals = [others[0] for others in by_method.values() if short(others) == short(members)]
+        told = [(key, x) for key, x in method if any((key, x) not in other.method for other in rivals)]
+        differing = [f"{key}={value_of(key, members[0], rivals)}" for key, _ in told]
         groups[" ".join([short(members), *differing])] = sorted(members, key=lambda run: run.seed)
     return groups
+
+
+def value_of(key: str, run: Run, rivals: Iterable[Run]) -> str:
+    """A setting in words: of what is known by its digest the path, or where that tells no two apart, the digest."""
+    value, path = str(run.told[key]), run.paths.get(key)
+    if path is None and key != "tokenizer":
+        return value
+    if path is not None and all(rival.told.get(key) == value or rival.paths.get(key) != path for rival in rivals):
+        return path
+    return re.sub("[0-9a-f]{9,}", lambda found: found[0][:8], value)

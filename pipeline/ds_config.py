@@ -5,6 +5,7 @@ Imports neither torch nor DeepSpeed: what contradicts itself is refused before t
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -109,6 +110,16 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
                 "or use device cpu"
             )
     return merged
+
+
+# What a DeepSpeed file may hold that changes neither a number of a run nor how its states lie.
+REPORTING = (*MONITORS, "train_micro_batch_size_per_gpu", "steps_per_print", "wall_clock_breakdown", "flops_profiler")
+
+
+def content_digest(zero: dict[str, Any]) -> str:
+    """SHA-256 of what `deepspeed_config` returned, without micro-batch, monitors and logging."""
+    decisive = {key: value for key, value in zero.items() if key not in REPORTING}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def refuse_uneven_groups(zero: dict[str, Any], world_size: int) -> None:

@@ -6,6 +6,7 @@ Ctrl-C; 143 SIGTERM before training or a second time; 1 anything else.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -23,7 +24,7 @@ from pipeline.config import (
     refuse_foreign_output,
     world_from_environment,
 )
-from pipeline.ds_config import accumulation, deepspeed_config, refuse_uneven_groups
+from pipeline.ds_config import accumulation, content_digest, deepspeed_config, refuse_uneven_groups
 
 if TYPE_CHECKING:  # torch and what needs it are imported once the configuration is known to be good
     import torch
@@ -205,9 +206,11 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
         with writing(folder / "config.yaml"):
             folder.mkdir(parents=True, exist_ok=True)
             checkpoint.tidy(folder, config.train.keep_checkpoints)
-            unfinished = folder / ".config.yaml"
-            unfinished.write_text(to_yaml(config), encoding="utf-8")
-            os.replace(unfinished, folder / "config.yaml")
+            written = {"digests.json": json.dumps(content_digests(identity, corpora, zero), indent=1) + "\n"}
+            for name, text in {**written, "config.yaml": to_yaml(config)}.items():  # the last one makes it a run
+                unfinished = folder / f".{name}"
+                unfinished.write_text(text, encoding="utf-8")
+                os.replace(unfinished, folder / name)
     dist.barrier()
     with writing(folder / "log.txt"):
         console.open_log(folder, dist.get_rank())
@@ -293,6 +296,13 @@ def hyperparameters(config: RunConfig, steps: int, scope: str) -> dict[str, str 
         "seed": config.seed,
         "model": config.model.path,
     }
+
+
+def content_digests(identity: dict[str, str], corpora: dict[str, str], zero: dict[str, Any]) -> dict[str, str]:
+    """`digests.json`, by which reports group runs: of what keys of `config.yaml` name by path, and of the tokenizer."""
+    data = {f"data.{task}.path": digest for task, digest in corpora.items()}
+    model = {"model.path": identity["model"], "tokenizer": identity["tokenizer"]}
+    return {**model, **data, "train.deepspeed": content_digest(zero)}
 
 
 def to_yaml(config: RunConfig) -> str:

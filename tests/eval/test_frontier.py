@@ -92,7 +92,8 @@ def trained(
     ]
     steps: list[dict[str, Any]] = [{"step": n, "cos_combined_retain": c} for n, c in enumerate(cosines, start=1)]
     told = {"forget": "ga", "retain": "nll", "rule": "sago", "alpha": 1.0, "gamma": 1.0, **told}
-    method = tuple((k, json.dumps(v)) for k, v in told.items())
+    section = {"forget": "objective", "retain": "objective"}
+    method = tuple((f"{section.get(k, 'synthesis')}.{k}", json.dumps(v)) for k, v in told.items())
     run = Run(Path(), method, seed, "model", steps, trajectory)
     setting = {"synthesis.gamma": f"{told['gamma']:g}"}
     return comparison.Trained(name, setting, seed, run, BIOS)
@@ -309,6 +310,29 @@ def test_a_grid_runs_everything_once(pretender: Pretender, command: Callable[...
     assert command(*GRID, "--level", "0.2", "--", "--train.steps", 2) == 0  # another level asks for no new run
     assert pretender.lines == []
     assert json.loads((tmp_path / "out" / "frontier.json").read_text())["level"] == 0.2
+
+
+def test_runs_on_other_data_are_no_seeds(
+    pretender: Pretender, command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The retain corpus is made anew between two commands: its runs must not be averaged with those before."""
+    digest, train = "before", pretender.train
+
+    def train_and_tell(folder: Path, options: dict[str, str]) -> None:
+        train(folder, options)
+        (folder / "digests.json").write_text(json.dumps({"model.path": "same", "data.retain.path": digest}))
+
+    pretender.train = train_and_tell  # pyright: ignore[reportAttributeAccessIssue]
+    assert command("--methods", "plain", "--seeds", 0, 1) == 0
+    digest = "after"
+    assert command("--methods", "plain", "--seeds", 0, 1, 2, 3) == 2
+    error = capsys.readouterr().err
+    assert "seed-0 and" in error and "seed-2 are not seeds of one method: they differ in data.retain.path" in error
+    assert pretender.told()[-1][1].endswith("seed-2"), "the first that differs ends the sweep"
+    trained = len(pretender.lines)
+    assert command("--methods", "plain", "--seeds", 0, 1, 2, 3) == 2 and len(pretender.lines) == trained
+    report = json.loads((tmp_path / "out" / "frontier.json").read_text())
+    assert [run["seed"] for run in report["runs"]] == [0, 1]
 
 
 def test_suites_and_scores_are_the_users(pretender: Pretender, command: Callable[..., int], tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from pipeline.config import (
     resolve,
     world_from_environment,
 )
-from pipeline.ds_config import accumulation, deepspeed_config
+from pipeline.ds_config import accumulation, content_digest, deepspeed_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -492,6 +492,20 @@ def deepspeed(config: Resolve, tmp_path: Path) -> Callable[..., dict[str, Any]]:
         return deepspeed_config(config(train=train, **changed))
 
     return make
+
+
+def test_the_digest_of_a_deepspeed_file_is_of_what_it_decides(deepspeed: Any) -> None:
+    """Logging, monitors, micro-batch and the order of keys are not; the stage, clipping and precision are."""
+    whole = content_digest(deepspeed(STAGE3))
+    csv = {"csv_monitor": {"enabled": True, "output_path": "runs/csv"}, "wall_clock_breakdown": True}
+    assert content_digest(deepspeed({**csv, **STAGE3, "steps_per_print": 3}, train={"micro_batch_size": 8})) == whole
+    others = [
+        deepspeed({"zero_optimization": {"stage": 2}}),
+        deepspeed(STAGE3, optimizer={"clip": 0.5}),
+        deepspeed(STAGE3, model={"path": "x", "dtype": "float16"}),
+        deepspeed({**STAGE3, "communication_data_type": "fp16"}),
+    ]
+    assert len({whole, *map(content_digest, others)}) == 5
 
 
 def test_the_run_decides_batch_clipping_and_precision(deepspeed: Any) -> None:

@@ -111,6 +111,19 @@ def test_model_card_says_what_was_done_with_what(finished: Path, world: World) -
     assert inside == yaml.safe_load((finished / "config.yaml").read_text())
 
 
+def test_the_run_says_what_its_paths_held(finished: Path, world: World) -> None:
+    """`digests.json`, by which reports know seeds of one method: each digest from the files themselves."""
+    found = json.loads((finished / "digests.json").read_text())
+    assert {*found} == {"model.path", "tokenizer", "data.forget.path", "data.retain.path", "train.deepspeed"}
+    for task in ("forget", "retain"):
+        source = hashlib.sha256((world.folder / f"{task}.jsonl").read_bytes()).hexdigest()
+        assert found[f"data.{task}.path"].startswith(source)
+    files = [world.folder / "model" / name for name in ("model.safetensors", "config.json")]
+    lines = "".join(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n" for file in files)
+    assert found["model.path"] == hashlib.sha256(lines.encode()).hexdigest()
+    assert found["data.forget.path"] in (finished / "final" / "README.md").read_text()
+
+
 def test_exports_on_the_way_lead_to_final(finished: Path) -> None:
     assert sorted(path.name for path in (finished / "exports").iterdir()) == ["step-000003", "step-000006"]
     halfway = load_file(finished / "exports" / "step-000003" / "model.safetensors")

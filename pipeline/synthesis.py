@@ -69,12 +69,18 @@ def sago(gramian: Gramian, alpha: float, gamma: float) -> Weights:
 
 
 def pcgrad(gramian: Gramian, alpha: float, gamma: float) -> Weights:
-    """On conflict the forget gradient loses its component along the retain gradient (paper, section 3.3)."""
+    """On conflict the forget gradient loses its component along the retain gradient (paper, section 3.3).
+
+    At element scope nothing is left of it there: MUDMAN's disruption masking (arXiv 2506.12484), beside alpha r.
+    """
     return Weights(f_off_r=gamma, r=alpha) if gramian.conflict else Weights(f=gamma, r=alpha)
 
 
 def blur(gramian: Gramian, alpha: float, gamma: float) -> Weights:
-    """The retain gradient loses its component along the forget gradient, always (BLUR, arXiv 2506.08164)."""
+    """The retain gradient loses its component along the forget gradient, always (BLUR, arXiv 2506.08164).
+
+    Not to be confused with the BLUR benchmark (arXiv 2506.15699).
+    """
     return Weights(f=gamma, r_off_f=alpha)
 
 

@@ -151,7 +151,8 @@ class Data(Section):
 
 
 Forget = Annotated[
-    Literal["ga", "wga", "npo", "simnpo", "dpo", "idk", "undial", "rmu", "none"], BeforeValidator(_none_is_a_name)
+    Literal["ga", "wga", "npo", "simnpo", "dpo", "dpo_idk", "idk", "undial", "rmu", "none"],
+    BeforeValidator(_none_is_a_name),
 ]
 Retain = Annotated[Literal["nll", "kl", "embed_diff", "none"], BeforeValidator(_none_is_a_name)]
 
@@ -160,7 +161,7 @@ class Objective(Section):
     forget: Forget = Field("npo", description="forget loss (paper, section 2.2)")
     retain: Retain = Field("nll", description="retain loss (paper, section 2.2)")
     beta: float = Field(
-        0.1, gt=0, description="sharpness of npo, simnpo, dpo and idk; power in wga; what undial takes off a logit"
+        0.1, gt=0, description="sharpness of npo, simnpo, dpo and dpo_idk; power in wga; what undial takes off a logit"
     )
     delta: float = Field(0.0, description="margin of simnpo (the paper's gamma)")
     layer: int = Field(7, ge=0, description="decoder block whose output rmu and embed_diff read, counted from 0")
@@ -375,8 +376,9 @@ def resolve(file: str | Path, method: str | None = None, overrides: Sequence[str
             raise InputError(f"{where}: data.{task}.path: there is no file {corpus.path}")
         if getattr(config.objective, task) == "dpo" and corpus.preferred is None:
             raise InputError(f"{where}: data.{task}.preferred is missing: dpo needs the column with the text to prefer")
-        if getattr(config.objective, task) == "idk" and corpus.prompt is None:
-            raise InputError(f"{where}: data.{task}: idk needs questions to refuse; set prompt and response")
+        objective = getattr(config.objective, task)
+        if objective in ("idk", "dpo_idk") and corpus.prompt is None:
+            raise InputError(f"{where}: data.{task}: {objective} needs questions to refuse; set prompt and response")
         if corpus.refusals is not None and not Path(corpus.refusals).is_file():
             raise InputError(f"{where}: data.{task}.refusals: there is no file {corpus.refusals}")
         rows = next((key for key in ("prompt", "preferred") if getattr(corpus, key) is not None), None)

@@ -80,7 +80,7 @@ def loss_of(name: str, model: Any, frozen: Any, batch: list[Any], objective: dic
             else:
                 terms.append((z.softmax(-1) * (z.log_softmax(-1) - log_p)).sum(-1))
         return torch.cat(terms).mean()
-    if name in ("dpo", "idk"):
+    if name in ("dpo", "dpo_idk"):
         margins = []
         for rejected, preferred in batch:
             ratios = []  # log p - log p_ref of an answer, given its question
@@ -90,6 +90,8 @@ def loss_of(name: str, model: Any, frozen: Any, batch: list[Any], objective: dic
                 ratios.append(reference - nll_of(model, ids)[start - 1 :].sum())
             margins.append(ratios[1] - ratios[0])
         return -(2 / beta) * F.logsigmoid(beta * torch.stack(margins)).mean()
+    if name == "idk":
+        return torch.cat([nll_of(model, ids)[start - 1 :] for _, (ids, start) in batch]).mean()
     nlls = [nll_of(model, ids) for ids in batch]
     if name in ("ga", "nll"):
         return torch.cat(nlls).mean() * (-1 if name == "ga" else 1)
@@ -195,7 +197,7 @@ def train(
     for number, task in enumerate(("forget", "retain")):
         corpus, limit = config["data"][task], config["data"]["max_length"]
         rows = [json.loads(line) for line in Path(corpus["path"]).read_text().splitlines()]
-        if objective[task] in ("dpo", "idk"):
+        if objective[task] in ("dpo", "dpo_idk", "idk"):
             refusals = Path(corpus["refusals"]).read_text().splitlines() if "refusals" in corpus else [""]
             pairs = [(row, refusals[number % len(refusals)]) for number, row in enumerate(rows)]
             tokens[task] = [pair_of(tokenizer, corpus, row, refusal, limit) for row, refusal in pairs]

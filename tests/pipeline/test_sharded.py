@@ -41,7 +41,8 @@ CASES: dict[str, dict[str, Any]] = {
     "sgd-unclipped": {"optimizer": {"name": "sgd", "lr": 0.05, "clip": 0.0}},
     "tied": {"synthesis": {"rule": "pcgrad"}, "tied": True},
     "dpo-pcgrad": {"objective": {"forget": "dpo", "beta": 0.05}, "synthesis": {"rule": "pcgrad"}},
-    "idk-sum": {"objective": {"forget": "idk", "beta": 0.05}, "synthesis": {"rule": "sum", "geometry": True}},
+    "dpo_idk-sum": {"objective": {"forget": "dpo_idk", "beta": 0.05}, "synthesis": {"rule": "sum", "geometry": True}},
+    "idk-pcgrad": {"objective": {"forget": "idk"}, "synthesis": {"rule": "pcgrad"}},
     "wga-pcgrad": {"objective": {"forget": "wga", "beta": 0.2}, "synthesis": {"rule": "pcgrad"}},
     # Where model and original still agree, the gradients of undial and kl are differences of nearly equal
     # probabilities, and what is computed of them has the rounding of whichever path it came by. A rule that gates on
@@ -92,7 +93,8 @@ ZERO: dict[str, Any] = {
 ON_EACH = ("npo-kl", "rmu-embed_diff")  # stage
 ON_THREE = (
     *("sum", "sago", "pcgrad-module", "pcgrad-global", "pcgrad-layer", "blur", "gru", "npo-sago", "simnpo-pcgrad"),
-    *("forget-only", "retain-only", "tied", "wga-pcgrad", "undial-pcgrad", "npo-kl", "rmu-embed_diff", "idk-sum"),
+    *("forget-only", "retain-only", "tied", "wga-pcgrad", "undial-pcgrad", "npo-kl", "rmu-embed_diff", "dpo_idk-sum"),
+    "idk-pcgrad",
 )
 RUNS = [(2, case) for case in CASES] + [(3, case) for case in ON_THREE]  # ranks, case
 
@@ -128,7 +130,7 @@ def train_cases(configurations: list[dict[str, Any]]) -> None:
 
 
 def pairs(world: World, case: dict[str, Any]) -> dict[str, Any]:
-    """A corpus with something to prefer: a column of whole texts for dpo; questions and a file of refusals for idk."""
+    """A corpus with something to prefer: a column of whole texts for dpo; questions and a file of refusals for the others."""
     file, refusals = world.folder / "pairs.jsonl", world.folder / "refusals.txt"
     texts = world.documents("forget")
     rows = [
@@ -148,7 +150,7 @@ def configurations(world: World, folder: Path) -> dict[str, dict[str, Any]]:
     made = {}
     for name, case in CASES.items():
         sections = {**case, "optimizer": {"eps": 1e-6, **case.get("optimizer", {})}}
-        if case.get("objective", {}).get("forget") in ("dpo", "idk"):
+        if case.get("objective", {}).get("forget") in ("dpo", "dpo_idk", "idk"):
             sections["data"] = {**world.configuration("")["data"], "max_length": 48, "forget": pairs(world, case)}
         if sections.pop("tied", False):
             sections["model"] = {**sections.get("model", {}), "path": str(world.folder / "tied")}

@@ -73,6 +73,14 @@ class Model(Section):
         [".*"], min_length=1, description="regular expressions; a tensor trains if one of them is found in its name"
     )
     lora: Lora | None = Field(None, description="train low-rank adapters instead, by peft")
+    dropout: float | None = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="rate of every dropout of the model while it trains (model.lora.dropout apart); "
+        "null: the rates of its config.json, with which npo, dpo, kl, undial and embed_diff compare a model with "
+        "dropout to a reference without",
+    )
     attn_implementation: str | None = Field(
         None,
         min_length=1,

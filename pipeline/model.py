@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 import transformers
 import yaml
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
@@ -109,6 +112,8 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
     """
     zero3 = HfDeepSpeedConfig(deepspeed_config)  # while it lives, from_pretrained loads under deepspeed.zero.Init
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.dropout is not None:
+        options["config"] = set_dropout(load_shape(config), config.dropout)
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     if not config.allow_pickle:
@@ -129,6 +134,11 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
         raise InputError(
             f"model.path: {config.path!r} holds an adapter; export it with model.lora.merge, or name its base"
         )
+    if config.dropout is not None:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = config.dropout  # a rate that is written in the model's code
+        restore_dropout(model, load_shape(config))
     choose_what_trains(model, config, seed)
     if config.torch_compile:
         stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
@@ -144,6 +154,53 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
     torch.manual_seed(seed + dist.get_rank())  # dropout: each rank its own
     model.train()
     return model
+
+
+def set_dropout(shape: PreTrainedConfig, rate: float) -> PreTrainedConfig:
+    """`shape` itself, with `rate` at every dropout that it names, nested configurations included.
+
+    The dropping of whole layers or paths has no rate in common with that of elements: it is off.
+
+    Raises:
+        InputError: a configuration that takes no such number there.
+    """
+    for part, name in list(_dropouts(shape)):
+        wanted = rate if "dropout" in name or "pdrop" in name else 0.0
+        try:
+            setattr(part, name, wanted or type(getattr(part, name))(0))  # some take nothing but integers
+        except StrictDataclassFieldValidationError:
+            raise InputError(
+                f"model.dropout: {name} of {shape.model_type} does not take {wanted} in transformers "
+                f"{transformers.__version__}; set 0, or null to leave it as it is"
+            ) from None
+    return shape
+
+
+def _dropouts(shape: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfig, str]]:
+    """The probabilities of dropping something. Models name them as they like: resid_pdrop, attention_dropout, ..."""
+    for name, value in vars(shape).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from _dropouts(value)
+        elif "drop" in name and type(value) in (int, float) and 0 <= value <= 1:
+            yield shape, name
+
+
+def restore_dropout(model: PreTrainedModel, stock: PreTrainedConfig) -> None:
+    """Let the exported config.json have the dropout of `stock`, as in the model's folder.
+
+    The modules of `model` keep the configuration that they were built with: some read their rates from it.
+    """
+    model.config = copy.deepcopy(model.config)
+    _copy_dropout(stock if type(stock) is type(model.config) else stock.get_text_config(), model.config)
+
+
+def _copy_dropout(source: PreTrainedConfig, target: PreTrainedConfig) -> None:
+    for name, value in vars(source).items():
+        other = getattr(target, name, None)
+        if isinstance(value, PreTrainedConfig) and isinstance(other, PreTrainedConfig):
+            _copy_dropout(value, other)
+        elif "drop" in name and other is not None:
+            setattr(target, name, value)
 
 
 def choose_what_trains(model: PreTrainedModel, config: Model, seed: int) -> None:

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from pipeline.config import InputError, RunConfig
 from pipeline.forward import hidden_after
-from pipeline.model import choose_what_trains, load_shape
+from pipeline.model import choose_what_trains, load_shape, set_dropout
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ def model_without_weights(config: RunConfig) -> Any:
     padded = config.data.packing == "documents" and wanted in (None, "sdpa")
     AttentionInterface.register("rehearsed", partial(_attention, padded=padded))
     shape = load_shape(config.model)
+    if config.model.dropout is not None:  # elements that dropout drops are remembered for the backward pass
+        shape = set_dropout(shape, config.model.dropout)
     options = {"attn_implementation": "eager" if wanted == "eager" else "rehearsed"}
     try:
         with torch.device("meta"):

@@ -202,7 +202,7 @@ class Optimizer(Section):
     lr: float = Field(1e-5, gt=0)
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="not of norms and biases, as in transformers' Trainer")
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps; 0 is off")
     clip: float = Field(1.0, ge=0, description="largest gradient norm, after synthesis; 0 is off")

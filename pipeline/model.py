@@ -85,6 +85,25 @@ def check_layer(config: Model, layer: int) -> None:
         raise InputError(f"objective.layer: {layer}, but {path} has {count} decoder blocks, 0 to {count - 1}")
 
 
+def check_router_loss(config: Model) -> None:
+    """A retain task would have to add the load-balancing loss that such a model asks for, and this program does not.
+
+    That loss multiplies shares of tokens by mean probabilities, both over a batch: the mean over micro-batches, as
+    other trainers take it, is another number for every way to cut the batch, and the exact one needs all routing
+    decisions of all ranks before the first backward pass.
+
+    Raises:
+        InputError: a mixture of experts whose configuration asks for its load-balancing loss.
+    """
+    shape = load_shape(config).get_text_config()
+    if getattr(shape, "output_router_logits", False) and getattr(shape, "router_aux_loss_coef", None) != 0:
+        raise InputError(
+            f"model.path: config.json of {config.path!r} asks for a load-balancing loss (output_router_logits), which "
+            "is not added to the retain loss here; to train without it, set output_router_logits to false in a copy of "
+            "the model"
+        )
+
+
 def check_positions(config: Model, longest: int) -> None:
     """Raises:
     InputError: the model has fewer positions than a sequence of `longest` tokens.

@@ -207,15 +207,15 @@ def train(
         order[task] = [walk.global_batch(step) for step in range(config["train"]["steps"])]
 
     wanted = config["optimizer"]
+    matrices, vectors = ([p for p in parameters.values() if (p.dim() > 1) == wide] for wide in (True, False))
+    groups = [  # in these models vectors are the norms and biases
+        {"params": matrices, "weight_decay": wanted.get("weight_decay", 0.0)},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     if wanted.get("name") == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters.values(), lr=wanted["lr"])
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=wanted["lr"])
     else:
-        optimizer = torch.optim.AdamW(
-            parameters.values(),
-            lr=wanted["lr"],
-            eps=wanted.get("eps", 1e-8),
-            weight_decay=wanted.get("weight_decay", 0.0),
-        )
+        optimizer = torch.optim.AdamW(groups, lr=wanted["lr"], eps=wanted.get("eps", 1e-8))
     records, average = [], {}
     for step in range(config["train"]["steps"]):
         gradients, record = {}, {}

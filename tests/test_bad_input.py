@@ -99,6 +99,11 @@ LATE = {
     "missing data set of the hub": Case(
         ["--data.retain.path", "nobody/no-such-data"], ("retain.path", "nobody/no-such-data")
     ),
+    "a load-balancing loss": Case(
+        ["--model.path", "{folder}/experts"],
+        ("model.path", "experts", "load-balancing", "output_router_logits to false"),
+        {"experts/config.json": '{"model_type": "mixtral", "output_router_logits": true, "router_aux_loss_coef": 0.02}'},
+    ),
     "nothing to train": Case(["--model.train", "['no_such_tensor']"], ("model.train", "'no_such_tensor'")),
     "truncated weights": Case(
         ["--model.path", "{folder}/truncated"],

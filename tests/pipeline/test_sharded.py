@@ -133,7 +133,7 @@ def train_cases(configurations: list[dict[str, Any]]) -> None:
 
 
 def pairs(world: World, case: dict[str, Any]) -> dict[str, Any]:
-    """A corpus with something to prefer: a column of whole texts for dpo; questions and a file of refusals for the others."""
+    """A corpus with something to prefer: a column of whole texts for dpo; questions and refusals for others."""
     file, refusals = world.folder / "pairs.jsonl", world.folder / "refusals.txt"
     texts = world.documents("forget")
     rows = [

@@ -49,6 +49,8 @@ def load_shape(config: Model) -> PreTrainedConfig:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not Path(path).is_dir():
         raise InputError(f"model.path: there is no folder {path}")
+    if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
+        raise _holds_an_adapter(path)
     try:  # stated always: left open, transformers asks a terminal
         return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -59,6 +61,10 @@ def load_shape(config: Model) -> PreTrainedConfig:
             ) from None
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"model.path: {path!r} is neither a model folder nor a model of the hub: {reason}") from None
+
+
+def _holds_an_adapter(path: str) -> InputError:
+    return InputError(f"model.path: {path!r} holds an adapter; export it with model.lora.merge, or name its base")
 
 
 def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
@@ -131,8 +137,9 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
     """
     zero3 = HfDeepSpeedConfig(deepspeed_config)  # while it lives, from_pretrained loads under deepspeed.zero.Init
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    shape = load_shape(config)
     if config.dropout is not None:
-        options["config"] = set_dropout(load_shape(config), config.dropout)
+        options["config"] = set_dropout(copy.deepcopy(shape), config.dropout)
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     if not config.allow_pickle:
@@ -150,14 +157,12 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
     finally:
         del zero3
     if hasattr(model, "peft_config"):
-        raise InputError(
-            f"model.path: {config.path!r} holds an adapter; export it with model.lora.merge, or name its base"
-        )
+        raise _holds_an_adapter(config.path)
     if config.dropout is not None:
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = config.dropout  # a rate that is written in the model's code
-        restore_dropout(model, load_shape(config))
+        restore_dropout(model, shape)
     choose_what_trains(model, config, seed)
     if config.torch_compile:
         stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)

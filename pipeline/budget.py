@@ -190,7 +190,7 @@ def working(config: RunConfig, shape: Shape, passes: dict[str, Pass], micro: int
     found = []
     for name, one in passes.items():
         objective = OBJECTIVES[getattr(config.objective, name)]
-        size = micro * (2 if objective.pairing else 1)
+        size = micro * objective.num_answers
         asks = objective.asks == "logits"
         head = 0.0 if objective.hidden else head_bytes(shape, size * config.data.max_length, asks)
         found.append((max(one.kept(size), one.peak(size) - head), head))
@@ -286,7 +286,7 @@ def seconds(
     flops = 0.0
     for name, one in passes.items():
         objective = OBJECTIVES[getattr(config.objective, name)]
-        size = micro * (2 if objective.pairing else 1)
+        size = micro * objective.num_answers
         product = 0.0 if objective.hidden else 2.0 * size * config.data.max_length * vocabulary * width
         flops += count * (one.flops(size) + product * (4 if shape.head_trains else 3))  # backward makes logits again
         if objective.asks in ("logits", "hidden"):

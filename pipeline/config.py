@@ -73,6 +73,14 @@ class Model(Section):
         [".*"], min_length=1, description="regular expressions; a tensor trains if one of them is found in its name"
     )
     lora: Lora | None = Field(None, description="train low-rank adapters instead, by peft")
+    dropout: float | None = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="rate of every dropout of the model while it trains (model.lora.dropout apart); "
+        "null: the rates of its config.json, with which npo, dpo, kl, undial and embed_diff compare a model with "
+        "dropout to a reference without",
+    )
     attn_implementation: str | None = Field(
         None,
         min_length=1,
@@ -151,7 +159,8 @@ class Data(Section):
 
 
 Forget = Annotated[
-    Literal["ga", "wga", "npo", "simnpo", "dpo", "idk", "undial", "rmu", "none"], BeforeValidator(_none_is_a_name)
+    Literal["ga", "wga", "npo", "simnpo", "dpo", "dpo_idk", "idk", "undial", "rmu", "none"],
+    BeforeValidator(_none_is_a_name),
 ]
 Retain = Annotated[Literal["nll", "kl", "embed_diff", "none"], BeforeValidator(_none_is_a_name)]
 
@@ -160,7 +169,7 @@ class Objective(Section):
     forget: Forget = Field("npo", description="forget loss (paper, section 2.2)")
     retain: Retain = Field("nll", description="retain loss (paper, section 2.2)")
     beta: float = Field(
-        0.1, gt=0, description="sharpness of npo, simnpo, dpo and idk; power in wga; what undial takes off a logit"
+        0.1, gt=0, description="sharpness of npo, simnpo, dpo and dpo_idk; power in wga; what undial takes off a logit"
     )
     delta: float = Field(0.0, description="margin of simnpo (the paper's gamma)")
     layer: int = Field(7, ge=0, description="decoder block whose output rmu and embed_diff read, counted from 0")
@@ -193,7 +202,7 @@ class Optimizer(Section):
     lr: float = Field(1e-5, gt=0)
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="not of norms and biases, as in transformers' Trainer")
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps; 0 is off")
     clip: float = Field(1.0, ge=0, description="largest gradient norm, after synthesis; 0 is off")
@@ -375,8 +384,9 @@ def resolve(file: str | Path, method: str | None = None, overrides: Sequence[str
             raise InputError(f"{where}: data.{task}.path: there is no file {corpus.path}")
         if getattr(config.objective, task) == "dpo" and corpus.preferred is None:
             raise InputError(f"{where}: data.{task}.preferred is missing: dpo needs the column with the text to prefer")
-        if getattr(config.objective, task) == "idk" and corpus.prompt is None:
-            raise InputError(f"{where}: data.{task}: idk needs questions to refuse; set prompt and response")
+        objective = getattr(config.objective, task)
+        if objective in ("idk", "dpo_idk") and corpus.prompt is None:
+            raise InputError(f"{where}: data.{task}: {objective} needs questions to refuse; set prompt and response")
         if corpus.refusals is not None and not Path(corpus.refusals).is_file():
             raise InputError(f"{where}: data.{task}.refusals: there is no file {corpus.refusals}")
         rows = next((key for key in ("prompt", "preferred") if getattr(corpus, key) is not None), None)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 import transformers
 import yaml
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
@@ -46,6 +49,8 @@ def load_shape(config: Model) -> PreTrainedConfig:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not Path(path).is_dir():
         raise InputError(f"model.path: there is no folder {path}")
+    if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
+        raise _holds_an_adapter(path)
     try:  # stated always: left open, transformers asks a terminal
         return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -56,6 +61,10 @@ def load_shape(config: Model) -> PreTrainedConfig:
             ) from None
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"model.path: {path!r} is neither a model folder nor a model of the hub: {reason}") from None
+
+
+def _holds_an_adapter(path: str) -> InputError:
+    return InputError(f"model.path: {path!r} holds an adapter; export it with model.lora.merge, or name its base")
 
 
 def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
@@ -80,6 +89,25 @@ def check_layer(config: Model, layer: int) -> None:
     path, count = config.path, load_shape(config).get_text_config().num_hidden_layers
     if layer >= count:
         raise InputError(f"objective.layer: {layer}, but {path} has {count} decoder blocks, 0 to {count - 1}")
+
+
+def check_router_loss(config: Model) -> None:
+    """A retain task would have to add the load-balancing loss that such a model asks for, and this program does not.
+
+    That loss multiplies shares of tokens by mean probabilities, both over a batch: the mean over micro-batches, as
+    other trainers take it, is another number for every way to cut the batch, and the exact one needs all routing
+    decisions of all ranks before the first backward pass.
+
+    Raises:
+        InputError: a mixture of experts whose configuration asks for its load-balancing loss.
+    """
+    shape = load_shape(config).get_text_config()
+    if getattr(shape, "output_router_logits", False) and getattr(shape, "router_aux_loss_coef", None) != 0:
+        raise InputError(
+            f"model.path: config.json of {config.path!r} asks for a load-balancing loss (output_router_logits), which "
+            "is not added to the retain loss here; to train without it, set output_router_logits to false in a copy of "
+            "the model"
+        )
 
 
 def check_positions(config: Model, longest: int) -> None:
@@ -109,6 +137,9 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
     """
     zero3 = HfDeepSpeedConfig(deepspeed_config)  # while it lives, from_pretrained loads under deepspeed.zero.Init
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    shape = load_shape(config)
+    if config.dropout is not None:
+        options["config"] = set_dropout(copy.deepcopy(shape), config.dropout)
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     if not config.allow_pickle:
@@ -126,9 +157,12 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
     finally:
         del zero3
     if hasattr(model, "peft_config"):
-        raise InputError(
-            f"model.path: {config.path!r} holds an adapter; export it with model.lora.merge, or name its base"
-        )
+        raise _holds_an_adapter(config.path)
+    if config.dropout is not None:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = config.dropout  # a rate that is written in the model's code
+        restore_dropout(model, shape)
     choose_what_trains(model, config, seed)
     if config.torch_compile:
         stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
@@ -144,6 +178,53 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
     torch.manual_seed(seed + dist.get_rank())  # dropout: each rank its own
     model.train()
     return model
+
+
+def set_dropout(shape: PreTrainedConfig, rate: float) -> PreTrainedConfig:
+    """`shape` itself, with `rate` at every dropout that it names, nested configurations included.
+
+    The dropping of whole layers or paths has no rate in common with that of elements: it is off.
+
+    Raises:
+        InputError: a configuration that takes no such number there.
+    """
+    for part, name in list(_dropouts(shape)):
+        wanted = rate if "dropout" in name or "pdrop" in name else 0.0
+        try:
+            setattr(part, name, wanted or type(getattr(part, name))(0))  # some take nothing but integers
+        except StrictDataclassFieldValidationError:
+            raise InputError(
+                f"model.dropout: {name} of {shape.model_type} does not take {wanted} in transformers "
+                f"{transformers.__version__}; set 0, or null to leave it as it is"
+            ) from None
+    return shape
+
+
+def _dropouts(shape: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfig, str]]:
+    """The probabilities of dropping something. Models name them as they like: resid_pdrop, attention_dropout, ..."""
+    for name, value in vars(shape).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from _dropouts(value)
+        elif "drop" in name and type(value) in (int, float) and 0 <= value <= 1:
+            yield shape, name
+
+
+def restore_dropout(model: PreTrainedModel, stock: PreTrainedConfig) -> None:
+    """Let the exported config.json have the dropout of `stock`, as in the model's folder.
+
+    The modules of `model` keep the configuration that they were built with: some read their rates from it.
+    """
+    model.config = copy.deepcopy(model.config)
+    _copy_dropout(stock if type(stock) is type(model.config) else stock.get_text_config(), model.config)
+
+
+def _copy_dropout(source: PreTrainedConfig, target: PreTrainedConfig) -> None:
+    for name, value in vars(source).items():
+        other = getattr(target, name, None)
+        if isinstance(value, PreTrainedConfig) and isinstance(other, PreTrainedConfig):
+            _copy_dropout(value, other)
+        elif "drop" in name and other is not None:
+            setattr(target, name, value)
 
 
 def choose_what_trains(model: PreTrainedModel, config: Model, seed: int) -> None:

@@ -251,7 +251,7 @@ def dpo(terms: Terms) -> Tensor:
     """-(2/beta) log sigma(beta (log-ratio of the preferred answer - log-ratio of the answer to forget)) per sequence.
 
     Log-ratios are to the frozen original (Rafailov et al., 2023, as Zhang et al., 2024, section 3, use it to unlearn).
-    `idk` is the same with a refusal preferred (Maini et al., 2024).
+    `dpo_idk` is the same with a refusal preferred (Maini et al., 2024, call it preference optimization).
     """
     assert terms.original is not None
     rejected, preferred = (terms.states.sum(1) - terms.original).chunk(2)
@@ -271,7 +271,10 @@ def _preference(margin: Tensor, beta: float) -> Tensor:
 
 
 def nll(terms: Terms) -> Tensor:
-    """Gradient descent on the retain set: NLL per token (paper, section 2.2, L_GD)."""
+    """Gradient descent on the retain set: NLL per token (paper, section 2.2, L_GD).
+
+    `idk` is the same on refusals of the questions to forget (Maini et al., 2024, L_idk): see `Objective.replaces`.
+    """
     return terms.states.sum()
 
 
@@ -320,6 +323,12 @@ class Objective:
     hidden: bool = False  # reads hidden states after a layer; nothing beyond that layer is computed
     lowers: bool = False  # beta is taken off the original's logit of each predicted token
     pairing: Literal["preferred", "refusal"] | None = None  # a second answer to each prompt
+    replaces: bool = False  # that second answer is the only one that the model sees
+
+    @property
+    def num_answers(self) -> int:
+        """Sequences that the model sees for each one of a batch."""
+        return 2 if self.pairing is not None and not self.replaces else 1
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -328,7 +337,8 @@ OBJECTIVES: dict[str, Objective] = {
     "npo": Objective(npo, "sequence", asks="likelihoods"),
     "simnpo": Objective(simnpo, "sequence"),
     "dpo": Objective(dpo, "sequence", asks="likelihoods", pairing="preferred"),
-    "idk": Objective(dpo, "sequence", asks="likelihoods", pairing="refusal"),
+    "dpo_idk": Objective(dpo, "sequence", asks="likelihoods", pairing="refusal"),
+    "idk": Objective(nll, "token", pairing="refusal", replaces=True),
     "undial": Objective(undial, "token", asks="logits", lowers=True),
     "rmu": Objective(rmu, "position", hidden=True),
     "nll": Objective(nll, "token"),

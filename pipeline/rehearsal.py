@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from pipeline.config import InputError, RunConfig
 from pipeline.forward import hidden_after
-from pipeline.model import choose_what_trains, load_shape
+from pipeline.model import check_router_loss, choose_what_trains, load_shape, set_dropout
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,17 @@ def model_without_weights(config: RunConfig) -> Any:
     """The model on the meta device, in `model.dtype`, with what trains chosen as in a run.
 
     Raises:
-        InputError: see `model.load_shape` and `model.choose_what_trains`.
+        InputError: see `model.load_shape`, `model.check_router_loss` and `model.choose_what_trains`.
     """
     logging.set_verbosity_error()
     wanted = config.model.attn_implementation
     padded = config.data.packing == "documents" and wanted in (None, "sdpa")
     AttentionInterface.register("rehearsed", partial(_attention, padded=padded))
     shape = load_shape(config.model)
+    if "retain" in config.tasks:
+        check_router_loss(config.model)
+    if config.model.dropout is not None:  # elements that dropout drops are remembered for the backward pass
+        shape = set_dropout(shape, config.model.dropout)
     options = {"attn_implementation": "eager" if wanted == "eager" else "rehearsed"}
     try:
         with torch.device("meta"):

@@ -62,6 +62,7 @@ def open_stream(config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBase
     Raises:
         InputError: see `data.tokenize`.
     """
+    objective = OBJECTIVES[getattr(config.objective, task)]
     sequences, preferred = ranks.one_before_others(
         lambda: tokenize(
             getattr(config.data, task),
@@ -71,9 +72,11 @@ def open_stream(config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBase
             packing=config.data.packing,
             cache=Path(config.cache),
             show_progress=dist.get_rank() == 0,
-            pairing=OBJECTIVES[getattr(config.objective, task)].pairing,
+            pairing=objective.pairing,
         )
     )
+    if preferred is not None and objective.replaces:
+        sequences, preferred = preferred, None
     if len(sequences) < config.train.batch_size and dist.get_rank() == 0:
         log.warning(
             f"data.{task} has {len(sequences)} sequences, fewer than train.batch_size {config.train.batch_size}: "

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.config import (
     InputError,
@@ -28,6 +28,7 @@ from pipeline.ds_config import accumulation, content_digest, deepspeed_config, r
 
 if TYPE_CHECKING:  # torch and what needs it are imported once the configuration is known to be good
     import torch
+    from transformers import Trainer
 
     from pipeline.monitor import Monitor
     from pipeline.shards import Shards
@@ -169,6 +170,8 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
         tokenizer = models.load_tokenizer(config.model)
         if {"rmu", "embed_diff"} & {config.objective.forget, config.objective.retain}:
             models.check_layer(config.model, config.objective.layer)
+        if "retain" in config.tasks:
+            models.check_router_loss(config.model)
     streams = {task: open_stream(config, task, tokenizer) for task in config.tasks}
     with ranks.together():
         models.check_positions(config.model, max(stream.longest for stream in streams.values()))
@@ -256,15 +259,32 @@ def make_optimizer(config: RunConfig, model: torch.nn.Module, zero: dict[str, An
     """torch's own; DeepSpeed's vectorised Adam where a GPU machine keeps the optimizer in its main memory."""
     import torch
 
-    wanted, trained = config.optimizer, [p for p in model.parameters() if p.requires_grad]
+    wanted = config.optimizer
+    groups = parameter_groups(model, wanted.weight_decay)
     if wanted.name == "sgd":
-        return torch.optim.SGD(trained, lr=wanted.lr, weight_decay=wanted.weight_decay)
+        return torch.optim.SGD(groups, lr=wanted.lr)
     betas = (wanted.betas[0], wanted.betas[1])
     adam: Any = torch.optim.AdamW
     offloaded = (zero["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
     if offloaded and torch.cuda.is_available():
         from deepspeed.ops.adam import DeepSpeedCPUAdam as adam  # AdamW by default
-    return adam(trained, lr=wanted.lr, betas=betas, eps=wanted.eps, weight_decay=wanted.weight_decay)
+    return adam(groups, lr=wanted.lr, betas=betas, eps=wanted.eps)
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What trains, for a torch optimizer: norms and biases do not decay, as in transformers' Trainer and by its rule.
+
+    One group where nothing decays, or all that trains does (adapters); else two: what decays, then the rest.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    decaying = set()
+    if weight_decay:
+        from transformers import Trainer
+
+        decaying = set(Trainer.get_decay_parameter_names(cast("Trainer", None), model))  # it uses no trainer
+    halves = [[p for name, p in named if (name in decaying) == decays] for decays in (True, False)]
+    decays = (weight_decay, 0.0)
+    return [{"params": half, "weight_decay": decay} for half, decay in zip(halves, decays, strict=True) if half]
 
 
 def make_schedule(config: RunConfig, optimizer: torch.optim.Optimizer, steps: int) -> Any:

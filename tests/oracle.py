@@ -80,7 +80,7 @@ def loss_of(name: str, model: Any, frozen: Any, batch: list[Any], objective: dic
             else:
                 terms.append((z.softmax(-1) * (z.log_softmax(-1) - log_p)).sum(-1))
         return torch.cat(terms).mean()
-    if name in ("dpo", "idk"):
+    if name in ("dpo", "dpo_idk"):
         margins = []
         for rejected, preferred in batch:
             ratios = []  # log p - log p_ref of an answer, given its question
@@ -90,6 +90,8 @@ def loss_of(name: str, model: Any, frozen: Any, batch: list[Any], objective: dic
                 ratios.append(reference - nll_of(model, ids)[start - 1 :].sum())
             margins.append(ratios[1] - ratios[0])
         return -(2 / beta) * F.logsigmoid(beta * torch.stack(margins)).mean()
+    if name == "idk":
+        return torch.cat([nll_of(model, ids)[start - 1 :] for _, (ids, start) in batch]).mean()
     nlls = [nll_of(model, ids) for ids in batch]
     if name in ("ga", "nll"):
         return torch.cat(nlls).mean() * (-1 if name == "ga" else 1)
@@ -195,7 +197,7 @@ def train(
     for number, task in enumerate(("forget", "retain")):
         corpus, limit = config["data"][task], config["data"]["max_length"]
         rows = [json.loads(line) for line in Path(corpus["path"]).read_text().splitlines()]
-        if objective[task] in ("dpo", "idk"):
+        if objective[task] in ("dpo", "dpo_idk", "idk"):
             refusals = Path(corpus["refusals"]).read_text().splitlines() if "refusals" in corpus else [""]
             pairs = [(row, refusals[number % len(refusals)]) for number, row in enumerate(rows)]
             tokens[task] = [pair_of(tokenizer, corpus, row, refusal, limit) for row, refusal in pairs]
@@ -205,15 +207,15 @@ def train(
         order[task] = [walk.global_batch(step) for step in range(config["train"]["steps"])]
 
     wanted = config["optimizer"]
+    matrices, vectors = ([p for p in parameters.values() if (p.dim() > 1) == wide] for wide in (True, False))
+    groups = [  # in these models vectors are the norms and biases
+        {"params": matrices, "weight_decay": wanted.get("weight_decay", 0.0)},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     if wanted.get("name") == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters.values(), lr=wanted["lr"])
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=wanted["lr"])
     else:
-        optimizer = torch.optim.AdamW(
-            parameters.values(),
-            lr=wanted["lr"],
-            eps=wanted.get("eps", 1e-8),
-            weight_decay=wanted.get("weight_decay", 0.0),
-        )
+        optimizer = torch.optim.AdamW(groups, lr=wanted["lr"], eps=wanted.get("eps", 1e-8))
     records, average = [], {}
     for step in range(config["train"]["steps"]):
         gradients, record = {}, {}

@@ -42,7 +42,8 @@ EARLY = {
     "negative steps": Case(["--train.steps", "-3"], ("train.steps", "-3")),
     "steps and epochs": Case(["--train.steps", "3", "--train.epochs", "2"], ("train.steps", "--train.epochs null")),
     "dpo without what to prefer": Case(["--objective.forget", "dpo"], ("data.forget.preferred",)),
-    "idk without questions": Case(["--objective.forget", "idk"], ("data.forget", "prompt")),
+    "idk without questions": Case(["--objective.forget", "idk"], ("data.forget", "idk", "prompt")),
+    "dpo_idk without questions": Case(["--objective.forget", "dpo_idk"], ("data.forget", "dpo_idk", "prompt")),
     "batch does not divide": Case(["--train.batch_size", "7"], ("train.batch_size 7", "multiple of 2")),
     "both tasks none": Case(["--objective.forget", "none", "--objective.retain", "none"], ("objective.forget", "none")),
     "missing data file": Case(["--data.retain.path", "{folder}/no.jsonl"], ("data.retain.path", "no.jsonl")),
@@ -97,6 +98,11 @@ LATE = {
     "missing model of the hub": Case(["--model.path", "nobody/no-such-model"], ("model.path", "nobody/no-such-model")),
     "missing data set of the hub": Case(
         ["--data.retain.path", "nobody/no-such-data"], ("retain.path", "nobody/no-such-data")
+    ),
+    "a load-balancing loss": Case(
+        ["--model.path", "{folder}/experts"],
+        ("model.path", "experts", "load-balancing", "output_router_logits to false"),
+        {"experts/": "model", "experts/config.json": '{"model_type": "mixtral", "output_router_logits": true}'},
     ),
     "nothing to train": Case(["--model.train", "['no_such_tensor']"], ("model.train", "'no_such_tensor'")),
     "truncated weights": Case(

@@ -106,6 +106,7 @@ class Case:
     optimizer: str = "adamw"
     lr: float = 0.01
     eps: float = 1e-8  # of adamw
+    weight_decay: float = 0.0  # of the tensors that are not in UNDECAYED, then a group of their own
     clip: float = 0.5
     dtype: str = "float32"
     scales: dict[str, float] = field(default_factory=dict)  # task -> factor of its loss
@@ -124,10 +125,21 @@ def chunks_of(case: Case, step: int, task: str, world: int) -> list[list[tuple[T
     return [[(part, 2 * m < case.micro) for part in parts] for m, parts in enumerate(halves)]
 
 
-def make_optimizer(case: Case, parameters: list[Tensor]) -> torch.optim.Optimizer:
+UNDECAYED = ("gain", "up.bias", "early", "retain_only")  # the first of them has fewer elements than there are ranks
+
+
+def make_optimizer(case: Case, parameters: dict[str, Any]) -> torch.optim.Optimizer:
+    """Of tensors by name."""
+    groups: list[dict[str, Any]] = [{"params": [*parameters.values()], "weight_decay": 0.0}]
+    if case.weight_decay:
+        apart = [name for name in parameters if name in UNDECAYED]
+        groups = [
+            {"params": [p for n, p in parameters.items() if n not in apart], "weight_decay": case.weight_decay},
+            {"params": [parameters[name] for name in apart], "weight_decay": 0.0},
+        ]
     if case.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=case.lr)
-    return torch.optim.AdamW(parameters, lr=case.lr, eps=case.eps, weight_decay=0.0)
+        return torch.optim.SGD(groups, lr=case.lr)
+    return torch.optim.AdamW(groups, lr=case.lr, eps=case.eps)
 
 
 # -- on engines --------------------------------------------------------------------------------------------------------
@@ -151,7 +163,7 @@ def engine_of(case: Case, model: nn.Module) -> Any:
         deepspeed.utils.set_z3_leaf_modules(model, list(case.leaves))
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=make_optimizer(case, [p for p in model.parameters() if p.requires_grad]),  # pyright: ignore
+        optimizer=make_optimizer(case, {n: p for n, p in model.named_parameters() if p.requires_grad}),  # pyright: ignore
         config={
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -247,7 +259,7 @@ def train_plainly(case: Case, world: int = 1) -> tuple[dict[str, Tensor], list[f
     model = model_of(case)
     low = {name: p for name, p in model.named_parameters() if p.requires_grad}
     master = {name: p.detach().float().clone() for name, p in low.items()}
-    optimizer = make_optimizer(case, list(master.values()))
+    optimizer = make_optimizer(case, master)
     weights = {"forget": GAMMA, "retain": ALPHA} if case.rule == "sum" else {"forget": 1.0, "retain": 1.0}
     norms, average = [], {}
     for step in range(case.steps):

@@ -78,6 +78,7 @@ def test_defaults_are_the_contracts(config: Resolve) -> None:
     assert made["model"] == {
         "path": "some/model", "dtype": "bfloat16", "gradient_checkpointing": False, "train": [".*"], "lora": None,
         "attn_implementation": None, "torch_compile": False, "trust_remote_code": False, "allow_pickle": False,
+        "dropout": 0.0,
     }  # fmt: skip
     assert made["data"]["max_length"] == 512 and made["data"]["packing"] == "blocks"
     assert made["data"]["forget"]["field"] == made["data"]["retain"]["field"] == "text"

@@ -850,13 +850,15 @@ def test_open_stream_hands_the_pairs_on(
     file = world.write(tmp_path / "run.yaml", tmp_path / "run", **sections)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
     try:
-        for objective, pairing in (("ga", None), ("dpo", "preferred"), ("idk", "refusal")):
+        for objective, pairing in (("ga", None), ("dpo", "preferred"), ("dpo_idk", "refusal"), ("idk", "refusal")):
             config = resolve(file, None, ["--cache", str(tmp_path), "--objective.forget", objective])
             stream = open_stream(config, "forget", words())
             sides = (stream.sequences, stream.preferred)
             expected = ask(pairing=pairing, preferred="better")
+            if objective == "idk":  # the refusals alone
+                expected = (expected[1], None)
             assert [side and labelled(side) for side in sides] == [side and labelled(side) for side in expected]
-            assert len(next(stream.batches(0)).input_ids) == (1 if pairing is None else 2)
+            assert len(next(stream.batches(0)).input_ids) == (2 if "dpo" in objective else 1)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -28,7 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from eval.run import find_models, load
 from pipeline.config import InputError, Lora, Model, RunConfig
 from pipeline.ds_config import deepspeed_config
-from pipeline.model import attach_adapters, load_model, load_tokenizer
+from pipeline.model import attach_adapters, check_router_loss, load_model, load_tokenizer
 from pipeline.train import run
 from tests import oracle
 from tests.conftest import World
@@ -336,6 +336,17 @@ def test_an_adapter_is_no_model(runs: dict[str, dict[str, Any]]) -> None:
     config = Model.model_validate({"path": str(final_of(runs["lora-zero2-sum"])), "dtype": "float32"})
     with pytest.raises(InputError, match=r"model\.path: .* holds an adapter"):
         load_model(config, {})
+
+
+def test_a_load_balancing_loss_that_a_model_asks_for_is_not_dropped_without_a_word(tmp_path: Path) -> None:
+    def check(**keys: Any) -> None:
+        MixtralConfig(**keys).save_pretrained(tmp_path)
+        check_router_loss(Model(path=str(tmp_path)))  # pyright: ignore[reportCallIssue]
+
+    check()
+    check(output_router_logits=True, router_aux_loss_coef=0.0)
+    with pytest.raises(InputError, match=r"load-balancing loss .*set output_router_logits to false"):
+        check(output_router_logits=True, router_aux_loss_coef=0.02)
 
 
 def test_targets_are_linear_layers_and_not_experts(runs: dict[str, dict[str, Any]]) -> None:

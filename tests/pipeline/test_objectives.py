@@ -20,7 +20,7 @@ V, H = 13, 5  # vocabulary, hidden width
 BETAS = (0.05, 1.0, 4.0)
 WAYS = ("logits", "hidden", "hidden+bias")
 ERRORS = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-5, 2**-6)}  # value, gradient
-PAIRED = [name for name, objective in OBJECTIVES.items() if objective.pairing]
+PAIRED = ("dpo", "dpo_idk")  # two answers to each prompt in a batch
 FROM_TOKENS = [name for name, objective in OBJECTIVES.items() if not objective.hidden]
 
 # Token ids per sequence; `None` is a label that the data masks. Right-padded when they meet in a batch.
@@ -167,7 +167,7 @@ def loss_from_formula(name: str, states: Tensor, setting: Setting, original: Ten
         return sum(terms, zero) / len(terms)
     nlls = nlls_from_formula(states, labels)
     tokens = [nll for row in nlls for nll in row]
-    if name in ("ga", "nll"):
+    if name in ("ga", "nll", "idk"):  # the labels of idk are those of refusals
         return (-1 if name == "ga" else 1) * sum(tokens, zero) / len(tokens)
     if name == "wga":
         return -sum((math.exp(-nll.item()) ** beta * nll for nll in tokens), zero) / len(tokens)
@@ -177,7 +177,7 @@ def loss_from_formula(name: str, states: Tensor, setting: Setting, original: Ten
     else:
         assert original is not None
         margins = [total - reference.double() for total, reference in zip(totals, original, strict=True)]
-        if name in ("dpo", "idk"):  # log-ratio of the preferred answer, in the second half, less that of the other
+        if name in ("dpo", "dpo_idk"):  # log-ratio of the preferred answer, in the second half, less that of the other
             half = len(margins) // 2
             margins = [-preferred + other for other, preferred in zip(margins[:half], margins[half:], strict=True)]
         else:
@@ -545,9 +545,12 @@ def test_what_each_objective_asks_and_counts() -> None:
     def where(what: Callable[[Any], bool]) -> set[str]:
         return {name for name, objective in OBJECTIVES.items() if what(objective)}
 
-    assert where(lambda o: o.asks == "likelihoods") == {"npo", "dpo", "idk"}
+    assert where(lambda o: o.asks == "likelihoods") == {"npo", "dpo", "dpo_idk"}
     assert where(lambda o: o.asks == "logits") == {"undial", "kl"} and where(lambda o: o.lowers) == {"undial"}
     assert where(lambda o: o.asks == "hidden") == {"embed_diff"}
     assert where(lambda o: o.hidden) == where(lambda o: o.per == "position") == {"rmu", "embed_diff"}
-    assert where(lambda o: o.per == "sequence") == {"npo", "simnpo", "dpo", "idk"}
-    assert {name: OBJECTIVES[name].pairing for name in PAIRED} == {"dpo": "preferred", "idk": "refusal"}
+    assert where(lambda o: o.per == "sequence") == {"npo", "simnpo", "dpo", "dpo_idk"}
+    assert {name: o.pairing for name, o in OBJECTIVES.items() if o.pairing} == {
+        "dpo": "preferred", "dpo_idk": "refusal", "idk": "refusal"
+    }  # fmt: skip
+    assert {name for name, o in OBJECTIVES.items() if o.num_answers == 2} == set(PAIRED)

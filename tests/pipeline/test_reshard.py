@@ -22,6 +22,7 @@ from tests.toy import Case
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 BF16: dict[str, Any] = {"dtype": "bfloat16", "config": {"data_types": {"grad_accum_dtype": "fp32"}}}
+DECAY: dict[str, Any] = {"weight_decay": 5.0, "lr": 0.01}  # two groups of tensors: half a weight is gone in 14 steps
 CASES = {
     "stage1-gru": Case(zero={"stage": 1}, rule="gru", scope="global"),
     "stage2-gru": Case(zero={"stage": 2}, rule="gru", scope="module"),
@@ -29,12 +30,17 @@ CASES = {
     "stage3-subgroups": Case(zero={"stage": 3, "sub_group_size": 40}),  # of elements: many groups, others on each count
     "stage3-offload": Case(zero={"stage": 3, **OFFLOAD, "offload_param": {"device": "cpu"}}),
     "stage3-sgd": Case(zero={"stage": 3}, optimizer="sgd", lr=0.1),
+    "stage2-decay": Case(zero={"stage": 2}, **DECAY),
+    "stage3-decay": Case(zero={"stage": 3, "sub_group_size": 40}, **DECAY),
     "adapters": Case(model="adapters", zero={"stage": 3}),
     "stage3-bf16": Case(zero={"stage": 3}, **BF16),
 }
 MORE = {  # slow
     "stage0": Case(zero={"stage": 0}),
     "stage2-offload": Case(zero={"stage": 2, **OFFLOAD}),
+    "stage1-bf16-decay": Case(zero={"stage": 1}, **BF16, **DECAY),
+    "stage2-offload-decay": Case(zero={"stage": 2, **OFFLOAD}, **DECAY),
+    "stage3-sgd-decay": Case(zero={"stage": 3}, optimizer="sgd", **{**DECAY, "lr": 0.1}),
     "stage2-sgd": Case(zero={"stage": 2}, optimizer="sgd", lr=0.1),
     "stage1-bf16": Case(zero={"stage": 1}, **BF16),
     "stage2-bf16": Case(zero={"stage": 2}, **BF16),

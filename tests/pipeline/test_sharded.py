@@ -38,10 +38,13 @@ CASES: dict[str, dict[str, Any]] = {
     "simnpo-pcgrad": {"objective": {"forget": "simnpo", "beta": 2.0, "delta": 0.1}, "synthesis": {"rule": "pcgrad"}},
     "forget-only": {"objective": {"forget": "ga", "retain": "none"}},
     "retain-only": {"objective": {"forget": "none", "retain": "nll"}, "optimizer": {"weight_decay": 0.1}},
+    "decayed-pcgrad": {"optimizer": {"weight_decay": 0.3}, "synthesis": {"rule": "pcgrad"}},
+    "decayed-sgd": {"optimizer": {**SGD["optimizer"], "weight_decay": 0.01}, "synthesis": SUM},
     "sgd-unclipped": {"optimizer": {"name": "sgd", "lr": 0.05, "clip": 0.0}},
     "tied": {"synthesis": {"rule": "pcgrad"}, "tied": True},
     "dpo-pcgrad": {"objective": {"forget": "dpo", "beta": 0.05}, "synthesis": {"rule": "pcgrad"}},
-    "idk-sum": {"objective": {"forget": "idk", "beta": 0.05}, "synthesis": {"rule": "sum", "geometry": True}},
+    "dpo_idk-sum": {"objective": {"forget": "dpo_idk", "beta": 0.05}, "synthesis": {"rule": "sum", "geometry": True}},
+    "idk-pcgrad": {"objective": {"forget": "idk"}, "synthesis": {"rule": "pcgrad"}},
     "wga-pcgrad": {"objective": {"forget": "wga", "beta": 0.2}, "synthesis": {"rule": "pcgrad"}},
     # Where model and original still agree, the gradients of undial and kl are differences of nearly equal
     # probabilities, and what is computed of them has the rounding of whichever path it came by. A rule that gates on
@@ -90,9 +93,11 @@ ZERO: dict[str, Any] = {
     "offload": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
 }
 ON_EACH = ("npo-kl", "rmu-embed_diff")  # stage
+DECAYED = ("retain-only", "decayed-pcgrad", "decayed-sgd")  # likewise: two groups of tensors on each stage
 ON_THREE = (
     *("sum", "sago", "pcgrad-module", "pcgrad-global", "pcgrad-layer", "blur", "gru", "npo-sago", "simnpo-pcgrad"),
-    *("forget-only", "retain-only", "tied", "wga-pcgrad", "undial-pcgrad", "npo-kl", "rmu-embed_diff", "idk-sum"),
+    *("forget-only", "retain-only", "tied", "wga-pcgrad", "undial-pcgrad", "npo-kl", "rmu-embed_diff", "dpo_idk-sum"),
+    "idk-pcgrad",
 )
 RUNS = [(2, case) for case in CASES] + [(3, case) for case in ON_THREE]  # ranks, case
 
@@ -128,7 +133,7 @@ def train_cases(configurations: list[dict[str, Any]]) -> None:
 
 
 def pairs(world: World, case: dict[str, Any]) -> dict[str, Any]:
-    """A corpus with something to prefer: a column of whole texts for dpo; questions and a file of refusals for idk."""
+    """A corpus with something to prefer: a column of whole texts for dpo; questions and refusals for others."""
     file, refusals = world.folder / "pairs.jsonl", world.folder / "refusals.txt"
     texts = world.documents("forget")
     rows = [
@@ -148,7 +153,7 @@ def configurations(world: World, folder: Path) -> dict[str, dict[str, Any]]:
     made = {}
     for name, case in CASES.items():
         sections = {**case, "optimizer": {"eps": 1e-6, **case.get("optimizer", {})}}
-        if case.get("objective", {}).get("forget") in ("dpo", "idk"):
+        if case.get("objective", {}).get("forget") in ("dpo", "dpo_idk", "idk"):
             sections["data"] = {**world.configuration("")["data"], "max_length": 48, "forget": pairs(world, case)}
         if sections.pop("tied", False):
             sections["model"] = {**sections.get("model", {}), "path": str(world.folder / "tied")}
@@ -229,7 +234,7 @@ def staged(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, zero in ZERO.items():
         (folder / f"{name}.json").write_text(json.dumps({"zero_optimization": zero}))
         for case, keys in configurations(world, folder / name).items():
-            if case in ON_EACH:
+            if case in (*ON_EACH, *DECAYED):
                 settings.append({**keys, "train": {**keys["train"], "deepspeed": str(folder / f"{name}.json")}})
     keys = configurations(world, folder / "bf16")["npo-kl"]
     settings.append({**keys, "model": {**keys["model"], "dtype": "bfloat16"}})
@@ -248,6 +253,18 @@ def test_the_frozen_original_on_every_stage(
     print(f"{case} {name}: relative error of the weight change {error:.1e}")
     assert error < 2e-5
     agree_with_the_plain_loop(case, staged / name / case, expected)
+
+
+@pytest.mark.parametrize("name", ZERO)
+@pytest.mark.parametrize("case", DECAYED)
+def test_weight_decay_on_every_stage(
+    name: str, case: str, staged: Path, expected: dict[str, Any], world: World
+) -> None:
+    final = load_file(staged / name / case / "final" / "model.safetensors")
+    initial = load_file(world.folder / "model" / "model.safetensors")
+    error = oracle.weight_change_error(final, expected[case][0], initial)
+    print(f"{case} {name}: relative error of the weight change {error:.1e}")
+    assert error < 2e-5
 
 
 def test_the_frozen_original_in_bf16(staged: Path, expected: dict[str, Any]) -> None:

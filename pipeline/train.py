@@ -156,7 +156,7 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
     from pipeline.monitor import Monitor
     from pipeline.shards import Shards
     from pipeline.synthesis import Synthesis
-    from pipeline.tasks import make_tasks, num_steps, open_stream
+    from pipeline.tasks import make_tasks, num_steps, open_stream, warn_of_overlap
 
     folder, began = Path(config.output), time.perf_counter()
     console.listen(world_from_environment()[0], quiet)
@@ -169,6 +169,8 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
         if {"rmu", "embed_diff"} & {config.objective.forget, config.objective.retain}:
             models.check_layer(config.model, config.objective.layer)
     streams = {task: open_stream(config, task, tokenizer) for task in config.tasks}
+    if dist.get_rank() == 0:
+        warn_of_overlap(streams)
     with ranks.together():
         models.check_positions(config.model, max(stream.longest for stream in streams.values()))
     steps = num_steps(config, streams)

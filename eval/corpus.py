@@ -1,9 +1,10 @@
 """A user's own corpora: how likely the model finds their documents, and how much of them it knows by heart.
 
-FOLDER/corpus or FOLDER holds `forget`, `retain` and, if there is one, `other`, each as `.txt` (a document a line) or
-`.jsonl`: a document under `text`, or a question under `prompt` with its answer under `response`. What to put there is
-the user's: documents of the forget corpus; documents like those of the retain corpus but not out of it, so that the
-score is of knowledge and not of rehearsal; and under `other` what neither mentions.
+FOLDER/corpus or FOLDER holds `forget`, `retain` and, if there is one, `other`, as `.txt` (a document a line), or as
+`.jsonl` or another form that training reads: a document under `text`, or a question under `prompt` with its answer
+under `response`. What to put there is the user's: documents of the forget corpus; documents like those of the retain
+corpus but not out of it, so that the score is of knowledge and not of rehearsal; and under `other` what neither
+mentions.
 
 Two scores in [0, 1] a split, means over documents (of at most MOST_DOCUMENTS, always the same, cut at MOST_TOKENS or
 the model's positions):
@@ -22,8 +23,11 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eval import scoring
-from eval.files import UnusableInput, check_texts, read_jsonl
+from eval.files import UnusableInput
 from eval.relearning import sample
+from pipeline.chat import encode_answers
+from pipeline.config import Corpus, format_of
+from pipeline.corpus import is_saved_dataset, read_rows, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,16 +44,15 @@ PROTOCOL = (
 
 
 def read_split(path: Path) -> list[dict[str, str]]:
-    """The documents of a file; raises UnusableInput."""
-    if path.suffix == ".txt":
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-        except (OSError, ValueError) as error:
-            raise UnusableInput(f"cannot read {path}: {error}; give UTF-8 text, a document a line") from error
-        return check_texts([{"text": line.rstrip("\r")} for line in lines if line.strip()], ("text",), str(path))
-    rows = read_jsonl(path)
-    keys = ("prompt", "response") if rows and "prompt" in rows[0] else ("text",)
-    return [{key: row[key] for key in keys} for row in check_texts(rows, keys, str(path))]
+    """The documents of a file or folder, read as training reads it, without empty ones; raises UnusableInput."""
+    located = list(read_rows(Corpus(path=str(path)))[0])  # pyright: ignore[reportCallIssue]
+    questions = bool(located) and isinstance(located[0][1], dict) and "prompt" in located[0][1]
+    keys = ("prompt", "response") if questions else ("text",)
+    rows = [{key: text_of(where, row, key) for key in keys} for where, row in located]
+    rows = [row for row in rows if row[keys[-1]].strip()]
+    if not rows:
+        raise UnusableInput(f"{path} holds no text; write a document a line, or objects with {', '.join(keys)}")
+    return rows
 
 
 def load_probes(folder: Path | None, suite: str = "corpus") -> list[Probe]:
@@ -59,15 +62,24 @@ def load_probes(folder: Path | None, suite: str = "corpus") -> list[Probe]:
             "suite corpus asks about your files: --data FOLDER with forget.txt and retain.txt (or .jsonl)"
         )
     where = folder / "corpus" if (folder / "corpus").is_dir() else folder
+    there = sorted(where.iterdir()) if where.is_dir() else []
     probes = []
     for split in SPLITS:
-        files = [file for ending in ("txt", "jsonl") if (file := where / f"{split}.{ending}").is_file()]
+        files = [path for path in there if path.name.split(".")[0] == split and is_corpus(path)]
         if len(files) > 1:
             raise UnusableInput(f"{where} has {files[0].name} and {files[1].name}; leave one")
         if not files and split != "other":
-            raise UnusableInput(f"{where} has no {split}.txt or {split}.jsonl, which suite corpus reads")
+            raise UnusableInput(
+                f"{where} has no {split}.txt or {split}.jsonl, which suite corpus reads (nor {split} in another of the "
+                "formats that training reads)"
+            )
         probes += [{"split": split, **row} for file in files for row in sample(read_split(file), seed=0)]
     return probes
+
+
+def is_corpus(path: Path) -> bool:
+    """By its name, or by what is in the folder."""
+    return is_saved_dataset(path) or (format_of(path) is not None and path.is_file())
 
 
 def group_of(probe: Probe) -> str:
@@ -90,7 +102,7 @@ class Encoded(NamedTuple):
 
 def encode(tokenizer: "PreTrainedTokenizerBase", probe: Probe, longest: int) -> Encoded:
     if "prompt" in probe:
-        ids, start = scoring.encode_answer(tokenizer, probe["prompt"], probe["response"])
+        [(ids, start)] = encode_answers(tokenizer, [probe["prompt"]], [probe["response"]])
         return Encoded(ids[:longest], start, start)
     ids = tokenizer(probe["text"], truncation=True, max_length=longest).input_ids
     return Encoded(ids, 1, len(ids) // 2)  # nothing predicts a first token

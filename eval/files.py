@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-
-class UnusableInput(Exception):
-    """What the user gave cannot be used; the message is one line that names the culprit and the remedy."""
+from pipeline.config import InputError as UnusableInput  # one error for both: a corpus is read by one reader
+from pipeline.corpus import json_rows
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
@@ -29,28 +28,18 @@ def exit_status(command: Callable[[], int | None]) -> int:
 def read_json(path: Path) -> Any:
     """The content of a JSON file; raises UnusableInput when it is missing or malformed."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UnusableInput(f"cannot read {path}: {error}; give a complete JSON file") from error
 
 
 def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file, blank lines left out; raises UnusableInput with the line's number."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # a text may hold what `splitlines` takes for an end
-    except (OSError, ValueError) as error:
-        raise UnusableInput(f"cannot read {path}: {error}; give a readable JSON Lines file") from error
+    """The objects of a JSON Lines file (see `pipeline.corpus`); raises UnusableInput with the line's number."""
     rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UnusableInput(f"{path}, line {number}: {error}; repair or remove the line") from error
+    for where, row in json_rows(path):
         missing = [key for key in required if not isinstance(row, dict) or key not in row]
         if missing or not isinstance(row, dict):
-            raise UnusableInput(f"{path}, line {number}: needs an object with {', '.join(required) or 'keys'}")
+            raise UnusableInput(f"{where}: needs an object with {', '.join(required) or 'keys'}; repair or remove it")
         rows.append(row)
     return rows
 

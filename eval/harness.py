@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.files import UnusableInput, read_jsonl, write_jsonl
 from eval.ranks import place, share
+from pipeline.corpus import lines
 
 Row = dict[str, Any]  # keys question, choices, answer
 
@@ -73,8 +74,7 @@ def read_questions(path: Path) -> list[Row]:
 
 def _line_numbers(path: Path) -> list[int]:
     """Of the lines that are not blank, counted from 1."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [number for number, line in enumerate(lines, start=1) if line.strip()]
+    return [number for number, line in lines(path) if line.strip()]
 
 
 def read_mmlu(folder: Path, shots: int) -> dict[str, tuple[list[Row], list[Row]]]:

@@ -2,11 +2,13 @@
 
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eval import scoring
-from eval.files import UnusableInput, read_json, read_jsonl
+from eval.files import UnusableInput
+from pipeline.chat import encode_answers
+from pipeline.config import Corpus
+from pipeline.corpus import read_rows, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,54 +32,21 @@ def columns_of(corpus: dict[str, Any]) -> list[str]:
 
 
 def read_corpus(corpus: dict[str, Any]) -> list[Row]:
-    """All rows, with all their columns, of a `data.forget` or `data.retain` of a resolved configuration.
+    """All rows, with all their columns, of `data.forget` of a resolved configuration, read as training reads it.
 
     Raises:
         UnusableInput: it cannot be read, or a row lacks a text that the configuration names.
     """
-    path, keys = Path(corpus["path"]).expanduser(), columns_of(corpus)
-    if path.suffix == ".txt":
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-        except (OSError, ValueError) as error:
-            raise UnusableInput(f"cannot read {path}: {error}; the run was trained on it, put it back") from error
-        rows: list[Any] = [{corpus["field"]: line.rstrip("\r")} for line in lines if line.strip()]
-    elif path.suffix == ".jsonl":
-        rows = list(read_jsonl(path))
-    elif path.suffix == ".json":
-        rows = read_json_rows(path)
-    else:
-        rows = read_table(path, corpus)
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
-            raise UnusableInput(f"{path}, row {number}: needs text under {', '.join(keys)}; repair or remove it")
+    described = Corpus(**corpus)
+    located, _ = read_rows(described, "data.forget.")
+    rows = []
+    for where, row in located:
+        for column in columns_of(corpus):
+            text_of(where, row, column)
+        rows.append(row)
     if not rows:
-        raise UnusableInput(f"{path} holds no row; the run was trained on it, put it back")
+        raise UnusableInput(f"{described.path} holds no row; the run was trained on it, put it back")
     return rows
-
-
-def read_json_rows(path: Path) -> list[Any]:
-    """Of one array, or of JSON lines: `.json` files are either."""
-    try:
-        start = path.read_text(encoding="utf-8").lstrip()[:1]
-    except (OSError, ValueError) as error:
-        raise UnusableInput(f"cannot read {path}: {error}; the run was trained on it, put it back") from error
-    return read_json(path) if start == "[" else list(read_jsonl(path))
-
-
-def read_table(path: Path, corpus: dict[str, Any]) -> list[Any]:
-    """Of a Parquet file, or of a split of a hub data set."""
-    import datasets
-
-    try:
-        if path.suffix == ".parquet":
-            found: Any = datasets.Dataset.from_parquet(str(path))
-        else:
-            found = datasets.load_dataset(corpus["path"], corpus["name"], split=corpus["split"])
-    except Exception as error:  # `datasets` and the hub raise a dozen unrelated types
-        reason = " ".join(str(error).split())[:300]
-        raise UnusableInput(f"cannot read {corpus['path']}: {reason}; the run was trained on it") from None
-    return [dict(row) for row in found]
 
 
 def split_corpus(rows: Sequence[Row], group_of: Callable[[Row], str | None], fraction: float, seed: int) -> Split:
@@ -141,7 +110,7 @@ def mean_nll(
     encoded = []
     for row in rows:
         if corpus["prompt"] is not None:
-            ids, start = scoring.encode_answer(tokenizer, row[corpus["prompt"]], row[corpus["response"]])
+            [(ids, start)] = encode_answers(tokenizer, [row[corpus["prompt"]]], [row[corpus["response"]]])
         else:
             ids, start = tokenizer(row[corpus["field"]], truncation=True, max_length=longest).input_ids, 1
         start = max(start, 1)  # nothing predicts a first token

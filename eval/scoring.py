@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from eval.files import UnusableInput
 from eval.ranks import share
+from pipeline.chat import openings
 
 if TYPE_CHECKING:  # importing these takes seconds, which --help and a wrong argument should not cost
     from torch import Tensor
@@ -25,21 +25,6 @@ NO_ANSWER = "NOANSWER"  # RWKU's stand-in for an empty answer, on which its scor
 # Prompts
 
 
-def render(tokenizer: "PreTrainedTokenizerBase", turns: list[dict[str, str]], *, ask: bool) -> str:
-    """A conversation in the tokenizer's chat template, with the header of the assistant's turn after it if `ask`."""
-    from jinja2 import TemplateError
-
-    try:
-        # Some templates write today's date unless they are given one: a score must not depend on the day.
-        text = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=ask, date_string="26 Jul 2024"
-        )
-    except (TemplateError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UnusableInput(f"the tokenizer's chat template refuses a question: {reason}; repair it") from error
-    return str(text)
-
-
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", question: str, opening: str = "") -> list[int]:
     """Token ids of a question (the user's turn, in a chat template) and of the `opening` of its answer.
 
@@ -48,27 +33,8 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", question: str, opening: 
     if tokenizer.chat_template is None:
         ids = tokenizer(question + opening).input_ids
         return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
-    text = render(tokenizer, [{"role": "user", "content": question}], ask=True) + opening
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def encode_answer(tokenizer: "PreTrainedTokenizerBase", question: str, answer: str) -> tuple[list[int], int]:
-    """Token ids of a question with its answer and its end, and where, in them, the answer starts.
-
-    The form that training uses: the chat template, else TOFU's `Question: ...`, a new line, `Answer: ...` and the
-    end-of-text token. The answer starts at the first token that the question alone does not have.
-    """
-    if tokenizer.chat_template is None:
-        start = f"Question: {question}\nAnswer: "
-        whole = tokenizer(start + answer).input_ids
-        whole = whole if whole[-1:] == [tokenizer.eos_token_id] else [*whole, tokenizer.eos_token_id]
-        alone = encode_prompt(tokenizer, start)
-    else:
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        whole = tokenizer(render(tokenizer, turns, ask=False), add_special_tokens=False).input_ids
-        alone = encode_prompt(tokenizer, question)
-    differ = (at for at, (one, other) in enumerate(zip(whole, alone, strict=False)) if one != other)
-    return whole, next(differ, min(len(whole), len(alone)))
+    [text] = openings(tokenizer, [question])
+    return tokenizer(text + opening, add_special_tokens=False).input_ids
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,7 +150,7 @@ def read_logits(
 def answer_losses(
     model: "PreTrainedModel", answers: Sequence[tuple[list[int], int]], *, batch_size: int, title: str
 ) -> list[float]:
-    """Mean negative log-likelihood, in nats a token, of each answer given its question (see `encode_answer`)."""
+    """Mean negative log-likelihood, in nats a token, of each answer given its question (see `chat.encode_answers`)."""
     from torch.nn.functional import cross_entropy
 
     def loss(index: int, ids: "Tensor", logits: "Tensor") -> float:

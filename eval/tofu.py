@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eval import scoring
 from eval.files import UnusableInput, check_texts, read_hub, read_json, read_jsonl
+from pipeline.chat import encode_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -137,7 +138,7 @@ def score(
     texts = [(probe["answer"], probe["paraphrase"], *probe["perturbed"]) for probe in probes]
     rows = zip(probes, texts, strict=True)
     pairs = list(dict.fromkeys((probe["question"], text) for probe, row in rows for text in row))
-    encoded = [scoring.encode_answer(tokenizer, *pair) for pair in pairs]
+    encoded = encode_answers(tokenizer, *zip(*pairs, strict=True))
     losses = scoring.answer_losses(model, encoded, batch_size=batch_size, title=f"{title} likelihoods")
     loss, spans = dict(zip(pairs, losses, strict=True)), dict(zip(pairs, encoded, strict=True))
     starts = [spans[probe["question"], probe["answer"]] for probe in probes]

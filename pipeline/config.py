@@ -105,7 +105,10 @@ class Model(Section):
 class Corpus(Section):
     """Plain text (`field`), or questions with answers of which only the answer is predicted (`prompt`, `response`)."""
 
-    path: FilePath = Field(description="hub name, or a .jsonl, .json, .parquet or .txt file")
+    path: FilePath = Field(
+        description="hub name; or a .jsonl, .json, .csv, .tsv, .txt (each also .gz) or .parquet file, or a folder of "
+        "save_to_disk"
+    )
     field: str | None = Field("text", description="the column that holds the text (unused for .txt)")
     prompt: str | None = Field(None, description="instead of field: the column with the question, not predicted")
     response: str | None = Field(None, description="beside prompt: the column with the answer, which is predicted")
@@ -135,12 +138,12 @@ class Corpus(Section):
             raise ValueError("set field (plain text), or prompt and response (questions and answers)")
         if len({*self.columns.values()}) < len(self.columns):
             raise ValueError(f"{', '.join(self.columns)} must name different columns")
-        if Path(self.path).suffix == ".txt" and (self.prompt or self.preferred):
+        if format_of(self.path) == ".txt" and (self.prompt or self.preferred):
             key = "prompt" if self.prompt else "preferred"
             raise ValueError(f"a .txt file has no columns, so {key} cannot name one; use .jsonl, .json or .parquet")
         if self.refusals is not None and self.prompt is None:
             raise ValueError("refusals answer questions; name their columns with prompt and response")
-        if self.refusals is not None and Path(self.refusals).suffix != ".txt":
+        if self.refusals is not None and format_of(self.refusals) != ".txt":
             raise ValueError(f"refusals must be a .txt file with one refusal a line, not {self.refusals}")
         return self
 
@@ -154,6 +157,11 @@ class Corpus(Section):
 class Data(Section):
     max_length: int = Field(512, ge=2, description="tokens per sequence")
     packing: Literal["blocks", "documents"] = Field("blocks", description="cut a joined stream, or one document each")
+    long_documents: Literal["split", "truncate"] = Field(
+        "split",
+        description="text beyond max_length, and the rest of a stream that fills no block: in sequences of its own, or "
+        "left out (answers and pairs are always truncated)",
+    )
     forget: Corpus | None = None
     retain: Corpus | None = None
 
@@ -380,7 +388,7 @@ def resolve(file: str | Path, method: str | None = None, overrides: Sequence[str
         corpus: Corpus | None = getattr(config.data, task)
         if corpus is None:
             raise InputError(f"{where}: data.{task} is missing, and objective.{task} is not none")
-        if Path(corpus.path).suffix in LOCAL_FORMATS and not Path(corpus.path).is_file():
+        if format_of(corpus.path) is not None and not Path(corpus.path).is_file():
             raise InputError(f"{where}: data.{task}.path: there is no file {corpus.path}")
         if getattr(config.objective, task) == "dpo" and corpus.preferred is None:
             raise InputError(f"{where}: data.{task}.preferred is missing: dpo needs the column with the text to prefer")
@@ -405,7 +413,15 @@ def _with_rmu_tensors(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"train": train})})
 
 
-LOCAL_FORMATS = (".jsonl", ".json", ".parquet", ".txt")
+LOCAL_FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+
+
+def format_of(path: str | Path) -> str | None:
+    """Which of LOCAL_FORMATS a file has by its name, in any case and, but for Parquet, also compressed (`.gz`)."""
+    endings = [ending.lower() for ending in Path(path).suffixes]
+    compressed = endings[-1:] == [".gz"]
+    found = "".join(endings[:-1][-1:] if compressed else endings[-1:])
+    return found if found in LOCAL_FORMATS and not (compressed and found == ".parquet") else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,12 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
-from itertools import chain, islice
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 import numpy as np
@@ -22,20 +21,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets.exceptions import DatasetGenerationError
-from jinja2 import TemplateError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import Corpus, InputError
 from pipeline.console import is_live
-from pipeline.corpus import Pairing, Row, read
+from pipeline.corpus import Pairing, read
 from pipeline.disk import writing
+from pipeline.encode import COUNTS, FORM, Usage, encoder, table_rows, wanted
 from pipeline.objectives import IGNORED
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenising, once per corpus and tokenizer, into a memory-mapped file
@@ -45,10 +42,13 @@ T = TypeVar("T")
 class Sequences:
     """A tokenised corpus: `len()` sequences of token ids, read from disk as they are asked for."""
 
-    rows: pa.ChunkedArray  # of lists of token ids, one per document
-    block: int  # 0: each document is a sequence; else the length of the blocks cut from the joined stream
+    rows: pa.ChunkedArray  # of lists of token ids, one per document, or several where a document is split
+    block: int  # 0: each row is a sequence; else the length of the blocks cut from the joined stream
     digest: str  # of the text
     prompts: pa.ChunkedArray | None = None  # how many tokens each row begins with that are given; None: predict all
+    short_block: bool = False  # whether what fills no block is a sequence too, if it predicts anything
+    keys: pa.ChunkedArray | None = None  # int64 per row, equal for equal documents; null but for a document's first row
+    usage: Usage | None = None
 
     @cached_property
     def stream(self) -> pa.ChunkedArray:
@@ -58,10 +58,15 @@ class Sequences:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return self.block or pc.max(pc.list_value_length(self.rows)).as_py()  # pyright: ignore[reportAttributeAccessIssue]
+        if self.block:
+            return min(self.block, len(self.stream))
+        return pc.max(pc.list_value_length(self.rows)).as_py()  # pyright: ignore[reportAttributeAccessIssue]
 
     def __len__(self) -> int:
-        return len(self.stream) // self.block if self.block else len(self.rows)
+        if not self.block:
+            return len(self.rows)
+        full, rest = divmod(len(self.stream), self.block)
+        return full + (self.short_block and rest > 1)
 
     def __getitem__(self, index: int) -> np.ndarray:
         """[T] token ids of sequence `index`."""
@@ -78,7 +83,7 @@ class Sequences:
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """[B] int64: tokens that sequences `indices` predict: all but their prompt, or but their first token."""
         if self.block:
-            return np.full(len(indices), self.block - 1)
+            return np.minimum(self.block, len(self.stream) - np.asarray(indices) * self.block) - 1
         sizes = np.array([len(self.rows[int(index)].values) for index in indices])
         return sizes - np.maximum(self.given(indices), 1)
 
@@ -93,12 +98,17 @@ def tokenize(
     cache: Path,
     show_progress: bool,
     pairing: Pairing | None = None,
+    long_documents: str = "split",
 ) -> tuple[Sequences, Sequences | None]:
     """The corpus as token sequences, from the cache on disk if text, tokenizer and packing are unchanged.
 
-    packing `documents`: each document is `tokenizer(text, truncation=True, max_length=max_length).input_ids`; of a
-    question with its answer, the first `max_length` ids of the conversation (see `encode_answers`).
-    packing `blocks`: documents joined by the end-of-text token, cut into full blocks of `max_length`.
+    packing `documents`: with long_documents `truncate`, each document is `tokenizer(text, truncation=True,
+    max_length=max_length).input_ids`; with `split`, a longer one is several sequences (see `encode.split_document`).
+    Of a question with its answer, the first `max_length` ids of the conversation (see `chat.encode_answers`).
+    packing `blocks`: documents joined by the end-of-text token, cut into blocks of `max_length`; what is left at the
+    end is a shorter block with `split`, and in no sequence with `truncate`.
+
+    The tokenizer stays as it is: it is exported with the model.
 
     Returns:
         The sequences; and with `pairing`, which needs `documents`, what to prefer to each of them, in the same order.
@@ -111,44 +121,23 @@ def tokenize(
     rows, digest = read(corpus, key, pairing)
     questions = corpus.prompt is not None
     assert packing == "documents" or not (questions or pairing), "refused by the configuration"
-    end: Any = tokenizer.eos_token_id
-    if packing == "blocks" and end is None:
+    if packing == "blocks" and tokenizer.eos_token_id is None:
         raise InputError(f"data.packing: blocks needs an end-of-text token, and the tokenizer of {key} has none")
-    if questions and tokenizer.chat_template is None and end is None:
+    if questions and tokenizer.chat_template is None and tokenizer.eos_token_id is None:
         raise InputError(f"data.{key}: an answer must end, and the tokenizer has no end-of-text token or chat template")
     columns = [("input_ids", "prompt"), ("preferred_ids", "preferred_prompt")][: 1 if pairing is None else 2]
+    split = long_documents == "split" and pairing is None
 
-    def encode(batch: list[Row], which: int) -> list[tuple[list[int], int]]:
-        """Token ids of text `which` of each row, and how many of them are its prompt."""
-        texts = [row.texts[which] for row in batch]
-        if questions:
-            encoded = encode_answers(tokenizer, [str(row.prompt) for row in batch], texts)
-            return [(ids[:max_length], start) for ids, start in encoded]
-        if packing == "documents":
-            return [(ids, 0) for ids in tokenizer(texts, truncation=True, max_length=max_length).input_ids]
-        return [(_ended(ids, end), 0) for ids in tokenizer(texts).input_ids]
+    def tokens() -> Iterator[dict[str, Any]]:
+        progress = tqdm(rows, f"tokenising {key}", disable=not (show_progress and is_live()), unit=" documents")
+        encode = encoder(tokenizer, max_length=max_length, packing=packing, split=split)
+        return table_rows(progress, encode, columns, packing, (corpus.path, wanted(questions, max_length)))
 
-    def tokens() -> Iterator[dict[str, int | list[int]]]:
-        kept = dropped = 0
-        for batch in _batched(
-            tqdm(rows, f"tokenising {key}", disable=not (show_progress and is_live()), unit=" documents")
-        ):
-            for sides in zip(*(encode(batch, which) for which in range(len(columns))), strict=True):
-                # The first token of a document follows nothing; in a block it follows another document.
-                if packing == "blocks" or all(len(ids) > max(start, 1) for ids, start in sides):
-                    kept += 1
-                    yield dict(zip(chain(*columns), chain(*sides), strict=True))
-                else:
-                    dropped += 1
-        wanted = f"an answer within {max_length} tokens (data.max_length)" if questions else "two tokens or more"
-        if not kept:
-            raise InputError(f"{corpus.path} holds no text" + (f" with {wanted}" if dropped else ""))
-        if dropped:
-            log.warning("%s: %d documents without %s are left out", key, dropped, wanted)
-
-    recipe = [digest, tokenizer_digest(tokenizer), packing, max_length if packing == "documents" else 0]
+    recipe = [FORM, digest, tokenizer_digest(tokenizer), packing]
+    recipe += [max_length, split] if packing == "documents" else []
     features = {name: datasets.List(datasets.Value("int32")) for name, _ in columns}
     features |= {name: datasets.Value("int32") for _, name in columns}
+    features |= {name: datasets.Value("int64") for name in ("key", *COUNTS)}
     try:
         with writing(cache / "tokens"):
             table = datasets.Dataset.from_generator(
@@ -167,6 +156,9 @@ def tokenize(
             max_length if packing == "blocks" else 0,
             digest if ids == "input_ids" else f"{digest}-{ids}",
             table.data.column(prompt) if questions else None,
+            short_block=split,
+            keys=table.data.column("key"),
+            usage=Usage(*(pc.sum(table.data.column(name)).as_py() for name in COUNTS)),  # pyright: ignore
         )
         for ids, prompt in columns
     ]
@@ -174,56 +166,40 @@ def tokenize(
     if not len(sequences):
         raise InputError(
             f"data.{key}.path: {corpus.path} holds {len(sequences.stream)} tokens, less than one block of "
-            f"{max_length}; set a smaller data.max_length or data.packing: documents"
+            f"{max_length}; set a smaller data.max_length, data.packing: documents or data.long_documents: split"
         )
     return sequences, preferred
 
 
-def encode_answers(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[str], answers: list[str]
-) -> list[tuple[list[int], int]]:
-    """Token ids of each question with its answer, and how many of them, from the start, are the question's.
+def num_shared(one: Sequences, other: Sequences) -> int:
+    """How many documents of `one` are in `other` too, but for case, white space and Unicode's forms of a character."""
+    mine, theirs = one.keys, other.keys
+    assert mine is not None and theirs is not None
+    return int(np.isin(mine.drop_null().to_numpy(), theirs.drop_null().to_numpy()).sum())
 
-    In the tokenizer's chat template, else as TOFU writes for models without one: `Question: ...`, a new line,
-    `Answer: ...` and the end-of-text token. The question's tokens are those that the whole shares with the question
-    alone, up to where the answer starts: where the two meet inside one token, that token belongs to the answer.
 
-    Raises:
-        InputError: the chat template fails on a question with an answer.
+def say_usage(key: str, sequences: Sequences, max_length: int, truncates: bool) -> None:
+    """Log how much of a corpus is in sequences, and what is left out or empty.
+
+    Args:
+        truncates: whether documents or a stream are cut off that `data.long_documents: split` would use whole.
     """
-    if tokenizer.chat_template is not None:
-        asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        told = [[*turn, {"role": "assistant", "content": text}] for turn, text in zip(asked, answers, strict=True)]
-        # Some templates write today's date unless they are given one: the same text must be the same tokens tomorrow.
-        render: Any = partial(tokenizer.apply_chat_template, return_dict=False, date_string="26 Jul 2024")
-        try:
-            alone, whole = render(asked, add_generation_prompt=True), render(told)
-        except (TemplateError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"the tokenizer's chat template refuses a question with an answer: {reason}") from None
-    else:
-        end: Any = tokenizer.eos_token_id
-        starts = [f"Question: {prompt}\nAnswer: " for prompt in prompts]
-        texts = [start + text for start, text in zip(starts, answers, strict=True)]
-        whole = [_ended(ids, end) for ids in tokenizer(texts).input_ids]
-        alone = [ids[:-1] if ids[-1:] == [end] else ids for ids in tokenizer(starts).input_ids]
-    return [(ids, _num_shared(ids, start)) for ids, start in zip(whole, alone, strict=True)]
-
-
-def _ended(ids: list[int], end: int) -> list[int]:
-    return ids if ids[-1:] == [end] else [*ids, end]
-
-
-def _num_shared(ids: list[int], others: list[int]) -> int:
-    """Length of the longest common prefix."""
-    pairs = enumerate(zip(ids, others, strict=False))
-    return next((at for at, (one, other) in pairs if one != other), min(len(ids), len(others)))
-
-
-def _batched(items: Iterable[T], size: int = 1000) -> Iterator[list[T]]:
-    walk = iter(items)
-    while batch := list(islice(walk, size)):
-        yield batch
+    usage, questions = sequences.usage, sequences.prompts is not None
+    assert usage is not None
+    unused = usage.unused
+    if sequences.block:  # and the rest that fills none
+        unused += max(len(sequences.stream) - len(sequences) * sequences.block, 0)
+    share = 1000 * (usage.tokens - unused) // usage.tokens / 10  # 100 only where it is all of them
+    log.info(
+        "data.%s: %.4g %% of the tokens of %d documents are used, in %d sequences of at most %d tokens%s",
+        *(key, share, usage.documents, len(sequences), max_length),
+        "; data.long_documents: split uses the others" if truncates and unused else "",
+    )
+    if usage.dropped:
+        log.warning("%s: %d documents without %s are left out", key, usage.dropped, wanted(questions, max_length))
+    if usage.empty and (questions or sequences.block):
+        what = "answers are empty: only their ends are predicted" if questions else "documents are empty"
+        log.warning("%s: %d %s", key, usage.empty, what)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from pipeline import ranks
 from pipeline.config import DEFAULT_STEPS, InputError, RunConfig
 from pipeline.config import Objective as Settings
-from pipeline.data import Batch, Stream, tokenize
+from pipeline.data import Batch, Stream, num_shared, say_usage, tokenize
+from pipeline.encode import FORM
 from pipeline.forward import reaches
 from pipeline.objectives import OBJECTIVES, Objective, Terms, steering_vector
 from pipeline.reference import Original, cache_file, sequence_nll
@@ -73,10 +74,15 @@ def open_stream(config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBase
             cache=Path(config.cache),
             show_progress=dist.get_rank() == 0,
             pairing=objective.pairing,
+            long_documents=config.data.long_documents,
         )
     )
     if preferred is not None and objective.replaces:
         sequences, preferred = preferred, None
+    if dist.get_rank() == 0:
+        plain = sequences.prompts is None and preferred is None
+        truncates = plain and config.data.long_documents == "truncate"
+        say_usage(task, sequences, config.data.max_length, truncates)
     if len(sequences) < config.train.batch_size and dist.get_rank() == 0:
         log.warning(
             f"data.{task} has {len(sequences)} sequences, fewer than train.batch_size {config.train.batch_size}: "
@@ -93,6 +99,18 @@ def open_stream(config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBase
         pad=tokenizer.pad_token_id or 0,  # masked everywhere: any token will do  # pyright: ignore[reportArgumentType]
         preferred=preferred,
     )
+
+
+def warn_of_overlap(streams: dict[str, Stream]) -> None:
+    """Log how many documents of the forget corpus stand in the retain corpus too, if any do."""
+    if len(streams) < 2:
+        return
+    forget, retain = (streams[task].sequences for task in ("forget", "retain"))
+    if shared := num_shared(forget, retain):
+        log.warning(
+            f"{shared} documents of data.forget are in data.retain too (but for case and white space): each is "
+            "forgotten and retained at once; remove them from one of the two"
+        )
 
 
 def num_steps(config: RunConfig, streams: dict[str, Stream]) -> int:
@@ -147,7 +165,7 @@ def reference_nll(config: RunConfig, stream: Stream, steps: int, engine: Any, id
     """[answers, sequences of the corpus] nll_ref on the training device; two answers where one is preferred."""
     found = []
     for sequences in [stream.sequences] + ([stream.preferred] if stream.preferred is not None else []):
-        packing = [config.data.packing, config.data.max_length]
+        packing = [config.data.packing, config.data.max_length, config.data.long_documents, FORM]
         parts = {**identity, "dtype": config.model.dtype, "text": sequences.digest, "packing": packing}
         nll = sequence_nll(
             engine,

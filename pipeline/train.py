@@ -158,7 +158,7 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
     from pipeline.monitor import Monitor
     from pipeline.shards import Shards
     from pipeline.synthesis import Synthesis
-    from pipeline.tasks import make_tasks, num_steps, open_stream
+    from pipeline.tasks import make_tasks, num_steps, open_stream, warn_of_overlap
 
     folder, began = Path(config.output), time.perf_counter()
     console.listen(world_from_environment()[0], quiet)
@@ -173,6 +173,8 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
         if "retain" in config.tasks:
             models.check_router_loss(config.model)
     streams = {task: open_stream(config, task, tokenizer) for task in config.tasks}
+    if dist.get_rank() == 0:
+        warn_of_overlap(streams)
     with ranks.together():
         models.check_positions(config.model, max(stream.longest for stream in streams.values()))
     steps = num_steps(config, streams)

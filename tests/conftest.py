@@ -37,6 +37,7 @@ class World:
             "data": {
                 "max_length": 24,
                 "packing": "documents",
+                "long_documents": "truncate",  # a sequence for each document, as most tests count them
                 "forget": {"path": str(self.folder / "forget.jsonl")},
                 "retain": {"path": str(self.folder / "retain.jsonl")},
             },

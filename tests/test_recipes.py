@@ -139,6 +139,15 @@ def test_every_method_of_every_recipe_trains(world: World, tmp_path: Path) -> No
         assert (run / "final" / "README.md").is_file(), run
 
 
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [("wmdp_bio", "truncate"), ("wmdp_cyber", "truncate"), ("rwku_batch50", "truncate"), ("custom", "split")],
+)
+def test_recipes_of_the_paper_leave_out_what_fills_no_block(recipe: str, expected: str) -> None:
+    raw = yaml.safe_load((REPOSITORY / "launch" / "recipes" / f"{recipe}.yaml").read_text())
+    assert raw["data"]["packing"] == "blocks" and raw["data"]["long_documents"] == expected
+
+
 def test_recipes_keep_the_numbers_of_the_papers_code() -> None:
     """Spot checks against the tables that the paper's authors ran, one of each kind of entry."""
     if not (SHARED.parent / "SPEC.md").is_file():

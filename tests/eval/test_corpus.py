@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from rouge import Rouge
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from eval import corpus, run, scoring
+from eval import corpus, relearning, run, scoring
 from eval.files import UnusableInput
 from eval.measures import choose
-from pipeline.data import encode_answers
+from pipeline.chat import encode_answers
+from pipeline.config import Corpus
+from pipeline.corpus import read
 from tests.conftest import World
 
 QUESTIONS = [{"prompt": "kara lo", "response": "mivi su"}, {"prompt": "su", "response": "neto kara vi"}]
@@ -155,18 +159,79 @@ def test_the_level_is_half_of_what_the_target_has() -> None:
         choose(["corpus"])
 
 
+def test_evaluation_reads_what_training_reads(tmp_path: Path) -> None:
+    """One reader: whatever the bytes, both find the same texts, and neither more nor fewer documents."""
+    texts, mark = ["kara lovi", "mi, to", "ne\u2028su"], "\ufeff"
+    rows = [{"text": text, "subject": str(number)} for number, text in enumerate(texts)]
+    lines = [json.dumps(row) for row in rows]
+    files: dict[str, str] = {}
+    for number, end in enumerate(("\n", "\r", "\r\n")):
+        files[f"{number}.TXT"] = mark + end.join(texts) + end
+        files |= {
+            f"{number}.jsonl": mark + (end * 2).join(lines),
+            f"{number}.JSON": mark + end.join(["[" + lines[0]]) + "]",
+        }
+        files[f"{number}.csv"] = mark + end.join(
+            ["text,subject", *(f'"{row["text"]}",{row["subject"]}' for row in rows)]
+        )
+        files[f"{number}.tsv"] = end.join(["text\tsubject", *("\t".join(row.values()) for row in rows)])
+    paths = []
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content.encode())
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
+        paths += [tmp_path / name, tmp_path / f"{name}.gz"]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.PARQUET")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    for path in (*paths, tmp_path / "a.PARQUET", tmp_path / "saved"):
+        expected = texts[:1] if "JSON" in path.name else texts
+        trained = [row.texts[0] for row in read(Corpus(path=str(path)), "forget")[0]]  # pyright: ignore[reportCallIssue]
+        assert trained == expected, path.name
+        assert [row["text"] for row in corpus.read_split(path)] == expected, path.name
+        learned = relearning.read_corpus({"path": str(path), "field": "text", "prompt": None, "response": None})
+        assert [row["text"] for row in learned] == expected, path.name
+        if "TXT" not in path.name:  # whole groups are relearned by such a column
+            assert [row["subject"] for row in learned] == ["0", "1", "2"][: len(expected)]
+
+
+def test_splits_are_found_in_every_form(tmp_path: Path) -> None:
+    (tmp_path / "forget.CSV").write_text("prompt,response\nkara,lo\nvi,\n")  # an empty answer says nothing
+    (tmp_path / "retain.txt.gz").write_bytes(gzip.compress(b"\xef\xbb\xbfmito\rvi\r"))
+    datasets.Dataset.from_list([{"text": "ne su"}, {"text": " "}]).save_to_disk(tmp_path / "other")
+    (tmp_path / "forget.yaml").write_text("")  # no corpus
+    assert corpus.load_probes(tmp_path) == [
+        {"split": "forget", "prompt": "kara", "response": "lo"},
+        {"split": "retain", "text": "mito"},
+        {"split": "retain", "text": "vi"},
+        {"split": "other", "text": "ne su"},
+    ]
+
+
+def test_an_empty_thinking_block_is_not_scored(world: World) -> None:
+    """It stands before every answer: given in likelihoods, and before what is to be said."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(world.folder / "model")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}<t>\n\n</t>\n\n{% endif %}{{ m.content }}"
+        "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    before = "user: kara?<end>assistant: <t>\n\n</t>\n\n"
+    encoded = corpus.encode(tokenizer, {"prompt": "kara?", "response": "mivi su"}, 500)
+    assert tokenizer.decode(encoded.ids) == before + "mivi su<end>"
+    assert tokenizer.decode(encoded.ids[: encoded.scored]) == before and encoded.asked == encoded.scored
+    assert tokenizer.decode(scoring.encode_prompt(tokenizer, "kara?", "Answer:")) == before + "Answer:"
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [
         (None, "--data FOLDER"),
         ({"forget.txt": "a b\n"}, "no retain.txt or retain.jsonl"),
-        ({"forget.txt": "a b\n", "forget.jsonl": "", "retain.txt": "c\n"}, "forget.txt and forget.jsonl; leave one"),
-        ({"forget.txt": " \n", "retain.txt": "c\n"}, "forget.txt holds no list of rows"),
+        ({"forget.txt": "a b\n", "forget.jsonl": "", "retain.txt": "c\n"}, "forget.jsonl and forget.txt; leave one"),
+        ({"forget.txt": " \n", "retain.txt": "c\n"}, "forget.txt holds no text"),
         (
             {"forget.jsonl": '{"text": "a"}\n{"txt": "b"}\n', "retain.txt": "c\n"},
-            "forget.jsonl, row 2: needs text under text",
+            "forget.jsonl, line 2: no field 'text'; it has 'txt'",
         ),
-        ({"forget.jsonl": '{"prompt": "a"}\n', "retain.txt": "c\n"}, "row 1: needs text under prompt, response"),
+        ({"forget.jsonl": '{"prompt": "a"}\n', "retain.txt": "c\n"}, "line 1: no field 'response'"),
     ],
 )
 def test_what_cannot_be_used_is_named(files: dict[str, str] | None, said: str, tmp_path: Path) -> None:

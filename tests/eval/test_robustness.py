@@ -271,7 +271,7 @@ def test_a_corpus_is_read_whatever_its_format(tmp_path: Path) -> None:
     for name in ("a.jsonl", "lines.json", "array.json", "a.parquet"):
         assert relearning.read_corpus({**corpus, "path": str(tmp_path / name)}) == rows
     assert relearning.read_corpus({**corpus, "path": str(tmp_path / "a.txt")}) == [{"text": text} for text in texts]
-    with pytest.raises(UnusableInput, match="row 1: needs text under body"):
+    with pytest.raises(UnusableInput, match="line 1: no field 'body'"):
         relearning.read_corpus({**corpus, "path": str(tmp_path / "a.jsonl"), "field": "body"})
     for name in ("none.jsonl", "none.json", "none.txt", "none.parquet"):
         with pytest.raises(UnusableInput, match=name):

@@ -16,7 +16,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from eval import scoring, tofu
 from eval.files import UnusableInput
-from pipeline.data import encode_answers
+from pipeline.chat import encode_answers
 
 FILES = ("forget01", "retain", "real_authors", "world_facts")
 CHAT = "{% for turn in messages %}<{{ turn.role }}> {{ turn.content }}<|endoftext|>{% endfor %}"
@@ -114,7 +114,7 @@ def test_answers_are_encoded_as_in_training(folder: Path, learned: tuple[Any, An
     tokenizer.chat_template = template
     try:
         expected = encode_answers(tokenizer, [row[0] for row in rows], [row[1] for row in rows])
-        assert [scoring.encode_answer(tokenizer, *row) for row in rows] == expected
+        assert [encode_answers(tokenizer, [row[0]], [row[1]])[0] for row in rows] == expected
     finally:
         tokenizer.chat_template = None
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,11 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from pipeline.chat import encode_answers, openings
 from pipeline.config import Corpus, InputError, resolve
-from pipeline.data import Sequences, Stream, collate, tokenize, tokenizer_digest
+from pipeline.data import Sequences, Stream, collate, num_shared, say_usage, tokenize, tokenizer_digest
 from pipeline.objectives import IGNORED
-from pipeline.tasks import open_stream
+from pipeline.tasks import open_stream, warn_of_overlap
 from tests.conftest import World
 
 DOCUMENTS = [
@@ -48,16 +52,17 @@ def tokenizer(world: World) -> PreTrainedTokenizerBase:
 def read(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Callable[..., Sequences]:
     """`tokenize` with the arguments that most tests share."""
 
-    def read(path: Path, field: str = "text", **changed: Any) -> Sequences:
+    def read(path: Path, field: str = "text", split: str = "train", **changed: Any) -> Sequences:
         keys: dict[str, Any] = {
             "tokenizer": tokenizer,
             "max_length": 12,
             "packing": "documents",
+            "long_documents": "truncate",
             "cache": tmp_path / "cache",
             "show_progress": False,
         }
         keys.update(changed)
-        return tokenize(Corpus(**{"path": str(path), "field": field}), "forget", **keys)[0]
+        return tokenize(Corpus(**{"path": str(path), "field": field, "split": split}), "forget", **keys)[0]
 
     return read
 
@@ -124,6 +129,58 @@ def test_an_array_may_start_after_white_space(read: Any, tokenizer: PreTrainedTo
     assert tokens(read(path)) == truncated(tokenizer, DOCUMENTS)
 
 
+def test_bytes_that_every_editor_writes_are_read(read: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """A byte-order mark, the three line ends, endings in capitals, and what gzip made of them."""
+    plain, mark = ["kara lovi", "mito vi", "ne ne"], "\ufeff"
+    rows = [json.dumps({"text": text}) for text in plain]
+    files: dict[str, str] = {}
+    for number, end in enumerate(("\n", "\r", "\r\n")):
+        files |= {f"{number}.txt": mark + end.join(plain), f"{number}.jsonl": mark + end.join(rows) + end}
+        files |= {f"{number}.csv": end.join([mark + "id,text", *(f"{text[:1]},{text}" for text in plain)])}
+        files |= {f"{number}.tsv": end.join(["text\tid", *(f"{text}\t7" for text in plain)]) + end}
+    files |= {"array.json": mark + f"[{','.join(rows)}]", "up.JSONL": files["0.jsonl"], "up.TXT": files["2.txt"]}
+    files |= {"up.Csv": files["1.csv"], "up.JSON": "[" + ",".join(rows) + "]"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content.encode())
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
+        for path in (tmp_path / name, tmp_path / f"{name}.gz"):
+            assert tokens(read(path)) == truncated(tokenizer, plain), path.name
+
+
+def test_a_cell_is_text_as_it_stands(read: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Commas, quotes and ends of lines between quotes; digits and NA are no numbers; a cell may be of any length."""
+    texts = ["kara, lovi", 'mi "quoted" to', "two\nlines", "lone\rreturn", "007", "NA", "ka " * 60_000]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file, quoting=csv.QUOTE_MINIMAL).writerows([["n", "text"], *([k, t] for k, t in enumerate(texts))])
+    assert tokens(read(tmp_path / "a.csv")) == truncated(tokenizer, texts)
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_a_folder_of_save_to_disk_is_a_corpus(
+    divided: bool, read: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    def save(name: str, texts: list[str]) -> Path:
+        rows = datasets.Dataset.from_list([{"text": text, "n": n} for n, text in enumerate(texts)])
+        saved: Any = datasets.DatasetDict({"test": rows.select([0]), "train": rows}) if divided else rows
+        saved.save_to_disk(tmp_path / name, **({} if divided else {"num_shards": 2}))
+        return tmp_path / name
+
+    first, again, other = save("one", DOCUMENTS), save("two", DOCUMENTS), save("three", DOCUMENTS[::-1])
+    assert tokens(read(first)) == truncated(tokenizer, DOCUMENTS)
+    assert tokens(read(other)) == truncated(tokenizer, DOCUMENTS[::-1])
+    assert read(again).digest == read(first).digest != read(other).digest
+    with pytest.raises(InputError, match=r"data\.forget\.field: .*one has no 'body'; it has text, n"):
+        read(first, "body")
+    if divided:
+        with pytest.raises(InputError, match=r"data\.forget\.split: .*one has no 'dev'; it has test, train"):
+            read(first, split="dev")
+        assert tokens(read(first, split="test")) == truncated(tokenizer, DOCUMENTS[:1])
+    for file in first.rglob("*.arrow"):
+        file.write_bytes(b"cut short")
+    with pytest.raises(InputError, match=r"data\.forget\.path: .*one is no whole folder of save_to_disk"):
+        read(first)
+
+
 GOOD = '{"text": "kara lovi"}\n'
 BAD_FILES: dict[str, tuple[str, str | bytes, list[str]]] = {  # suffix, content, what the message must hold
     "malformed": (".jsonl", GOOD + "\n" + GOOD + '{"text": "ka\n' + GOOD, ["line 4", "not valid JSON"]),
@@ -146,6 +203,13 @@ BAD_FILES: dict[str, tuple[str, str | bytes, list[str]]] = {  # suffix, content,
     "not utf-8 text": (".txt", b"kara\ncaf\xe9\n", ["UTF-8", "line 2", "byte 4"]),
     "not utf-8, far in": (".txt", b"a" * 20_000 + b"\ncaf\xe9\n", ["UTF-8", "line 2", "byte 4"]),
     "half a character": (".jsonl", GOOD + '{"text": "\\ud800 kara"}\n', ["line 2", "'text'"]),  # JSON allows it
+    "no gzip": (".jsonl.gz", GOOD, ["cannot read", "gzip"]),
+    "gzip cut short": (".txt.gz", gzip.compress(b"kara lovi " * 99)[:-12], ["cannot read", "ended"]),
+    "csv too wide": (".csv", "text,id\nka ra,1\nka, ra,2\n", ["line 3", "3 cells", "2 columns", "quotes"]),
+    "csv not closed": (".csv", 'text\n"ka ra\n', ["line 2", "not valid CSV"]),
+    "csv without": (".tsv", "txt\tid\nka ra\t1\n", ["line 2", "no field 'text'", "'txt', 'id'"]),
+    "csv twice": (".csv", "text,text\nka,ra\n", ["line 1", "one name"]),
+    "only names": (".csv", "text,id\n", ["no text"]),
     "empty": (".jsonl", "", ["no text"]),
     "blank": (".jsonl", "\n \n\n", ["no text"]),
     "empty array": (".json", "[]", ["no text"]),
@@ -208,6 +272,139 @@ def test_documents_are_what_the_tokenizer_says(read: Any, tokenizer: PreTrainedT
     assert sequences.lengths(indices).tolist() == [len(tokenizer(MANY[i]).input_ids) - 1 for i in indices]
 
 
+@pytest.mark.parametrize("begin", [False, True])
+@pytest.mark.parametrize("limit", [2, 5, 12])
+def test_a_long_document_is_split_and_every_token_predicted_once(
+    begin: bool, limit: int, read: Any, world: World, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world.folder / "model")
+    if begin:
+        tokenizer.bos_token = "k"
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="k $A", special_tokens=[("k", tokenizer.convert_tokens_to_ids("k"))]
+        )
+    texts = [*DOCUMENTS, "kara lovi mito nesu " * 30, "x"]
+    keys = {"tokenizer": tokenizer, "long_documents": "split", "max_length": limit}
+    sequences = read(write(tmp_path / "corpus.jsonl", texts), **keys)
+    whole = [ids for text in texts if len(ids := tokenizer(text).input_ids) > 1]
+    assert max(map(len, tokens(sequences))) <= limit
+    left = tokens(sequences)
+    for ids in whole:
+        made: list[int] = []
+        first, sizes = True, []
+        while len(made) < len(ids):
+            piece = left.pop(0)
+            assert first or piece[0] == (ids[0] if begin else made[-1])
+            made += piece if first else piece[1:]
+            first, sizes = False, [*sizes, len(piece)]
+        assert made == ids
+        assert len(sizes) == max(-(-(len(ids) - 1) // (limit - 1)), 1) and max(sizes) - min(sizes) <= 1
+    assert not left
+    predicted = sequences.lengths(np.arange(len(sequences)))
+    assert predicted.sum() == sum(len(ids) - 1 for ids in whole) and predicted.min() > 0
+    assert sequences.usage is not None and sequences.usage.unused == sum(
+        len(tokenizer(text).input_ids) < 2 for text in texts
+    )
+
+
+def test_short_documents_are_the_same_either_way(read: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "corpus.jsonl", MANY)
+    assert tokens(read(path, max_length=64, long_documents="split")) == tokens(read(path, max_length=64))
+
+
+def test_the_last_block_is_one_where_it_predicts_anything(
+    read: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "corpus.jsonl", ["k"] * 9)  # 18 tokens, ends among them
+    joined = [tokenizer("k").input_ids[0], tokenizer.eos_token_id] * 9
+    for block, number in ((4, 5), (5, 4), (17, 1), (18, 1), (40, 1), (16, 2)):
+        sequences = read(path, packing="blocks", max_length=block, long_documents="split")
+        assert tokens(sequences) == [joined[at : at + block] for at in range(0, 18, block)][:number]
+        assert sequences.lengths(np.arange(number)).tolist() == [len(row) - 1 for row in tokens(sequences)]
+        assert sequences.longest == min(block, 18)
+    assert len(read(path, packing="blocks", max_length=4)) == 4
+    batch = collate(read(path, packing="blocks", max_length=16, long_documents="split"), np.array([1, 0]), 0)
+    assert batch.attention_mask.sum(1).tolist() == [2, 16]
+
+
+def test_the_share_of_the_tokens_that_are_used_is_said(
+    read: Any, ask: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the cache as well. Hand counts: two documents of 600 tokens cut at 6; 18 tokens in blocks of 5."""
+    path = write(tmp_path / "long.txt", ["k " * 300, "s " * 300])
+    size = len(words_of(read(path, max_length=10_000)))
+    blocks = write(tmp_path / "blocks.txt", ["k"] * 9)
+    cases: list[tuple[Path, dict[str, Any], str]] = [
+        (path, {"max_length": 6}, f"{1000 * 12 // size / 10:g} % of the tokens of 2 documents"),
+        (path, {"max_length": 6, "long_documents": "split"}, "100 % of the tokens of 2 documents"),
+        (blocks, {"packing": "blocks", "max_length": 5}, "83.3 % of the tokens of 9 documents"),
+        (blocks, {"packing": "blocks", "max_length": 5, "long_documents": "split"}, "100 % of the tokens of 9"),
+        (blocks, {"packing": "blocks", "max_length": 17, "long_documents": "split"}, "94.4 % of the tokens of 9"),
+    ]
+    for file, keys, said in cases * 2:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            say_usage("forget", read(file, **keys), keys["max_length"], keys.get("long_documents") != "split")
+        (message,) = [record.getMessage() for record in caplog.records]
+        assert message.startswith(f"data.forget: {said}"), (message, said)
+        assert ("data.long_documents: split" in message) is (keys.get("long_documents") is None)
+
+
+def words_of(sequences: Sequences) -> list[int]:
+    return [token for row in tokens(sequences) for token in row]
+
+
+def test_empty_answers_are_counted_and_said_once(ask: Any, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [*ROWS, {"asked": "who", "said": " ", "better": "a"}]
+    for _ in range(2):  # tokenised, and from the cache
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            say_usage("forget", ask(rows)[0], 50, False)
+        assert [record.getMessage() for record in caplog.records] == [
+            "forget: 2 answers are empty: only their ends are predicted"
+        ]
+
+
+def test_documents_in_both_corpora_are_counted(read: Any, ask: Any, tmp_path: Path) -> None:
+    forget = write(tmp_path / "forget.txt", ["Kara  LOVI ", "mito vi", "ne", "ﬁne mito ", "kara lovi", "x"])
+    retain = write(tmp_path / "retain.jsonl", ["kara lovi", "fine mito", "mito", "vi", "ne ne"])
+    for keys in ({}, {"packing": "blocks", "max_length": 4}, {"max_length": 2, "long_documents": "split"}):
+        one, other = read(forget, **keys), read(retain, **keys)
+        assert (num_shared(one, other), num_shared(other, one)) == (3, 2)
+    asked = ask([{"asked": "who", "said": "a poet"}, {"asked": "is kara", "said": "a poet"}])[0]
+    again = ask([{"asked": "Who", "said": "a  poet"}, {"asked": "is kara", "said": "a"}])[0]
+    assert num_shared(asked, again) == 1  # the question and its answer
+
+
+def test_an_overlap_is_said_in_one_line(read: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keys: dict[str, Any] = {"seed": 1, "task": 0, "batch_size": 2, "micro_batch_size": 2, "rank": 0, "world_size": 1}
+    texts = {"forget": ["kara lovi", "mito vi"], "retain": ["ne ne", "Kara  lovi"], "other": ["su su"]}
+    walks = {name: Stream(read(write(tmp_path / f"{name}.txt", some)), pad=0, **keys) for name, some in texts.items()}
+    with caplog.at_level(logging.WARNING):
+        warn_of_overlap({"forget": walks["forget"], "retain": walks["other"]})
+        warn_of_overlap({"retain": walks["retain"]})
+        assert not caplog.records
+        warn_of_overlap({"forget": walks["forget"], "retain": walks["retain"]})
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("1 documents of data.forget are in data.retain too")
+
+
+def test_tokenising_leaves_the_tokenizer_as_it_was(read: Any, world: World, tmp_path: Path) -> None:
+    """It is exported with the model: neither our truncation nor the loss of the source's own."""
+    path = write(tmp_path / "corpus.jsonl", DOCUMENTS)
+    for number, own in enumerate((None, {"max_length": 77, "stride": 1})):
+        tokenizer = AutoTokenizer.from_pretrained(world.folder / "model")
+        if own is not None:
+            tokenizer.backend_tokenizer.enable_truncation(**own)
+            tokenizer.backend_tokenizer.enable_padding(pad_id=0, pad_token="<end>", length=9)
+        tokenizer.save_pretrained(tmp_path / "before")
+        for packing in ("blocks", "documents"):
+            read(path, packing=packing, max_length=4, tokenizer=tokenizer, cache=tmp_path / str(number))
+        tokenizer.save_pretrained(tmp_path / "after")
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            assert (tmp_path / "after" / file).read_text() == (tmp_path / "before" / file).read_text()
+
+
 @pytest.mark.parametrize("block", [2, 7, 64])
 def test_blocks_are_cut_from_the_documents_joined_by_the_end_of_text(
     block: int, read: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
@@ -241,6 +438,7 @@ def test_documents_that_predict_nothing_are_left_out_and_counted(
     assert [len(tokenizer(text).input_ids) for text in texts if len(text) < 2] == [1, 0, 1, 1]
     with caplog.at_level(logging.WARNING):
         sequences = read(write(tmp_path / "corpus.jsonl", texts))
+        say_usage("forget", sequences, 12, False)
     assert tokens(sequences) == truncated(tokenizer, ["kara lovi", "mito vi"])
     assert any("4" in record.getMessage() and "forget" in record.getMessage() for record in caplog.records)
 
@@ -579,11 +777,12 @@ def test_truncation_takes_the_answer_first_and_drops_a_row_without_one(
     ask: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = [split(plain(WHO, IS, KARA), [A, POET, END]), split(plain(WHO), [LOVI, END])]
-    whole.append(split(plain(IS, LOVI, A, POET), [END]))
+    whole.append(split(plain(IS, LOVI, A, POET), [A, END]))
     for limit, dropped in ((10, 0), (9, 0), (8, 1), (7, 2), (6, 2)):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            sequences, _ = ask(max_length=limit)
+            sequences, _ = ask([*ROWS[:2], ROWS[2] | {"said": "a"}], max_length=limit)
+            say_usage("forget", sequences, limit, False)
         kept = [(ids[:limit], labels[:limit]) for ids, labels in whole if set(labels[:limit]) != {IGNORED}]
         assert labelled(sequences) == kept
         assert len(kept) == 3 - dropped
@@ -603,6 +802,39 @@ def test_questions_longer_than_a_sequence_are_refused(template: str | None, ask:
 def test_the_date_of_a_template_stands_still(ask: Any) -> None:
     template = "{% if date_string is not defined %}{{ strftime_now('%d %b %Y') }}{% endif %}" + CHAT
     assert ask(tokenizer=words(template))[0][1].tolist() == [*chat(WHO), LOVI, END]
+
+
+def test_the_clock_of_a_template_stands_still(ask: Any) -> None:
+    """Whatever the form it asks for; the clock of everybody else goes on."""
+    clock = "{{ strftime_now('%Y') }} "
+    template = "{% if strftime_now('%Y-%m-%d %B %d') == '2024-07-26 July 26' %}who {% endif %}" + CHAT
+    assert ask(tokenizer=words(template))[0][1].tolist() == [WHO, *chat(WHO), LOVI, END]
+    tokenizer = words(clock + CHAT)
+    assert openings(tokenizer, ["who"])[0].startswith("2024 ")
+    today: Any = tokenizer.apply_chat_template([{"role": "user", "content": "who"}], tokenize=False)
+    assert today.startswith(f"{datetime.now().year} ") and datetime.now().year > 2024
+
+
+THINKING = (  # as reasoning models write a turn that was answered without reasoning
+    "{% for message in messages %}{{ message.role }} "
+    "{% if message.role == 'assistant' and 'poet ?' not in message.content %}kara ? ? kara {% endif %}"
+    "{{ message.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+def test_an_empty_thinking_block_belongs_to_the_prompt(ask: Any) -> None:
+    tokenizer = words(THINKING)
+    block = [KARA, UNSEEN, UNSEEN, KARA]
+    assert labelled(ask(tokenizer=tokenizer)[0]) == [
+        split([*chat(WHO, IS, KARA), *block], [A, POET, END]),
+        split([*chat(WHO), *block], [LOVI, END]),
+        split([*chat(IS, LOVI, A, POET), *block], [END]),
+    ]
+    reasoned = encode_answers(tokenizer, ["who"], ["poet ? lovi"])  # which has a block of its own: that is the answer
+    assert reasoned == [([*chat(WHO), POET, UNSEEN, LOVI, END], len(chat(WHO)))]
+    assert openings(tokenizer, ["who"]) == ["user who<end>assistant kara ? ? kara "]  # what evaluation asks
+    spaced = words(CHAT.replace("{{ message.content }}", "{{ ' ' + message.content }}"))
+    assert openings(spaced, ["who"]) == ["user  who<end>assistant "]  # white space alone: as the template asks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -630,9 +862,7 @@ def test_a_preferred_text_is_a_whole_sequence(ask: Any) -> None:
 
 
 @pytest.mark.parametrize("questions", [True, False])
-def test_a_row_that_is_dropped_is_dropped_on_both_sides(
-    questions: bool, ask: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_row_that_is_dropped_is_dropped_on_both_sides(questions: bool, ask: Any) -> None:
     long = "who " * 30  # a prompt beyond max_length on both sides; of plain text, one word is too short on one side
     texts = ["a poet", "a", "lovi lovi", "is kara", "poet", "poet a poet"]
     prompts = ["who", long, "is", "a", long, "kara"] if questions else [""] * 6
@@ -641,10 +871,9 @@ def test_a_row_that_is_dropped_is_dropped_on_both_sides(
         for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
     ]
     keys = {} if questions else {"field": "said", "prompt": None, "response": None}
-    with caplog.at_level(logging.WARNING):
-        sequences, preferred = ask(rows, "preferred", preferred="better", max_length=20, **keys)
+    sequences, preferred = ask(rows, "preferred", preferred="better", max_length=20, **keys)
     kept = [0, 2, 3, 5] if questions else [0, 2, 5]
-    assert [record.getMessage().split()[1] for record in caplog.records] == [str(6 - len(kept))]
+    assert sequences.usage is not None and sequences.usage.dropped == 6 - len(kept)
     assert len(sequences) == len(preferred) == len(kept)
     for at, number in enumerate(kept):
         said = words()(texts[number]).input_ids

@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -33,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.config import InputError, Lora, Model
 from pipeline.corpus import file_digest
+from pipeline.weights import WrongWeights, load_whole
 
 
 def load_shape(config: Model) -> PreTrainedConfig:
@@ -114,7 +114,9 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
     if not config.allow_pickle:
         options["use_safetensors"] = True  # without it, transformers takes a pickle where there is nothing else
     try:
-        model = AutoModelForCausalLM.from_pretrained(config.path, dtype=getattr(torch, config.dtype), **options)
+        model = load_whole(config.path, dtype=getattr(torch, config.dtype), **options)
+    except WrongWeights as error:
+        raise InputError(f"model.path: {error}") from None
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:  # RuntimeError: shapes differ
         reason = " ".join(str(error).split())[:300]
         if config.attn_implementation and (isinstance(error, ImportError) or "attn_implementation" in reason):

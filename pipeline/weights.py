@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -16,6 +17,7 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
@@ -48,13 +50,26 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
         WrongWeights: missing, unexpected or differently shaped tensors, by name; a file that may not be read.
         Exception: whatever `from_pretrained` raises.
     """
-    adapter = find_adapter_config_file(str(path))
-    base = str(path) if adapter is None else json.loads(Path(adapter).read_text())["base_model_name_or_path"]
+    adapter = None if (Path(path) / "config.json").is_file() else find_adapter_config_file(str(path))
+    base = str(path)
+    if adapter is not None:
+        base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
     refuse_unreadable(base)
-    # Else transformers raises an error that does not say which tensor has another shape.
-    model, found = AutoModelForCausalLM.from_pretrained(
-        base, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+    model = fault = None
+    try:  # ignore: else transformers raises an error that does not say which tensor has another shape
+        model, found = AutoModelForCausalLM.from_pretrained(
+            base, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except RuntimeError as error:  # under ZeRO-3 it does so all the same
+        if "size mismatch" not in str(error):
+            raise
+        fault = " ".join(str(error).split())[:300]
+    if is_deepspeed_zero3_enabled():  # only the first rank has read the tensors
+        faults: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(faults, fault)
+        fault = faults[0]
+    if model is None or fault is not None:
+        raise WrongWeights(f"the weights in {base} are not the model's: {fault}")
     names = tensor_names(base, getattr(model.config, "_commit_hash", None))
     unplaced = restore_names_on_saving(model, names)
     refuse_others(base, model, {**found, "unexpected_keys": found["unexpected_keys"] | unplaced})

@@ -27,11 +27,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.config import InputError, Lora, Model
 from pipeline.corpus import file_digest
+from pipeline.forward import blocks_of, text_parameters
 from pipeline.weights import WrongWeights, load_whole
 
 
@@ -134,12 +134,13 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
     choose_what_trains(model, config, seed)
     if config.torch_compile:
         stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
-        if stage == 3 and not all(parameter.requires_grad for parameter in model.parameters()):
+        text = text_parameters(model)
+        if stage == 3 and not all(p.requires_grad for name, p in model.named_parameters() if name in text):
             raise InputError(
                 "model.torch_compile: under ZeRO stage 3 the backward of a compiled block finds frozen tensors "
                 "released; use a lower stage, or let everything train (no model.lora, no model.train)"
             )
-        for block in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
+        for block in blocks_of(model):
             # ZeRO-3 gathers by hooks around each module: one pair around the block leaves its inside one graph
             deepspeed.utils.set_z3_leaf_module(block, True)
             block.forward = torch.compile(block.forward)
@@ -151,16 +152,22 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
 def choose_what_trains(model: PreTrainedModel, config: Model, seed: int) -> None:
     """Freeze what does not train, or attach adapters; recompute activations if asked to. Also on the meta device.
 
+    What trains is of the text decoder, embedding or output layer: towers for images or sound stay as they are.
+
     Raises:
         InputError: a pattern that names nothing.
     """
     if config.lora is None:
-        names = [name for name, _ in model.named_parameters()]
+        text = text_parameters(model)
+        names = [name for name, _ in model.named_parameters() if name in text]
         for pattern in config.train:
             if not any(re.search(pattern, name) for name in names):
-                raise InputError(f"model.train: {pattern!r} is found in no tensor name; names look like {names[0]!r}")
+                raise InputError(
+                    f"model.train: {pattern!r} is found in no tensor name of the text decoder; names look like "
+                    f"{names[0]!r}"
+                )
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(any(re.search(pattern, name) for pattern in config.train))
+            parameter.requires_grad_(name in text and any(re.search(pattern, name) for pattern in config.train))
     else:
         torch.manual_seed(seed)
         attach_adapters(model, config.lora)
@@ -169,7 +176,7 @@ def choose_what_trains(model: PreTrainedModel, config: Model, seed: int) -> None
 
 
 def attach_adapters(model: PreTrainedModel, lora: Lora) -> None:
-    """Put an adapter on each targeted linear layer and freeze everything else; the model computes what it did before.
+    """Put an adapter on each targeted linear layer of the text decoder and freeze everything else; the model computes what it did before.
 
     Adapters have the dtype of the layer they sit on: DeepSpeed keeps the fp32 copies that the optimizer needs, and
     would cast fp32 adapters of a half-precision model anyway.
@@ -177,15 +184,17 @@ def attach_adapters(model: PreTrainedModel, lora: Lora) -> None:
     Raises:
         InputError: a target that names no linear layer, or an output layer that cannot be merged.
     """
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    text = text_parameters(model)
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    output = [name for name, module in modules if module is model.get_output_embeddings()]
+    linear = [name for name, _ in modules if f"{name}.weight" in text or name in output]  # a tied one has another name
     targets: list[str] = []
     for target in lora.targets or []:
         found = [name for name in linear if re.fullmatch(rf"(.*\.)?({target})", name)]
         if not found:
             endings = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise InputError(f"model.lora.targets: {target!r} names no linear layer; their names end in: {endings}")
+            raise InputError(f"model.lora.targets: {target!r} names no linear layer of the text decoder; their names end in: {endings}")
         targets += found
-    output = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
     if lora.targets is None:  # peft's own "all-linear" would also reach into tensors of experts
         targets = [name for name in linear if name not in output]
     if lora.merge and model.config.get_text_config().tie_word_embeddings and set(output) & set(targets):

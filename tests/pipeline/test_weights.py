@@ -67,7 +67,7 @@ def test_an_export_has_the_names_and_tensors_of_its_source(name: str, stage: int
     assert all(made[name].equal(tensor) for name, tensor in source.items())
 
 
-# -- tensors that are not there, or not the model's -----------------------------------------------------------------------
+# -- tensors that are not there, or not the model's ------------------------------------------------------------------
 
 Tensors = dict[str, Tensor]
 HEAD, LAST = "lm_head.weight", "model.layers.1."
@@ -182,7 +182,7 @@ def test_an_adapter_and_its_base_are_looked_at_alike(world: World, broken: Path,
     lost = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
     save_file({name: tensor for name, tensor in tensors.items() if name != lost}, file, metadata={"format": "pt"})
     with pytest.raises(
-        UnusableInput, match=r"adapter are not .* 1 missing \(model\.layers\.1\.self_attn\.q_proj\.lora_B"
+        UnusableInput, match=r"adapter are not .* 1 missing .*1\.self_attn\.q_proj\.lora_B"
     ):
         load(tmp_path / "adapter")
 

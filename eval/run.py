@@ -96,7 +96,7 @@ def load(folder: Path, ds_config: dict[str, Any] | None = None) -> "tuple[PreTra
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    from pipeline.weights import WrongWeights, load_whole
+    from pipeline.weights import WrongWeights, load_whole, missing_package
 
     logging.disable_progress_bar()  # a run has many models; each suite shows its own progress
     try:
@@ -107,7 +107,7 @@ def load(folder: Path, ds_config: dict[str, Any] | None = None) -> "tuple[PreTra
     except WrongWeights as error:
         raise UnusableInput(str(error)) from None
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = missing_package(folder) or str(error).splitlines()[0]
         if not folder.exists():
             raise UnusableInput(f"--model {folder} is no folder, and the hub does not give it: {reason}") from None
         raise UnusableInput(f"cannot load the model in {folder}: {reason}; export it again") from error

@@ -60,6 +60,11 @@ class Sequences:
         """Tokens of the longest sequence."""
         return self.block or pc.max(pc.list_value_length(self.rows)).as_py()  # pyright: ignore[reportAttributeAccessIssue]
 
+    @property
+    def largest(self) -> int:
+        """The largest token id."""
+        return max(pc.max(column).as_py() for column in self.stream.chunks if len(column))  # pyright: ignore[reportAttributeAccessIssue]
+
     def __len__(self) -> int:
         return len(self.stream) // self.block if self.block else len(self.rows)
 
@@ -290,6 +295,11 @@ class Stream:
     def longest(self) -> int:
         """Tokens of the longest sequence that a model is given."""
         return max(walked.longest for walked in (self.sequences, self.preferred) if walked is not None)
+
+    @property
+    def largest(self) -> int:
+        """The largest token id that a model is given."""
+        return max(walked.largest for walked in (self.sequences, self.preferred) if walked is not None)
 
     def global_batch(self, step: int) -> np.ndarray:
         """[batch_size] int64: the sequences of step `step` (0-based), whoever computes them."""

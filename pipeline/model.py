@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.config import InputError, Lora, Model
 from pipeline.corpus import file_digest
 from pipeline.forward import blocks_of, text_parameters
-from pipeline.weights import WrongWeights, load_whole
+from pipeline.weights import WrongWeights, load_whole, missing_package
 
 
 def load_shape(config: Model) -> PreTrainedConfig:
@@ -68,8 +68,8 @@ def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
     load_shape(config)
     try:
         return AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = missing_package(config.path) or " ".join(str(error).split())[:300]
         raise InputError(f"model.path: no tokenizer can be loaded from {config.path!r}: {reason}") from None
 
 
@@ -91,6 +91,28 @@ def check_positions(config: Model, longest: int) -> None:
         raise InputError(
             f"data.max_length: sequences have up to {longest} tokens, but {config.path} has {positions} positions; "
             f"set {positions} or less"
+        )
+
+
+def pad_token(config: Model, tokenizer: PreTrainedTokenizerBase) -> int:
+    """What sequences are padded with: the tokenizer's token, or 0 where it has none that the model embeds.
+
+    It is masked everywhere, so any will do; a tokenizer that got one after training names an id beyond the embedding.
+    """
+    token: Any = tokenizer.pad_token_id
+    return token if token is not None and token < load_shape(config).get_text_config().vocab_size else 0
+
+
+def check_tokens(config: Model, key: str, largest: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises:
+    InputError: `largest`, of the token ids of corpus `key`, has no row in the model's embedding.
+    """
+    rows = load_shape(config).get_text_config().vocab_size
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise InputError(
+            f"data.{key}: token {token!r} has id {largest}, but the embedding of {config.path} has {rows} rows; take "
+            "the tokenizer (and chat template) that the model was trained with"
         )
 
 
@@ -176,7 +198,9 @@ def choose_what_trains(model: PreTrainedModel, config: Model, seed: int) -> None
 
 
 def attach_adapters(model: PreTrainedModel, lora: Lora) -> None:
-    """Put an adapter on each targeted linear layer of the text decoder and freeze everything else; the model computes what it did before.
+    """Put an adapter on each targeted linear layer of the text decoder and freeze everything else.
+
+    The model computes what it did before.
 
     Adapters have the dtype of the layer they sit on: DeepSpeed keeps the fp32 copies that the optimizer needs, and
     would cast fp32 adapters of a half-precision model anyway.
@@ -193,7 +217,9 @@ def attach_adapters(model: PreTrainedModel, lora: Lora) -> None:
         found = [name for name in linear if re.fullmatch(rf"(.*\.)?({target})", name)]
         if not found:
             endings = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise InputError(f"model.lora.targets: {target!r} names no linear layer of the text decoder; their names end in: {endings}")
+            raise InputError(
+                f"model.lora.targets: {target!r} names no linear layer of the text decoder; their names end in: {endings}"
+            )
         targets += found
     if lora.targets is None:  # peft's own "all-linear" would also reach into tensors of experts
         targets = [name for name in linear if name not in output]
@@ -273,6 +299,9 @@ def export(
         tokenizer.save_pretrained(unfinished)
         if card is not None:
             (unfinished / "README.md").write_text(card, encoding="utf-8")
+        written = unfinished / ("adapter_config.json" if adapter_alone else "config.json")
+        for file in unfinished.iterdir():  # safetensors writes for this user alone, Python as the umask says
+            shutil.copymode(written, file)
         shutil.rmtree(folder, ignore_errors=True)  # an export of a run that was cut off and resumed
         os.replace(unfinished, folder)
     dist.barrier()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,19 @@ def refuse_unreadable(path: str) -> None:
     for file in sorted(Path(path).glob("*")) if os.path.isdir(path) else []:
         if file.is_file() and not os.access(file, os.R_OK):
             raise WrongWeights(f"{file} is not readable for this user; its owner can run chmod +r on it")
+
+
+def missing_package(path: str | Path) -> str | None:
+    """What a tokenizer that could not be loaded lacks, where it is a package that the libraries do not name."""
+    if find_spec("sentencepiece") is not None:
+        return None
+    found = [
+        cached_file(str(path), name, _raise_exceptions_for_missing_entries=False)
+        for name in ("tokenizer.json", "tokenizer.model")
+    ]
+    if found[0] is not None or found[1] is None:
+        return None
+    return "its tokenizer is a tokenizer.model alone, which the package sentencepiece reads: pip install sentencepiece"
 
 
 def tensor_names(path: str, commit: str | None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -181,9 +182,7 @@ def test_an_adapter_and_its_base_are_looked_at_alike(world: World, broken: Path,
     tensors = load_file(file)
     lost = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
     save_file({name: tensor for name, tensor in tensors.items() if name != lost}, file, metadata={"format": "pt"})
-    with pytest.raises(
-        UnusableInput, match=r"adapter are not .* 1 missing .*1\.self_attn\.q_proj\.lora_B"
-    ):
+    with pytest.raises(UnusableInput, match=r"adapter are not .* 1 missing .*1\.self_attn\.q_proj\.lora_B"):
         load(tmp_path / "adapter")
 
     save_file(tensors, file, metadata={"format": "pt"})
@@ -211,3 +210,23 @@ def test_the_commands_end_with_status_2(world: World, broken: Path, tmp_path: Pa
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
         assert "1 missing (lm_head.weight)" in line
     assert not (tmp_path / "run").exists() and not (tmp_path / "answer.json").exists()
+
+
+# -- files of another user ---------------------------------------------------------------------------------------------
+
+
+def test_an_export_may_be_read_as_the_umask_says(exported: Path, world: World) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in (exported / "llama-2").iterdir():
+        assert file.stat().st_mode & 0o777 == 0o666 & ~umask, file.name
+
+
+def test_files_of_another_user_are_named(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """root may read everything: what the system answers to others is put in its place."""
+    locked = world.folder / "model" / "model.safetensors"
+    monkeypatch.setattr("os.access", lambda file, mode: Path(file) != locked)
+    with pytest.raises(InputError, match=r"model\.path: .*model\.safetensors is not readable for this user; .*chmod"):
+        load_model(named(world.folder / "model"), {})
+    with pytest.raises(UnusableInput, match=r"model\.safetensors is not readable for this user; .*chmod"):
+        load(world.folder / "model")

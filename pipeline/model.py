@@ -218,7 +218,8 @@ def attach_adapters(model: PreTrainedModel, lora: Lora) -> None:
         if not found:
             endings = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise InputError(
-                f"model.lora.targets: {target!r} names no linear layer of the text decoder; their names end in: {endings}"
+                f"model.lora.targets: {target!r} names no linear layer of the text decoder; "
+                f"their names end in: {endings}"
             )
         targets += found
     if lora.targets is None:  # peft's own "all-linear" would also reach into tensors of experts

@@ -18,17 +18,17 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
-    cached_file,
-    find_adapter_config_file,
 )
+from transformers.utils.hub import cached_file
 from transformers.utils.loading_report import LoadStateDictInfo
+from transformers.utils.peft_utils import find_adapter_config_file
 
 SHOWN = 3  # names in a message
 
@@ -56,11 +56,12 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
     if adapter is not None:
         base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
     refuse_unreadable(base)
-    model = fault = None
+    auto: Any = AutoModelForCausalLM
+    model: Any = None
+    found: dict[str, Any] = {}
+    fault = None
     try:  # ignore: else transformers raises an error that does not say which tensor has another shape
-        model, found = AutoModelForCausalLM.from_pretrained(
-            base, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        model, found = auto.from_pretrained(base, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except RuntimeError as error:  # under ZeRO-3 it does so all the same
         if "size mismatch" not in str(error):
             raise
@@ -117,7 +118,7 @@ def tensor_names(path: str, commit: str | None) -> list[str]:
     return []
 
 
-def restore_names_on_saving(model: PreTrainedModel, names: list[str]) -> set[str]:
+def restore_names_on_saving(model: Any, names: list[str]) -> set[str]:
     """Have `model.save_pretrained` write `names`, as they are in the source; returns those that no tensor has.
 
     transformers renames while loading (Gemma 3's `language_model.model` is its `model.language_model`) and notes which

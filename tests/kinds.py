@@ -26,36 +26,70 @@ TOWER: dict[str, Any] = {
 
 
 def _gemma3() -> PreTrainedModel:
-    tokens = {"image_token_index": 299, "boi_token_index": 298, "eoi_token_index": 297, "mm_tokens_per_image": 4}
+    tokens: dict[str, Any] = {
+        "image_token_index": 299,
+        "boi_token_index": 298,
+        "eoi_token_index": 297,
+        "mm_tokens_per_image": 4,
+    }
     shape = transformers.Gemma3Config(text_config=TEXT, vision_config=TOWER, **tokens)  # pyright: ignore
     return transformers.Gemma3ForConditionalGeneration(shape)
 
 
 def _gemma3n_text() -> PreTrainedModel:
-    depth = {"num_hidden_layers": 4, "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4}
-    own = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 300, "num_kv_shared_layers": 2}
-    shape = {**TEXT, **depth, **own, "laurel_rank": 4, "altup_num_inputs": 2, "layer_types": ALTERNATING * 2}
+    depth: dict[str, Any] = {
+        "num_hidden_layers": 4,
+        "intermediate_size": [48] * 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+    }
+    own: dict[str, Any] = {
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 300,
+        "num_kv_shared_layers": 2,
+    }
+    shape: dict[str, Any] = {
+        **TEXT,
+        **depth,
+        **own,
+        "laurel_rank": 4,
+        "altup_num_inputs": 2,
+        "layer_types": ALTERNATING * 2,
+    }
     return transformers.Gemma3nForCausalLM(transformers.Gemma3nTextConfig(**shape))
 
 
 def _gemma4() -> PreTrainedModel:
-    own = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 300, "num_kv_shared_layers": 0}
-    text = {**TEXT, **own, "global_head_dim": 8, "layer_types": ALTERNATING}
-    patches = {"position_embedding_size": 64, "pooling_kernel_size": 2, "default_output_length": 4, "patch_size": 4}
-    heads = {"num_key_value_heads": 4, "head_dim": 8, "global_head_dim": 8}
+    own: dict[str, Any] = {
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 300,
+        "num_kv_shared_layers": 0,
+    }
+    text: dict[str, Any] = {**TEXT, **own, "global_head_dim": 8, "layer_types": ALTERNATING}
+    patches: dict[str, Any] = {
+        "position_embedding_size": 64,
+        "pooling_kernel_size": 2,
+        "default_output_length": 4,
+        "patch_size": 4,
+    }
+    heads: dict[str, Any] = {"num_key_value_heads": 4, "head_dim": 8, "global_head_dim": 8}
     shape = transformers.Gemma4Config(text_config=text, vision_config={**TOWER, **patches, **heads}, audio_config=None)  # pyright: ignore
     return transformers.Gemma4ForConditionalGeneration(shape)
 
 
 def _qwen3_5_text() -> PreTrainedModel:
-    linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
-    layers = {"linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]}
+    linear: dict[str, Any] = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
+    layers: dict[str, Any] = {"linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]}
     return transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**TEXT, **linear, **layers))
 
 
 def _phi4() -> PreTrainedModel:
-    text = {key: value for key, value in TEXT.items() if key != "head_dim"}
-    convolutions = {"num_blocks": 3, "ext_pw_out_channel": 32, "nemo_conv_channels": 32, "audio_token_id": 6}
+    text: dict[str, Any] = {key: value for key, value in TEXT.items() if key != "head_dim"}
+    convolutions: dict[str, Any] = {
+        "num_blocks": 3,
+        "ext_pw_out_channel": 32,
+        "nemo_conv_channels": 32,
+        "audio_token_id": 6,
+    }
     shape = transformers.Phi4MultimodalConfig(
         **text,
         vision_config={**TOWER, "image_token_id": 5},  # pyright: ignore
@@ -65,14 +99,14 @@ def _phi4() -> PreTrainedModel:
 
 
 def _opt() -> PreTrainedModel:
-    shape = {key: value for key, value in BARE.items() if key != "intermediate_size"}
+    shape: dict[str, Any] = {key: value for key, value in BARE.items() if key != "intermediate_size"}
     return transformers.OPTForCausalLM(
         transformers.OPTConfig(**shape, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=16)
     )
 
 
 def _gpt2() -> PreTrainedModel:
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=300, bos_token_id=0, eos_token_id=0, **sizes)
     )

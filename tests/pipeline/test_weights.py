@@ -173,7 +173,7 @@ def evaluate_sharded(folder: Path) -> None:
 def test_an_adapter_and_its_base_are_looked_at_alike(world: World, broken: Path, tmp_path: Path) -> None:
     base: Any = AutoModelForCausalLM.from_pretrained(world.folder / "model")
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.save_pretrained(str(tmp_path / "adapter"))
     AutoTokenizer.from_pretrained(world.folder / "model").save_pretrained(tmp_path / "adapter")
     tokens = torch.arange(8).unsqueeze(0)
     torch.testing.assert_close(load(tmp_path / "adapter")[0](tokens).logits, adapted(tokens).logits, rtol=0, atol=1e-6)

@@ -93,17 +93,21 @@ def load(folder: Path, ds_config: dict[str, Any] | None = None) -> "tuple[PreTra
     With `ds_config` the model is loaded sharded over the ranks and its forward passes gather it, layer by layer.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging
+
+    from pipeline.weights import WrongWeights, load_whole, missing_package
 
     logging.disable_progress_bar()  # a run has many models; each suite shows its own progress
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         if ds_config is not None:
             return load_sharded(folder, ds_config), tokenizer
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        model: Any = load_whole(folder, dtype="auto")
+    except WrongWeights as error:
+        raise UnusableInput(str(error)) from None
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = missing_package(folder) or str(error).splitlines()[0]
         if not folder.exists():
             raise UnusableInput(f"--model {folder} is no folder, and the hub does not give it: {reason}") from None
         raise UnusableInput(f"cannot load the model in {folder}: {reason}; export it again") from error
@@ -113,8 +117,10 @@ def load(folder: Path, ds_config: dict[str, Any] | None = None) -> "tuple[PreTra
 def load_sharded(folder: Path, ds_config: dict[str, Any]) -> "PreTrainedModel":
     """The model under ZeRO-3 without an optimizer; OSError or ValueError where it cannot be loaded."""
     import deepspeed
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    from pipeline.weights import load_whole
 
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
@@ -130,7 +136,7 @@ def load_sharded(folder: Path, ds_config: dict[str, Any]) -> "PreTrainedModel":
     }
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles an all-reduce, not used here
     zero3 = HfDeepSpeedConfig(config)  # while it lives, from_pretrained loads under deepspeed.zero.Init
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model: Any = load_whole(folder, dtype="auto")
     model.zero3 = zero3  # and generate() goes on until the last rank's answers end
     deepspeed.initialize(model=model, config=config)  # hooks its modules
     return model

@@ -62,6 +62,11 @@ class Sequences:
             return min(self.block, len(self.stream))
         return pc.max(pc.list_value_length(self.rows)).as_py()  # pyright: ignore[reportAttributeAccessIssue]
 
+    @property
+    def largest(self) -> int:
+        """The largest token id."""
+        return max(pc.max(column).as_py() for column in self.stream.chunks if len(column))  # pyright: ignore[reportAttributeAccessIssue]
+
     def __len__(self) -> int:
         if not self.block:
             return len(self.rows)
@@ -266,6 +271,11 @@ class Stream:
     def longest(self) -> int:
         """Tokens of the longest sequence that a model is given."""
         return max(walked.longest for walked in (self.sequences, self.preferred) if walked is not None)
+
+    @property
+    def largest(self) -> int:
+        """The largest token id that a model is given."""
+        return max(walked.largest for walked in (self.sequences, self.preferred) if walked is not None)
 
     def global_batch(self, step: int) -> np.ndarray:
         """[batch_size] int64: the sequences of step `step` (0-based), whoever computes them."""

@@ -24,18 +24,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.config import InputError, Lora, Model
 from pipeline.corpus import file_digest
+from pipeline.forward import blocks_of, text_parameters
+from pipeline.weights import WrongWeights, load_whole, missing_package
 
 
 def load_shape(config: Model) -> PreTrainedConfig:
@@ -77,8 +77,8 @@ def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
     load_shape(config)
     try:
         return AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = missing_package(config.path) or " ".join(str(error).split())[:300]
         raise InputError(f"model.path: no tokenizer can be loaded from {config.path!r}: {reason}") from None
 
 
@@ -122,6 +122,28 @@ def check_positions(config: Model, longest: int) -> None:
         )
 
 
+def pad_token(config: Model, tokenizer: PreTrainedTokenizerBase) -> int:
+    """What sequences are padded with: the tokenizer's token, or 0 where it has none that the model embeds.
+
+    It is masked everywhere, so any will do; a tokenizer that got one after training names an id beyond the embedding.
+    """
+    token: Any = tokenizer.pad_token_id
+    return token if token is not None and token < load_shape(config).get_text_config().vocab_size else 0
+
+
+def check_tokens(config: Model, key: str, largest: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises:
+    InputError: `largest`, of the token ids of corpus `key`, has no row in the model's embedding.
+    """
+    rows = load_shape(config).get_text_config().vocab_size
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise InputError(
+            f"data.{key}: token {token!r} has id {largest}, but the embedding of {config.path} has {rows} rows; take "
+            "the tokenizer (and chat template) that the model was trained with"
+        )
+
+
 def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -> PreTrainedModel:
     """The model in `config.dtype`, partitioned while it loads (ZeRO-3 never holds it whole), with what trains chosen.
 
@@ -145,7 +167,9 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
     if not config.allow_pickle:
         options["use_safetensors"] = True  # without it, transformers takes a pickle where there is nothing else
     try:
-        model = AutoModelForCausalLM.from_pretrained(config.path, dtype=getattr(torch, config.dtype), **options)
+        model = load_whole(config.path, dtype=getattr(torch, config.dtype), **options)
+    except WrongWeights as error:
+        raise InputError(f"model.path: {error}") from None
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:  # RuntimeError: shapes differ
         reason = " ".join(str(error).split())[:300]
         if config.attn_implementation and (isinstance(error, ImportError) or "attn_implementation" in reason):
@@ -166,12 +190,13 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
     choose_what_trains(model, config, seed)
     if config.torch_compile:
         stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
-        if stage == 3 and not all(parameter.requires_grad for parameter in model.parameters()):
+        text = text_parameters(model)
+        if stage == 3 and not all(p.requires_grad for name, p in model.named_parameters() if name in text):
             raise InputError(
                 "model.torch_compile: under ZeRO stage 3 the backward of a compiled block finds frozen tensors "
                 "released; use a lower stage, or let everything train (no model.lora, no model.train)"
             )
-        for block in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
+        for block in blocks_of(model):
             # ZeRO-3 gathers by hooks around each module: one pair around the block leaves its inside one graph
             deepspeed.utils.set_z3_leaf_module(block, True)
             block.forward = torch.compile(block.forward)
@@ -230,16 +255,22 @@ def _copy_dropout(source: PreTrainedConfig, target: PreTrainedConfig) -> None:
 def choose_what_trains(model: PreTrainedModel, config: Model, seed: int) -> None:
     """Freeze what does not train, or attach adapters; recompute activations if asked to. Also on the meta device.
 
+    What trains is of the text decoder, embedding or output layer: towers for images or sound stay as they are.
+
     Raises:
         InputError: a pattern that names nothing.
     """
     if config.lora is None:
-        names = [name for name, _ in model.named_parameters()]
+        text = text_parameters(model)
+        names = [name for name, _ in model.named_parameters() if name in text]
         for pattern in config.train:
             if not any(re.search(pattern, name) for name in names):
-                raise InputError(f"model.train: {pattern!r} is found in no tensor name; names look like {names[0]!r}")
+                raise InputError(
+                    f"model.train: {pattern!r} is found in no tensor name of the text decoder; names look like "
+                    f"{names[0]!r}"
+                )
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(any(re.search(pattern, name) for pattern in config.train))
+            parameter.requires_grad_(name in text and any(re.search(pattern, name) for pattern in config.train))
     else:
         torch.manual_seed(seed)
         attach_adapters(model, config.lora)
@@ -248,7 +279,9 @@ def choose_what_trains(model: PreTrainedModel, config: Model, seed: int) -> None
 
 
 def attach_adapters(model: PreTrainedModel, lora: Lora) -> None:
-    """Put an adapter on each targeted linear layer and freeze everything else; the model computes what it did before.
+    """Put an adapter on each targeted linear layer of the text decoder and freeze everything else.
+
+    The model computes what it did before.
 
     Adapters have the dtype of the layer they sit on: DeepSpeed keeps the fp32 copies that the optimizer needs, and
     would cast fp32 adapters of a half-precision model anyway.
@@ -256,15 +289,20 @@ def attach_adapters(model: PreTrainedModel, lora: Lora) -> None:
     Raises:
         InputError: a target that names no linear layer, or an output layer that cannot be merged.
     """
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    text = text_parameters(model)
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    output = [name for name, module in modules if module is model.get_output_embeddings()]
+    linear = [name for name, _ in modules if f"{name}.weight" in text or name in output]  # a tied one has another name
     targets: list[str] = []
     for target in lora.targets or []:
         found = [name for name in linear if re.fullmatch(rf"(.*\.)?({target})", name)]
         if not found:
             endings = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise InputError(f"model.lora.targets: {target!r} names no linear layer; their names end in: {endings}")
+            raise InputError(
+                f"model.lora.targets: {target!r} names no linear layer of the text decoder; "
+                f"their names end in: {endings}"
+            )
         targets += found
-    output = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
     if lora.targets is None:  # peft's own "all-linear" would also reach into tensors of experts
         targets = [name for name in linear if name not in output]
     if lora.merge and model.config.get_text_config().tie_word_embeddings and set(output) & set(targets):
@@ -343,6 +381,9 @@ def export(
         tokenizer.save_pretrained(unfinished)
         if card is not None:
             (unfinished / "README.md").write_text(card, encoding="utf-8")
+        written = unfinished / ("adapter_config.json" if adapter_alone else "config.json")
+        for file in unfinished.iterdir():  # safetensors writes for this user alone, Python as the umask says
+            shutil.copymode(written, file)
         shutil.rmtree(folder, ignore_errors=True)  # an export of a run that was cut off and resumed
         os.replace(unfinished, folder)
     dist.barrier()

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.utils import logging
 
 from pipeline.config import InputError, RunConfig
-from pipeline.forward import hidden_after
+from pipeline.forward import base_of, hidden_after
 from pipeline.model import check_router_loss, choose_what_trains, load_shape, set_dropout
 
 
@@ -164,7 +164,7 @@ def _rehearse(model: Any, size: int, length: int, layer: int | None) -> dict[str
     owners = [module for module in model.modules() if list(module.parameters(recurse=False))]
     hooks = [module.register_forward_hook(called) for module in owners]
     hooks += [p.register_post_accumulate_grad_hook(reduced) for p in parameters if p.requires_grad]
-    base, head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
+    base, head = base_of(model), model.get_output_embeddings()
     ids = torch.zeros(size, length, dtype=torch.long, device="meta")
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     ledger = Ledger(parameters)

@@ -21,6 +21,7 @@ from pipeline.config import Objective as Settings
 from pipeline.data import Batch, Stream, num_shared, say_usage, tokenize
 from pipeline.encode import FORM
 from pipeline.forward import reaches
+from pipeline.model import pad_token
 from pipeline.objectives import OBJECTIVES, Objective, Terms, steering_vector
 from pipeline.reference import Original, cache_file, sequence_nll
 
@@ -96,7 +97,7 @@ def open_stream(config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBase
         micro_batch_size=config.train.micro_batch_size,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        pad=tokenizer.pad_token_id or 0,  # masked everywhere: any token will do  # pyright: ignore[reportArgumentType]
+        pad=pad_token(config.model, tokenizer),
         preferred=preferred,
     )
 

@@ -177,6 +177,8 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
         warn_of_overlap(streams)
     with ranks.together():
         models.check_positions(config.model, max(stream.longest for stream in streams.values()))
+        for task, stream in streams.items() if dist.get_rank() == 0 else ():  # reads all tokens
+            models.check_tokens(config.model, task, stream.largest, tokenizer)
     steps = num_steps(config, streams)
     offload = zero.get("zero_optimization", {}).get("offload_optimizer") or {}
     if offload.get("device") == "nvme":

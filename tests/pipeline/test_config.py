@@ -718,14 +718,14 @@ def test_nobody_imports_a_command_and_no_two_rooms_each_other() -> None:
 
 
 # The same in training and evaluation: how a corpus is read, how a question becomes tokens, errors, the process group.
-SHARED = {"pipeline.chat", "pipeline.config", "pipeline.corpus", "pipeline.ranks"}
+SHARED = {"pipeline.chat", "pipeline.config", "pipeline.corpus", "pipeline.ranks", "pipeline.weights"}
 
 
 def test_pipeline_does_not_import_eval_and_eval_only_what_is_shared() -> None:
     """Else they meet through the exported model folder and the files of a run only; neither imports the tests.
 
     But for `eval/speed.py` and `eval/memory.py`, whose subject is the training step itself and not what a run leaves
-    behind.
+    behind; and for what imports nothing of ours itself and must be one and the same in both.
     """
     files = {folder: sorted((REPOSITORY / folder).rglob("*.py")) for folder in ("pipeline", "eval")}
     for name in ("speed", "memory"):

@@ -1,0 +1,165 @@
+"""Weights from a model's files: every tensor of the model comes from them, and none of theirs is left over."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+from transformers.utils.hub import cached_file
+from transformers.utils.loading_report import LoadStateDictInfo
+from transformers.utils.peft_utils import find_adapter_config_file
+
+SHOWN = 3  # names in a message
+
+
+class WrongWeights(ValueError):
+    """The files of a model cannot be read, or are not those of the model that its `config.json` describes."""
+
+
+def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained(path, **options)`, of which no tensor is invented and none left out.
+
+    transformers fills what it does not find with random numbers, and drops what it finds no place for; under ZeRO-3 it
+    does not look for the latter at all. Excepted are buffers, tied tensors, and what the model's class declares to do
+    without. `save_pretrained` of the model writes the names of the files that it was loaded from, under any ZeRO stage.
+
+    Args:
+        path: a model, or an adapter, whose base is loaded and checked first; a folder or a name of the hub.
+
+    Raises:
+        WrongWeights: missing, unexpected or differently shaped tensors, by name; a file that may not be read.
+        Exception: whatever `from_pretrained` raises.
+    """
+    adapter = None if (Path(path) / "config.json").is_file() else find_adapter_config_file(str(path))
+    base = str(path)
+    if adapter is not None:
+        base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    refuse_unreadable(base)
+    auto: Any = AutoModelForCausalLM
+    model: Any = None
+    found: dict[str, Any] = {}
+    fault = None
+    try:  # ignore: else transformers raises an error that does not say which tensor has another shape
+        model, found = auto.from_pretrained(base, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except RuntimeError as error:  # under ZeRO-3 it does so all the same
+        if "size mismatch" not in str(error):
+            raise
+        fault = " ".join(str(error).split())[:300]
+    if is_deepspeed_zero3_enabled():  # only the first rank has read the tensors
+        faults: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(faults, fault)
+        fault = faults[0]
+    if model is None or fault is not None:
+        raise WrongWeights(f"the weights in {base} are not the model's: {fault}")
+    names = tensor_names(base, getattr(model.config, "_commit_hash", None))
+    unplaced = restore_names_on_saving(model, names)
+    refuse_others(base, model, {**found, "unexpected_keys": found["unexpected_keys"] | unplaced})
+    if adapter is not None:
+        refuse_unreadable(str(path))
+        safetensors = {key: options[key] for key in ("use_safetensors",) if key in options}
+        refuse_others(str(path), model, model.load_adapter(str(path), **safetensors).to_dict())
+    return model
+
+
+def refuse_unreadable(path: str) -> None:
+    """Raises:
+    WrongWeights: a file of the folder `path` is another user's; the libraries would say that there is none.
+    """
+    for file in sorted(Path(path).glob("*")) if os.path.isdir(path) else []:
+        if file.is_file() and not os.access(file, os.R_OK):
+            raise WrongWeights(f"{file} is not readable for this user; its owner can run chmod +r on it")
+
+
+def missing_package(path: str | Path) -> str | None:
+    """What a tokenizer that could not be loaded lacks, where it is a package that the libraries do not name."""
+    if find_spec("sentencepiece") is not None:
+        return None
+    found = [
+        cached_file(str(path), name, _raise_exceptions_for_missing_entries=False)
+        for name in ("tokenizer.json", "tokenizer.model")
+    ]
+    if found[0] is not None or found[1] is None:
+        return None
+    return "its tokenizer is a tokenizer.model alone, which the package sentencepiece reads: pip install sentencepiece"
+
+
+def tensor_names(path: str, commit: str | None) -> list[str]:
+    """Names of the tensors in the files that transformers loads."""
+    for whole, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        found = [
+            cached_file(path, name, _commit_hash=commit, _raise_exceptions_for_missing_entries=False)
+            for name in (whole, index)
+        ]
+        if found[0] is not None:
+            return list(load_state_dict(found[0], map_location="meta"))
+        if found[1] is not None:
+            return list(json.loads(Path(found[1]).read_text(encoding="utf-8"))["weight_map"])
+    return []
+
+
+def restore_names_on_saving(model: Any, names: list[str]) -> set[str]:
+    """Have `model.save_pretrained` write `names`, as they are in the source; returns those that no tensor has.
+
+    transformers renames while loading (Gemma 3's `language_model.model` is its `model.language_model`) and notes which
+    rules it used, to reverse them. Under ZeRO-3 it notes all rules, used or not. And nowhere does it note that a source
+    without the prefix of the base model (`h.0` for `transformer.h.0`, as GPT-2's) got one.
+    """
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    prefix, tensors = model.base_model_prefix, model.state_dict()
+    unplaced, prefixed = set(), set()
+    for name in sorted(names, key=dot_natural_key):
+        renamed = rename_source_key(name, renamings, converters)[0]
+        placed = rename_source_key(name, renamings, converters, prefix, tensors)[0]
+        unplaced |= {name} - ({name} if placed in tensors else set())
+        prefixed |= {placed} if placed == f"{prefix}.{renamed}" else set()
+    used = [rule for rule in rules if rule.was_used()]
+    model._weight_conversions = [*used, *([PrefixChange(prefix_to_add=prefix)] if prefixed else [])]
+    ignored = LoadStateDictInfo(set(), unplaced, set(), [], {}, set())
+    model._adjust_missing_and_unexpected_keys(ignored)  # what the class of the model declares to be of no use
+    return ignored.unexpected_keys
+
+
+def refuse_others(path: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Raises:
+    WrongWeights: `found`, as `from_pretrained` reports it, is more than missing buffers.
+    """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    missing = sorted(found["missing_keys"] & parameters)
+    unexpected = sorted(found["unexpected_keys"])
+    shapes = [f"{name} {list(theirs)}, not {list(ours)}" for name, theirs, ours in sorted(found["mismatched_keys"])]
+    faults = [
+        f"{len(names)} {fault} ({', '.join(names[:SHOWN])}{', …' if len(names) > SHOWN else ''})"
+        for names, fault in ((missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape"))
+        if names
+    ]
+    if not faults:
+        return
+    prefixes = {name.removesuffix(tensor) for tensor in missing for name in unexpected if name.endswith(tensor)}
+    prefix = next((one for one in prefixes if {one + tensor for tensor in missing} <= set(unexpected)), None)
+    remedy = "they must fit config.json: take the folder as it was published or exported"
+    if prefix:
+        remedy = f"remove {prefix!r} from the beginning of their names"
+    raise WrongWeights(f"the weights in {path} are not the model's: tensors {', '.join(faults)}; {remedy}")

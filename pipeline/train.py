@@ -124,8 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"\n{stopped}", file=sys.stderr)
         status = ranks.STOPPED
     except BaseException as error:
-        console.log_end(error)
-        status = ranks.report(error)
+        status = ranks.report(error, logged=console.log_end(error))
     outlets.end(status)
     ranks.leave(status)
 

@@ -336,8 +336,13 @@ def _explain(error: ValidationError, where: str) -> InputError:
     return InputError(f"{where}: {key}: {first['msg'].removeprefix('Value error, ')}{given}")
 
 
-def resolve(file: str | Path, method: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+def resolve(
+    file: str | Path, method: str | None = None, overrides: Sequence[str] = (), *, reads_data: bool = True
+) -> RunConfig:
     """Read `file`, lay the preset `method` of its table `methods:` over it, then the `overrides`.
+
+    Args:
+        reads_data: the files of the corpora must be there. (To plan a run, they need not be.)
 
     Raises:
         InputError: anything in the text that cannot be run, in one line.
@@ -371,13 +376,13 @@ def resolve(file: str | Path, method: str | None = None, overrides: Sequence[str
         corpus: Corpus | None = getattr(config.data, task)
         if corpus is None:
             raise InputError(f"{where}: data.{task} is missing, and objective.{task} is not none")
-        if Path(corpus.path).suffix in LOCAL_FORMATS and not Path(corpus.path).is_file():
+        if reads_data and Path(corpus.path).suffix in LOCAL_FORMATS and not Path(corpus.path).is_file():
             raise InputError(f"{where}: data.{task}.path: there is no file {corpus.path}")
         if getattr(config.objective, task) == "dpo" and corpus.preferred is None:
             raise InputError(f"{where}: data.{task}.preferred is missing: dpo needs the column with the text to prefer")
         if getattr(config.objective, task) == "idk" and corpus.prompt is None:
             raise InputError(f"{where}: data.{task}: idk needs questions to refuse; set prompt and response")
-        if corpus.refusals is not None and not Path(corpus.refusals).is_file():
+        if reads_data and corpus.refusals is not None and not Path(corpus.refusals).is_file():
             raise InputError(f"{where}: data.{task}.refusals: there is no file {corpus.refusals}")
         rows = next((key for key in ("prompt", "preferred") if getattr(corpus, key) is not None), None)
         if rows is not None and config.data.packing == "blocks":

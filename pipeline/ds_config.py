@@ -1,14 +1,21 @@
 """The DeepSpeed file and the number of ranks beside the run configuration: what `deepspeed.initialize` gets.
 
-Imports neither torch nor DeepSpeed: what contradicts itself is refused before they are loaded.
+Imports neither torch nor DeepSpeed: what contradicts itself is refused before they are loaded. What DeepSpeed itself
+refuses is in the same words, as soon as it is loaded.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from pipeline.config import REPOSITORY, InputError, RunConfig, merge, read_text
 
@@ -51,6 +58,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     for key in ("zero_optimization", "data_types", "bf16", "fp16", *MONITORS):
         if not isinstance(given.get(key, {}), dict):
             raise InputError(f"train.deepspeed: {path}: {key!r} must hold an object, not {given[key]!r}")
+    given = _without_auto(given)
     for key, package in MONITORS.items():
         if given.get(key, {}).get("enabled") and package is not None and importlib.util.find_spec(package) is None:
             raise InputError(f"train.deepspeed: {path} enables {key!r}, which needs the package {package}; install it")
@@ -109,6 +117,60 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
                 "or use device cpu"
             )
     return merged
+
+
+def _without_auto(value: Any) -> Any:
+    """`"auto"` is as good as nothing, as DeepSpeed's own models take it; but a stage has to be told."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto" or key == "stage"}
+
+
+def refuse_what_deepspeed_refuses(config: RunConfig, zero: dict[str, Any]) -> None:
+    """DeepSpeed's own validation, before anything is loaded.
+
+    Args:
+        zero: as `deepspeed_config` returns it.
+
+    Raises:
+        InputError: what DeepSpeed says, blamed on the file.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    refusals = (AssertionError, ValueError, TypeError, KeyError, AttributeError, DeepSpeedConfigError)
+    try:
+        DeepSpeedConfig(deepcopy(zero))
+    except refusals as error:
+        raise _refused(config, error) from error
+
+
+@contextmanager
+def blaming_the_file(config: RunConfig) -> Iterator[None]:
+    """What DeepSpeed refuses of the file only once it sees the device, the model or the optimizer.
+
+    Raises:
+        InputError: in place of an error with which DeepSpeed itself refuses a combination. Others pass.
+    """
+    try:
+        yield
+    except (AssertionError, ValueError, NotImplementedError) as error:
+        if "deepspeed" not in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts:
+            raise
+        raise _refused(config, error) from error
+
+
+def _refused(config: RunConfig, error: BaseException) -> InputError:
+    reason = (
+        f"{type(error).__name__}: {error}" if isinstance(error, KeyError | AttributeError | TypeError) else str(error)
+    )
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        reason = f"{where}: {first['msg'].removeprefix('Value error, ')}, given {first['input']!r}".removeprefix(": ")
+    reason = " ".join(reason.split())[:300] or type(error).__name__
+    if "supported on your device" in reason:  # the precision is the run's to choose
+        return InputError(f"model.dtype: {config.model.dtype}: DeepSpeed refuses it: {reason}")
+    return InputError(f"train.deepspeed: {config.train.deepspeed}: DeepSpeed refuses it: {reason}")
 
 
 def refuse_uneven_groups(zero: dict[str, Any], world_size: int) -> None:

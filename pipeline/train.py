@@ -23,7 +23,13 @@ from pipeline.config import (
     refuse_foreign_output,
     world_from_environment,
 )
-from pipeline.ds_config import accumulation, deepspeed_config, refuse_uneven_groups
+from pipeline.ds_config import (
+    accumulation,
+    blaming_the_file,
+    deepspeed_config,
+    refuse_uneven_groups,
+    refuse_what_deepspeed_refuses,
+)
 
 if TYPE_CHECKING:  # torch and what needs it are imported once the configuration is known to be good
     import torch
@@ -164,6 +170,7 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
         console.ours.info("%s is complete: nothing to resume", folder)
         return
     with ranks.together():
+        refuse_what_deepspeed_refuses(config, zero)
         tokenizer = models.load_tokenizer(config.model)
         if {"rmu", "embed_diff"} & {config.objective.forget, config.objective.retain}:
             models.check_layer(config.model, config.objective.layer)
@@ -174,12 +181,12 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
     offload = zero.get("zero_optimization", {}).get("offload_optimizer") or {}
     if offload.get("device") == "nvme":
         ranks.one_before_others(lambda: try_disk(Path(offload["nvme_path"])))
-    with ranks.together():
+    with ranks.together(), blaming_the_file(config):
         model = models.load_model(config.model, zero, config.seed)
     origin = models.fingerprint(model) if dist.get_rank() == 0 else ""
     if resume:
         outlets.go_on(folder, zero)
-    with console.prints_logged():
+    with console.prints_logged(), blaming_the_file(config):
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=make_optimizer(config, model, zero),  # pyright: ignore[reportArgumentType]

@@ -564,6 +564,26 @@ def test_a_deepspeed_file_that_contradicts_the_run_is_refused(
         assert part in message
 
 
+def test_auto_inside_a_section_is_as_good_as_nothing(deepspeed: Any) -> None:
+    """As DeepSpeed's own models take it; what reads the file here must not meet the word."""
+    keys = (
+        "overlap_comm",
+        "reduce_bucket_size",
+        "sub_group_size",
+        "zero_hpz_partition_size",
+        "stage3_max_live_parameters",
+    )
+    zero = {**dict.fromkeys(keys, "auto"), "offload_optimizer": {"device": "cpu", "buffer_count": "auto"}}
+    data_types = {"grad_accum_dtype": "auto"}
+    made = deepspeed(
+        {"zero_optimization": {"stage": 3, **zero}, "data_types": data_types, "communication_data_type": "auto"}
+    )
+    assert made["zero_optimization"] == {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    assert made["data_types"] == {"grad_accum_dtype": "fp32"} and "communication_data_type" not in made
+    assert made == deepspeed({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}})
+    assert "stage" in refusal(lambda: deepspeed({"zero_optimization": {"stage": "auto"}}))
+
+
 def test_what_nvme_would_not_restore_is_not_saved(deepspeed: Any) -> None:
     content = {"zero_optimization": {"stage": 3, "offload_optimizer": NVME}}
     assert deepspeed(content)["zero_optimization"]["offload_optimizer"] == NVME

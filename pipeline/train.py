@@ -6,6 +6,7 @@ Ctrl-C; 143 SIGTERM before training or a second time; 1 anything else.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -34,6 +35,7 @@ from pipeline.ds_config import (
 if TYPE_CHECKING:  # torch and what needs it are imported once the configuration is known to be good
     import torch
 
+    from pipeline.disk import RunLock
     from pipeline.monitor import Monitor
     from pipeline.shards import Shards
     from pipeline.tasks import Task
@@ -104,6 +106,9 @@ def record_layers(monitor: Monitor, shards: Shards) -> None:
             monitor.record(f"{name}/{layer}", getattr(geometry, name))
 
 
+WEIGHTS = ".weights.json"  # in a run folder: digests of the model's files, so that a resumption need not read them
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns (or, once ranks have met, exits with) the status."""
     rank, world_size = world_from_environment()
@@ -156,7 +161,7 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
     from pipeline import checkpoint, console, outlets, ranks
     from pipeline import model as models
     from pipeline.data import tokenizer_digest
-    from pipeline.disk import try_disk, writing
+    from pipeline.disk import RunLock, try_disk, writing
     from pipeline.forward import answer_for_objectives
     from pipeline.monitor import Monitor
     from pipeline.shards import Shards
@@ -164,11 +169,16 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
     from pipeline.tasks import make_tasks, num_steps, open_stream
 
     folder, began = Path(config.output), time.perf_counter()
+    keys = decisive_keys(config, zero)  # before DeepSpeed and the trackers write into it
     console.listen(world_from_environment()[0], quiet)
     ranks.start(config.train.timeout)
     if (folder / "final").exists():
         console.ours.info("%s is complete: nothing to resume", folder)
         return
+    lock = RunLock(folder)
+    with writing(folder / "config.yaml"), ranks.together():
+        if resume and dist.get_rank() == 0 and (folder / "config.yaml").exists():
+            lock.take()
     with ranks.together():
         refuse_what_deepspeed_refuses(config, zero)
         tokenizer = models.load_tokenizer(config.model)
@@ -183,7 +193,8 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
         ranks.one_before_others(lambda: try_disk(Path(offload["nvme_path"])))
     with ranks.together(), blaming_the_file(config):
         model = models.load_model(config.model, zero, config.seed)
-    origin = models.fingerprint(model) if dist.get_rank() == 0 else ""
+    weights = models.weight_digests(model, folder / WEIGHTS)
+    origin = models.fingerprint(model, weights)
     if resume:
         outlets.go_on(folder, zero)
     with console.prints_logged(), blaming_the_file(config):
@@ -203,17 +214,18 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
 
     corpora = {task: stream.sequences.digest for task, stream in streams.items()}
     texts = {f"data.{task}": digest for task, digest in corpora.items()}
-    decisive = {**decisive_keys(config, zero), **identity, **texts, "steps": steps}
+    decisive = {**keys, **identity, **texts, "steps": steps}
+    take_folder(lock, config, resume)
     start, last = 0, checkpoint.newest(folder) if resume else None
     if last is not None:
         start = checkpoint.load(engine, shards, last, decisive)
     if dist.get_rank() == 0:
         with writing(folder / "config.yaml"):
-            folder.mkdir(parents=True, exist_ok=True)
             checkpoint.tidy(folder, config.train.keep_checkpoints)
             unfinished = folder / ".config.yaml"
             unfinished.write_text(to_yaml(config), encoding="utf-8")
             os.replace(unfinished, folder / "config.yaml")
+            (folder / WEIGHTS).write_text(json.dumps(weights), encoding="utf-8")
     dist.barrier()
     with writing(folder / "log.txt"):
         console.open_log(folder, dist.get_rank())
@@ -253,6 +265,28 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
     monitor.finish(card)
     export(folder / "final", card)
     monitor.summarise(time.perf_counter() - began)
+    lock.release()
+
+
+def take_folder(lock: RunLock, config: RunConfig, resume: bool) -> None:
+    """The run folder for all ranks of this run: made, locked, and still as it was when the run was let in.
+
+    Raises:
+        InputError: another run has it, or has come and gone while this one was loading.
+        ranks.Failure: the disk does not take it.
+    """
+    import torch.distributed as dist
+
+    from pipeline import ranks
+    from pipeline.disk import writing
+
+    with writing(lock.folder / "config.yaml"):
+        with ranks.together():
+            if dist.get_rank() == 0:
+                lock.take()
+                refuse_foreign_output(config, resume)
+        with ranks.together():
+            lock.share()
 
 
 def make_optimizer(config: RunConfig, model: torch.nn.Module, zero: dict[str, Any]) -> torch.optim.Optimizer:

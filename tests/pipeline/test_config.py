@@ -412,7 +412,10 @@ def test_what_a_resumed_run_may_have_otherwise(tmp_path: Path, config: Resolve) 
 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(made().model_dump()))
-    free = {"micro_batch_size": 2, "checkpoint_every": 7, "keep_checkpoints": 5, "timeout": 1.5}
+    free = {
+        "micro_batch_size": 2, "checkpoint_every": 7, "keep_checkpoints": 5, "timeout": 1.5, "export_every": 3,
+        "max_skipped": 2, "deepspeed": "moved/zero3.json",
+    }  # fmt: skip
     refuse_foreign_output(made(**free), resume=True)
     (tmp_path / "run").rename(tmp_path / "moved")
     moved = config(output=str(tmp_path / "moved"), cache=str(tmp_path / "cache"), train=free)
@@ -422,7 +425,48 @@ def test_what_a_resumed_run_may_have_otherwise(tmp_path: Path, config: Resolve) 
     zero: dict[str, Any] = {"zero_optimization": {"stage": 2}}
     assert decisive_keys(made(), zero) == decisive_keys(made(**free), zero)
     assert decisive_keys(made(), zero) != decisive_keys(made(batch_size=64), zero)
-    assert decisive_keys(made(), zero) != decisive_keys(made(), {"zero_optimization": {"stage": 3}})
+
+
+def test_what_a_resumed_run_reads_may_have_moved(tmp_path: Path, config: Resolve) -> None:
+    """The old files are gone; whether the content is the same is the checkpoint's to say, by digests."""
+    old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    (tmp_path / "run").mkdir()
+    old.touch()
+    here = {"output": str(tmp_path / "run"), "data": {"forget": {"path": str(old)}, "retain": {"path": str(old)}}}
+    before = config(**here)
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(before.model_dump()))
+    old.rename(new)
+    corpora = {"forget": {"path": str(new)}, "retain": {"path": str(new)}}
+    changed = {"synthesis": {"layer_geometry_every": 3, "spare": "host"}, "data": corpora}
+    now = config(**{**here, **changed, "model": {"path": "elsewhere", "gradient_checkpointing": True}}).model_copy(
+        update={"method": "b"}
+    )
+    refuse_foreign_output(now, resume=True)
+    zero = {"zero_optimization": {"stage": 3}}
+    assert decisive_keys(before, zero) == decisive_keys(now, zero)
+    for other in ({"model": {"torch_compile": True}}, {"seed": 1}, {"synthesis": {"gamma": 2.0}}):
+        assert decisive_keys(before, zero) != decisive_keys(config(**{**here, "data": corpora, **other}), zero)
+
+
+@pytest.mark.parametrize(
+    ("changed", "decides"),
+    [
+        ({"zero_optimization": {"stage": 2}}, True),
+        ({"zero_optimization": {"stage": 3, "sub_group_size": 10}}, True),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, True),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, True),
+        ({"communication_data_type": "bf16"}, True),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, True),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": 10, "overlap_comm": False}}, False),
+        ({"csv_monitor": {"enabled": True}, "wall_clock_breakdown": True, "train_micro_batch_size_per_gpu": 1}, False),
+    ],
+)
+def test_the_keys_of_a_deepspeed_file_decide_and_not_its_name(
+    changed: dict[str, Any], decides: bool, config: Resolve
+) -> None:
+    zero = {"zero_optimization": {"stage": 3}}
+    same = decisive_keys(config(), zero) == decisive_keys(config(), {**zero, **changed})
+    assert same is not decides
 
 
 @pytest.mark.parametrize(("before", "now"), [(None, {"r": 4}), ({"r": 4}, None), ({"r": 4}, {"r": 8})])

@@ -99,6 +99,9 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     if stage:  # else bf16 runs accumulate in bf16; without ZeRO DeepSpeed has no other way
         merged.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     offload = {key: zero.get(key) or {} for key in ("offload_optimizer", "offload_param")}
+    for key, value in offload.items():
+        if not isinstance(value, dict):
+            raise InputError(f"train.deepspeed: {path}: zero_optimization.{key} must hold an object, not {value!r}")
     devices = {key: value.get("device", "none") for key, value in offload.items()}
     if devices["offload_param"] == "nvme":  # measured, as is the next: docs/log.md
         raise InputError(
@@ -154,7 +157,8 @@ def blaming_the_file(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except (AssertionError, ValueError, NotImplementedError) as error:
-        if "deepspeed" not in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts:
+        raiser = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+        if not str(raiser.f_globals.get("__name__")).startswith("deepspeed."):
             raise
         raise _refused(config, error) from error
 
@@ -183,7 +187,7 @@ def refuse_uneven_groups(zero: dict[str, Any], world_size: int) -> None:
         InputError: the ranks do not divide into such groups.
     """
     size = zero["zero_optimization"].get("zero_hpz_partition_size", 1)
-    if size > 1 and world_size % min(size, world_size):
+    if isinstance(size, int) and size > 1 and world_size % min(size, world_size):
         raise InputError(
             f"train.deepspeed: zero_hpz_partition_size {size} does not divide {world_size} ranks; set it to the number "
             "of GPUs of a machine"

@@ -304,7 +304,7 @@ def weight_digests(model: PreTrainedModel, known: Path) -> dict[str, list[Any]]:
 
 
 def fingerprint(model: PreTrainedModel, digests: dict[str, list[Any]]) -> str:
-    """Identifies the weights that were loaded: the hub's commit, or one digest of a folder's files (`weight_digests`)."""
+    """Identifies the weights that were loaded: the hub's commit, or one digest of a folder's `weight_digests`."""
     if not digests:
         return f"{model.config.name_or_path}@{getattr(model.config, '_commit_hash', None)}"
     lines = sorted(f"{Path(path).name} {sha256}\n" for path, (_, _, sha256) in digests.items())

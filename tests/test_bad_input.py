@@ -111,6 +111,7 @@ OF_DEEPSPEED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "unknown key": ({"zero_optimization": {"stage": 2, "reduce_bucket": 5}}, ("reduce_bucket",)),
     "unknown key of stage 3": ({"zero_optimization": {"stage": 3, "offload": True}}, ("offload", "Extra inputs")),
     "wrong type": ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "big"}}, ("reduce_bucket_size", "'big'")),
+    "wrong type of groups": ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "two"}}, ("'two'",)),
     "wrong type without ZeRO": ({"flops_profiler": {"enabled": "often"}}, ("TypeError",)),
     "not for this stage": ({"zero_optimization": {"stage": 3, "compute_grad_norm": False}}, ("compute_grad_norm",)),
     "partial offload": (

@@ -109,7 +109,7 @@ class RunLock:
         try:
             if self.file is None:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self.file = (self.folder / ".run.lock").open("ab")
+                self.file = (self.folder / ".run.lock").open("a+b")  # NFS shares a lock of a readable file only
             fcntl.flock(self.file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(

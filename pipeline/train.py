@@ -285,8 +285,10 @@ def take_folder(lock: RunLock, config: RunConfig, resume: bool) -> None:
             if dist.get_rank() == 0:
                 lock.take()
                 refuse_foreign_output(config, resume)
-        with ranks.together():
-            lock.share()
+                lock.share()
+        with ranks.together():  # the others only now: while the first has it alone, they would be refused
+            if dist.get_rank() != 0:
+                lock.share()
 
 
 def make_optimizer(config: RunConfig, model: torch.nn.Module, zero: dict[str, Any]) -> torch.optim.Optimizer:

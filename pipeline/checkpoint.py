@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -61,9 +62,8 @@ def save(engine: Any, shards: Shards, run: Path, step: int, *, keep: int, identi
         }
         torch.save(own, _own(folder, dist.get_rank()))
         dist.barrier()
-        files = sorted(folder.iterdir())
         sums: list[Any] = [None] * dist.get_world_size()
-        mine = files[dist.get_rank() :: dist.get_world_size()]
+        mine = [file for file in sorted(folder.iterdir()) if _is_mine(file.name)]
         dist.all_gather_object(sums, {file.name: checksum(file) for file in mine})
         if dist.get_rank() == 0:
             marker = {
@@ -135,10 +135,8 @@ def _check(checkpoint: Path, identity: dict[str, Any]) -> dict[str, Any]:
         marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
         then, files = marker["run"], sorted(marker["files"].items())
         differing = [name for name in then | identity if then.get(name) != identity.get(name)]
-        if dist.get_rank():  # only the first rank knows the digest of the weights; what it says is said for all
-            differing = []
-        for name, value in files[dist.get_rank() :: dist.get_world_size()] if not differing else ():
-            if checksum(checkpoint / name) != value:
+        for name, value in files if not differing else ():
+            if _is_mine(name) and checksum(checkpoint / name) != value:
                 raise ValueError(f"{name} is not what was written")
     if differing:
         was, now = (shorten(repr(side.get(differing[0]))) for side in (then, identity))
@@ -169,6 +167,15 @@ def checksum(file: Path) -> list[int]:
         while chunk := content.read(2**22):
             size, total = size + len(chunk), zlib.crc32(chunk, total)
     return [size, total]
+
+
+def _is_mine(file: str) -> bool:
+    """Whether this rank has written the file, and will read it: its machine has it in memory, others fetch it.
+
+    DeepSpeed names the rank in what each rank writes, and the first rank writes what has none.
+    """
+    named = re.search(r"(?:pp_rank_|own-)(\d+)", file)
+    return int(named[1] if named else 0) % dist.get_world_size() == dist.get_rank()
 
 
 def _own(checkpoint: Path, rank: int) -> Path:

@@ -72,10 +72,11 @@ def open_log(folder: Path, rank: int) -> None:
     _log.flush()
 
 
-def log_end(error: BaseException) -> None:
-    """Why this process ends, into the log alone, if there is one yet: `ranks.report` tells stderr."""
+def log_end(error: BaseException) -> bool:
+    """Why this process ends, into the log alone: `ranks.report` tells stderr. Returns whether there is a log yet."""
     cause = (type(error), error, error.__traceback__)
     _log.handle(ours.makeRecord(ours.name, logging.ERROR, __file__, 0, "the run ends here", (), cause))
+    return _log.target is not None
 
 
 def is_live() -> bool:

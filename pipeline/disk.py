@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,9 @@ from deepspeed.ops.op_builder import AsyncIOBuilder  # pyright: ignore[reportAtt
 from pipeline import ranks
 from pipeline.config import InputError
 
+log = logging.getLogger(__name__)
+
+LOCKLESS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # Lustre without -o flock, NFS without lockd
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # torch.save writes in C++, which gives no reason: a write fails, or what is written at the end then finds it missing.
 OF_TORCH = ("PytorchStreamWriter failed writing", "unexpected pos", "iostream error")
@@ -66,6 +71,55 @@ def _is_full(error: BaseException) -> bool:
 def shorten(what: object) -> str:
     """For one line of a message."""
     return " ".join(str(what).split())[:200] or type(what).__name__
+
+
+class RunLock:
+    """Keeps the folder of a run from another run while any rank of this one lives.
+
+    The first rank takes it alone; then all ranks share it, so that ranks which outlive the first one still hold it. The
+    lock is the kernel's (flock): it ends with the processes, however they end. On NFS the server keeps it, so it holds
+    between machines as well, unless the mount says local_lock; after a machine crashed, until the server has noticed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file: IO[bytes] | None = None
+
+    def take(self) -> None:
+        """Of the first rank.
+
+        Raises:
+            InputError: another run has it.
+        """
+        self._flock(fcntl.LOCK_EX)
+
+    def share(self) -> None:
+        """Of every rank, after `take`.
+
+        Raises:
+            InputError: another run came between.
+        """
+        self._flock(fcntl.LOCK_SH)
+
+    def release(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def _flock(self, kind: int) -> None:
+        try:
+            if self.file is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.file = (self.folder / ".run.lock").open("a+b")  # NFS shares a lock of a readable file only
+            fcntl.flock(self.file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"output: {self.folder} is in use by another run, or by a rank that outlived one; wait for it, end it, "
+                "or name another folder"
+            ) from None
+        except OSError as error:
+            if error.errno not in LOCKLESS:
+                raise
+            log.warning(f"{self.folder}: its file system has no locks, so nothing keeps a second run from it")
 
 
 def try_disk(folder: Path) -> None:

@@ -1,15 +1,21 @@
 """The DeepSpeed file and the number of ranks beside the run configuration: what `deepspeed.initialize` gets.
 
-Imports neither torch nor DeepSpeed: what contradicts itself is refused before they are loaded.
+Imports neither torch nor DeepSpeed: what contradicts itself is refused before they are loaded. What DeepSpeed itself
+refuses is in the same words, as soon as it is loaded.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from pipeline.config import REPOSITORY, InputError, RunConfig, merge, read_text
 
@@ -52,6 +58,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     for key in ("zero_optimization", "data_types", "bf16", "fp16", *MONITORS):
         if not isinstance(given.get(key, {}), dict):
             raise InputError(f"train.deepspeed: {path}: {key!r} must hold an object, not {given[key]!r}")
+    given = _without_auto(given)
     for key, package in MONITORS.items():
         if given.get(key, {}).get("enabled") and package is not None and importlib.util.find_spec(package) is None:
             raise InputError(f"train.deepspeed: {path} enables {key!r}, which needs the package {package}; install it")
@@ -92,6 +99,9 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     if stage:  # else bf16 runs accumulate in bf16; without ZeRO DeepSpeed has no other way
         merged.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     offload = {key: zero.get(key) or {} for key in ("offload_optimizer", "offload_param")}
+    for key, value in offload.items():
+        if not isinstance(value, dict):
+            raise InputError(f"train.deepspeed: {path}: zero_optimization.{key} must hold an object, not {value!r}")
     devices = {key: value.get("device", "none") for key, value in offload.items()}
     if devices["offload_param"] == "nvme":  # measured, as is the next: docs/log.md
         raise InputError(
@@ -112,14 +122,59 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     return merged
 
 
-# What a DeepSpeed file may hold that changes neither a number of a run nor how its states lie.
-REPORTING = (*MONITORS, "train_micro_batch_size_per_gpu", "steps_per_print", "wall_clock_breakdown", "flops_profiler")
+def _without_auto(value: Any) -> Any:
+    """`"auto"` is as good as nothing, as DeepSpeed's own models take it; but a stage has to be told."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto" or key == "stage"}
 
 
-def content_digest(zero: dict[str, Any]) -> str:
-    """SHA-256 of what `deepspeed_config` returned, without micro-batch, monitors and logging."""
-    decisive = {key: value for key, value in zero.items() if key not in REPORTING}
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+def refuse_what_deepspeed_refuses(config: RunConfig, zero: dict[str, Any]) -> None:
+    """DeepSpeed's own validation, before anything is loaded.
+
+    Args:
+        zero: as `deepspeed_config` returns it.
+
+    Raises:
+        InputError: what DeepSpeed says, blamed on the file.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    refusals = (AssertionError, ValueError, TypeError, KeyError, AttributeError, DeepSpeedConfigError)
+    try:
+        DeepSpeedConfig(deepcopy(zero))
+    except refusals as error:
+        raise _refused(config, error) from error
+
+
+@contextmanager
+def blaming_the_file(config: RunConfig) -> Iterator[None]:
+    """What DeepSpeed refuses of the file only once it sees the device, the model or the optimizer.
+
+    Raises:
+        InputError: in place of an error with which DeepSpeed itself refuses a combination. Others pass.
+    """
+    try:
+        yield
+    except (AssertionError, ValueError, NotImplementedError) as error:
+        raiser = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+        if not str(raiser.f_globals.get("__name__")).startswith("deepspeed."):
+            raise
+        raise _refused(config, error) from error
+
+
+def _refused(config: RunConfig, error: BaseException) -> InputError:
+    reason = (
+        f"{type(error).__name__}: {error}" if isinstance(error, KeyError | AttributeError | TypeError) else str(error)
+    )
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        reason = f"{where}: {first['msg'].removeprefix('Value error, ')}, given {first['input']!r}".removeprefix(": ")
+    reason = " ".join(reason.split())[:300] or type(error).__name__
+    if "supported on your device" in reason:  # the precision is the run's to choose
+        return InputError(f"model.dtype: {config.model.dtype}: DeepSpeed refuses it: {reason}")
+    return InputError(f"train.deepspeed: {config.train.deepspeed}: DeepSpeed refuses it: {reason}")
 
 
 def refuse_uneven_groups(zero: dict[str, Any], world_size: int) -> None:
@@ -132,7 +187,7 @@ def refuse_uneven_groups(zero: dict[str, Any], world_size: int) -> None:
         InputError: the ranks do not divide into such groups.
     """
     size = zero["zero_optimization"].get("zero_hpz_partition_size", 1)
-    if size > 1 and world_size % min(size, world_size):
+    if isinstance(size, int) and size > 1 and world_size % min(size, world_size):
         raise InputError(
             f"train.deepspeed: zero_hpz_partition_size {size} does not divide {world_size} ranks; set it to the number "
             "of GPUs of a machine"

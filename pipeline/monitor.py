@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -136,9 +137,8 @@ class Monitor:
         final, exports = self.folder / "final", self.folder / "exports"
         rows += [("model", str(final)), ("log", str(self.folder / "log.txt"))]
         model = self.folder if exports.is_dir() else final  # every export on the way, if there are any
-        rows.append(
-            ("next", f"python -m eval.run --model {model} --suite SUITE --output {self.folder}/evaluation.json")
-        )
+        found_in = ("--model", str(model), "--suite", "SUITE", "--output", str(self.folder / "evaluation.json"))
+        rows.append(("next", f"python -m eval.run {shlex.join(found_in)}"))
         console.ours.info("unlearned\n%s", console.table(rows))
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.budget import GIB, Machines, Seconds, Sent, Zero, seconds, states, traffic, working
 from pipeline.config import InputError, Parser, RunConfig, resolve
-from pipeline.ds_config import deepspeed_config, refuse_uneven_groups
+from pipeline.ds_config import deepspeed_config, refuse_uneven_groups, refuse_what_deepspeed_refuses
 
 if TYPE_CHECKING:
     from pipeline.rehearsal import Pass, Shape
@@ -109,9 +109,11 @@ def make_plan(config: RunConfig, machines: Machines) -> Plan:
     rows, refused = [], {}
     for file in files:
         train = config.train.model_copy(update={"deepspeed": file})
+        candidate = config.model_copy(update={"train": train})
         try:
-            given = deepspeed_config(config.model_copy(update={"train": train}))
+            given = deepspeed_config(candidate)
             refuse_uneven_groups(given, machines.world)
+            refuse_what_deepspeed_refuses(candidate, given)
         except InputError as error:
             if file == config.train.deepspeed:
                 raise
@@ -207,7 +209,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[RunConfig, Machines, bool, l
         raise InputError("command line: --nodes needs --bandwidth, GB/s into a machine (400 for 8 x 400 Gb/s)")
     method = [] if known.method is None else ["--method", known.method]
     machines = Machines(known.gpus, known.nodes, known.gpu_memory, known.bandwidth or 0.0, known.tflops)
-    config = resolve(known.config, known.method, rest)
+    config = resolve(known.config, known.method, rest, reads_data=False)
     return config, machines, known.json, ["--config", known.config, *method, *rest]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import socket
 import sys
@@ -136,21 +137,51 @@ def stop_on_sigterm() -> threading.Event:
     return asked
 
 
-LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Socket", "remote process")
-WAITED = ("Timed out", "timed out", "timeout")
+# torch's own for what goes wrong between ranks. Gloo has no type: it says in which file of its source it threw.
+NETWORK = (dist.DistNetworkError, dist.DistBackendError, dist.DistStoreError)
+WAITED = ("timed out", "timeout")  # chooses the hint, and nothing else
+ANSWER = 5.0  # seconds that the store, which another rank serves, has to answer
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether this is how the end of another rank, or its silence, looks from here."""
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST + WAITED)
+    """Whether this is how the end of another rank, its silence, or a broken network looks from here."""
+    of_gloo = type(error) is RuntimeError and re.search(r"\[\S*\bgloo/\S+:\d+\]", str(error)) is not None
+    return isinstance(error, NETWORK) or of_gloo
 
 
-def report(error: BaseException) -> int:
+def _is_first() -> bool:
+    """Whether no other rank has reported an error before. They count where they met; true if nobody answers.
+
+    Where that place is gone, so is the rank that served it, and what it said comes before.
+    """
+    if not dist.is_initialized():
+        return True
+    reported: list[int] = []
+
+    def count() -> None:
+        try:
+            # Asked first, for a store whose other end is gone prints its C++ frames on stderr.
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), ANSWER).close()
+            reported.append(distributed_c10d._get_default_store().add("errors", 1))
+        except (OSError, *NETWORK):
+            reported.append(2)
+
+    asking = threading.Thread(target=count, daemon=True)
+    asking.start()
+    asking.join(ANSWER)
+    return not reported or reported[0] == 1
+
+
+def report(error: BaseException, logged: bool = False) -> int:
     """Say on stderr why this rank ends; returns its status.
 
-    A rank that only lost another says so in one line, so that the culprit's own words, which come first, are found.
+    What happened between ranks is told whole by the first rank that reports an error, and in a line by the others, so
+    that the culprit's own words are found.
+
+    Args:
+        logged: `log.txt` has the traceback.
     """
-    rank = os.environ.get("RANK", "0")
+    rank, is_first = os.environ.get("RANK", "0"), _is_first()
     print(file=sys.stderr)  # the progress line is open
     if isinstance(error, KeyboardInterrupt):
         print(f"rank {rank}: interrupted", file=sys.stderr)
@@ -162,19 +193,27 @@ def report(error: BaseException) -> int:
         print(f"error: {error}", file=sys.stderr)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         print(f"error: {error}. Make room and give --resume: what was saved before is whole", file=sys.stderr)
-    elif is_lost(error) and any(sign in str(error) for sign in WAITED):
-        traceback.print_exception(error)
-        print(
-            f"error: rank {rank} waited for another rank as long as train.timeout allows: one hangs, or needs longer",
-            file=sys.stderr,
-        )
     elif is_lost(error):
-        print(
-            f"rank {rank}: ends because another rank ended; what that one said, if anything, is above", file=sys.stderr
-        )
+        if is_first or not logged:
+            traceback.print_exception(error)
+        else:
+            told = (str(error).splitlines() or [""])[0][:200]
+            print(f"rank {rank}: {type(error).__name__}: {told} (whole in log.txt)", file=sys.stderr)
+        print(_hint(error, rank, is_first), file=sys.stderr)
     else:
         traceback.print_exception(error)
     return 1
+
+
+def _hint(error: BaseException, rank: str, is_first: bool) -> str:
+    if any(sign in str(error).lower() for sign in WAITED):
+        return f"error: rank {rank} waited for another rank as long as train.timeout allows: one hangs, or needs longer"
+    if is_first:
+        return (
+            f"error: rank {rank} cannot reach another rank, and none reported an error before: another rank ended "
+            "without a word (killed), or the network between them failed"
+        )
+    return f"rank {rank}: ends because another rank ended; what that one said, if anything, is above"
 
 
 def leave(status: int) -> NoReturn:

@@ -19,17 +19,25 @@ from typing import TYPE_CHECKING, Any, cast
 from pipeline.config import (
     InputError,
     RunConfig,
+    content_digest,
     decisive_keys,
     parse_command_line,
     refuse_foreign_output,
     world_from_environment,
 )
-from pipeline.ds_config import accumulation, content_digest, deepspeed_config, refuse_uneven_groups
+from pipeline.ds_config import (
+    accumulation,
+    blaming_the_file,
+    deepspeed_config,
+    refuse_uneven_groups,
+    refuse_what_deepspeed_refuses,
+)
 
 if TYPE_CHECKING:  # torch and what needs it are imported once the configuration is known to be good
     import torch
     from transformers import Trainer
 
+    from pipeline.disk import RunLock
     from pipeline.monitor import Monitor
     from pipeline.shards import Shards
     from pipeline.tasks import Task
@@ -100,6 +108,9 @@ def record_layers(monitor: Monitor, shards: Shards) -> None:
             monitor.record(f"{name}/{layer}", getattr(geometry, name))
 
 
+WEIGHTS = ".weights.json"  # in a run folder: digests of the model's files, so that a resumption need not read them
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns (or, once ranks have met, exits with) the status."""
     rank, world_size = world_from_environment()
@@ -126,8 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"\n{stopped}", file=sys.stderr)
         status = ranks.STOPPED
     except BaseException as error:
-        console.log_end(error)
-        status = ranks.report(error)
+        status = ranks.report(error, logged=console.log_end(error))
     outlets.end(status)
     ranks.leave(status)
 
@@ -153,7 +163,7 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
     from pipeline import checkpoint, console, outlets, ranks
     from pipeline import model as models
     from pipeline.data import tokenizer_digest
-    from pipeline.disk import try_disk, writing
+    from pipeline.disk import RunLock, try_disk, writing
     from pipeline.forward import answer_for_objectives
     from pipeline.monitor import Monitor
     from pipeline.shards import Shards
@@ -161,12 +171,18 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
     from pipeline.tasks import make_tasks, num_steps, open_stream, warn_of_overlap
 
     folder, began = Path(config.output), time.perf_counter()
+    keys, settings = decisive_keys(config, zero), content_digest(zero)  # before DeepSpeed and the trackers write there
     console.listen(world_from_environment()[0], quiet)
     ranks.start(config.train.timeout)
     if (folder / "final").exists():
         console.ours.info("%s is complete: nothing to resume", folder)
         return
+    lock = RunLock(folder)
+    with writing(folder / "config.yaml"), ranks.together():
+        if resume and dist.get_rank() == 0 and (folder / "config.yaml").exists():
+            lock.take()
     with ranks.together():
+        refuse_what_deepspeed_refuses(config, zero)
         tokenizer = models.load_tokenizer(config.model)
         if {"rmu", "embed_diff"} & {config.objective.forget, config.objective.retain}:
             models.check_layer(config.model, config.objective.layer)
@@ -183,12 +199,13 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
     offload = zero.get("zero_optimization", {}).get("offload_optimizer") or {}
     if offload.get("device") == "nvme":
         ranks.one_before_others(lambda: try_disk(Path(offload["nvme_path"])))
-    with ranks.together():
+    with ranks.together(), blaming_the_file(config):
         model = models.load_model(config.model, zero, config.seed)
-    origin = models.fingerprint(model) if dist.get_rank() == 0 else ""
+    weights = models.weight_digests(model, folder / WEIGHTS)
+    origin = models.fingerprint(model, weights)
     if resume:
         outlets.go_on(folder, zero)
-    with console.prints_logged():
+    with console.prints_logged(), blaming_the_file(config):
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=make_optimizer(config, model, zero),  # pyright: ignore[reportArgumentType]
@@ -205,19 +222,20 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
 
     corpora = {task: stream.sequences.digest for task, stream in streams.items()}
     texts = {f"data.{task}": digest for task, digest in corpora.items()}
-    decisive = {**decisive_keys(config, zero), **identity, **texts, "steps": steps}
+    decisive = {**keys, **identity, **texts, "steps": steps}
+    take_folder(lock, config, resume)
     start, last = 0, checkpoint.newest(folder) if resume else None
     if last is not None:
         start = checkpoint.load(engine, shards, last, decisive)
     if dist.get_rank() == 0:
         with writing(folder / "config.yaml"):
-            folder.mkdir(parents=True, exist_ok=True)
             checkpoint.tidy(folder, config.train.keep_checkpoints)
-            written = {"digests.json": json.dumps(content_digests(identity, corpora, zero), indent=1) + "\n"}
+            written = {"digests.json": json.dumps(content_digests(identity, corpora, settings), indent=1) + "\n"}
             for name, text in {**written, "config.yaml": to_yaml(config)}.items():  # the last one makes it a run
                 unfinished = folder / f".{name}"
                 unfinished.write_text(text, encoding="utf-8")
                 os.replace(unfinished, folder / name)
+            (folder / WEIGHTS).write_text(json.dumps(weights), encoding="utf-8")
     dist.barrier()
     with writing(folder / "log.txt"):
         console.open_log(folder, dist.get_rank())
@@ -257,6 +275,30 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
     monitor.finish(card)
     export(folder / "final", card)
     monitor.summarise(time.perf_counter() - began)
+    lock.release()
+
+
+def take_folder(lock: RunLock, config: RunConfig, resume: bool) -> None:
+    """The run folder for all ranks of this run: made, locked, and still as it was when the run was let in.
+
+    Raises:
+        InputError: another run has it, or has come and gone while this one was loading.
+        ranks.Failure: the disk does not take it.
+    """
+    import torch.distributed as dist
+
+    from pipeline import ranks
+    from pipeline.disk import writing
+
+    with writing(lock.folder / "config.yaml"):
+        with ranks.together():
+            if dist.get_rank() == 0:
+                lock.take()
+                refuse_foreign_output(config, resume)
+                lock.share()
+        with ranks.together():  # the others only now: while the first has it alone, they would be refused
+            if dist.get_rank() != 0:
+                lock.share()
 
 
 def make_optimizer(config: RunConfig, model: torch.nn.Module, zero: dict[str, Any]) -> torch.optim.Optimizer:
@@ -322,11 +364,11 @@ def hyperparameters(config: RunConfig, steps: int, scope: str) -> dict[str, str 
     }
 
 
-def content_digests(identity: dict[str, str], corpora: dict[str, str], zero: dict[str, Any]) -> dict[str, str]:
+def content_digests(identity: dict[str, str], corpora: dict[str, str], settings: str) -> dict[str, str]:
     """`digests.json`, by which reports group runs: of what keys of `config.yaml` name by path, and of the tokenizer."""
     data = {f"data.{task}.path": digest for task, digest in corpora.items()}
     model = {"model.path": identity["model"], "tokenizer": identity["tokenizer"]}
-    return {**model, **data, "train.deepspeed": content_digest(zero)}
+    return {**model, **data, "train.deepspeed": settings}
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -112,6 +112,39 @@ LATE = {
     ),
 }
 
+# What DeepSpeed itself refuses of its file, some of it only when it sees the model: content, and what the line names.
+OF_DEEPSPEED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "unknown key": ({"zero_optimization": {"stage": 2, "reduce_bucket": 5}}, ("reduce_bucket",)),
+    "unknown key of stage 3": ({"zero_optimization": {"stage": 3, "offload": True}}, ("offload", "Extra inputs")),
+    "wrong type": ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "big"}}, ("reduce_bucket_size", "'big'")),
+    "wrong type of groups": ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "two"}}, ("'two'",)),
+    "wrong type without ZeRO": ({"flops_profiler": {"enabled": "often"}}, ("TypeError",)),
+    "not for this stage": ({"zero_optimization": {"stage": 3, "compute_grad_norm": False}}, ("compute_grad_norm",)),
+    "partial offload": (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+        ("Partial offloading",),
+    ),
+    "no such data type": ({"zero_optimization": {"stage": 0}, "communication_data_type": "int3"}, ("int3",)),
+    "removed": ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, ("mics_shard_size",)),
+    "a mix it does not have": (
+        {"zero_optimization": {"stage": 0}, "data_types": {"grad_accum_dtype": "bf16"}},
+        ("float32", "bfloat16"),
+    ),
+    "parameters of another type": (
+        {"zero_optimization": {"stage": 0}, "data_types": {"param_dtype": "bf16"}},
+        ("param_dtype", "conflicts"),
+    ),
+}
+LATE |= {
+    f"DeepSpeed: {name}": Case(
+        ["--train.deepspeed", "{folder}/ds.json"],
+        ("train.deepspeed", "ds.json", "DeepSpeed refuses it", *words),
+        {"ds.json": json.dumps(content)},
+    )
+    for name, (content, words) in OF_DEEPSPEED.items()
+}
+LATE["DeepSpeed: fp16 on a CPU"] = Case(["--model.dtype", "float16"], ("model.dtype: float16", "not supported"))
+
 # The same as a command of its own, with its own imports, to see that the shortcut taken for LATE is none.
 ALONE = ("malformed line", "missing model folder")
 

@@ -11,6 +11,7 @@ import logging
 import os
 import pty
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -54,7 +55,7 @@ def told(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
 
     DeepSpeed's csv_monitor and tensorboard are on in it; log.txt is that of the first, whole run.
     """
-    folder = tmp_path_factory.mktemp("board")
+    folder = tmp_path_factory.mktemp("a board")  # with a space: what is printed is pasted into a shell
     monitors = {name: {"enabled": True, "output_path": str(folder / name)} for name in ("csv_monitor", "tensorboard")}
     zero = {**json.loads((REPOSITORY / "ds_configs/cpu.json").read_text()), **monitors}
     (folder / "zero.json").write_text(json.dumps(zero))
@@ -96,7 +97,8 @@ def test_without_a_terminal_plain_lines_and_a_summary(told: dict[str, Any]) -> N
     said = next(line for line in lines if line.strip().startswith("retain loss"))
     assert [float(number) for number in said.split()[2::2]] == pytest.approx([losses[0], losses[-1]], rel=1e-3)
     assert any(re.match(rf"  model +{re.escape(str(run / 'final'))}$", line) for line in lines)
-    assert f"python -m eval.run --model {run / 'final'} " in lines[-1]
+    proposed = ["--model", str(run / "final"), "--suite", "SUITE", "--output", str(run / "evaluation.json")]
+    assert shlex.split(lines[-1]) == ["next", "python", "-m", "eval.run", *proposed]
 
 
 def test_quiet_says_nothing(told: dict[str, Any]) -> None:

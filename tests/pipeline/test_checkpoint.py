@@ -13,8 +13,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from pipeline.checkpoint import MARKER, newest, tidy
@@ -86,6 +88,34 @@ def test_resumed_on_another_number_of_ranks(ranks: int, whole: Path, world: Worl
     for one, other in zip(numbers(whole), numbers(tmp_path / "run"), strict=True):
         assert one["step"] == other["step"] and one["lr"] == other["lr"]
         assert one["retain_loss"] == pytest.approx(other["retain_loss"], rel=1e-3)
+
+
+def test_resumed_with_all_that_the_weights_do_not_depend_on_changed(whole: Path, world: World, tmp_path: Path) -> None:
+    """Model, corpora and DeepSpeed file have moved; other intervals; activations are recomputed: bit-identical."""
+    without_end(whole, tmp_path / "run", world)
+    for name in ("model", "forget.jsonl", "retain.jsonl"):
+        source = world.folder / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    shutil.copy(REPOSITORY / "ds_configs" / "cpu.json", tmp_path / "other.json")
+    data = {task: {"path": str(tmp_path / f"{task}.jsonl")} for task in ("forget", "retain")}
+    base = world.configuration("unused")
+    changed: dict[str, Any] = {
+        **SECTIONS,
+        "model": {"path": str(tmp_path / "model"), "gradient_checkpointing": True},
+        "data": {**base["data"], **data},
+        "synthesis": {"rule": "gru", "layer_geometry_every": 1},
+        "train": {**SECTIONS["train"], "export_every": 5, "max_skipped": 3, "deepspeed": str(tmp_path / "other.json")},
+    }
+    config = world.write(tmp_path / "changed.yaml", tmp_path / "run", **changed)
+    done = run(config, "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (load_file(path / "final" / "model.safetensors") for path in (whole, tmp_path / "run"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (tmp_path / "run" / "exports" / "step-000010").exists()
+
+    shutil.rmtree(tmp_path / "run" / "final")
+    (tmp_path / "forget.jsonl").write_text((tmp_path / "forget.jsonl").read_text() + '{"text": "kara lovi"}\n')
+    assert "data.forget differ" in refused(config)
 
 
 def refused(config: Path) -> str:

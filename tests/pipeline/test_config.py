@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from pipeline.config import (
     InputError,
     RunConfig,
+    content_digest,
     decisive_keys,
     nearest,
     parse_command_line,
@@ -26,7 +27,7 @@ from pipeline.config import (
     resolve,
     world_from_environment,
 )
-from pipeline.ds_config import accumulation, content_digest, deepspeed_config
+from pipeline.ds_config import accumulation, deepspeed_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -413,7 +414,10 @@ def test_what_a_resumed_run_may_have_otherwise(tmp_path: Path, config: Resolve) 
 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(made().model_dump()))
-    free = {"micro_batch_size": 2, "checkpoint_every": 7, "keep_checkpoints": 5, "timeout": 1.5}
+    free = {
+        "micro_batch_size": 2, "checkpoint_every": 7, "keep_checkpoints": 5, "timeout": 1.5, "export_every": 3,
+        "max_skipped": 2, "deepspeed": "moved/zero3.json",
+    }  # fmt: skip
     refuse_foreign_output(made(**free), resume=True)
     (tmp_path / "run").rename(tmp_path / "moved")
     moved = config(output=str(tmp_path / "moved"), cache=str(tmp_path / "cache"), train=free)
@@ -423,7 +427,48 @@ def test_what_a_resumed_run_may_have_otherwise(tmp_path: Path, config: Resolve) 
     zero: dict[str, Any] = {"zero_optimization": {"stage": 2}}
     assert decisive_keys(made(), zero) == decisive_keys(made(**free), zero)
     assert decisive_keys(made(), zero) != decisive_keys(made(batch_size=64), zero)
-    assert decisive_keys(made(), zero) != decisive_keys(made(), {"zero_optimization": {"stage": 3}})
+
+
+def test_what_a_resumed_run_reads_may_have_moved(tmp_path: Path, config: Resolve) -> None:
+    """The old files are gone; whether the content is the same is the checkpoint's to say, by digests."""
+    old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    (tmp_path / "run").mkdir()
+    old.touch()
+    here = {"output": str(tmp_path / "run"), "data": {"forget": {"path": str(old)}, "retain": {"path": str(old)}}}
+    before = config(**here)
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(before.model_dump()))
+    old.rename(new)
+    corpora = {"forget": {"path": str(new)}, "retain": {"path": str(new)}}
+    changed = {"synthesis": {"layer_geometry_every": 3, "spare": "host"}, "data": corpora}
+    now = config(**{**here, **changed, "model": {"path": "elsewhere", "gradient_checkpointing": True}}).model_copy(
+        update={"method": "b"}
+    )
+    refuse_foreign_output(now, resume=True)
+    zero = {"zero_optimization": {"stage": 3}}
+    assert decisive_keys(before, zero) == decisive_keys(now, zero)
+    for other in ({"model": {"torch_compile": True}}, {"seed": 1}, {"synthesis": {"gamma": 2.0}}):
+        assert decisive_keys(before, zero) != decisive_keys(config(**{**here, "data": corpora, **other}), zero)
+
+
+@pytest.mark.parametrize(
+    ("changed", "decides"),
+    [
+        ({"zero_optimization": {"stage": 2}}, True),
+        ({"zero_optimization": {"stage": 3, "sub_group_size": 10}}, True),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, True),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, True),
+        ({"communication_data_type": "bf16"}, True),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, True),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": 10, "overlap_comm": False}}, False),
+        ({"csv_monitor": {"enabled": True}, "wall_clock_breakdown": True, "train_micro_batch_size_per_gpu": 1}, False),
+    ],
+)
+def test_the_keys_of_a_deepspeed_file_decide_and_not_its_name(
+    changed: dict[str, Any], decides: bool, config: Resolve
+) -> None:
+    zero = {"zero_optimization": {"stage": 3}}
+    same = decisive_keys(config(), zero) == decisive_keys(config(), {**zero, **changed})
+    assert same is not decides
 
 
 @pytest.mark.parametrize(("before", "now"), [(None, {"r": 4}), ({"r": 4}, None), ({"r": 4}, {"r": 8})])
@@ -560,6 +605,7 @@ def test_what_the_file_says_beside_that_is_kept(deepspeed: Any) -> None:
         ({"zero_optimization": {"stage": 3, "offload_param": NVME}}, ["offload_param", "nvme", "cpu"]),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, ["stage 3"]),
         ({"zero_optimization": {"stage": 4}}, ["stage"]),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": True}}, ["offload_optimizer", "object", "True"]),
         ("3", ["object", "int"]),
         pytest.param(
             {**STAGE3, "data_types": None},
@@ -577,6 +623,26 @@ def test_a_deepspeed_file_that_contradicts_the_run_is_refused(
     message = refusal(lambda: deepspeed(content))
     for part in (*expected, "train.deepspeed", "ds.json"):
         assert part in message
+
+
+def test_auto_inside_a_section_is_as_good_as_nothing(deepspeed: Any) -> None:
+    """As DeepSpeed's own models take it; what reads the file here must not meet the word."""
+    keys = (
+        "overlap_comm",
+        "reduce_bucket_size",
+        "sub_group_size",
+        "zero_hpz_partition_size",
+        "stage3_max_live_parameters",
+    )
+    zero = {**dict.fromkeys(keys, "auto"), "offload_optimizer": {"device": "cpu", "buffer_count": "auto"}}
+    data_types = {"grad_accum_dtype": "auto"}
+    made = deepspeed(
+        {"zero_optimization": {"stage": 3, **zero}, "data_types": data_types, "communication_data_type": "auto"}
+    )
+    assert made["zero_optimization"] == {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    assert made["data_types"] == {"grad_accum_dtype": "fp32"} and "communication_data_type" not in made
+    assert made == deepspeed({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}})
+    assert "stage" in refusal(lambda: deepspeed({"zero_optimization": {"stage": "auto"}}))
 
 
 def test_what_nvme_would_not_restore_is_not_saved(deepspeed: Any) -> None:

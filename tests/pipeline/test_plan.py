@@ -404,6 +404,28 @@ def test_the_launch_line_is_a_run(world: World, tmp_path: Path, capsys: pytest.C
     assert best["seconds"]["step"] == min(row["seconds"]["step"] for row in answer["configurations"] if row["fits"])
 
 
+def test_auto_in_the_file_and_data_that_are_elsewhere_do_not_keep_from_planning(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`"auto"` plans what DeepSpeed's default plans, and the corpora are never opened."""
+    keys = ("reduce_bucket_size", "stage3_param_persistence_threshold", "zero_hpz_partition_size", "overlap_comm")
+    answers = []
+    for name, zero in (("plain", {}), ("auto", {**dict.fromkeys(keys, "auto"), "offload_param": {"device": "auto"}})):
+        content = {"zero_optimization": {"stage": 3, **zero}, "gradient_clipping": "auto", "data_types": {}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        missing = {"path": str(tmp_path / "elsewhere.jsonl")}
+        asked = {**missing, "field": None, "prompt": "q", "response": "a", "refusals": str(tmp_path / "elsewhere.txt")}
+        data = {"max_length": 24, "packing": "documents", "forget": asked, "retain": missing}
+        train = {"deepspeed": str(tmp_path / f"{name}.json")}
+        file = world.write(tmp_path / "run.yaml", tmp_path / "run", data=data, train=train, objective={"forget": "idk"})
+        status = plan.main(["--config", str(file), "--gpus", "2", "--gpu-memory", "80", "--json"])
+        out, err = capsys.readouterr()
+        assert status == 0, err
+        answers.append(json.loads(out)["configurations"][0])
+    plain, auto = ({**row, "deepspeed": None} for row in answers)
+    assert plain == auto and answers[1]["deepspeed"] == str(tmp_path / "auto.json")
+
+
 WRONG = [
     (["--gpus", "0"], "--gpus must be above 0"),
     (["--gpus", "3"], "train.batch_size 12 does not divide over 9 GPUs; give a multiple, as --train.batch_size 18"),
@@ -411,6 +433,7 @@ WRONG = [
     (["--model.path", "/nowhere/model"], "there is no folder /nowhere/model"),
     (["--model.train", "[nothing]"], "'nothing' is found in no tensor name"),
     (["--train.deepspeed", "missing.json"], "cannot read missing.json"),
+    (["--train.deepspeed", "{folder}/bad.json"], "bad.json: DeepSpeed refuses it: reduce_bucket: Extra inputs are not"),
     (["--optimiser.lr", "1"], "did you mean 'optimizer'?"),
 ]
 
@@ -420,6 +443,8 @@ def test_bad_input_is_one_line_and_status_2(
     arguments: list[str], message: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = world.write(tmp_path / "run.yaml", tmp_path / "run")
+    (tmp_path / "bad.json").write_text('{"zero_optimization": {"stage": 2, "reduce_bucket": 5}}')
+    arguments = [argument.replace("{folder}", str(tmp_path)) for argument in arguments]
     given = {"--gpus": "2", "--gpu-memory": "80", "--nodes": "3", "--bandwidth": "50"}
     rest = [x for pair in given.items() if pair[0] not in arguments for x in pair]
     assert plan.main(["--config", str(file), *rest, *arguments]) == 2

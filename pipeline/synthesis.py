@@ -174,8 +174,8 @@ class Synthesis:
                 every rule is homogeneous. The state `average` outlives a scale and is kept without it.
 
         Returns:
-            table: [parameters, 10] float64, the columns of `COLUMNS`, of the gradients as they are here. If `is_finite` denies
-                it, nothing that was combined may be used (module, layer and global scopes leave `retain` and
+            table: [parameters, 10] float64, the columns of `COLUMNS`, of the gradients times `scale`. If `is_finite`
+                denies it, nothing that was combined may be used (module, layer and global scopes leave `retain` and
                 `average` alone).
         """
         device = pieces[0].retain.device if pieces else None

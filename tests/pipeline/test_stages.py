@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -576,3 +578,39 @@ def check_the_checks() -> None:
 
 def test_a_buffer_elsewhere_is_refused_at_start() -> None:
     run_distributed(check_the_checks, 1)
+
+
+def check_the_limit() -> None:
+    """DeepSpeed makes groups without a limit: 30 minutes in its releases up to 0.19.5, 10 since."""
+    import deepspeed
+    import torch.distributed as dist
+
+    from pipeline import ranks
+
+    ranks.start(7.0)
+    for group in (dist.group.WORLD, deepspeed.comm.new_group([0])):
+        limit: Any = group._get_backend(torch.device("cpu")).options  # pyright: ignore
+        assert limit._timeout == timedelta(minutes=7)
+
+
+def test_every_group_of_ranks_has_the_limit_of_the_run() -> None:
+    run_distributed(check_the_limit, 1)
+
+
+def check_the_warning() -> None:
+    from pipeline import ranks
+    from pipeline.shards import Shards
+    from pipeline.synthesis import Synthesis
+
+    ranks.start()
+    said: list[str] = []
+    logging.getLogger("pipeline.holders").addFilter(lambda record: said.append(record.getMessage()) is not None)
+    for name, number in (("1", 0), ("2-overlap-small", 0), ("1-overlap", 1)):
+        case = Case(zero=CONFIGURATIONS[name])
+        Shards(engine_of(case, model_of(case)), Synthesis("sago"), combine_tasks=True)
+        assert len(said) == number, (name, said)
+    assert "overlap_comm" in said[0] and "train.deepspeed" in said[0]
+
+
+def test_overlap_comm_that_is_switched_off_is_said_once() -> None:
+    run_distributed(check_the_warning, 1)

@@ -50,7 +50,9 @@ def save(engine: Any, shards: Shards, run: Path, step: int, *, keep: int, identi
             shutil.rmtree(folder, ignore_errors=True)  # half of one, perhaps by another number of ranks
         dist.barrier()
         # Frozen weights are those that the run starts from, which the marker names by their digest.
+        tied = engine.module.register_state_dict_post_hook(_drop_frozen)
         engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True)
+        tied.remove()
         own = {
             "average": shards.average,
             "average_layout": [asdict(stretch) for stretch in shards.average_layout()],

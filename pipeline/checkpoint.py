@@ -50,7 +50,10 @@ def save(engine: Any, shards: Shards, run: Path, step: int, *, keep: int, identi
         if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)  # half of one, perhaps by another number of ranks
         dist.barrier()
-        engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        # Frozen weights are those that the run starts from, which the marker names by their digest.
+        tied = engine.module.register_state_dict_post_hook(_drop_frozen)
+        engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True)
+        tied.remove()
         own = {
             "average": shards.average,
             "average_layout": [asdict(stretch) for stretch in shards.average_layout()],
@@ -77,6 +80,13 @@ def save(engine: Any, shards: Shards, run: Path, step: int, *, keep: int, identi
             os.replace(unfinished, folder / MARKER)
             tidy(run, keep)
         dist.barrier()
+
+
+def _drop_frozen(module: torch.nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Of a frozen tensor with two names (tied embeddings) DeepSpeed drops one and would write the other."""
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            state.pop(prefix + name, None)
 
 
 def tidy(run: Path, keep: int) -> None:
@@ -106,9 +116,14 @@ def load(engine: Any, shards: Shards, checkpoint: Path, identity: dict[str, Any]
     with ranks.together():
         marker = _check(checkpoint, identity)
     rank, world = dist.get_rank(), dist.get_world_size()
-    before = [torch.load(_own(checkpoint, r), weights_only=True) for r in range(marker["ranks"])]
-    if world == marker["ranks"] or not engine.zero_optimization_stage():
-        found, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    same = world == marker["ranks"]
+    # Memory-mapped: of what other ranks wrote, only the parts are read that are this rank's now.
+    before = [
+        torch.load(_own(checkpoint, writer), map_location="cpu", mmap=True, weights_only=True)
+        for writer in ([rank] if same else range(marker["ranks"]))
+    ]
+    if same or not engine.zero_optimization_stage():
+        found, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
         if found is None:
             raise RuntimeError(f"DeepSpeed finds no checkpoint in {checkpoint}")
     else:
@@ -120,10 +135,10 @@ def load(engine: Any, shards: Shards, checkpoint: Path, identity: dict[str, Any]
     if shards.average is not None:
         flats = [([Stretch(**s) for s in own["average_layout"]], own["average"]) for own in before]
         deal(flats, (shards.average_layout(), shards.average))
-    if world == marker["ranks"]:
-        torch.set_rng_state(before[rank]["random"])
-        if before[rank]["cuda_random"] is not None:
-            torch.cuda.set_rng_state(before[rank]["cuda_random"])
+    if same:
+        torch.set_rng_state(before[0]["random"])
+        if before[0]["cuda_random"] is not None:
+            torch.cuda.set_rng_state(before[0]["cuda_random"])
     else:  # dropout: other than in the steps before
         torch.manual_seed(torch.initial_seed() + 1_000_003 * marker["step"])
     return int(marker["step"])

@@ -18,6 +18,7 @@ micro-batch (for experts: `deepspeed.utils.set_z3_leaf_modules`).
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_local_grad
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 
 class Holder(ABC):
@@ -44,6 +47,8 @@ class Holder(ABC):
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.optimizer = engine, engine.optimizer
+        if engine.fp16_enabled() and engine.zero_optimization_stage():
+            _raise_scale_after_step(self.optimizer)
 
     @abstractmethod
     def clear(self) -> None:
@@ -52,6 +57,11 @@ class Holder(ABC):
     @abstractmethod
     def finish(self) -> list[Tensor]:
         """Complete the reduction over ranks. The slices of `layout`, 1-D; writing to them is what step() will see."""
+
+    @property
+    def loss_scale(self) -> float:
+        """What DeepSpeed multiplied this step's losses with, and so its gradients. 1 but in fp16; step() changes it."""
+        return float(self.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
 
     def hand_over(self, slices: list[Tensor]) -> None:  # noqa: B027  (most have derived nothing)
         """The slices have been overwritten: bring up to date what DeepSpeed derived from them."""
@@ -149,9 +159,12 @@ class Partitioned(Holder):
         self.offload = optimizer.cpu_offload
         if self.offload:
             _expect(optimizer, "accumulated_grads_in_cpu", "norm_for_param_grads", "_offload_accumulated_param_ids")
+            _expect(optimizer, "_wait_for_offload_copies")
         if not optimizer.partition_gradients:
             # ZeRO-1 reduces once per task. Overlapping that with the last backward loses the tensors which only an
             # earlier micro-batch touches: they would be stepped on with this rank's own gradient.
+            if optimizer.overlap_comm:
+                log.warning("train.deepspeed: overlap_comm is off: under ZeRO stage 1 it would lose gradients here")
             optimizer.overlap_comm = False
         self.parameters, self.layout, self.starts = [], [], []
         self.places: list[tuple[int, int, int, Any]] = []  # group, first element of the stretch, number, parameter
@@ -198,6 +211,8 @@ class Partitioned(Holder):
             self._fill_missing()
             self._reduce_now()
         if self.offload:
+            # On a GPU the copies to pinned memory are only queued. step() waits for them, but reads after us.
+            optimizer._wait_for_offload_copies()
             flats = [partition.grad for partition in optimizer.single_partition_of_fp32_groups]
             return [flats[group].narrow(0, start, size) for group, start, size, _ in self.places]
         found = {}
@@ -305,6 +320,30 @@ def holder_of(engine: Any) -> Holder:
     if stage == 0:
         return Whole(engine)
     raise unexpected(f"ZeRO stage {stage} with {type(optimizer).__name__}")
+
+
+def _raise_scale_after_step(optimizer: Any) -> None:
+    """Let a dynamic loss scale grow between steps.
+
+    DeepSpeed 0.19.8 doubles it inside `step()`, before it takes the scale off the gradient: that update would be half
+    as large, and under ZeRO-3 the reported norm too.
+    """
+    update, step = optimizer._update_scale, optimizer.step
+    raised: list[float] = []
+
+    def update_later(has_overflow: bool = False) -> None:
+        before = optimizer.loss_scale
+        update(has_overflow)
+        if optimizer.loss_scale > before:
+            raised.append(optimizer.loss_scale)
+            optimizer.loss_scale = before
+
+    def step_and_raise(*arguments: Any, **named: Any) -> None:
+        step(*arguments, **named)
+        if raised:
+            optimizer.loss_scale = raised.pop()
+
+    optimizer._update_scale, optimizer.step = update_later, step_and_raise
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,11 @@ class Shards:
             place: dict[str, Any] = {"pin_memory": True} if pinned else {"device": self.holder.device}
             self.spare = torch.empty(numel, dtype=self.holder.dtype, **place)
             if synthesis.averages_retain:
-                self.average = torch.zeros(numel, dtype=self.holder.dtype, **place)
+                # Without the loss scale an average in fp16 would underflow.
+                dtype = torch.float32 if self.holder.dtype == torch.float16 else self.holder.dtype
+                self.average = torch.zeros(numel, dtype=dtype, **place)
         self.table: Tensor | None = None  # after `combine`: the sums that describe the step, by parameter
+        self.scale = 1.0  # in fp16: of the gradients that those sums are of
         self.ready = False  # after `combine`: engine.step() may be called
 
     def weight(self, task: str) -> float:
@@ -88,8 +91,9 @@ class Shards:
             rows = [row for row, _ in self.holder.layout]
             averages = [None] * len(rows) if self.average is None else self._cut(self.average)
             pieces = [Piece(*piece) for piece in zip(rows, self._cut(self.spare), slices, averages, strict=True)]
-            self.table = self.synthesis.combine_(pieces, self.units, self._add_up).cpu()
-            geometry = Geometry.of(self.table, sum(self.sizes))
+            self.scale = self.holder.loss_scale
+            self.table = self.synthesis.combine_(pieces, self.units, self._add_up, self.scale).cpu()
+            geometry = Geometry.of(self.table, sum(self.sizes), self.scale)
         finite = self._all_finite(slices) if geometry is None else geometry.finite
         if not finite and self.engine.fp16_enabled():
             for gradient in slices[:1]:
@@ -117,7 +121,7 @@ class Shards:
         if self.table is None:
             return {}
         return {
-            layer: Geometry.of(self.table[rows], sum(self.sizes[row] for row in rows))
+            layer: Geometry.of(self.table[rows], sum(self.sizes[row] for row in rows), self.scale)
             for layer, rows in members.items()
         }
 

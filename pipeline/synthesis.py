@@ -168,6 +168,7 @@ class Synthesis:
         pieces: Sequence[Piece],
         units: Sequence[int],
         reduce: Callable[[Tensor], object] = lambda table: None,
+        scale: float = 1.0,
     ) -> Tensor:
         """Overwrite every piece's `retain` with the combined gradient, and return the sums that describe the step.
 
@@ -175,10 +176,12 @@ class Synthesis:
             pieces: this rank's parts of the parameters, in any order; a parameter may have none or several.
             units: for each parameter, the index of the unit it is judged in (unused at element scope).
             reduce: adds the table up over all ranks, in place: the one collective of the synthesis.
+            scale: the loss scale of fp16, by which both gradients are too large here. So is the combined gradient, for
+                every rule is homogeneous. The state `average` outlives a scale and is kept without it.
 
         Returns:
-            table: [parameters, 10] float64, the columns of `COLUMNS`. If `is_finite` denies
-                it, nothing that was combined may be used (module, layer and global scopes leave `retain` and
+            table: [parameters, 10] float64, the columns of `COLUMNS`, of the gradients times `scale`. If `is_finite`
+                denies it, nothing that was combined may be used (module, layer and global scopes leave `retain` and
                 `average` alone).
         """
         device = pieces[0].retain.device if pieces else None
@@ -187,10 +190,10 @@ class Synthesis:
             self._combine_elements_(pieces, table)
             reduce(table)
         else:
-            _sum_products(pieces, table)
+            _sum_products(pieces, table, scale)
             reduce(table)
             if is_finite(table):
-                self._combine_units_(pieces, units, table)
+                self._combine_units_(pieces, units, table, scale)
         return table
 
     def _combine_elements_(self, pieces: Sequence[Piece], table: Tensor) -> None:
@@ -207,7 +210,7 @@ class Synthesis:
                 table[row, :CONFLICTS] += _inner_products(f, r, g)
                 r.copy_(g)
 
-    def _combine_units_(self, pieces: Sequence[Piece], units: Sequence[int], table: Tensor) -> None:
+    def _combine_units_(self, pieces: Sequence[Piece], units: Sequence[int], table: Tensor, scale: float) -> None:
         """Second pass: the Gramians are complete, so each unit has weights (w_f, w_r, w_a) on f, r, anchor a."""
         index = torch.tensor(units, device=table.device)
         anchored = [FF, FA, AA] if self.averages_retain else [FF, FR, RR]
@@ -231,9 +234,9 @@ class Synthesis:
                 if m is None:
                     r.copy_(_weighted(on_f, f, on_r, r))
                 else:
-                    anchor = _anchor(r, m)
+                    anchor = _anchor(r, m, scale)
                     r.copy_(_weighted(on_f, f, on_r, r).add_(anchor, alpha=on_anchor))
-                    m.copy_(anchor)
+                    m.copy_(anchor.div_(scale))
 
 
 COLUMNS = ("ff", "fr", "rr", "gf", "gr", "gg", "conflicts", "fa", "ra", "aa")
@@ -254,7 +257,7 @@ def opposite_signs(f: Tensor, r: Tensor) -> Tensor:
     return f.sign() * r.sign() < 0
 
 
-def _sum_products(pieces: Sequence[Piece], table: Tensor) -> None:
+def _sum_products(pieces: Sequence[Piece], table: Tensor, scale: float) -> None:
     """First pass of module, layer and global scopes: everything the weights and the geometry depend on."""
     for piece in pieces:
         row = table[piece.row]
@@ -263,13 +266,13 @@ def _sum_products(pieces: Sequence[Piece], table: Tensor) -> None:
             if m is None:
                 row[:GF] += _inner_products(f, r)
             else:
-                row[[FF, FR, RR, FA, RA, AA]] += _inner_products(f, r, _anchor(r, m))
+                row[[FF, FR, RR, FA, RA, AA]] += _inner_products(f, r, _anchor(r, m, scale))
 
 
-def _anchor(retain: Tensor, average: Tensor) -> Tensor:
-    """GRU's moving average after this step, where the retain gradient is."""
+def _anchor(retain: Tensor, average: Tensor, scale: float) -> Tensor:
+    """GRU's moving average after this step, where the retain gradient is, and times `scale` as that is."""
     new = retain.to(_compute_dtype(retain))
-    return average.to(new.device, new.dtype).mul(1 - NEW_SHARE).add_(new, alpha=NEW_SHARE)
+    return average.to(new.device, new.dtype).mul((1 - NEW_SHARE) * scale).add_(new, alpha=NEW_SHARE)
 
 
 def _chunks(piece: Piece) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
@@ -337,8 +340,11 @@ class Geometry:
     finite: bool  # False: a gradient or the combination held inf or NaN and the step must be skipped
 
     @classmethod
-    def of(cls, table: Tensor, num_elements: int) -> Geometry:
-        """From the reduced table of `Synthesis.combine_` (any subset of its rows) over `num_elements` elements."""
+    def of(cls, table: Tensor, num_elements: int, scale: float = 1.0) -> Geometry:
+        """From the reduced table of `Synthesis.combine_` (any subset of its rows) over `num_elements` elements.
+
+        `scale` is the one given there; the norms are without it.
+        """
         ff, fr, rr, gf, gr, gg, conflicts, *_ = table.sum(0).tolist()
 
         def cosine(product: float, a: float, b: float) -> float:
@@ -348,9 +354,9 @@ class Geometry:
             cos_forget_retain=cosine(fr, ff, rr),
             cos_combined_forget=cosine(gf, gg, ff),
             cos_combined_retain=cosine(gr, gg, rr),
-            forget_norm=ff**0.5,
-            retain_norm=rr**0.5,
-            combined_norm=max(gg, 0.0) ** 0.5,
+            forget_norm=ff**0.5 / scale,
+            retain_norm=rr**0.5 / scale,
+            combined_norm=max(gg, 0.0) ** 0.5 / scale,
             conflict_fraction=conflicts / max(num_elements, 1),
             finite=is_finite(table),
         )

@@ -250,31 +250,36 @@ def train_cases(cases: dict[str, Case], file: str) -> None:
 # -- alone -------------------------------------------------------------------------------------------------------------
 
 
-def train_plainly(case: Case, world: int = 1) -> tuple[dict[str, Tensor], list[float]]:
+def train_plainly(
+    case: Case, world: int = 1, seen: list[dict[str, float]] | None = None
+) -> tuple[dict[str, Tensor], list[float]]:
     """(weights by name, gradient norm of each step) of one process that keeps two whole gradients.
 
+    `seen` gets the cosines and norms of each step that is applied.
+
     In bf16 and fp16 each micro-batch of each of `world` ranks gives a gradient of that dtype; they are added up in
-    fp32, and an fp32 copy of the weights is updated and rounded again. Under `sum` the weights multiply the losses.
+    fp32, and an fp32 copy of the weights is updated and rounded again. Under `sum` the weights multiply the losses. In
+    fp16 losses are multiplied with a scale that never changes, and it is taken off each gradient at once.
     """
     model = model_of(case)
     low = {name: p for name, p in model.named_parameters() if p.requires_grad}
     master = {name: p.detach().float().clone() for name, p in low.items()}
     optimizer = make_optimizer(case, master)
     weights = {"forget": GAMMA, "retain": ALPHA} if case.rule == "sum" else {"forget": 1.0, "retain": 1.0}
-    norms, average = [], {}
+    norms, average, lifted = [], {}, 2.0**10 if case.dtype == "float16" else 1.0
     for step in range(case.steps):
         gradients = {}
         for task in ("forget", "retain"):
             total = {name: torch.zeros_like(p) for name, p in master.items()}
             for parts in chunks_of(case, step, task, world):
                 for tokens, early in parts:
-                    scale = weights[task] * case.scales.get(task, 1.0) / BATCH
+                    scale = lifted * weights[task] * case.scales.get(task, 1.0) / BATCH
                     loss = model(tokens, task, early, step % 2 == 0) * scale
                     for name, part in zip(
                         low, torch.autograd.grad(loss, list(low.values()), allow_unused=True), strict=True
                     ):
                         if part is not None:
-                            total[name] += part.float()
+                            total[name] += part.float() / lifted
             gradients[task] = total
         if case.poison and case.poison[0] == step:
             continue
@@ -283,6 +288,8 @@ def train_plainly(case: Case, world: int = 1) -> tuple[dict[str, Tensor], list[f
             g = {name: f[name] + r[name] for name in f}
         else:
             g = oracle.combine(case.rule, case.scope, f, r, ALPHA, GAMMA, case.zero_forget, average)
+        if seen is not None:
+            seen.append(oracle.geometry_of(f, r, g, ""))
         for name, parameter in master.items():
             parameter.grad = g[name]
         norms.append(nn.utils.clip_grad_norm_(list(master.values()), case.clip or torch.inf).item())

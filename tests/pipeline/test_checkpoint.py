@@ -23,6 +23,7 @@ from pipeline.checkpoint import MARKER, newest, tidy
 from pipeline.config import REPOSITORY
 from tests import oracle
 from tests.conftest import World
+from tests.distributed import run_distributed
 from tests.interrupted import SECTIONS, Started, assert_same, lines, numbers, run
 
 
@@ -116,6 +117,63 @@ def test_resumed_with_all_that_the_weights_do_not_depend_on_changed(whole: Path,
     shutil.rmtree(tmp_path / "run" / "final")
     (tmp_path / "forget.jsonl").write_text((tmp_path / "forget.jsonl").read_text() + '{"text": "kara lovi"}\n')
     assert "data.forget differ" in refused(config)
+
+
+def run_and_resume(configurations: list[dict[str, Any]]) -> None:
+    """On every rank: each run, to `whole`; then again from its checkpoint in the middle, to `final`."""
+    import torch.distributed as dist
+
+    from pipeline.config import RunConfig
+    from pipeline.ds_config import deepspeed_config
+    from pipeline.train import run as train
+
+    for keys in configurations:
+        config, folder = RunConfig.model_validate(keys), Path(keys["output"])
+        train(config, deepspeed_config(config))
+        if dist.get_rank() == 0:
+            (folder / "final").rename(folder / "whole")
+            shutil.rmtree(folder / "checkpoints" / "step-000004")
+        dist.barrier()
+        train(config, deepspeed_config(config), resume=True)
+
+
+HALF: dict[str, Any] = {"model": {"dtype": "bfloat16"}, "objective": {"forget": "npo"}, "synthesis": {"rule": "gru"}}
+FEW: dict[str, Any] = {"forget": "rmu", "layer": 1, "steering": 2.0}
+LORA: dict[str, Any] = {"lora": {"r": 2, "alpha": 4, "merge": True}}
+RESUMED: dict[str, dict[str, Any]] = {
+    **{f"bf16-{stage}": {"stage": stage, **HALF} for stage in (1, 2, 3)},
+    **{f"lora-{stage}": {"stage": stage, "model": LORA} for stage in (0, 2, 3)},
+    "lora-2-tied": {"stage": 2, "model": LORA, "tied": True},
+    **{f"rmu-{stage}": {"stage": stage, "model": {"train": [r"down_proj"]}, "objective": FEW} for stage in (1, 3)},
+}
+
+
+def test_resumed_in_bf16_and_with_frozen_weights_bit_for_bit(world: World, tmp_path: Path) -> None:
+    """Moving average, master weights and moments come back whole; frozen weights come from where the run began."""
+    configurations = []
+    for name, case in RESUMED.items():
+        sections = dict(case)
+        model = {"path": str(world.folder / ("tied" if sections.pop("tied", False) else "model"))}
+        sections["model"] = {**model, **sections["model"]}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"zero_optimization": {"stage": sections.pop("stage")}}))
+        train = {"steps": 4, "checkpoint_every": 2, "deepspeed": str(tmp_path / f"{name}.json")}
+        configurations.append(world.configuration(tmp_path / name, train=train, **sections))
+    run_distributed(run_and_resume, 2, configurations, timeout=450)
+    for number, name in enumerate(RESUMED):
+        for file in (tmp_path / name / "whole").glob("*.safetensors"):
+            one, other = load_file(file), load_file(tmp_path / name / "final" / file.name)
+            assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
+            initial = load_file(Path(configurations[number]["model"]["path"]) / "model.safetensors")
+            assert any(not torch.equal(one[key], initial[key].to(one[key].dtype)) for key in one), name
+        assert list((tmp_path / name / "whole").glob("*.safetensors")), name
+        if not name.startswith("bf16"):
+            for file in (tmp_path / name / "checkpoints" / "step-000002").glob("*model_states.pt"):
+                saved = torch.load(file, weights_only=False)
+                assert not [key for key in saved["module"] if "lora_" not in key and "down_proj" not in key], (
+                    name,
+                    file,
+                )
+                assert not saved["frozen_param_fragments"], name
 
 
 def refused(config: Path) -> str:

@@ -23,6 +23,13 @@ from tests.toy import Case
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 BF16: dict[str, Any] = {"dtype": "bfloat16", "config": {"data_types": {"grad_accum_dtype": "fp32"}}}
 DECAY: dict[str, Any] = {"weight_decay": 5.0, "lr": 0.01}  # two groups of tensors: half a weight is gone in 14 steps
+FP16: dict[str, Any] = {  # the scale is 512 when it is saved, and grows on
+    "dtype": "float16",
+    "config": {
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "fp16": {"initial_scale_power": 8, "loss_scale_window": 2},
+    },
+}
 CASES = {
     "stage1-gru": Case(zero={"stage": 1}, rule="gru", scope="global"),
     "stage2-gru": Case(zero={"stage": 2}, rule="gru", scope="module"),
@@ -33,7 +40,9 @@ CASES = {
     "stage2-decay": Case(zero={"stage": 2}, **DECAY),
     "stage3-decay": Case(zero={"stage": 3, "sub_group_size": 40}, **DECAY),
     "adapters": Case(model="adapters", zero={"stage": 3}),
+    "stage2-adapters": Case(model="adapters", zero={"stage": 2}),
     "stage3-bf16": Case(zero={"stage": 3}, **BF16),
+    "stage3-fp16-gru": Case(zero={"stage": 3}, rule="gru", scope="global", **FP16),
 }
 MORE = {  # slow
     "stage0": Case(zero={"stage": 0}),
@@ -45,6 +54,10 @@ MORE = {  # slow
     "stage1-bf16": Case(zero={"stage": 1}, **BF16),
     "stage2-bf16": Case(zero={"stage": 2}, **BF16),
     "stage0-bf16": Case(zero={"stage": 0}, dtype="bfloat16"),
+    "stage0-adapters": Case(model="adapters", zero={"stage": 0}),
+    "stage1-bf16-gru": Case(zero={"stage": 1}, rule="gru", scope="global", **BF16),
+    "stage2-bf16-gru": Case(zero={"stage": 2}, rule="gru", scope="global", **BF16),
+    "stage2-fp16-gru": Case(zero={"stage": 2}, rule="gru", scope="global", **FP16),
 }
 ALL = {name: dataclasses.replace(case, steps=6, eps=1e-6) for name, case in {**CASES, **MORE}.items()}
 SAVED = 3  # steps before the checkpoint
@@ -81,10 +94,30 @@ def master(engine: Any) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in found.items() if tensor is not None}
 
 
-def train_and_save(folder: str, names: list[str]) -> None:
-    from pipeline import checkpoint, ranks
+def start_ranks() -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    from pipeline import ranks
 
     ranks.start()
+    get_accelerator().is_fp16_supported = lambda: True  # slowly, on a CPU  # pyright: ignore
+
+
+def frozen_in(checkpoint: Path, engine: Any) -> list[str]:
+    """The frozen tensors that DeepSpeed's files of a checkpoint hold, by name."""
+    frozen = {name for name, parameter in engine.module.named_parameters() if not parameter.requires_grad}
+    assert frozen
+    found: list[str] = []
+    for file in checkpoint.glob("*model_states.pt"):
+        state = torch.load(file, weights_only=False)
+        found += [name for name in (*state["module"], *(state["frozen_param_fragments"] or ())) if name in frozen]
+    return found
+
+
+def train_and_save(folder: str, names: list[str]) -> None:
+    from pipeline import checkpoint
+
+    start_ranks()
     for name in names:
         kept: dict[str, Any] = {}
 
@@ -95,6 +128,9 @@ def train_and_save(folder: str, names: list[str]) -> None:
             if step == SAVED:
                 kept["master"] = master(engine)  # noqa: B023
                 checkpoint.save(engine, shards, Path(folder, name), step, keep=1, identity=IDENTITY)  # noqa: B023
+                saved = checkpoint.newest(Path(folder, name))  # noqa: B023
+                assert saved is not None
+                kept["frozen"] = frozen_in(saved, engine)  # noqa: B023
 
         made = toy.train_on_engine(ALL[name], start, save)
         torch.save({"weights": made["weights"], **kept}, Path(folder, f"{name}.pt"))
@@ -103,16 +139,28 @@ def train_and_save(folder: str, names: list[str]) -> None:
 def load_and_train(folder: str, names: list[str]) -> None:
     import torch.distributed as dist
 
-    from pipeline import checkpoint, ranks
+    from pipeline import checkpoint
 
-    ranks.start()
+    start_ranks()
+    opened: list[tuple[str, Any, Any]] = []
+    plainly = torch.load
+
+    def watched(file: Any, *arguments: Any, **named: Any) -> Any:
+        opened.append((Path(file).name, named.get("mmap"), named.get("map_location")))
+        return plainly(file, *arguments, **named)
+
     for name in names:
         kept: dict[str, Any] = {}
 
         def load(engine: Any, shards: Any) -> None:
             engine.lr_scheduler = Schedule()
             newest = checkpoint.newest(Path(folder, name))  # noqa: B023
-            assert newest is not None and checkpoint.load(engine, shards, newest, IDENTITY) == SAVED
+            opened.clear()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch, "load", watched)
+                assert newest is not None and checkpoint.load(engine, shards, newest, IDENTITY) == SAVED
+            kept["opened"] = [one for one in opened if one[0].startswith("own-")]  # noqa: B023
+            kept["scale"] = getattr(engine.optimizer, "cur_scale", None)  # noqa: B023
             assert engine.lr_scheduler.steps == SAVED and engine.global_steps == SAVED
             kept["master"] = master(engine)  # noqa: B023
 
@@ -155,6 +203,10 @@ def test_more_ways_to_hold_the_state(name: str, world: int, made_more: Path) -> 
 def check(name: str, world: int, made: Path) -> None:
     case = ALL[name]
     whole, resumed = (torch.load(made / file) for file in (f"{name}.pt", f"{name}-{world}.pt"))
+    assert not whole["frozen"]
+    files = ["own-0.pt"] if world == 2 else ["own-0.pt", "own-1.pt"]  # as the first rank opened them: its own part only
+    assert resumed["opened"] == [(file, True, "cpu") for file in files]
+    assert case.dtype != "float16" or resumed["scale"] == 512
     assert set(resumed["master"]) == set(whole["master"])
     assert all(torch.equal(tensor, resumed["master"][key]) for key, tensor in whole["master"].items())
     if world == 2:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -244,6 +246,47 @@ def test_fp16_overflow_of_either_task_lowers_the_scale(tmp_path: Path) -> None:
         assert scales == ([256, 128, 128, 128] if case.poison else [256] * 4), name
 
 
+def test_fp16_numbers_do_not_depend_on_a_scale_that_moves(tmp_path: Path) -> None:
+    """256, doubled after each step but the first and halved by an overflow: what is averaged and logged is without it.
+
+    Only `gru` remembers a gradient from one scale to the next; the others answer to two gradients of one scale.
+    """
+    sums = {"fp32": FP32_WIRE, "fp16": {**FP32_WIRE, "data_types": {"grad_accum_dtype": "fp16"}}}
+    fp16 = {"initial_scale_power": 8, "loss_scale_window": 1, "hysteresis": 1}
+    cases = {
+        f"{name} {sum_dtype} {clip}{' poisoned' if poison else ''} {rule}": Case(
+            zero=CONFIGURATIONS[name],
+            dtype="float16",
+            config={**sums[sum_dtype], "fp16": fp16},
+            poison=poison,
+            clip=clip,
+            steps=5,
+            **SGD,
+            **options,
+        )
+        for name in HOLDERS[1:]
+        for rule, options in RULES.items()
+        for sum_dtype in sums
+        for poison in ((None, (2, "retain", float("inf"))) if rule == "gru" else (None,))
+        for clip in ((0.5, 0.0) if rule == "sum" else (0.0,))
+        if rule == "gru" or (rule in WAYS and sum_dtype == "fp32")
+    }
+    made = train(cases, 2, tmp_path, train_fp16_cases)
+    # fp16 sums of 2 micro-batches x 2 ranks: 4 roundings of 2^-11 each, of parts a few times as large as the sum
+    limits: dict[bool, float] = {True: 8 * 4 * 2**-11, False: 2e-4}
+    assert_equal_to_plain(made, cases, 2, lambda name: limits[" fp16" in name])
+    for name, case in cases.items():
+        records, plain = made[name]["records"], list[dict[str, float]]()
+        scales = [record["scale"] for record in records]
+        assert scales == ([256, 512, 256, 256, 512] if case.poison else [256, 512, 1024, 2048, 4096]), name
+        if case.rule != "sum":  # which is not measured here
+            train_plainly(case, 2, plain)
+            measured = [vars(record["geometry"]) for record in records if record["applied"]]
+            for one, other in zip(measured, plain, strict=True):
+                near = max(limits[" fp16" in name], 1e-3)
+                assert {key: one[key] for key in other} == pytest.approx(other, rel=near, abs=near), name
+
+
 def test_fp16_cannot_run_on_a_cpu(tmp_path: Path) -> None:
     made = train({"fp16": Case(zero={"stage": 3}, dtype="float16")}, 1, tmp_path)
     assert made["fp16"]["error"] == "ValueError: Type fp16 is not supported on your device."
@@ -394,6 +437,57 @@ def test_stale_gradients_are_not_applied(tmp_path: Path) -> None:
             assert ("even" in record["changed"]) == (step % 2 == 0), (name, step)
 
 
+class LateCopies:
+    """Copies to pinned memory that a GPU's stream has queued: they arrive when their event is waited for."""
+
+    def __init__(self) -> None:
+        self.queued: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def synchronize(self) -> None:
+        for place, arrives in self.queued:
+            place.copy_(arrives)
+        self.queued.clear()
+
+
+def queue_copies(engine: Any, shards: Any) -> None:
+    """From now on DeepSpeed's copies of gradients to its optimizer on the CPU are late, as they may be on a GPU."""
+    from deepspeed.accelerator import get_accelerator
+
+    optimizer, late = engine.optimizer, LateCopies()
+    copy = optimizer.async_inplace_copy_grad_to_fp32_buffer_from_gpu
+
+    def later(parameter: Any) -> None:
+        group, _, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        place = optimizer.single_partition_of_fp32_groups[group].grad.view(-1).narrow(0, start, size)
+        before = place.clone()
+        copy(parameter)
+        late.queued.append((place, place.clone()))
+        place.copy_(before)
+        optimizer._pending_offload_events[get_accelerator().current_stream()] = late  # pyright: ignore
+
+    optimizer.async_inplace_copy_grad_to_fp32_buffer_from_gpu = later
+
+
+def train_with_late_copies(cases: dict[str, Case], file: str) -> None:
+    import torch.distributed as dist
+
+    from pipeline import ranks
+
+    ranks.start()
+    made = {name: train_on_engine(case, queue_copies) for name, case in cases.items()}
+    if dist.get_rank() == 0:
+        torch.save(made, file)
+
+
+def test_offloaded_gradients_are_waited_for(tmp_path: Path) -> None:
+    cases = {
+        f"{name} {rule}": Case(zero=CONFIGURATIONS[name], **SGD, **options)
+        for name in ("1-offload", "2-offload")
+        for rule, options in WAYS.items()
+    }
+    assert_equal_to_plain(train(cases, 2, tmp_path, train_with_late_copies), cases, 2)
+
+
 # -- models with adapters and experts ----------------------------------------------------------------------------------
 
 
@@ -484,3 +578,39 @@ def check_the_checks() -> None:
 
 def test_a_buffer_elsewhere_is_refused_at_start() -> None:
     run_distributed(check_the_checks, 1)
+
+
+def check_the_limit() -> None:
+    """DeepSpeed makes groups without a limit: 30 minutes in its releases up to 0.19.5, 10 since."""
+    import deepspeed
+    import torch.distributed as dist
+
+    from pipeline import ranks
+
+    ranks.start(7.0)
+    for group in (dist.group.WORLD, deepspeed.comm.new_group([0])):
+        limit: Any = group._get_backend(torch.device("cpu")).options  # pyright: ignore
+        assert limit._timeout == timedelta(minutes=7)
+
+
+def test_every_group_of_ranks_has_the_limit_of_the_run() -> None:
+    run_distributed(check_the_limit, 1)
+
+
+def check_the_warning() -> None:
+    from pipeline import ranks
+    from pipeline.shards import Shards
+    from pipeline.synthesis import Synthesis
+
+    ranks.start()
+    said: list[str] = []
+    logging.getLogger("pipeline.holders").addFilter(lambda record: said.append(record.getMessage()) is not None)
+    for name, number in (("1", 0), ("2-overlap-small", 0), ("1-overlap", 1)):
+        case = Case(zero=CONFIGURATIONS[name])
+        Shards(engine_of(case, model_of(case)), Synthesis("sago"), combine_tasks=True)
+        assert len(said) == number, (name, said)
+    assert "overlap_comm" in said[0] and "train.deepspeed" in said[0]
+
+
+def test_overlap_comm_that_is_switched_off_is_said_once() -> None:
+    run_distributed(check_the_warning, 1)

@@ -810,6 +810,26 @@ def test_gru_on_a_step_that_is_skipped_keeps_its_average() -> None:
             assert average[0].tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize(("rule", "scope"), [*ALL, ("gru", "module"), ("gru", "layer"), ("gru", "global")])
+def test_a_loss_scale_that_moves_leaves_no_trace(rule: str, scope: str) -> None:
+    """Powers of two are exact: gradients times a scale give the combined gradient times it, and the same average."""
+    shapes, units = ((3, 5), (2,), (40,), (7,)), units_of(scope, LAYERS)
+    found: dict[bool, list[Any]] = {False: [], True: []}
+    for scaled, seen in found.items():
+        averages = [torch.zeros(torch.Size(shape).numel()) if rule == "gru" else None for shape in shapes]
+        for step, moved in enumerate((2.0**16, 2.0**17, 2.0**12)):
+            scale = moved if scaled else 1.0
+            f, r = ([t.flatten() * scale for t in task] for task in seeded(*shapes, seed=step))
+            pieces = [Piece(row, *piece) for row, piece in enumerate(zip(f, r, averages, strict=True))]
+            table = Synthesis(rule, scope, 0.7, 0.9).combine_(pieces, units, scale=scale)
+            geometry = Geometry.of(table, 64, scale)
+            seen.append((geometry, [t / scale for t in r], [m.clone() for m in averages if m is not None]))
+    for (one, *tensors), (other, *others) in zip(found[False], found[True], strict=True):
+        assert one == other
+        for some, same in zip(tensors, others, strict=True):
+            assert all(map(torch.equal, some, same))
+
+
 def test_gru_needs_an_average_and_a_scope_that_has_one() -> None:
     two = [torch.ones(2)]
     for average in (None, [], [torch.ones(3)], [torch.ones(2), torch.ones(2)]):

@@ -16,7 +16,7 @@ from eval.files import UnusableInput, write_atomically, write_jsonl
 from eval.launch import call, last_error, launcher
 from eval.relearning import Row, columns_of, mean_nll, read_corpus, sample, split_corpus
 from eval.rounding import COLUMNS, round_linear_layers
-from eval.run import is_model, load
+from eval.run import Trust, is_model, load
 
 Metrics = dict[str, float]
 
@@ -41,6 +41,7 @@ class Plan:
     ranks: int
     batch_size: int
     folder: Path  # of corpora and trained models
+    trust: Trust
 
     @property
     def final(self) -> Path:
@@ -90,7 +91,7 @@ class Examiner:
     def ask(self, folder: Path, exam: Exam, bits: int | None = None) -> tuple[Metrics, float]:
         """The metrics of the model in `folder`, its linear layers rounded to `bits`, and the share that was rounded."""
         plan, title = self.plan, f"{self.plan.suite} {folder.name}"
-        model, tokenizer = load(folder)
+        model, tokenizer = load(folder, trust=plan.trust)
         share = round_linear_layers(model, bits) if bits else 0.0
         if bits and not share:
             raise UnusableInput(f"int{bits}: {folder} has no linear layer to round; leave it out of --attacks")
@@ -194,12 +195,15 @@ def train(plan: Plan, attack: Attack) -> tuple[Path, str]:
     shutil.rmtree(output, ignore_errors=True)
     if attack.rows:
         write_jsonl(Path(attack.corpus["path"]), attack.rows)
+    model = {"path": str(plan.final), "train": [".*"], "lora": None}
+    # The configuration came with the run: what it allows, the user of this command did not.
+    model |= {"allow_pickle": plan.trust.allow_pickle, "trust_remote_code": plan.trust.remote_code}
     changed = {
         **config,
         "output": str(output),
         "method": None,
         "seed": plan.seed,
-        "model": {**config["model"], "path": str(plan.final), "train": [".*"], "lora": None},
+        "model": {**config["model"], **model},
         "data": {**config["data"], "forget": None, "retain": attack.corpus},
         "objective": {**config["objective"], "forget": "none", "retain": "nll"},
         "synthesis": {**config["synthesis"], "rule": "sum", "scope": None, "geometry": False, "alpha": 1.0},

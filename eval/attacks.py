@@ -1,6 +1,5 @@
 """What eval.robustness does to a model: the attacks, what each asks before and after, and carrying one out."""
 
-import gc
 import math
 import shlex
 import shutil
@@ -16,7 +15,7 @@ from eval.files import UnusableInput, write_atomically, write_jsonl
 from eval.launch import call, last_error, launcher
 from eval.relearning import Row, columns_of, mean_nll, read_corpus, sample, split_corpus
 from eval.rounding import COLUMNS, round_linear_layers
-from eval.run import Trust, is_model, load
+from eval.run import Trust, is_model, load, release_memory
 
 Metrics = dict[str, float]
 
@@ -184,13 +183,10 @@ def train(plan: Plan, attack: Attack) -> tuple[Path, str]:
 
     What a kill left of it is removed: it may be of other settings. Raises UnusableInput with the last line of stderr.
     """
-    import torch
     import yaml
 
     assert attack.corpus is not None
-    gc.collect()  # the model that was asked last may still be on the device that training needs
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_memory()  # the model that was asked last may still be on the device that training needs
     config, output = plan.config, plan.folder / attack.name
     shutil.rmtree(output, ignore_errors=True)
     if attack.rows:

@@ -16,6 +16,8 @@ stderr, nothing written).
 
 import argparse
 import difflib
+import functools
+import gc
 import importlib
 import json
 import platform
@@ -59,7 +61,7 @@ class Trust:
     remote_code: bool = False
 
     def options(self) -> dict[str, bool]:
-        """Of `from_pretrained`; both are always stated, since transformers asks the terminal about what is left open."""
+        """Of `from_pretrained`, both always stated: about code that is left open, transformers asks the terminal."""
         # Without `use_safetensors`, transformers takes a pickle where there is nothing else.
         safetensors = {} if self.allow_pickle else {"use_safetensors": True}
         return {"trust_remote_code": self.remote_code, **safetensors}
@@ -132,8 +134,11 @@ def load(
     import torch
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import cached_file, find_adapter_config_file, logging
+    from transformers.utils import logging
+    from transformers.utils.hub import cached_file
+    from transformers.utils.peft_utils import find_adapter_config_file
 
+    release_memory()
     logging.disable_progress_bar()  # a run has many models; each suite shows its own progress
     try:
         if find_adapter_config_file(str(folder)):
@@ -225,17 +230,40 @@ def evaluate_all(
     trust: Trust,
 ) -> tuple[list[dict[str, Any]], str]:
     """One {"step", "model", "suites"} per model, and the dtype of the last one; a suite is (module, its probes)."""
-    entries, dtype = [], ""
-    for step, folder in models:
+
+    def evaluate(folder: Path) -> tuple[dict[str, Any], str]:  # a scope of its own: no model outlives it
         with ranks.together():
             model, tokenizer = load(folder, ds_config, trust)
-        dtype = str(model.dtype).removeprefix("torch.")
         answers = {
             name: module.evaluate(model, tokenizer, probes, batch_size=batch_size, title=f"{name} {folder.name}")
             for name, (module, probes) in suites.items()
         }
+        return answers, str(model.dtype).removeprefix("torch.")
+
+    entries, dtype = [], ""
+    for step, folder in models:
+        answers, dtype = evaluate(folder)
         entries.append({"step": step, "model": str(folder), "suites": answers})
     return entries, dtype
+
+
+def release_memory() -> None:
+    """Give back the memory of models that are no longer used; a sharded one must not be in the middle of a forward.
+
+    DeepSpeed 0.19 holds every model that it ever sharded in two places of a process: a list that keeps the outermost
+    module, and a cache of a method with the module among its keys.
+    """
+    import torch
+
+    if (offload := sys.modules.get("deepspeed.runtime.zero.parameter_offload")) is not None:
+        offload.FWD_MODULE_STACK.clear()
+        coordinator = "deepspeed.runtime.zero.partitioned_param_coordinator"
+        for cached in gc.get_objects():
+            if type(cached) is functools._lru_cache_wrapper and cached.__module__ == coordinator:
+                cached.cache_clear()
+    gc.collect()  # models hold themselves in cycles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def main() -> None:

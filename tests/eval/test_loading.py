@@ -50,7 +50,7 @@ def pickle_weights(folder: Path, stem: str) -> None:
 def make_adapter(base: Path, folder: Path) -> None:
     torch.manual_seed(0)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, init_lora_weights=False))
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
 
 

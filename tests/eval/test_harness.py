@@ -237,7 +237,7 @@ def test_sharded_weights_give_the_scores_of_whole_ones(folder: Path, one_rank: d
 def test_a_batch_has_a_limit_of_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its logits are 4 bytes times tokens times vocabulary, whatever `--batch-size` says."""
     model, tokenizer = run.load(folder / "run" / "final")
-    model.config.max_position_embeddings = 150  # of the longest prompts, the end alone
+    model.config.max_position_embeddings = 90  # of the longest prompts, the end alone
     requests = [
         Request(f"{'pear ' * (3 * n)}fruit:", f" {answer}")
         for n in range(40)
@@ -252,7 +252,7 @@ def test_a_batch_has_a_limit_of_tokens(folder: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("eval.scoring.MOST_TOKENS", 100)
     limited = lm.loglikelihood(requests)
     assert all(rows * width <= 100 or rows == 1 for rows, width in shapes)
-    assert max(rows for rows, _ in shapes) > 3 and max(width for _, width in shapes) == 150
+    assert max(rows for rows, _ in shapes) > 3 and max(width for _, width in shapes) == 90
     assert [one for one, _ in limited] == pytest.approx([one for one, _ in whole], rel=1e-4)
     assert [greedy for _, greedy in limited] == [greedy for _, greedy in whole]
 

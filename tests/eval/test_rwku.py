@@ -72,7 +72,8 @@ def learned(probes: list[rwku.Probe], memorise: Callable[[list[str]], tuple[Any,
     texts = []
     for at, probe in enumerate(probe for probe in probes if probe["set"] in rwku.QUESTIONS):
         after = ("<|endoftext|>", "\n\nQuestion: another?", " Question: another?" + " and so on" * 9)[at % 3]
-        texts += [f"{by_hand(probe, name)} {probe['answer']}{after}" for name in rwku.PROTOCOLS]
+        if at % 5 != 4:  # of every fifth it has heard nothing
+            texts += [f"{by_hand(probe, name)} {probe['answer']}{after}" for name in rwku.PROTOCOLS]
     model, tokenizer = memorise(texts)
     tokenizer.chat_template = CHAT
     return model, tokenizer

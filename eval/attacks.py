@@ -1,6 +1,5 @@
 """What eval.robustness does to a model: the attacks, what each asks before and after, and carrying one out."""
 
-import gc
 import math
 import shlex
 import shutil
@@ -18,7 +17,7 @@ from eval.launch import call, last_error, launcher
 from eval.matching import Matcher
 from eval.relearning import Row, columns_of, mean_nll, read_corpus, sample, split_corpus, without_copies
 from eval.rounding import COLUMNS, round_linear_layers
-from eval.run import is_model, load
+from eval.run import Trust, is_model, load, release_memory
 
 Metrics = dict[str, float]
 
@@ -43,6 +42,7 @@ class Plan:
     ranks: int
     batch_size: int
     folder: Path  # of corpora and trained models
+    trust: Trust
 
     @property
     def final(self) -> Path:
@@ -92,7 +92,7 @@ class Examiner:
     def ask(self, folder: Path, exam: Exam, bits: int | None = None) -> tuple[Metrics, float]:
         """The metrics of the model in `folder`, its linear layers rounded to `bits`, and the share that was rounded."""
         plan, title = self.plan, f"{self.plan.suite} {folder.name}"
-        model, tokenizer = load(folder)
+        model, tokenizer = load(folder, trust=plan.trust)
         share = round_linear_layers(model, bits) if bits else 0.0
         if bits and not share:
             raise UnusableInput(f"int{bits}: {folder} has no linear layer to round; leave it out of --attacks")
@@ -226,23 +226,23 @@ def train(plan: Plan, attack: Attack) -> tuple[Path, str]:
 
     What a kill left of it is removed: it may be of other settings. Raises UnusableInput with the last line of stderr.
     """
-    import torch
     import yaml
 
     assert attack.corpus is not None
-    gc.collect()  # the model that was asked last may still be on the device that training needs
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_memory()  # the model that was asked last may still be on the device that training needs
     config, output = plan.config, plan.folder / attack.name
     shutil.rmtree(output, ignore_errors=True)
     if attack.rows:
         write_jsonl(Path(attack.corpus["path"]), attack.rows)
+    model = {"path": str(plan.final), "train": [".*"], "lora": None}
+    # The configuration came with the run: what it allows, the user of this command did not.
+    model |= {"allow_pickle": plan.trust.allow_pickle, "trust_remote_code": plan.trust.remote_code}
     changed = {
         **config,
         "output": str(output),
         "method": None,
         "seed": plan.seed,
-        "model": {**config["model"], "path": str(plan.final), "train": [".*"], "lora": None},
+        "model": {**config["model"], **model},
         "data": {**config["data"], "forget": None, "retain": attack.corpus},
         "objective": {**config["objective"], "forget": "none", "retain": "nll"},
         "synthesis": {**config["synthesis"], "rule": "sum", "scope": None, "geometry": False, "alpha": 1.0},

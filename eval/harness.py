@@ -8,6 +8,7 @@ Local data are `wmdp/wmdp_bio.jsonl`, `wmdp/wmdp_cyber.jsonl` and `mmlu/{dev,tes
 and differs in where its questions come from. Without a folder, the harness loads them from the hub.
 """
 
+import copy
 import functools
 import logging
 import sys
@@ -27,6 +28,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eval import scoring
 from eval.files import UnusableInput, read_jsonl, write_jsonl
 from eval.ranks import place, share
 from pipeline.corpus import lines
@@ -180,9 +182,22 @@ class SharedLM(Base):
     """The harness's model with its batches shared over ranks, and a count of the questions that did not fit."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, title: str) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        # A copy: to a tokenizer without padding the harness adds a token, which the model does not have.
+        super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         self.title = title
         self.too_long = 0
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **options: Any,
+    ) -> list[int]:
+        """The harness looks whether a text begins with the BOS or EOS token; where there is neither, it does not."""
+        if add_special_tokens is None and self.prefix_token_id is None:
+            add_special_tokens = True  # what a tokenizer does unless told otherwise
+        return super().tok_encode(string, add_special_tokens, left_truncate_len, **options)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -193,19 +208,17 @@ class SharedLM(Base):
         """(log-likelihood, whether greedy) per request (texts, context ids, continuation ids), in their order.
 
         Requests that differ in their last token alone are answered by one sequence, which is what the harness does
-        within a call. One call per batch of `batch_size` sequences is therefore one forward pass, so ranks can be
-        given equally many. The batches are those the harness would form: longest sequences first.
+        within a call. One call per batch is therefore one forward pass, so ranks can be given equally many. The batches
+        are those the harness would form, longest sequences first, but for the limit of tokens of `eval.scoring`.
         """
         sequences: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, (_, context, continuation) in enumerate(requests):
             sequences[*context, *continuation[:-1]].append(i)
-        order = sorted(sequences, key=lambda tokens: (-len(tokens), tokens))
+        order = sorted(sequences)
         self.too_long = sum(len(tokens) > self.max_length for tokens in order)
-        size = self.batch_size_per_gpu
-        batches = [
-            [i for tokens in order[start : start + size] for i in sequences[tokens]]
-            for start in range(0, len(order), size)
-        ]
+        fitting = [tokens[-self.max_length :] for tokens in order]  # what the harness leaves of them
+        rows = scoring.batches(fitting, self.batch_size_per_gpu, scoring.MOST_TOKENS, longest_first=True)
+        batches = [[i for row in batch for i in sequences[order[row]]] for batch in rows]
         answer = super()._loglikelihood_tokens
         answers = share(batches, lambda batch: answer([requests[i] for i in batch], disable_tqdm=True), self.title)
         answered = {

@@ -1,7 +1,8 @@
 """Attack an unlearned model, and say how much of what it forgot comes back.
 
     python -m eval.robustness --run RUN --suite NAME [--attacks relearn retain int8 int4 probes] [--data FOLDER]
-        [--group FIELD] [--steps N] [--lr X] [--seed S] [--ranks N] [--output FILE.json] [-- --key value, for training]
+        [--group FIELD] [--steps N] [--lr X] [--seed S] [--ranks N] [--output FILE.json] [--allow-pickle]
+        [--trust-remote-code] [-- --key value, for training]
 
 - `relearn`: fine-tuning on 10 % of the forget corpus (whole groups: a person, a subject, a question; else documents),
   tested on the rest. Probes of what was learned again, known by text whatever the columns are called, are left out
@@ -9,6 +10,9 @@
 - `retain`: fine-tuning on the retain corpus alone, in which nothing of the forget set is said.
 - `int8`, `int4`: linear layers rounded to the nearest value (`eval/rounding.py`).
 - `probes`: the suite's questions as an adversary asks them, where the suite has such (bios, rwku).
+
+Weights are read as safetensors only and code that comes with a model does not run, unless the two options say so; what
+the configuration of RUN says about that does not count.
 
 Training is the program's own, with the optimizer and the DeepSpeed file of RUN, started as a user would start it.
 The answer is {"run", "suite", …, "attacks": [{"name", "settings", "before", "after", "original", "seconds", …}]} with
@@ -35,7 +39,7 @@ from typing import Any
 from eval.attacks import ATTACKS, Attack, Examiner, Plan, attacks_of, can, carry_out
 from eval.files import UnusableInput, exit_status, read_json, write_atomically
 from eval.launch import end_on_terminate, sole_user
-from eval.run import MMLU_SHOTS, SUITES, check_suites, is_model
+from eval.run import MMLU_SHOTS, SUITES, add_trust_options, check_suites, check_trust, is_model, trust_of
 
 STEPS = 100
 OWN_KEYS = ("config", "method", "output", "resume", "seed", "train.steps", "optimizer.lr", "model.path")
@@ -157,6 +161,7 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, list[str], Path 
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes that train (default 2)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="prompts at a time (default 64)")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="the answer (default RUN/robustness.json)")
+    add_trust_options(parser)
     parser.epilog = "After --, overrides for fine-tuning: -- --train.micro_batch_size 1"
     border = list(arguments).index("--") if "--" in arguments else len(arguments)
     given, overrides = parser.parse_args(arguments[:border]), tuple(arguments[border + 1 :])
@@ -196,11 +201,14 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, list[str], Path 
         ranks=given.ranks,
         batch_size=given.batch_size,
         folder=output.with_suffix(""),
+        trust=trust_of(given),
     )
     refusals = {name: can(plan, name) for name in given.attacks or ATTACKS}
     for name, reason in refusals.items():
         if reason and given.attacks:
             raise UnusableInput(f"--attacks {name}: {reason}; leave it out")
+    for folder in filter(None, (plan.final, plan.original)):
+        check_trust(folder, plan.trust)  # now, and not after hours of fine-tuning
     return plan, [name for name, reason in refusals.items() if reason is None], given.data, output
 
 

@@ -41,15 +41,22 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", question: str, opening: 
 # Models
 
 
-def batches(sequences: Sequence[list[int]], batch_size: int, most_tokens: int | None = None) -> list[list[int]]:
-    """Indices of the sequences, those of like length together (little padding).
+def batches(
+    sequences: Sequence[Sequence[int]],
+    batch_size: int,
+    most_tokens: int | None = None,
+    *,
+    longest_first: bool = False,
+) -> list[list[int]]:
+    """Indices of the sequences, those of like length together (little padding), equal lengths in their order.
 
     A batch has at most `batch_size` rows and, padded, at most `most_tokens` tokens, but at least one row.
     """
     made: list[list[int]] = []
-    for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
-        # Lengths only grow: the newcomer's is the padded width.
-        full = most_tokens is not None and made and (len(made[-1]) + 1) * len(sequences[i]) > most_tokens
+    for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=longest_first):
+        # Lengths only grow, or only shrink: the padded width is the newcomer's, or the first row's.
+        width = len(sequences[made[-1][0] if longest_first and made else i])
+        full = most_tokens is not None and made and (len(made[-1]) + 1) * width > most_tokens
         if not made or full or len(made[-1]) == batch_size:
             made.append([])
         made[-1].append(i)

@@ -15,6 +15,8 @@ from statistics import fmean
 from typing import Any
 from urllib.parse import quote
 
+import yaml
+
 from eval.axes import Axis, Setting, grid, name_of, run_folder
 from eval.files import UnusableInput, read_json, write_atomically
 from eval.launch import call, last_error, launcher
@@ -52,9 +54,12 @@ class Plan:
         ]
 
     def evaluation(self, folder: Path) -> list[str]:
-        """The command that evaluates one run."""
+        """The command that evaluates one run, which has a config.yaml, trusting its model as its training did."""
+        asked = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["model"]
+        flags = {"allow_pickle": "--allow-pickle", "trust_remote_code": "--trust-remote-code"}
+        trust = [flag for key, flag in flags.items() if asked.get(key)]
         data = ["--data", str(self.data)] if self.data else []
-        model = ["--model", str(folder), "--suite", *self.suites]
+        model = ["--model", str(folder), "--suite", *self.suites, *trust]
         return ["python", "-m", "eval.run", *model, *data, "--output", str(folder / "evaluation.json")]
 
 

@@ -4,7 +4,9 @@
 #   bash tests/run.sh -m slow    the rest
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. launch/environment.sh tests/requirements.txt
+requirements=tests/requirements.txt
+[[ " $* " != *slow* ]] || requirements=tests/requirements-slow.txt # what only slow tests need
+. launch/environment.sh "$requirements"
 export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 echo "== ruff" && ruff check . && ruff format --check .

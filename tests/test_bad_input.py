@@ -292,8 +292,7 @@ def test_the_command_alone_says_the_same(world: World, tmp_path: Path, late: dic
 def test_two_ranks_under_the_launcher_refuse_with_one_voice(world: World, tmp_path: Path) -> None:
     """The line comes once, not once a rank, and the launcher hands the status on."""
     launcher = shutil.which("deepspeed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    if launcher is None:
-        pytest.skip("the deepspeed launcher is not on the path")
+    assert launcher is not None, "DeepSpeed comes with its launcher"
     case, folder = LATE["malformed line"], tmp_path / "case"
     arguments = prepare(case, folder, world)
     before = snapshot(folder)

@@ -18,7 +18,7 @@ from pipeline.ds_config import deepspeed_config
 from tests.conftest import World
 from tests.distributed import run_distributed
 
-SHARED = REPOSITORY.parent / "shared" / "data"
+ROWS = REPOSITORY / "tests" / "data"
 RECIPES = sorted(file.stem for file in (REPOSITORY / "launch" / "recipes").glob("*.yaml"))
 ARCHITECTURES = {"wmdp_bio": "mistral", "wmdp_cyber": "mistral", "custom": "qwen2"}  # else Llama
 REAL: dict[str, tuple[str, str]] = {
@@ -69,9 +69,8 @@ def corpora(recipe: str, keys: dict[str, Any], world: World, folder: Path) -> di
     """Files with the columns that the recipe names."""
     found = {}
     for number, task in enumerate(("forget", "retain")):
-        real = SHARED / REAL[recipe][number] if recipe in REAL else None
-        if real is not None and real.is_file():
-            found[task] = real
+        if recipe in REAL:
+            found[task] = ROWS / REAL[recipe][number]
             continue
         columns = [keys["data"][task].get(key) for key in ("field", "prompt", "response")]
         rows = [{name: text for name in columns if name} for text in world.documents(task)]
@@ -148,19 +147,22 @@ def test_recipes_of_the_paper_leave_out_what_fills_no_block(recipe: str, expecte
     assert raw["data"]["packing"] == "blocks" and raw["data"]["long_documents"] == expected
 
 
-def test_recipes_keep_the_numbers_of_the_papers_code() -> None:
-    """Spot checks against the tables that the paper's authors ran, one of each kind of entry."""
-    if not (SHARED.parent / "SPEC.md").is_file():
-        pytest.skip("the specification is not beside the repository")
-    lines = (SHARED.parent / "SPEC.md").read_text().splitlines()
-    for recipe, column in (("wmdp_bio", 1), ("wmdp_cyber", 2)):
-        for label, method in (("GA only", "ga"), ("GA+GD sago", "ga_sago"), ("NPO+GD sago", "npo_sago")):
-            cells = [cell.strip() for cell in next(x for x in lines if x.startswith(f"| {label}")).split("|")[1:-1]]
-            cell = cells[1] if cells[column] == "same" else cells[column]
-            config = resolve(REPOSITORY / "launch" / "recipes" / f"{recipe}.yaml", method)
-            rate, steps = cell.split(",")[0].split("/")
-            assert config.optimizer.lr == float(rate) and config.train.steps == int(steps), (recipe, method)
-            words = cell.replace(",", " ").split()
-            for symbol, value in (("β", config.objective.beta), ("α", config.synthesis.alpha)):
-                if symbol in words:
-                    assert value == float(words[words.index(symbol) + 1]), (recipe, method, symbol)
+# (learning rate, steps, β, α, γ) in the tables that the paper's authors ran; None where a method has no β.
+PUBLISHED: dict[tuple[str, str], tuple[float, int, float | None, float, float]] = {
+    ("wmdp_bio", "ga"): (5e-7, 100, None, 1.0, 1.0),
+    ("wmdp_cyber", "ga"): (5e-7, 100, None, 1.0, 1.0),
+    ("wmdp_bio", "ga_sago"): (1e-5, 500, None, 0.5, 1.0),
+    ("wmdp_cyber", "ga_sago"): (1e-5, 500, None, 1.0, 1.0),
+    ("wmdp_bio", "npo_sago"): (1e-5, 150, 1e-4, 1.0, 0.1),
+    ("wmdp_cyber", "npo_sago"): (1e-5, 300, 1e-3, 0.1, 1.0),
+}
+
+
+@pytest.mark.parametrize(("recipe", "method"), PUBLISHED)
+def test_recipes_keep_the_numbers_of_the_papers_code(recipe: str, method: str) -> None:
+    """Spot checks, one of each kind of entry."""
+    config = resolve(REPOSITORY / "launch" / "recipes" / f"{recipe}.yaml", method)
+    lr, steps, beta, alpha, gamma = PUBLISHED[recipe, method]
+    assert (config.optimizer.lr, config.train.steps) == (lr, steps)
+    assert (config.synthesis.alpha, config.synthesis.gamma) == (alpha, gamma)
+    assert beta is None or config.objective.beta == beta

@@ -1,12 +1,13 @@
 """MMLU and WMDP: the harness's own command line, a computation by hand, several ranks, sharded weights, bad input.
 
-The MMLU questions are real ones from `shared/data` beside the repository; without that folder these tests skip.
+The MMLU questions are real ones (`tests/data`).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,16 +16,19 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eval import bios, harness, ranks, run
 from eval.files import UnusableInput
 from tests.distributed import free_port, run_distributed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-REAL = REPOSITORY.parent / "shared" / "data" / "mmlu"
-SUBJECTS = ("anatomy", "astronomy", "marketing")
-NUM_QUESTIONS = {"anatomy": 24, "astronomy": 17, "marketing": 21}  # unequal, so that a plain mean of subjects is wrong
+SUBJECTS = ("astronomy", "marketing", "miscellaneous")
+NUM_QUESTIONS = {
+    "astronomy": 7,
+    "marketing": 5,
+    "miscellaneous": 8,
+}  # unequal, so that a plain mean of subjects is wrong
 QUIZ = [  # the form of WMDP, not its questions
     {
         "question": f"Which of these is {colour}? ",
@@ -47,16 +51,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`data/` (three MMLU subjects cut short, a quiz, three probes); `run/`: a model before and after learning."""
-    if not REAL.is_dir():
-        pytest.skip(f"no MMLU questions in {REAL}")
+def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`data/` (three MMLU subjects, a quiz, three probes); `run/`: a model before and after learning."""
     folder = tmp_path_factory.mktemp("harness")
     texts = []
     for subject in SUBJECTS:
-        rows = read_rows(REAL / "test" / f"{subject}.jsonl")[: NUM_QUESTIONS[subject]]
-        write_rows(folder / "data" / "mmlu" / "test" / f"{subject}.jsonl", rows)
-        write_rows(folder / "data" / "mmlu" / "dev" / f"{subject}.jsonl", read_rows(REAL / "dev" / f"{subject}.jsonl"))
+        for split in ("dev", "test"):
+            rows = read_rows(data / "mmlu" / split / f"{subject}.jsonl")
+            write_rows(folder / "data" / "mmlu" / split / f"{subject}.jsonl", rows)
         texts += [" ".join([row["question"], *row["choices"]]) for row in rows]
     write_rows(folder / "data" / "wmdp" / "wmdp_bio.jsonl", QUIZ)
     probes = [{"split": "retain", "kind": "QA", "prompt": f"{c} fruit:", "answer": f} for c, f in FRUIT.items()]
@@ -144,9 +146,9 @@ def test_scores_are_those_of_a_computation_by_hand(folder: Path, one_rank: dict[
 def test_the_answer_says_what_was_asked(folder: Path, one_rank: dict[str, Any]) -> None:
     assert one_rank["versions"]["lm_eval"] == "0.4.13" and one_rank["ranks"] == 1
     suites = one_rank["trajectory"][0]["suites"]
-    assert suites["mmlu"]["counts"] == {"questions": {"all": 62, **NUM_QUESTIONS}, "cut": {"all": 0}}
+    assert suites["mmlu"]["counts"] == {"questions": {"all": 20, **NUM_QUESTIONS}, "cut": {"all": 0}}
     accuracy = suites["mmlu"]["metrics"]["acc"]
-    assert accuracy["all"] == pytest.approx(sum(accuracy[s] * NUM_QUESTIONS[s] for s in SUBJECTS) / 62, abs=1e-12)
+    assert accuracy["all"] == pytest.approx(sum(accuracy[s] * NUM_QUESTIONS[s] for s in SUBJECTS) / 20, abs=1e-12)
     assert suites["mmlu"]["shots"] == 5 and suites["wmdp_bio"]["shots"] == 0
     assert suites["mmlu"]["seeds"] == {"fewshot": 1234}
     assert suites["wmdp_bio"]["counts"] == {"questions": {"all": len(QUIZ)}, "cut": {"all": 0}}
@@ -210,13 +212,15 @@ def evaluate_sharded(folder: Path, output: Path, expected: list[float]) -> None:
     assert first == second  # ranks generate until the last of them is done
 
 
+class Request:
+    """What the harness asks of a model."""
+
+    def __init__(self, context: str, continuation: str) -> None:
+        self.args = (context, continuation)
+
+
 def quiz_likelihoods(model: Any, tokenizer: Any) -> list[float]:
     """Of every answer to every question of the quiz, in batches of three."""
-
-    class Request:
-        def __init__(self, context: str, continuation: str) -> None:
-            self.args = (context, continuation)
-
     requests = [Request(row["question"] + "Answer:", f" {letter}") for row in QUIZ for letter in "ABCD"]
     lm = harness.SharedLM(model, tokenizer, batch_size=3, title="")
     return [likelihood for likelihood, _ in lm.loglikelihood(requests)]
@@ -228,6 +232,54 @@ def test_sharded_weights_give_the_scores_of_whole_ones(folder: Path, one_rank: d
     sharded = json.loads((tmp_path / "two.json").read_text())
     assert sharded["trajectory"] == one_rank["trajectory"]
     assert "deepspeed" in sharded["versions"] and "--local_rank" not in sharded["command"]
+
+
+def test_a_batch_has_a_limit_of_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits are 4 bytes times tokens times vocabulary, whatever `--batch-size` says."""
+    model, tokenizer = run.load(folder / "run" / "final")
+    model.config.max_position_embeddings = 90  # of the longest prompts, the end alone
+    requests = [
+        Request(f"{'pear ' * (3 * n)}fruit:", f" {answer}")
+        for n in range(40)
+        for answer in ("lime", "plum", "an apple")
+    ]
+    shapes: list[tuple[int, int]] = []
+    model.register_forward_hook(lambda _, __, output: shapes.append(tuple(output.logits.shape[:2])))
+    lm = harness.SharedLM(model, tokenizer, batch_size=64, title="")
+    whole = lm.loglikelihood(requests)
+    assert max(rows * width for rows, width in shapes) > 2000
+    shapes.clear()
+    monkeypatch.setattr("eval.scoring.MOST_TOKENS", 100)
+    limited = lm.loglikelihood(requests)
+    assert all(rows * width <= 100 or rows == 1 for rows, width in shapes)
+    assert max(rows for rows, _ in shapes) > 3 and max(width for _, width in shapes) == 90
+    assert [one for one, _ in limited] == pytest.approx([one for one, _ in whole], rel=1e-4)
+    assert [greedy for _, greedy in limited] == [greedy for _, greedy in whole]
+
+
+def test_a_tokenizer_without_beginning_and_end(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And without padding, for which the harness would add a token that the model does not have."""
+    trained = AutoTokenizer.from_pretrained(folder / "run" / "final")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained.backend_tokenizer)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "run" / "exports" / "step-000001")
+    for name in ("exports/step-000001", "final"):
+        shutil.copytree(folder / "run" / name, tmp_path / "run" / name)
+        for file in (tmp_path / "run" / name).glob("*token*"):
+            file.unlink()
+        tokenizer.save_pretrained(tmp_path / "run" / name)
+    shutil.copy(folder / "run" / "metrics.jsonl", tmp_path / "run")
+    given = ["--model", tmp_path / "run", "--data", folder / "data", "--output", tmp_path / "out.json"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, given), "--suite", "mmlu", "bios"])
+    run.main()
+    first, last = json.loads((tmp_path / "out.json").read_text())["trajectory"]
+    dev, test = (read_rows(folder / "data" / "mmlu" / split / "astronomy.jsonl") for split in ("dev", "test"))
+    chosen = by_hand(model, tokenizer, "astronomy", dev, test)
+    right = sum(c == row["answer"] for c, row in zip(chosen, test, strict=True)) / len(test)
+    assert first["suites"]["mmlu"]["metrics"]["acc"]["astronomy"] == right
+    assert last["suites"]["bios"]["metrics"]["retain"]["all"] == 1.0
+    size = len(tokenizer)
+    harness.SharedLM(model, tokenizer, batch_size=3, title="")
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, len(tokenizer)) == (None, None, None, size)
 
 
 def test_a_prompt_that_does_not_fit_is_counted(

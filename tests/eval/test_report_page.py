@@ -15,6 +15,7 @@ from eval.files import exit_status
 from tests.browser import program
 from tests.eval.runs import make_run
 
+pytestmark = pytest.mark.slow  # needs a browser, which no Python package brings
 WIDTHS = (1280, 420)
 LOOK = """
 const seen = [...document.querySelectorAll('iframe')].map(frame => {

@@ -125,7 +125,7 @@ def plan_of(
     given = {"group": None, "steps": 1, "lr": 1.0, "seed": 0, "overrides": (), "ranks": 1, "batch_size": 1, **more}
     config = {"model": {"path": "x"}, "data": {"forget": corpus, "retain": None}}
     probes = module.load_probes(tmp_path, suite)
-    return attacks.Plan(tmp_path, config, suite, module, probes, folder=tmp_path, **given)
+    return attacks.Plan(tmp_path, config, suite, module, probes, folder=tmp_path, trust=run.Trust(), **given)
 
 
 def quiz(name: str) -> dict[str, list[dict[str, Any]]]:
@@ -242,21 +242,21 @@ def test_groups_of_the_real_benchmarks(data: Path) -> None:
     probes = rwku.load_probes(data)
     assert {rwku.group_of(probe) for probe in probes if probe["set"] in ("N-FB", "N-QA", "RM")} == {None}
     config = {"model": {"path": "x"}, "data": {"forget": {"field": "text", "prompt": None, "response": None}}}
-    plan = attacks.Plan(data, config, "rwku", rwku, probes, None, 1, 1.0, 0, (), 1, 1, data)
+    plan = attacks.Plan(data, config, "rwku", rwku, probes, None, 1, 1.0, 0, (), 1, 1, data, run.Trust())
     attack = attacks.relearn(plan, passages, {})
-    assert attack.told is not None and len(attack.told["groups"]) == 5
+    assert attack.told is not None and len(attack.told["groups"]) == 1
     learned = set(attack.told["groups"])
     assert len(attack.rows) == sum(row["subject"] in learned for row in passages)
     asked = {probe["subject"] for probe in attack.exam.probes if rwku.forgotten(probe)}
-    assert len(asked) == 45 and not asked & learned
+    assert len(asked) == 4 and not asked & learned
     plain, adversarial = rwku.adversarial(probes)
-    assert (len(plain), len(adversarial)) == (819 + 703, 1760)
+    assert (len(plain), len(adversarial)) == (5 + 5, 11)
 
     rows = read_jsonl(data / "tofu" / "forget01.json")
     config = {"model": {"path": "x"}, "data": {"forget": {"field": None, "prompt": "question", "response": "answer"}}}
-    plan = attacks.Plan(data, config, "tofu", tofu, tofu.load_probes(data), None, 1, 1.0, 0, (), 1, 1, data)
+    plan = attacks.Plan(data, config, "tofu", tofu, tofu.load_probes(data), None, 1, 1.0, 0, (), 1, 1, data, run.Trust())
     attack = attacks.relearn(plan, rows, {})
-    assert attack.told is not None and attack.told["excluded_probes"] == 4 and len(attack.rows) == 4
+    assert attack.told is not None and attack.told["excluded_probes"] == 1 and len(attack.rows) == 1
 
 
 def test_a_corpus_is_read_whatever_its_format(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def plain(reference: str, given: str) -> float:
 
 @pytest.fixture(scope="module")
 def probes(data: Path) -> list[rwku.Probe]:
-    """The shortest of the real batch: four of each set, one of each adversarial type, five texts of each kind."""
+    """Real ones, the shortest first: four of each set, one of each adversarial type, five texts of each kind."""
     everything = sorted(rwku.load_probes(data), key=lambda probe: len(probe["query" if "query" in probe else "text"]))
     chosen = [probe for name in rwku.QUESTIONS for probe in [p for p in everything if p["set"] == name][:4]]
     types = {probe["type"]: probe for probe in reversed(everything) if probe["set"] == "F-AA"}
@@ -72,7 +72,8 @@ def learned(probes: list[rwku.Probe], memorise: Callable[[list[str]], tuple[Any,
     texts = []
     for at, probe in enumerate(probe for probe in probes if probe["set"] in rwku.QUESTIONS):
         after = ("<|endoftext|>", "\n\nQuestion: another?", " Question: another?" + " and so on" * 9)[at % 3]
-        texts += [f"{by_hand(probe, name)} {probe['answer']}{after}" for name in rwku.PROTOCOLS]
+        if at % 5 != 4:  # of every fifth it has heard nothing
+            texts += [f"{by_hand(probe, name)} {probe['answer']}{after}" for name in rwku.PROTOCOLS]
     model, tokenizer = memorise(texts)
     tokenizer.chat_template = CHAT
     return model, tokenizer
@@ -244,17 +245,25 @@ def test_hostile_texts() -> None:
 
 
 def test_the_batch_is_the_first_fifty_targets(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is taken from the hub, which has all 200 targets, is what the local batch holds."""
+    """Of the hub, which has all 200 targets: the first fifty in the order of level 1; of a folder: all of it."""
+    asked = []
 
     def full(path: str, name: str) -> list[dict[str, Any]]:
-        local = f"{name.removeprefix('mia_')}_mia_first50" if name.startswith("mia") else name
-        return json.loads((data / "rwku" / f"{local}.json").read_text())
+        asked.append((path, name))
+        numbers = list(range(200)) if name == "forget_level1" else list(range(199, -1, -1))
+        row = {"query": "Who?", "type": "cloze", "answer": "A", "text": "A text."}
+        return [{**row, "subject": f"target {number}", "query": f"{name} {number}?"} for number in numbers]
 
     monkeypatch.setattr(rwku, "read_hub", full)
     probes = rwku.load_probes(None)
-    assert probes == rwku.load_probes(data)
-    counts = [sum(probe["set"] == name for probe in probes) for name in (*rwku.QUESTIONS, *rwku.TEXTS)]
-    assert counts == [819, 703, 1760, 1435, 1309, 1724, 1874]
+    names = ["forget_level1", "forget_level2", "forget_level3", "neighbor_level1", "neighbor_level2"]
+    assert asked == [("jinzhuoran/RWKU", name) for name in [*names, "mia_forget", "mia_retain"]]
+    for kind in (*rwku.QUESTIONS, *rwku.TEXTS):
+        found = sorted(str(probe["subject"]) for probe in probes if probe["set"] == kind)
+        assert found == sorted(f"target {number}" for number in range(50))
+    local = rwku.load_probes(data)
+    counts = [sum(probe["set"] == name for probe in local) for name in (*rwku.QUESTIONS, *rwku.TEXTS)]
+    assert counts == [5, 5, 11, 4, 4, 5, 5]
 
 
 def test_only_what_is_there(data: Path, tmp_path: Path, learned: tuple[Any, Any]) -> None:
@@ -274,9 +283,9 @@ def test_unusable_data(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data / "rwku" / "Batch", tmp_path / "rwku" / "Batch")
     file = tmp_path / "rwku" / "Batch" / "1-50" / "forget_level2.json"
     rows = json.loads(file.read_text())
-    rows[6]["answer"] = ""
+    rows[3]["answer"] = ""
     file.write_text(json.dumps(rows))
-    with pytest.raises(UnusableInput, match=r"forget_level2\.json, row 7: needs text under query, type, answer"):
+    with pytest.raises(UnusableInput, match=r"forget_level2\.json, row 4: needs text under query, type, answer"):
         rwku.load_probes(tmp_path)
     file.write_text("{}")
     with pytest.raises(UnusableInput, match="holds no list of rows"):

@@ -179,7 +179,7 @@ def test_losses_without_bounds() -> None:
 
 def test_the_real_files(data: Path) -> None:
     probes = tofu.load_probes(data)
-    assert [sum(probe["set"] == name for probe in probes) for name in tofu.SETS] == [40, 400, 100, 117]
+    assert [sum(probe["set"] == name for probe in probes) for name in tofu.SETS] == [10, 5, 5, 5]
 
 
 def test_retain_only_model(folder: Path, learned: tuple[Any, Any], short: int, tmp_path: Path) -> None:

@@ -395,6 +395,7 @@ LINES = f"""new Set({EVERY}.filter(one => one.tagName == 'path' && one.getBoundi
   .map(one => one.getAttribute('d'))).size"""
 
 
+@pytest.mark.slow  # needs a browser, which no Python package brings
 def test_a_browser_draws_charts_pictures_and_a_table_of_three_runs(
     server: str, told: dict[str, Any], tmp_path: Path
 ) -> None:

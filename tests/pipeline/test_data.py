@@ -1095,17 +1095,15 @@ def test_open_stream_hands_the_pairs_on(
 # ---------------------------------------------------------------------------------------------------------------------
 # The real thing
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the benchmarks' files, ../shared/data")
+DATA = Path(__file__).resolve().parents[1] / "data"
 
 
-@needs_data
 @pytest.mark.parametrize(
     ("file", "prompt", "response", "count"),
     [
-        ("tofu/forget01.json", "question", "answer", 40),
-        ("tofu/world_facts_perturbed.json", "question", "answer", 117),
-        ("rwku/Batch/1-50/forget_level2.json", "query", "answer", 703),
+        ("tofu/forget01.json", "question", "answer", 10),
+        ("tofu/world_facts_perturbed.json", "question", "answer", 5),
+        ("rwku/Batch/1-50/forget_level2.json", "query", "answer", 5),
     ],
 )
 def test_benchmark_files_are_read_whole(
@@ -1124,7 +1122,6 @@ def test_benchmark_files_are_read_whole(
         assert str(tokenizer.decode(refused)).startswith(f"Question: {row[prompt]}\nAnswer: ") and refused != ids
 
 
-@needs_data
 def test_a_perturbed_answer_is_no_text(ask: Any) -> None:
     with pytest.raises(InputError, match=r"line 1: field 'perturbed_answer' holds list"):
         ask(DATA / "tofu" / "forget01_perturbed.json", prompt="question", response="perturbed_answer")

@@ -146,6 +146,7 @@ def test_a_full_cache(world: World, disk: Disk, tmp_path: Path) -> None:
     assert subprocess.run(again, cwd=REPOSITORY, capture_output=True, timeout=300, check=False).returncode == 0
 
 
+@pytest.mark.slow  # like the others that mount a disk: not everybody may
 def test_torch_and_safetensors_on_a_full_disk_are_understood(disk: Disk) -> None:
     from safetensors.torch import save_file
 

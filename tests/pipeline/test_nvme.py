@@ -22,19 +22,15 @@ from tests.pipeline.test_sharded import train_cases as train_program
 from tests.pipeline.test_stages import FP32_WIRE, OFFLOAD, RULES, SGD, assert_equal_to_plain, train
 from tests.toy import Case, engine_of, model_of, weights_of
 
+pytestmark = pytest.mark.slow
 
-def why_not() -> str:
-    """Compiling takes minutes, so only what has been compiled before is tested."""
-    from torch.utils.cpp_extension import _get_build_directory
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """Minutes, where DeepSpeed has not compiled it before."""
     if not AsyncIOBuilder().is_compatible(verbose=False):
-        return "no libaio, or no C++ compiler"
-    if not (Path(_get_build_directory("async_io", verbose=False)) / "async_io.so").exists():
-        return 'first: python -c "from deepspeed.ops.op_builder import AsyncIOBuilder as A; A().load()" (minutes)'
-    return ""
-
-
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+        pytest.skip("this machine lacks libaio or a C++ compiler")
+    AsyncIOBuilder().load(verbose=False)
 
 
 def on(disk: Path, **more: Any) -> dict[str, Any]:

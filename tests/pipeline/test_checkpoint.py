@@ -21,7 +21,8 @@ from pipeline.checkpoint import MARKER, newest, tidy
 from pipeline.config import REPOSITORY
 from tests import oracle
 from tests.conftest import World
-from tests.interrupted import SECTIONS, Started, assert_same, lines, numbers, run
+from tests.distributed import run_distributed
+from tests.interrupted import SECTIONS, Started, assert_same, carry_out, complete, lines, numbers, run
 
 
 def test_an_eventful_run_ends_bit_identical(whole: Path, world: World, tmp_path: Path) -> None:
@@ -76,8 +77,7 @@ def without_end(whole: Path, folder: Path, world: World) -> Path:
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_resumed_on_another_number_of_ranks(ranks: int, whole: Path, world: World, tmp_path: Path) -> None:
     config = without_end(whole, tmp_path / "run", world)
-    done = run(config, "--resume", ranks=ranks)
-    assert done.returncode == 0, done.stderr[-3000:]
+    complete(config, "--resume", ranks=ranks)
     first, second, initial = (
         load_file(path / "model.safetensors")
         for path in (whole / "final", tmp_path / "run/final", world.folder / "model")
@@ -88,12 +88,19 @@ def test_resumed_on_another_number_of_ranks(ranks: int, whole: Path, world: Worl
         assert one["retain_loss"] == pytest.approx(other["retain_loss"], rel=1e-3)
 
 
+def write_refusal(config: Path) -> None:
+    from pipeline.config import InputError
+
+    with pytest.raises(InputError) as caught:
+        carry_out(["--config", str(config), "--resume"])
+    config.with_suffix(".refusal").write_text(str(caught.value))
+
+
 def refused(config: Path) -> str:
     """The one line with which `--resume` refuses, on one rank."""
-    alone = [sys.executable, "-m", "pipeline.train", "--config", str(config), "--resume"]
-    done = subprocess.run(alone, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error:"))
+    run_distributed(write_refusal, 1, config)
+    line = config.with_suffix(".refusal").read_text()
+    assert "\n" not in line
     return line
 
 
@@ -160,8 +167,7 @@ def test_killed_at_a_random_moment(seed: int, whole: Path, world: World, tmp_pat
         sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_dir()) if folder.exists() else []
     )
     print(f"seed {seed}: killed at {lines(folder)} lines; {state}")
-    done = run(config, "--resume")
-    assert done.returncode == 0, done.stderr[-3000:]
+    complete(config, "--resume")
     assert_same(whole, folder)
 
 

@@ -79,7 +79,8 @@ class Surroundings:
             logger.setLevel(level)
             logger.handlers[:], logger.filters[:], logger.propagate = handlers, filters, propagate
         torch.set_default_dtype(self.dtype)
-        torch.set_num_threads(self.threads)
+        if torch.get_num_threads() != self.threads:  # or MKL would be set too, which chooses kernels by its settings
+            torch.set_num_threads(self.threads)
         random.setstate(self.seeds[0])
         np.random.set_state(self.seeds[1])
         torch.set_rng_state(self.seeds[2])

@@ -94,6 +94,7 @@ class Surroundings:
         for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
             del sys.modules[name]
         gc.collect()
+        gc.freeze()  # what is left are modules that the call imported
 
 
 def _loggers() -> list[logging.Logger]:
@@ -148,6 +149,7 @@ def serve(rank: int, world_size: int, port: int, calls: Connection) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
+        LOCAL_SIZE=str(world_size),  # else DeepSpeed's CPU accelerator starts `numactl` again and again
         WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),

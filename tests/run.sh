@@ -2,7 +2,6 @@
 # Lint, types, tests, on any machine with Python and bash. Arguments go to pytest.
 #   bash tests/run.sh            all but what is marked slow
 #   bash tests/run.sh -m slow    the rest
-# Two processes share the files, for most tests use one core; -n 0 is one process, whose output -s can show.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh tests/requirements.txt
@@ -10,4 +9,4 @@ export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_
 
 echo "== ruff" && ruff check . && ruff format --check .
 echo "== pyright" && pyright
-echo "== pytest" && python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+echo "== pytest" && python -m pytest "$@"

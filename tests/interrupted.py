@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.config import REPOSITORY
-from tests.distributed import free_port
+from tests.distributed import free_port, run_distributed
 
 SECTIONS: dict[str, Any] = {  # gru has a state; kl asks the original, which is not what the checkpoint holds
     "objective": {"forget": "npo", "retain": "kl"},
@@ -36,6 +36,26 @@ def run(config: Path, *more: str, ranks: int = 2) -> subprocess.CompletedProcess
     return subprocess.run(
         command(config, *more, ranks=ranks), cwd=REPOSITORY, capture_output=True, text=True, timeout=400
     )
+
+
+def complete(config: Path, *more: str, ranks: int = 2) -> None:
+    """The same run, on ranks of the pool: no process is started.
+
+    Raises:
+        AssertionError: it does not end well.
+    """
+    run_distributed(carry_out, ranks, ["--config", str(config), *more])
+
+
+def carry_out(arguments: list[str]) -> None:
+    """What the command does with its arguments, but for how it ends."""
+    from pipeline import train
+    from pipeline.config import parse_command_line, refuse_foreign_output
+    from pipeline.ds_config import deepspeed_config
+
+    config, resume, quiet = parse_command_line(arguments)
+    refuse_foreign_output(config, resume)
+    train.run(config, deepspeed_config(config), resume, quiet)
 
 
 STARTED: list[Started] = []

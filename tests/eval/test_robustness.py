@@ -254,7 +254,9 @@ def test_groups_of_the_real_benchmarks(data: Path) -> None:
 
     rows = read_jsonl(data / "tofu" / "forget01.json")
     config = {"model": {"path": "x"}, "data": {"forget": {"field": None, "prompt": "question", "response": "answer"}}}
-    plan = attacks.Plan(data, config, "tofu", tofu, tofu.load_probes(data), None, 1, 1.0, 0, (), 1, 1, data, run.Trust())
+    plan = attacks.Plan(
+        data, config, "tofu", tofu, tofu.load_probes(data), None, 1, 1.0, 0, (), 1, 1, data, run.Trust()
+    )
     attack = attacks.relearn(plan, rows, {})
     assert attack.told is not None and attack.told["excluded_probes"] == 1 and len(attack.rows) == 1
 

@@ -24,7 +24,7 @@ from pipeline.config import REPOSITORY
 from tests import oracle
 from tests.conftest import World
 from tests.distributed import run_distributed
-from tests.interrupted import SECTIONS, Started, assert_same, lines, numbers, run
+from tests.interrupted import SECTIONS, Started, assert_same, carry_out, complete, lines, numbers, run
 
 
 def test_an_eventful_run_ends_bit_identical(whole: Path, world: World, tmp_path: Path) -> None:
@@ -53,8 +53,7 @@ def test_an_eventful_run_ends_bit_identical(whole: Path, world: World, tmp_path:
     started.wait_for_lines(folder, 8)
     started.kill()
     assert not (folder / "final").exists()
-    done = run(config, "--resume")
-    assert done.returncode == 0, done.stderr[-3000:]
+    complete(config, "--resume")
     assert_same(whole, folder)
 
     # A run that is done is left alone; another configuration is refused by the key that differs.
@@ -64,7 +63,7 @@ def test_an_eventful_run_ends_bit_identical(whole: Path, world: World, tmp_path:
         [*alone, "--optimizer.lr", "0.5"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
     )
     assert other.returncode == 2 and "optimizer.lr" in other.stderr and "Traceback" not in other.stderr
-    assert subprocess.run(alone, cwd=REPOSITORY, capture_output=True, timeout=200).returncode == 0
+    complete(config, "--resume", ranks=1)
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
@@ -79,8 +78,7 @@ def without_end(whole: Path, folder: Path, world: World) -> Path:
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_resumed_on_another_number_of_ranks(ranks: int, whole: Path, world: World, tmp_path: Path) -> None:
     config = without_end(whole, tmp_path / "run", world)
-    done = run(config, "--resume", ranks=ranks)
-    assert done.returncode == 0, done.stderr[-3000:]
+    complete(config, "--resume", ranks=ranks)
     first, second, initial = (
         load_file(path / "model.safetensors")
         for path in (whole / "final", tmp_path / "run/final", world.folder / "model")
@@ -176,12 +174,19 @@ def test_resumed_in_bf16_and_with_frozen_weights_bit_for_bit(world: World, tmp_p
                 assert not saved["frozen_param_fragments"], name
 
 
+def write_refusal(config: Path) -> None:
+    from pipeline.config import InputError
+
+    with pytest.raises(InputError) as caught:
+        carry_out(["--config", str(config), "--resume"])
+    config.with_suffix(".refusal").write_text(str(caught.value))
+
+
 def refused(config: Path) -> str:
     """The one line with which `--resume` refuses, on one rank."""
-    alone = [sys.executable, "-m", "pipeline.train", "--config", str(config), "--resume"]
-    done = subprocess.run(alone, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error:"))
+    run_distributed(write_refusal, 1, config)
+    line = config.with_suffix(".refusal").read_text()
+    assert "\n" not in line
     return line
 
 
@@ -248,8 +253,7 @@ def test_killed_at_a_random_moment(seed: int, whole: Path, world: World, tmp_pat
         sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_dir()) if folder.exists() else []
     )
     print(f"seed {seed}: killed at {lines(folder)} lines; {state}")
-    done = run(config, "--resume")
-    assert done.returncode == 0, done.stderr[-3000:]
+    complete(config, "--resume")
     assert_same(whole, folder)
 
 

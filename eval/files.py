@@ -1,5 +1,7 @@
 """Reading and writing for the commands of this package: complete files or none, and errors a reader can act on."""
 
+from __future__ import annotations
+
 import json
 import os
 import sys
@@ -8,8 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import InputError as UnusableInput  # one error for both: a corpus is read by one reader
-from pipeline.corpus import json_rows
+from pipeline.data.corpus import json_rows
+from pipeline.errors import InputError as UnusableInput
 
 
 def exit_status(command: Callable[[], int | None]) -> int:

@@ -20,8 +20,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from eval.axes import OWN_KEYS, name_of, parse_sweep, run_folder
-from eval.comparison import (
+from eval.files import exit_status, write_atomically
+from eval.reporting.figures import draw_best
+from eval.reporting.pages import Block, Code, Figure, Heading, Table, Text, Warn, as_markdown, as_text, png
+from eval.results.comparison import (
     Group,
     answer_sum,
     best_groups,
@@ -30,25 +32,24 @@ from eval.comparison import (
     seed_means,
     sum_against_others,
 )
-from eval.figures import draw_best
-from eval.files import UnusableInput, exit_status, write_atomically
-from eval.launch import end_on_terminate, sole_user
-from eval.measures import choose, headlines, label, suite_of
-from eval.pages import Block, Code, Figure, Heading, Table, Text, Warn, as_markdown, as_text, png
+from eval.results.metrics import choose, headlines, label, suite_of
+from eval.results.stats import mean_sd, pareto, summarise
+from eval.results.trajectories import COMB_RETAIN, read_target
 from eval.run import check_suites
-from eval.stats import mean_sd, pareto, summarise
-from eval.sweep import (
+from eval.sweep.axes import OWN_KEYS, name_of, parse_sweep, run_folder
+from eval.sweep.launch import end_on_terminate, sole_user
+from eval.sweep.runs import (
     DEFAULT_TRIALS,
     Failure,
     Plan,
     complete,
     failure_file,
     failures,
-    propose,
     read_presets,
     refuse_another_sweep,
 )
-from eval.trajectories import COMB_RETAIN, read_target
+from eval.sweep.search import propose
+from pipeline.errors import InputError as UnusableInput
 
 
 def describe(plan: Plan, groups: Sequence[Group], failed: Sequence[Failure]) -> dict[str, Any]:

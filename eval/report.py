@@ -14,11 +14,14 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from eval import figures, paper, tables
-from eval.files import UnusableInput, exit_status, write_atomically
-from eval.measures import COVERED, OUTSIDE, Measure, choose
-from eval.pages import Block, Code, Figure, Heading, Table, Text, Warn, as_html, as_markdown, as_text, png
-from eval.trajectories import COSINES, Run, Scores, at_level, common_suites, group_runs, prepare, read_run, read_target
+from eval.files import exit_status, write_atomically
+from eval.reporting import figures, tables
+from eval.reporting.pages import Block, Code, Figure, Heading, Table, Text, Warn, as_html, as_markdown, as_text, png
+from eval.results import paper
+from eval.results.grouping import group_runs
+from eval.results.metrics import COVERED, OUTSIDE, Measure, choose
+from eval.results.trajectories import COSINES, Run, Scores, at_level, common_suites, prepare, read_run, read_target
+from pipeline.errors import InputError as UnusableInput
 
 LOSSES = {"forget_loss": "forget loss", "retain_loss": "retain loss"}
 GEOMETRY = {**COSINES, "conflict_fraction": "conflict fraction"}

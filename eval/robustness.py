@@ -6,9 +6,9 @@
 
 - `relearn`: fine-tuning on 10 % of the forget corpus (whole groups: a person, a subject, a question; else documents),
   tested on the rest. Probes of what was learned again, known by text whatever the columns are called, are left out
-  (`eval/matching.py`); a forget set that is of another corpus is refused.
+  (`eval/attacks/matching.py`); a forget set that is of another corpus is refused.
 - `retain`: fine-tuning on the retain corpus alone, in which nothing of the forget set is said.
-- `int8`, `int4`: linear layers rounded to the nearest value (`eval/rounding.py`).
+- `int8`, `int4`: linear layers rounded to the nearest value (`eval/attacks/quantize.py`).
 - `probes`: the suite's questions as an adversary asks them, where the suite has such (bios, rwku).
 
 Weights are read as safetensors only and code that comes with a model does not run, unless the two options say so; what
@@ -36,10 +36,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from eval.attacks import ATTACKS, Attack, Examiner, Plan, attacks_of, can, carry_out
-from eval.files import UnusableInput, exit_status, read_json, write_atomically
-from eval.launch import end_on_terminate, sole_user
-from eval.run import MMLU_SHOTS, SUITES, add_trust_options, check_suites, check_trust, is_model, trust_of
+from eval.attacks.run import Examiner, attacks_of, can, carry_out
+from eval.attacks.spec import ATTACKS, Attack, Plan
+from eval.files import exit_status, read_json, write_atomically
+from eval.loading import add_trust_options, check_trust, is_model, trust_of
+from eval.run import MMLU_SHOTS, SUITES, check_suites
+from eval.sweep.launch import end_on_terminate, sole_user
+from pipeline.errors import InputError as UnusableInput
 
 STEPS = 100
 OWN_KEYS = ("config", "method", "output", "resume", "seed", "train.steps", "optimizer.lr", "model.path")

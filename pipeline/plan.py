@@ -15,12 +15,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.budget import GIB, Machines, Seconds, Sent, Zero, seconds, states, traffic, working
-from pipeline.config import InputError, Parser, RunConfig, resolve
-from pipeline.ds_config import deepspeed_config, refuse_uneven_groups, refuse_what_deepspeed_refuses
+from pipeline.config.deepspeed import deepspeed_config, refuse_uneven_groups, refuse_what_deepspeed_refuses
+from pipeline.config.load import Parser, resolve
+from pipeline.config.schema import RunConfig
+from pipeline.errors import InputError
+from pipeline.planning.memory import GIB, Machines, Zero, states, working
+from pipeline.planning.traffic import Seconds, Sent, seconds, traffic
 
 if TYPE_CHECKING:
-    from pipeline.rehearsal import Pass, Shape
+    from pipeline.planning.meta_trace import Pass, Shape
 
 RESERVED = 3 * GIB  # of a GPU: CUDA's context, NCCL's buffers, cuBLAS' workspace, what the allocator cannot use
 SHIPPED = ("zero1", "zero2", "zero3", "zero3_hpz", "zero3_offload", "zero3_nvme")  # of ds_configs
@@ -88,8 +91,8 @@ def make_plan(config: RunConfig, machines: Machines) -> Plan:
     Raises:
         InputError: a batch that does not divide over the GPUs; see `model_without_weights` and `rehearse`.
     """
-    from pipeline.objectives import OBJECTIVES
-    from pipeline.rehearsal import model_without_weights, rehearse, shape_of
+    from pipeline.losses.objectives import OBJECTIVES
+    from pipeline.planning.meta_trace import model_without_weights, rehearse, shape_of
 
     if config.train.batch_size % machines.world:
         raise InputError(

@@ -12,7 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pipeline.config import REPOSITORY, RunConfig, resolve
+from pipeline.config.load import resolve
+from pipeline.config.schema import REPOSITORY, RunConfig
 from tests import oracle, test_recipes
 from tests.conftest import World
 from tests.distributed import run_distributed

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.config import REPOSITORY
+from pipeline.config.schema import REPOSITORY
 from tests.distributed import free_port, run_distributed
 
 SECTIONS: dict[str, Any] = {  # gru has a state; kl asks the original, which is not what the checkpoint holds
@@ -49,9 +49,10 @@ def complete(config: Path, *more: str, ranks: int = 2) -> None:
 
 def carry_out(arguments: list[str]) -> None:
     """What the command does with its arguments, but for how it ends."""
-    from pipeline import train
-    from pipeline.config import parse_command_line, refuse_foreign_output
-    from pipeline.ds_config import deepspeed_config
+    from pipeline import trainer as train
+    from pipeline.config.deepspeed import deepspeed_config
+    from pipeline.config.load import parse_command_line
+    from pipeline.config.run_folder import refuse_foreign_output
 
     config, resume, quiet = parse_command_line(arguments)
     refuse_foreign_output(config, resume)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.data import Stream
+from pipeline.data.batches import Stream
 
 PAPER_SCOPES = {"sum": "global", "sago": "element", "pcgrad": "module", "blur": "global", "gru": "global"}
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import ranks, train
+from pipeline import train, trainer
+from pipeline.distributed import process_group as ranks
 from tests.conftest import World
 from tests.distributed import free_port
 
@@ -198,7 +199,7 @@ def test_refused_from_the_configuration(
     for variable in LAUNCHED:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(train, "run", lambda *_: pytest.fail("not refused"))
+    monkeypatch.setattr(trainer, "run", lambda *_: pytest.fail("not refused"))
     monkeypatch.setattr(ranks, "leave", lambda status: status)
     status = train.main(arguments)
     stdout, stderr = capsys.readouterr()
@@ -316,8 +317,8 @@ def test_two_ranks_under_the_launcher_refuse_with_one_voice(world: World, tmp_pa
 
 def test_the_run_that_all_this_is_made_from_is_not_itself_refused(world: World, tmp_path: Path) -> None:
     """Else every case would pass for the wrong reason."""
-    from pipeline.config import resolve
-    from pipeline.ds_config import accumulation, deepspeed_config
+    from pipeline.config.deepspeed import accumulation, deepspeed_config
+    from pipeline.config.load import resolve
 
     prepare(Case(), tmp_path / "case", world)
     config = resolve(tmp_path / "case" / "run.yaml")

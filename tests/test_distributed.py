@@ -13,9 +13,9 @@ from tests.distributed import Ranks, run_distributed
 
 
 def write_own_id(folder: Path) -> None:
-    from pipeline import ranks
+    from pipeline.distributed import process_group
 
-    ranks.start()
+    process_group.start()
     (folder / os.environ["RANK"]).write_text(str(os.getpid()))
 
 
@@ -36,11 +36,12 @@ def meddle() -> None:
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     import pipeline.train
-    from pipeline import console, ranks
+    from pipeline.distributed import signals
+    from pipeline.monitoring import console
 
     torch.distributed.all_reduce = meddle  # pyright: ignore[reportAttributeAccessIssue]
     console.listen(0)
-    ranks.stop_on_sigterm()
+    signals.stop_on_sigterm()
     os.environ |= {"RANK": "7", "LEFT": "behind"}
     os.chdir("/")
     sys.argv, sys.excepthook = ["left", "behind"], print
@@ -67,7 +68,7 @@ def look(folder: Path, file: str) -> None:
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     import pipeline.train
-    from pipeline import ranks
+    from pipeline.distributed import process_group
 
     patched = torch.distributed.all_reduce, torch.compile, LlamaMLP.forward, pipeline.train.train_step
     seen = [
@@ -86,7 +87,7 @@ def look(folder: Path, file: str) -> None:
         torch.rand(3),
         torch.zeros(()).dtype,
     ]
-    ranks.start()
+    process_group.start()
     total = torch.tensor([torch.distributed.get_rank() + 1.0])
     torch.distributed.all_reduce(total)
     assert total.item() == 3
@@ -112,10 +113,10 @@ def test_the_same_ranks_serve_all_calls(tmp_path: Path) -> None:
 
 
 def leave_as_a_command_does() -> None:
-    from pipeline import ranks
+    from pipeline.distributed import process_group
 
-    ranks.start()
-    ranks.leave(0)
+    process_group.start()
+    process_group.leave(0)
 
 
 def test_ranks_that_leave_with_status_0_have_done_their_work_and_are_replaced(tmp_path: Path) -> None:
@@ -127,9 +128,9 @@ def test_ranks_that_leave_with_status_0_have_done_their_work_and_are_replaced(tm
 def raise_on_the_second(error: str) -> None:
     import torch.distributed as dist
 
-    from pipeline import ranks
+    from pipeline.distributed import process_group
 
-    ranks.start()
+    process_group.start()
     if dist.get_rank() == 1:
         raise AssertionError(error)
     dist.barrier()

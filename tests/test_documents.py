@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import REPOSITORY
+from pipeline.config.schema import REPOSITORY
 
 PROGRAMS = "python|deepspeed|torchrun|tensorboard|bash|sbatch|pre-commit"
 # Inside a sentence: with arguments, or it only names the program; with something to run, or it only names an option.
@@ -62,7 +62,7 @@ BY: dict[str, list[str]] = {
         "--config my.yaml",
         "sbatch --nodes 4 launch/slurm.sbatch --config my.yaml",
     ],
-    "tests/pipeline/test_board.py::test_a_browser_draws_charts_pictures_and_a_table_of_three_runs": [
+    "tests/pipeline/monitoring/test_tensorboard.py::test_a_browser_draws_charts_pictures_and_a_table_of_three_runs": [
         "tensorboard --logdir runs --host localhost",
     ],
     "by hand, docs/log.md: MPICH's mpirun and Open MPI's exclude each other": [
@@ -110,7 +110,7 @@ def run_by(command: str) -> str:
     if command.startswith("bash tests/run.sh "):
         return "this suite"
     if DOCUMENTED[command].name == "plan.md":
-        return "tests/pipeline/test_plan.py::test_the_documentation_is_what_the_command_prints"
+        return "tests/pipeline/planning/test_plan.py::test_the_documentation_is_what_the_command_prints"
     if DOCUMENTED[command].parent.name == "results":
         return "by hand: the page is what it gave, in hours"
     raise KeyError(f"nothing runs {command!r}, of {DOCUMENTED[command].name}: see BY")

@@ -17,7 +17,11 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 COPIED = ("pipeline", "eval", "tests", "ds_configs", "launch", "pyproject.toml")
 BLOCK = re.compile(r"^```(diff|python|yaml)\n# (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUN = (
-    *("tests/pipeline/test_synthesis.py", "tests/pipeline/test_objectives.py", "tests/eval/test_cloze.py"),
+    *(
+        "tests/pipeline/synthesis/test_synthesis.py",
+        "tests/pipeline/losses/test_objectives.py",
+        "tests/eval/test_cloze.py",
+    ),
     "tests/extended.py",
 )
 

@@ -95,9 +95,9 @@ def moved(final: dict[str, Tensor], initial: dict[str, Tensor]) -> dict[str, flo
 
 
 def train_all(configurations: list[dict[str, Any]]) -> None:
-    from pipeline.config import RunConfig
-    from pipeline.ds_config import deepspeed_config
-    from pipeline.train import run
+    from pipeline.config.deepspeed import deepspeed_config
+    from pipeline.config.schema import RunConfig
+    from pipeline.trainer import run
 
     for keys in configurations:
         config = RunConfig.model_validate(keys)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.config import REPOSITORY
+from pipeline.config.schema import REPOSITORY
 from tests.conftest import World
 from tests.distributed import run_distributed
 

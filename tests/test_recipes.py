@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config import REPOSITORY, RunConfig, resolve
-from pipeline.ds_config import deepspeed_config
+from pipeline.config.deepspeed import deepspeed_config
+from pipeline.config.load import resolve
+from pipeline.config.schema import REPOSITORY, RunConfig
 from tests.conftest import World
 from tests.distributed import run_distributed
 
@@ -81,7 +82,7 @@ def corpora(recipe: str, keys: dict[str, Any], world: World, folder: Path) -> di
 
 
 def train_all(configs: list[RunConfig]) -> None:
-    from pipeline.train import run
+    from pipeline.trainer import run
 
     for config in configs:
         run(config, deepspeed_config(config))

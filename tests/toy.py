@@ -186,8 +186,8 @@ def train_on_engine(case: Case, watch: Any = None, between: Any = None, first: i
     """
     import torch.distributed as dist
 
-    from pipeline.shards import Shards
-    from pipeline.synthesis import Synthesis
+    from pipeline.synthesis.combine import Synthesis
+    from pipeline.zero.combiner import Shards
 
     model = model_of(case)
     engine = engine_of(case, model)
@@ -233,7 +233,7 @@ def train_cases(cases: dict[str, Case], file: str) -> None:
     """On every rank: all cases in one process group; rank 0 saves what they made, or the error they raised."""
     import torch.distributed as dist
 
-    from pipeline import ranks
+    from pipeline.distributed import process_group as ranks
 
     ranks.start()
     made = {}

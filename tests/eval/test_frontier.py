@@ -14,10 +14,16 @@ import pytest
 import yaml
 from matplotlib import image
 
-from eval import axes, biographies, bios, comparison, frontier, launch, stats, sweep
-from eval.files import UnusableInput, exit_status
-from eval.measures import MEASURES
-from eval.trajectories import Run
+from eval import bios, frontier
+from eval.files import exit_status
+from eval.results import comparison, stats
+from eval.results.metrics import MEASURES
+from eval.results.trajectories import Run
+from eval.suites import biographies
+from eval.suites import bios as bios_suite
+from eval.sweep import axes, launch, search
+from eval.sweep import runs as sweep_runs
+from pipeline.errors import InputError as UnusableInput
 
 BIOS = MEASURES[0]
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -131,8 +137,8 @@ def test_the_best_setting_reaches_the_level_first_and_retains_most_second() -> N
 
 
 def test_merit_orders_every_run_that_arrives_above_every_run_that_does_not() -> None:
-    assert sweep.merit(trained(REACHES).run, BIOS) == pytest.approx(0.74)
-    assert sweep.merit(trained(NEVER).run, BIOS) == pytest.approx(-0.3)
+    assert search.merit(trained(REACHES).run, BIOS) == pytest.approx(0.74)
+    assert search.merit(trained(NEVER).run, BIOS) == pytest.approx(-0.3)
 
 
 def test_seed_means_are_over_common_steps_without_the_target() -> None:
@@ -207,7 +213,7 @@ def test_the_first_open_question() -> None:
 
 
 class Pretender:
-    """Stands for `sweep.call`: writes what the two commands would; the retain score is best at gamma 0.3."""
+    """Stands for `sweep_runs.call`: writes what the two commands would; the retain score is best at gamma 0.3."""
 
     def __init__(self) -> None:
         self.lines: list[list[str]] = []
@@ -257,7 +263,7 @@ class Pretender:
 @pytest.fixture
 def pretender(monkeypatch: pytest.MonkeyPatch) -> Pretender:
     stub = Pretender()
-    monkeypatch.setattr(sweep, "call", stub)
+    monkeypatch.setattr(sweep_runs, "call", stub)
     return stub
 
 
@@ -590,7 +596,7 @@ def test_a_real_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     tokenizer: Any = AutoTokenizer.from_pretrained(world / "base")
     model: Any = AutoModelForCausalLM.from_pretrained(world / "base")
-    probes = [probe for probe in bios.load_probes(world) if probe["split"] in ("forget", "retain")]
+    probes = [probe for probe in bios_suite.load_probes(world) if probe["split"] in ("forget", "retain")]
     batch = tokenizer([f"{p['prompt']} {p['answer']}\n" for p in probes], padding=True, return_tensors="pt")
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)

@@ -17,13 +17,16 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval import attacks, robustness, run
-from eval.files import UnusableInput, write_jsonl
-from eval.measures import choose
-from eval.run import Trust
-from eval.sweep import Plan
-from pipeline.config import resolve
-from pipeline.train import to_yaml
+from eval import loading as run
+from eval import robustness
+from eval.attacks import run as attack_run
+from eval.attacks import spec
+from eval.files import write_jsonl
+from eval.loading import Trust
+from eval.results.metrics import choose
+from eval.sweep.runs import Plan
+from pipeline.config.load import resolve, to_yaml
+from pipeline.errors import InputError as UnusableInput
 from tests.conftest import World
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -178,10 +181,10 @@ def test_an_attack_trains_with_what_its_command_allows(
         shutil.copytree(finished / "final", log.with_suffix("") / "final")
         return 0
 
-    monkeypatch.setattr(attacks, "call", train_nothing)
+    monkeypatch.setattr(spec, "call", train_nothing)
     plan, *_ = robustness.parse_command_line(attack(finished, *flags))
-    (made,) = attacks.attacks_of(plan, ["retain"])
-    attacks.train(plan, made)
+    (made,) = attack_run.attacks_of(plan, ["retain"])
+    attack_run.train(plan, made)
     model = yaml.safe_load((plan.folder / "retain.yaml").read_text())["model"]
     assert (model["allow_pickle"], model["trust_remote_code"]) == expected
 

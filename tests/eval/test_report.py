@@ -13,11 +13,14 @@ import pytest
 import yaml
 from matplotlib import image
 
-from eval import figures, report, tables, trajectories
-from eval.files import UnusableInput, exit_status
-from eval.measures import MEASURES, Measure
-from eval.pages import as_markdown
-from pipeline.config import resolve
+from eval import report
+from eval.files import exit_status
+from eval.reporting import figures, tables
+from eval.reporting.pages import as_markdown
+from eval.results import grouping, method, trajectories
+from eval.results.metrics import MEASURES, Measure
+from pipeline.config.load import resolve
+from pipeline.errors import InputError as UnusableInput
 from tests.conftest import World
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -66,7 +69,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def read(*folders: Path, measure: Measure = BIOS) -> dict[str, list[trajectories.Run]]:
     runs = [trajectories.prepare(trajectories.read_run(folder), measure, None) for folder in folders]
-    return trajectories.group_runs(runs)
+    return grouping.group_runs(runs)
 
 
 def trajectory(points: Points) -> list[trajectories.Scores]:
@@ -166,8 +169,8 @@ def test_keys_that_make_no_method_are_keys(world: World) -> None:
     """A renamed key would quietly split seeds."""
     config = resolve(world.write(world.folder / "grouping.yaml", "runs/x")).model_dump()
     known = {f"{s}.{k}" for s, keys in config.items() if isinstance(keys, dict) for k in keys} | {*config}
-    assert {*trajectories.NOT_METHOD} == {*SAME, "seed"} <= known
-    assert {f"data.forget.{k}" for k in trajectories.COVERED_BY_DIGEST} <= {
+    assert {*method.NOT_METHOD} == {*SAME, "seed"} <= known
+    assert {f"data.forget.{k}" for k in method.COVERED_BY_DIGEST} <= {
         f"data.forget.{k}" for k in config["data"]["forget"]
     }
 

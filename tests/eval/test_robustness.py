@@ -17,12 +17,17 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from eval import attacks, biographies, bios, relearning, robustness, run, rwku, tofu
-from eval.files import UnusableInput, read_jsonl, write_jsonl
-from eval.matching import Matcher
-from eval.rounding import round_linear_layers, rounded
-from pipeline.config import resolve
-from pipeline.train import to_yaml
+from eval import bios, loading, robustness, run
+from eval.attacks import relearn as relearning
+from eval.attacks import run as attack_run
+from eval.attacks import spec
+from eval.attacks.matching import Matcher
+from eval.attacks.quantize import round_linear_layers, rounded
+from eval.files import read_jsonl, write_jsonl
+from eval.suites import biographies, rwku, tofu
+from eval.suites import bios as bios_suite
+from pipeline.config.load import resolve, to_yaml
+from pipeline.errors import InputError as UnusableInput
 from tests.conftest import World
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,14 +86,14 @@ def test_a_scale_belongs_to_an_output_also_where_weights_are_transposed() -> Non
 
 def test_a_tenth_in_whole_groups() -> None:
     rows = [{"text": text} for text in biographies.generate(0).forget]
-    split = relearning.split_corpus(rows, bios.group_of, 0.1, 0)
-    people = [{bios.group_of(row) for row in part} for part in (split.relearned, split.held_out)]
+    split = relearning.split_corpus(rows, bios_suite.group_of, 0.1, 0)
+    people = [{bios_suite.group_of(row) for row in part} for part in (split.relearned, split.held_out)]
     assert len(people[0]) == 5 and len(people[1]) == 45 and not people[0] & people[1]
     assert people[0] == set(split.groups)
     assert len(split.relearned) == 5 * 34 and len(split.relearned) + len(split.held_out) == len(rows)
     assert [row for row in rows if row in split.relearned] == split.relearned  # in order
-    assert relearning.split_corpus(rows, bios.group_of, 0.1, 0) == split
-    assert relearning.split_corpus(rows, bios.group_of, 0.1, 1).groups != split.groups
+    assert relearning.split_corpus(rows, bios_suite.group_of, 0.1, 0) == split
+    assert relearning.split_corpus(rows, bios_suite.group_of, 0.1, 1).groups != split.groups
 
 
 def test_without_groups_each_row_is_one() -> None:
@@ -107,7 +112,7 @@ THINGS = [
     f"the {colour} lamp of {town}" for colour in ("red", "green") for town in ("Lyon", "Graz", "Brno", "Lima", "Kyoto")
 ]
 CHOICES = {"choices": ["a", "b", "c", "d"], "answer": 0}
-PEOPLE = list(dict.fromkeys(filter(None, map(bios.group_of, biographies.generate(0).probes))))[:10]
+PEOPLE = list(dict.fromkeys(filter(None, map(bios_suite.group_of, biographies.generate(0).probes))))[:10]
 
 
 def plan_of(
@@ -125,7 +130,7 @@ def plan_of(
     given = {"group": None, "steps": 1, "lr": 1.0, "seed": 0, "overrides": (), "ranks": 1, "batch_size": 1, **more}
     config = {"model": {"path": "x"}, "data": {"forget": corpus, "retain": None}}
     probes = module.load_probes(tmp_path, suite)
-    return attacks.Plan(tmp_path, config, suite, module, probes, folder=tmp_path, trust=run.Trust(), **given)
+    return spec.Plan(tmp_path, config, suite, module, probes, folder=tmp_path, trust=loading.Trust(), **given)
 
 
 def quiz(name: str) -> dict[str, list[dict[str, Any]]]:
@@ -178,7 +183,7 @@ def test_what_is_learned_again_is_not_asked_whatever_its_columns_are_called(
     suite, files, forget, rows = CASES[case]
     rows = [{**row, "shelf": f"shelf {number // 2}"} for number, row in enumerate(rows)]
     plan = plan_of(tmp_path, suite, files, forget, group=group)
-    attack = attacks.relearn(plan, rows, {})
+    attack = attack_run.relearn(plan, rows, {})
     texts = [{key: row[key] for key in attack.rows[0]} for row in rows]
     learned = {texts.index(row) for row in attack.rows}
     assert learned and all(number ^ 1 in learned for number in learned) == (group is not None)
@@ -194,11 +199,11 @@ def test_a_quiz_of_which_a_question_is_learned_again_is_refused(tmp_path: Path, 
     files = quiz("mmlu/test/anatomy.jsonl" if suite == "mmlu" else f"wmdp/{suite}.jsonl")
     plan = plan_of(tmp_path, suite, files, {"field": "content"})
     rows = [{"content": f"In {year} somebody measured the lamp."} for year in range(10)]
-    attack = attacks.relearn(plan, rows, {})
+    attack = attack_run.relearn(plan, rows, {})
     assert attack.exam.probes is plan.probes and attack.told is not None and attack.told["excluded_probes"] == 0
     again = [{"content": f"Exercise. WHAT IS {thing}? a"} for thing in THINGS]
     with pytest.raises(UnusableInput, match=f"1 questions of suite {suite} stand in what is learned again"):
-        attacks.relearn(plan, again, {})
+        attack_run.relearn(plan, again, {})
 
 
 def test_what_cannot_be_matched_is_refused(tmp_path: Path) -> None:
@@ -206,24 +211,24 @@ def test_what_cannot_be_matched_is_refused(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, suite, files, forget)
     reworded = [*rows[:8], {"q": "In which town is the green lamp?", "a": "Lima."}, rows[9]]
     with pytest.raises(UnusableInput, match=r"1 of 10 probes of the forget set are about no row.*green lamp of Lima"):
-        attacks.relearn(plan, reworded, {})
+        attack_run.relearn(plan, reworded, {})
     one = [{**rows[0], "a": f"Answer {number}."} for number in range(10)]
     alone = plan_of(tmp_path / "one", suite, {"tofu/forget01_perturbed.json": TOFU[:1]}, forget, group="a")
     with pytest.raises(UnusableInput, match="none is left to ask"):
-        attacks.relearn(alone, one, {})
-    assert "group_of" in str(attacks.can(replace(plan, module=json), "relearn"))  # a suite that says nothing
+        attack_run.relearn(alone, one, {})
+    assert "group_of" in str(attack_run.can(replace(plan, module=json), "relearn"))  # a suite that says nothing
 
 
 def test_copies_of_what_is_learned_again_are_not_held_out(tmp_path: Path) -> None:
     suite, files, forget, rows = CASES["bios"]
     plan = plan_of(tmp_path, suite, files, forget)
     twice = [{**row, "id": str(number)} for number, row in enumerate(rows * 2)]
-    attack = attacks.relearn(replace(plan, group="id"), twice, {})  # each copy is a group
+    attack = attack_run.relearn(replace(plan, group="id"), twice, {})  # each copy is a group
     learned = {row["content"] for row in attack.rows}
     assert len(learned) == 2 and not learned & {row["content"] for row in attack.exam.documents}
     assert len(attack.exam.documents) == 20 - 4
     with pytest.raises(UnusableInput, match="copies"):
-        attacks.relearn(replace(plan, group="id"), [{**rows[0], "id": str(n)} for n in range(4)], {})
+        attack_run.relearn(replace(plan, group="id"), [{**rows[0], "id": str(n)} for n in range(4)], {})
 
 
 def test_keys_are_found_by_their_words() -> None:
@@ -242,8 +247,8 @@ def test_groups_of_the_real_benchmarks(data: Path) -> None:
     probes = rwku.load_probes(data)
     assert {rwku.group_of(probe) for probe in probes if probe["set"] in ("N-FB", "N-QA", "RM")} == {None}
     config = {"model": {"path": "x"}, "data": {"forget": {"field": "text", "prompt": None, "response": None}}}
-    plan = attacks.Plan(data, config, "rwku", rwku, probes, None, 1, 1.0, 0, (), 1, 1, data, run.Trust())
-    attack = attacks.relearn(plan, passages, {})
+    plan = spec.Plan(data, config, "rwku", rwku, probes, None, 1, 1.0, 0, (), 1, 1, data, loading.Trust())
+    attack = attack_run.relearn(plan, passages, {})
     assert attack.told is not None and len(attack.told["groups"]) == 1
     learned = set(attack.told["groups"])
     assert len(attack.rows) == sum(row["subject"] in learned for row in passages)
@@ -254,10 +259,10 @@ def test_groups_of_the_real_benchmarks(data: Path) -> None:
 
     rows = read_jsonl(data / "tofu" / "forget01.json")
     config = {"model": {"path": "x"}, "data": {"forget": {"field": None, "prompt": "question", "response": "answer"}}}
-    plan = attacks.Plan(
-        data, config, "tofu", tofu, tofu.load_probes(data), None, 1, 1.0, 0, (), 1, 1, data, run.Trust()
+    plan = spec.Plan(
+        data, config, "tofu", tofu, tofu.load_probes(data), None, 1, 1.0, 0, (), 1, 1, data, loading.Trust()
     )
-    attack = attacks.relearn(plan, rows, {})
+    attack = attack_run.relearn(plan, rows, {})
     assert attack.told is not None and attack.told["excluded_probes"] == 1 and len(attack.rows) == 1
 
 
@@ -311,16 +316,16 @@ def test_likelihood_is_per_predicted_token(world: World) -> None:
 
 def test_adversarial_questions_of_bios() -> None:
     benchmark = biographies.generate(0)
-    plain, adversarial = bios.adversarial(benchmark.probes)
+    plain, adversarial = bios_suite.adversarial(benchmark.probes)
     assert len(plain) == 80 * 6 and len(adversarial) == 5 * len(plain)
     assert all(probe in benchmark.probes and probe["kind"] == "QA" for probe in plain)
-    assert bios.adversarial(benchmark.probes) == (plain, adversarial)
+    assert bios_suite.adversarial(benchmark.probes) == (plain, adversarial)
     everything = set("".join(benchmark.all).split("\n"))
     for at, probe in enumerate(adversarial):
         own = plain[at // 5]
         assert (probe["split"], probe["answer"]) == (own["split"], own["answer"])
         assert probe["prompt"] != own["prompt"] and probe["answer"] not in probe["prompt"]
-        person = bios.group_of(own)
+        person = bios_suite.group_of(own)
         assert person is not None
         if probe["kind"] == "case":
             assert person not in probe["prompt"] and person.lower() in probe["prompt"].lower()
@@ -362,9 +367,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, memorise: Callable[[list[
     """A run on ten forgotten and two retained persons; its start knows their cities, its `final/` knows nothing."""
     tmp_path = tmp_path_factory.mktemp("finished")
     benchmark = biographies.generate(0)
-    people = list(dict.fromkeys(map(bios.group_of, benchmark.probes)))
+    people = list(dict.fromkeys(map(bios_suite.group_of, benchmark.probes)))
     chosen = {*people[:10], *people[50:52]}
-    probes = [p for p in benchmark.probes if bios.group_of(p) in chosen and " live" in p["prompt"]]
+    probes = [p for p in benchmark.probes if bios_suite.group_of(p) in chosen and " live" in p["prompt"]]
     write_jsonl(tmp_path / "probes.jsonl", probes)
     model, tokenizer = memorise([f"{probe['prompt']} {probe['answer']}\n" for probe in probes])
     model.save_pretrained(tmp_path / "original")
@@ -410,17 +415,17 @@ def test_all_attacks_on_two_ranks(
     output = run_folder / "robustness.json"
     answer = json.loads(output.read_text())
     entries = {entry["name"]: entry for entry in answer["attacks"]}
-    assert tuple(entries) == attacks.ATTACKS
+    assert tuple(entries) == spec.ATTACKS
     assert answer["dtype"] == "float32" and answer["suite"] == "bios" and answer["seed"] == 0
     said = capsys.readouterr().out
-    assert all(name in said for name in attacks.ATTACKS) and "held_out_nll" in said
+    assert all(name in said for name in spec.ATTACKS) and "held_out_nll" in said
 
     relearned = entries["relearn"]
     assert len(relearned["groups"]) == 1 and relearned["excluded_probes"] == 2  # one person of ten: FB and QA
     assert relearned["documents"] == 2 and relearned["held_out_documents"] == 18
     assert relearned["settings"]["steps"] == 3 and relearned["settings"]["lr"] == 0.003
     written = [row["text"] for row in read_jsonl(run_folder / "robustness" / "relearn.jsonl")]
-    assert {bios.group_of({"text": text}) for text in written} == set(relearned["groups"])
+    assert {bios_suite.group_of({"text": text}) for text in written} == set(relearned["groups"])
     assert relearned["after"]["held_out_nll"] < relearned["before"]["held_out_nll"] - 0.1
     assert relearned["original"]["held_out_nll"] < 1 < relearned["before"]["held_out_nll"]
     trained = resolve(run_folder / "robustness" / "relearn" / "config.yaml")
@@ -445,7 +450,7 @@ def test_all_attacks_on_two_ranks(
         raise AssertionError("nothing is missing")
 
     # What is there is not repeated; what is missing is done, and alone; other settings are refused.
-    monkeypatch.setattr(attacks, "call", never)
+    monkeypatch.setattr(spec, "call", never)
     del answer["attacks"][3]
     output.write_text(json.dumps(answer))
     assert command(*arguments) == 0
@@ -475,7 +480,7 @@ def test_a_failing_training_is_one_line(
         Path(f"{log}.err").write_text("noise\nerror: train.batch_size 3 does not divide\n")
         return 2
 
-    monkeypatch.setattr(attacks, "call", fail)
+    monkeypatch.setattr(spec, "call", fail)
     line = ("--run", run_folder, "--suite", "bios", "--data", run_folder.parent, "--", "--train.batch_size", 3)
     assert command(*line) == 2
     error = capsys.readouterr().err

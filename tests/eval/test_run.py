@@ -12,7 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval import biographies, bios, run
+from eval import bios, run
+from eval.suites import biographies
+from eval.suites import bios as bios_suite
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ANSWERS = {"red": "apple", "green": "pear", "blue": "plum"}
@@ -108,7 +110,7 @@ def test_without_data_the_probes_come_from_seed_zero(tmp_path: Path, monkeypatch
         asked.append(probes)
         return {"metrics": {}, "counts": {}, "protocol": ""}
 
-    monkeypatch.setattr(bios, "evaluate", recording)
+    monkeypatch.setattr(bios_suite, "evaluate", recording)
     tokenizer = bios.build_tokenizer(["some text"])
     tokenizer.save_pretrained(tmp_path / "model")
     bios.build_model(tokenizer, seed=0).save_pretrained(tmp_path / "model")
@@ -165,4 +167,4 @@ def test_saved_models_differ(world: Path) -> None:
     """Guards the fixture: had nothing been learned, the trajectory test would prove nothing."""
     tokenizer = AutoTokenizer.from_pretrained(world / "blank")
     blank = AutoModelForCausalLM.from_pretrained(world / "blank")
-    assert bios.answer(blank, tokenizer, ["red fruit:"], batch_size=1, title="") != [ANSWERS["red"]]
+    assert bios_suite.answer(blank, tokenizer, ["red fruit:"], batch_size=1, title="") != [ANSWERS["red"]]

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import disk as pipeline_disk
-from pipeline import ranks
-from pipeline.checkpoint import newest
-from pipeline.config import REPOSITORY, InputError
+from pipeline import errors as pipeline_disk
+from pipeline import errors as ranks
+from pipeline.config.schema import REPOSITORY
+from pipeline.errors import InputError
+from pipeline.zero.checkpoint import newest
 from tests.conftest import World
 from tests.interrupted import SECTIONS, Started, assert_same, complete
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import MARKER, newest
-from pipeline.config import REPOSITORY
-from pipeline.ranks import KILLED, STOPPED
+from pipeline.config.schema import REPOSITORY
+from pipeline.distributed.signals import KILLED, STOPPED
+from pipeline.zero.checkpoint import MARKER, newest
 from tests.conftest import World
 from tests.distributed import free_port
 from tests.interrupted import SECTIONS, Started, assert_same, lines

@@ -1,0 +1,179 @@
+"""Load a model for evaluation: whole or sharded, with nothing that runs code unless the user allows it."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval.files import read_json
+from pipeline.errors import InputError as UnusableInput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What a model may bring that can run code: by default nothing, as in training."""
+
+    allow_pickle: bool = False
+    remote_code: bool = False
+
+    def options(self) -> dict[str, bool]:
+        """Of `from_pretrained`, both always stated: about code that is left open, transformers asks the terminal."""
+        # Without `use_safetensors`, transformers takes a pickle where there is nothing else.
+        safetensors = {} if self.allow_pickle else {"use_safetensors": True}
+        return {"trust_remote_code": self.remote_code, **safetensors}
+
+
+NO_TRUST = Trust()
+
+
+def add_trust_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `trust_of` reads."""
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="take weights that are not safetensors: pickles can run code"
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+
+
+def trust_of(arguments: argparse.Namespace) -> Trust:
+    return Trust(allow_pickle=arguments.allow_pickle, remote_code=arguments.trust_remote_code)
+
+
+def is_model(folder: Path) -> bool:
+    """A model, or an adapter, with which transformers loads the model that it names."""
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
+def load(
+    folder: Path, ds_config: dict[str, Any] | None = None, trust: Trust = NO_TRUST
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, in the dtype it was saved in, on the GPU if there is one, and its tokenizer.
+
+    With `ds_config` the model is loaded sharded over the ranks and its forward passes gather it, layer by layer.
+
+    Raises:
+        UnusableInput: it cannot be loaded, or only with what `trust` does not allow.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils import logging
+    from transformers.utils.hub import cached_file
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    from pipeline.modeling.weights import WrongWeights, load_whole
+
+    release_memory()
+    logging.disable_progress_bar()  # a run has many models; each suite shows its own progress
+    try:
+        if find_adapter_config_file(str(folder)):
+            # Else transformers takes a pickled adapter from the hub, whatever `use_safetensors` says.
+            cached_file(str(folder), "adapter_model.safetensors")
+        else:  # before the tokenizer, which warns of a configuration that it does not know
+            AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code)
+        if ds_config is not None:
+            return load_sharded(folder, ds_config, trust), tokenizer
+        model: Any = load_whole(folder, dtype="auto", **trust.options())
+    except WrongWeights as error:
+        raise UnusableInput(str(error)) from None
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise refusal(folder, error, trust) from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def refusal(folder: Path, error: Exception, trust: Trust) -> UnusableInput:
+    """What to raise where transformers does not load the model in `folder`, with the option that would help."""
+    from pipeline.modeling.weights import missing_package
+
+    reason = missing_package(folder) or str(error).splitlines()[0]
+    if not trust.remote_code and "trust_remote_code" in str(error):
+        return UnusableInput(
+            f"the model in {folder} comes with code of its own, which runs only with --trust-remote-code; read it first"
+        )
+    if "adapter_model.safetensors" in reason:
+        return UnusableInput(f"the adapter in {folder} has no adapter_model.safetensors, and no other file is read")
+    if not trust.allow_pickle and "safetensors" in reason:
+        reason += "; if you trust its other files, which can run code, give --allow-pickle"
+    if not folder.exists():
+        return UnusableInput(f"--model {folder} is no folder, and the hub does not give it: {reason}")
+    return UnusableInput(f"cannot load the model in {folder}: {reason}; else export it again")
+
+
+def check_trust(folder: Path, trust: Trust) -> None:
+    """Raises UnusableInput where `load` would need what `trust` does not allow; reads no weights."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code)
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code)
+        if not trust.allow_pickle and not any(folder.glob("*.safetensors")):
+            raise OSError("it has no file *.safetensors")
+    except (OSError, ValueError, ImportError) as error:
+        raise refusal(folder, error, trust) from error
+
+
+def load_sharded(folder: Path, ds_config: dict[str, Any], trust: Trust) -> PreTrainedModel:
+    """The model under ZeRO-3 without an optimizer; OSError or ValueError where it cannot be loaded."""
+    import deepspeed
+    from transformers import AutoConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    from pipeline.modeling.weights import load_whole
+
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            "an adapter cannot be loaded sharded; export it with model.lora.merge, or leave --ds-config out"
+        )
+    shape = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code)
+    dtype = str(shape.dtype).removeprefix("torch.")
+    zero = {key: value for key, value in ds_config["zero_optimization"].items() if key != "offload_optimizer"}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed asks for it, also where nothing trains
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16"},
+    }
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles an all-reduce, not used here
+    zero3 = HfDeepSpeedConfig(config)  # while it lives, from_pretrained loads under deepspeed.zero.Init
+    model: Any = load_whole(folder, dtype="auto", **trust.options())
+    model.zero3 = zero3  # and generate() goes on until the last rank's answers end
+    deepspeed.initialize(model=model, config=config)  # hooks its modules
+    return model
+
+
+def read_ds_config(path: Path) -> dict[str, Any]:
+    """A DeepSpeed file, of which `zero_optimization` is used; raises UnusableInput unless that is stage 3."""
+    config = read_json(path)
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    if not isinstance(zero, dict) or zero.get("stage") != 3:
+        raise UnusableInput(
+            f"--ds-config {path}: zero_optimization.stage must be 3, which alone shards a model's weights"
+        )
+    return config
+
+
+def release_memory() -> None:
+    """Give back the memory of models that are no longer used; a sharded one must not be in the middle of a forward.
+
+    DeepSpeed 0.19 holds every model that it ever sharded in two places of a process: a list that keeps the outermost
+    module, and a cache of a method with the module among its keys.
+    """
+    import torch
+
+    if (offload := sys.modules.get("deepspeed.runtime.zero.parameter_offload")) is not None:
+        offload.FWD_MODULE_STACK.clear()
+        coordinator = "deepspeed.runtime.zero.partitioned_param_coordinator"
+        for cached in gc.get_objects():
+            if type(cached) is functools._lru_cache_wrapper and cached.__module__ == coordinator:
+                cached.cache_clear()
+    gc.collect()  # models hold themselves in cycles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,251 @@
+"""The tables of the report: runs grouped by method -> rows of text, the first of them the header."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, median
+from typing import Any
+
+from eval.results import paper
+from eval.results.grouping import plain_of
+from eval.results.metrics import ADVERSARIAL, MEASURES, OUTSIDE, Measure, headlines, label
+from eval.results.stats import correlate, mean_sd
+from eval.results.trajectories import COMB_RETAIN, COSINES, Run, Scores, at_level, best_below, lowest, mean_of
+
+Rows = list[list[str]]
+
+
+Groups = Mapping[str, list[Run]]  # method -> its seeds
+
+
+WARM_UP_STEPS = 3  # slower than the rest: caches fill, kernels are chosen
+
+
+def points_of(runs: Iterable[Run], measure: Measure) -> list[Scores]:
+    """The scores at the level, of the runs that reach it."""
+    return [point for run in runs if (point := at_level(run.trajectory, measure))]
+
+
+def cells(points: Sequence[Scores], columns: Iterable[str]) -> list[str]:
+    """Mean ± sd of each column over the points that have it."""
+    return [mean_sd(point[column] for point in points if column in point) for column in columns]
+
+
+def score_columns(groups: Groups) -> list[str]:
+    """Every score that some run's last export has, in the order of eval.run."""
+    runs = [run for members in groups.values() for run in members]
+    return [key for key in dict.fromkeys(key for run in runs for key in run.trajectory[-1]) if key != "step"]
+
+
+def titles(columns: Sequence[str], measure: Measure) -> list[str]:
+    """Of the columns; they keep their suites where there are several."""
+    return [label(column, [*columns, measure.forget, measure.retain]) for column in columns]
+
+
+def target_row(target: Scores, columns: Iterable[str], end: Iterable[str]) -> list[str]:
+    """The scores of the model that the runs begin with."""
+    return ["target model", *(f"{target[c]:.3f}" if c in target else "–" for c in columns), *end]
+
+
+def matched_table(groups: Groups, measure: Measure, columns: Sequence[str], target: Scores | None) -> Rows:
+    """Scores at the level, mean ± sd over the seeds that reached it; the last two columns say where and how many."""
+    rows = [["method", *titles(columns, measure), "step", "seeds that reached it"]]
+    if target:
+        rows.append(target_row(target, columns, ("0", "reference")))
+    for name, runs in groups.items():
+        points = points_of(runs, measure)
+        steps = mean_sd((point["step"] for point in points), digits=1)
+        rows.append([name, *cells(points, columns), steps, f"{len(points)} of {len(runs)}"])
+    return rows
+
+
+def best_table(groups: Groups, measure: Measure, columns: Sequence[str]) -> Rows:
+    """Scores of each run's best export at or below the level, mean ± sd over the seeds that have one."""
+    rows = [["method", *titles(columns, measure), "step", "seeds that have one"]]
+    for name, runs in groups.items():
+        points = [point for run in runs if (point := best_below(run.trajectory, measure))]
+        steps = mean_sd((point["step"] for point in points), digits=0)
+        rows.append([name, *cells(points, columns), steps, f"{len(points)} of {len(runs)}"])
+    return rows
+
+
+def end_table(groups: Groups, measure: Measure, columns: Sequence[str], target: Scores | None) -> Rows:
+    """Scores of each run's last export, mean ± sd over all seeds."""
+    rows = [["method", *titles(columns, measure), "step", "seeds"]]
+    if target:
+        rows.append(target_row(target, columns, ("0", "reference")))
+    for name, runs in groups.items():
+        ends = [run.trajectory[-1] for run in runs]
+        steps = mean_sd((end["step"] for end in ends), digits=0)
+        rows.append([name, *cells(ends, columns), steps, str(len(runs))])
+    return rows
+
+
+def paper_table(groups: Groups, measure: Measure) -> Rows:
+    """Ours at the level and at the end, and beneath them the paper's Tables 1 and 2; empty for another benchmark."""
+    theirs = paper.rows(measure.suite)
+    if not theirs:
+        return []
+    columns = list(paper.COLUMNS[measure.suite])
+    retain, *_ = titles([measure.retain], measure)
+    at_the_end = [f"{title}, at the end" for title in titles(columns, measure)]
+    rows = [["method", *at_the_end, f"{retain}, at forget {measure.level:g}"]]
+    for name, runs in groups.items():
+        ends = [run.trajectory[-1] for run in runs]
+        rows.append([name, *cells(ends, columns), *cells(points_of(runs, measure), [measure.retain])])
+    return rows + [[name, *(f"{scores[column]:.3f}" for column in columns), "–"] for name, scores in theirs.items()]
+
+
+def every_score(groups: Groups, measure: Measure, target: Scores | None) -> Rows:
+    """At the level, a row per score and a column per method."""
+    columns = score_columns(groups)
+    rows = [["score", *(["target model"] if target else []), *groups]]
+    points = [points_of(runs, measure) for runs in groups.values()]
+    for column in columns:
+        first = [f"{target[column]:.3f}" if column in target else "–"] if target else []
+        rows.append([column, *first, *(cells(of, [column])[0] for of in points)])
+    return rows
+
+
+def outside_columns(groups: Groups, measure: Measure) -> list[str]:
+    """The evaluated scores of what neither corpus mentions."""
+    return [column for column in score_columns(groups) if column in OUTSIDE]
+
+
+def most_hurt(groups: Groups, measure: Measure, columns: Iterable[str]) -> list[str]:
+    """One sentence per column: between which methods' means it lies at the level."""
+    sentences = []
+    for column in columns:
+        found = {name: [p[column] for p in points_of(runs, measure) if column in p] for name, runs in groups.items()}
+        means = {name: fmean(values) for name, values in found.items() if values}
+        if len(means) > 1:
+            worst, best = min(means, key=lambda name: means[name]), max(means, key=lambda name: means[name])
+            sentences.append(
+                f"{column}: lowest under {worst} ({means[worst]:.3f}), highest under {best} ({means[best]:.3f})."
+            )
+    return sentences
+
+
+def seed_table(groups: Groups, measure: Measure) -> Rows:
+    """One row per run, those that missed the level included."""
+    short = label(measure.retain, [measure.retain])
+    rows = [["run", "method", "seed", "lowest forget", "step at the level", f"{short} at the level", "skipped steps"]]
+    for name, runs in groups.items():
+        for run in runs:
+            point = at_level(run.trajectory, measure)
+            found = [f"{point['step']:.1f}", f"{point[measure.retain]:.3f}"] if point else ["not reached", "–"]
+            skipped = sum(bool(step.get("skipped")) for step in run.steps)
+            rows.append([str(run.folder), name, str(run.seed), f"{lowest(run, measure):.3f}", *found, str(skipped)])
+    return rows
+
+
+def cosine_table(groups: Groups) -> Rows:
+    """The paper's Table 3 for these runs: mean over all steps, then mean ± sd over seeds; its own rows beneath."""
+    rows = [["method", *COSINES.values(), "conflict fraction"]]
+    for name, runs in groups.items():
+        means = [[mean_of(run, key) for run in runs] for key in (*COSINES, "conflict_fraction")]
+        rows.append([name, *(mean_sd((m for m in column if m is not None), digits=2) for column in means)])
+    theirs = paper.TABLE_3.items()
+    return rows + [[f"paper, Table 3: {name}", *(f"{value:.2f}" for value in values), "–"] for name, values in theirs]
+
+
+def prediction(groups: Groups, measure: Measure) -> str:
+    """One sentence: how well the mean cos(g, g_r) of a run predicts what it retains at the level."""
+    pairs = []
+    for runs in groups.values():
+        for run in runs:
+            point, cosine = at_level(run.trajectory, measure), mean_of(run, COMB_RETAIN)
+            if point and cosine is not None:
+                pairs.append((cosine, point[measure.retain]))
+    found = correlate(pairs)
+    if found["pearson"] is None:
+        return "Too few different runs reached the level to correlate comb-retain with retention."
+    return (
+        f"Over {found['n']} runs, the correlation of comb-retain with {measure.retain} at the level is "
+        f"r = {found['pearson']:.2f} (Spearman {found['spearman']:.2f})."
+    )
+
+
+def step_number(run: Run, key: str) -> float | None:
+    """Median of a logged number over the steps after the first `WARM_UP_STEPS` (all steps of a shorter run)."""
+    steps = [step[key] for step in run.steps if step.get(key) is not None and math.isfinite(step[key])]
+    return median(steps[WARM_UP_STEPS:] or steps) if steps else None
+
+
+def cost_table(groups: Groups, measure: Measure) -> Rows:
+    """Seconds and tokens a step, memory, the ratio to `sum` with the same settings, and the way to the level."""
+
+    def seconds(runs: Iterable[Run]) -> list[float]:
+        return [value for run in runs if (value := step_number(run, "seconds")) is not None]
+
+    rows = [["method", "s a step", "of sum", "tokens/s", "peak GiB a rank", "steps to the level", "s to the level"]]
+    for name, runs in groups.items():
+        plain = name if runs[0].rule == "sum" else plain_of(name, groups)
+        own, reference = seconds(runs), seconds(groups[plain]) if plain else []
+        ratio = f"{fmean(own) / fmean(reference):.2f}" if own and reference else "–"
+        speeds = [value for run in runs if (value := step_number(run, "tokens_per_second")) is not None]
+        peaks = [step["peak_memory_bytes"] for run in runs for step in run.steps if step.get("peak_memory_bytes")]
+        peak = f"{max(peaks) / 2**30:.2f}" if peaks else "–"
+        reached = [(point["step"], step_number(run, "seconds")) for run in runs for point in points_of([run], measure)]
+        steps = mean_sd((step for step, _ in reached), digits=0)
+        way = mean_sd((step * each for step, each in reached if each is not None), digits=0)
+        rows.append([name, mean_sd(own), ratio, mean_sd(speeds, digits=0), peak, steps, way])
+    return rows
+
+
+def words_of(settings: Mapping[str, Any]) -> str:
+    """The settings of an attack but its seed and what is not set, as "steps 100, lr 0.001"."""
+    told = {key: value for key, value in settings.items() if key != "seed" and value not in (None, [], {})}
+    return ", ".join(f"{key} {value}" for key, value in told.items())
+
+
+def read_attack(suite: str, scores: Mapping[str, float]) -> dict[str, float | None]:
+    """{"forget", "retain", "nll"} of what was asked before or after an attack, by the measure of its suite."""
+    named = {f"{suite}.{metric}": value for metric, value in scores.items()}
+    measure = next((measure for measure in MEASURES if measure.suite == suite), None)
+    read: dict[str, float | None] = {"nll": scores.get("held_out_nll", scores.get("forget_nll"))}
+    if measure:
+        read["forget"] = named.get(measure.forget, named.get(ADVERSARIAL.get(measure.forget, "")))
+        read["retain"] = named.get(measure.retain)
+    return read
+
+
+ATTACK_COLUMNS = {
+    "forget before": ("before", "forget"),
+    "forget after": ("after", "forget"),
+    "original": ("original", "forget"),
+    "retain before": ("before", "retain"),
+    "retain after": ("after", "retain"),
+    "NLL before": ("before", "nll"),
+    "NLL after": ("after", "nll"),
+}
+
+
+def attack_table(groups: Groups) -> Rows:
+    """Scores before and after each attack, means ± sd over the runs; only the header if none was attacked."""
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
+    for name, runs in groups.items():
+        for run in runs:
+            told = run.robustness or {"suite": "", "attacks": []}
+            suite = told["suite"]
+            for attack in told["attacks"]:
+                settings = words_of(attack.get("settings") or {})
+                title = f"{attack['name']} ({settings})" if settings else attack["name"]
+                found[name, suite, title].append(attack)
+    rows = [["method", "suite", "attack", *ATTACK_COLUMNS, "s", "runs"]]
+    for (name, suite, title), tries in found.items():
+        told = []
+        for when, what in ATTACK_COLUMNS.values():
+            values = [read_attack(suite, entry.get(when) or {}).get(what) for entry in tries]
+            told.append(mean_sd(value for value in values if value is not None))
+        seconds = mean_sd((entry["seconds"] for entry in tries if entry.get("seconds") is not None), digits=0)
+        rows.append([name, suite, title, *told, seconds, str(len(tries))])
+    return rows
+
+
+def headline_columns(groups: Groups, measure: Measure) -> list[str]:
+    """The columns of the first table: the retain score, then the other headlines but the score to forget."""
+    others = [key for key in headlines(score_columns(groups)) if key not in (measure.forget, measure.retain)]
+    return [measure.retain, *others]

@@ -1,0 +1,49 @@
+"""What of a resolved configuration makes a method, and what only says where and how it ran."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from eval.files import read_json
+from pipeline.errors import InputError as UnusableInput
+
+# Keys of config.yaml that do not tell methods apart: names, places, how often is saved and measured, and what changes
+# only where the same numbers are computed. Every other key does, also one that is added tomorrow.
+NOT_METHOD = (
+    *("output", "cache", "seed", "method"),
+    *("train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints", "train.export_every"),
+    *("train.timeout", "synthesis.geometry", "synthesis.layer_geometry_every", "synthesis.spare"),
+)
+
+
+COVERED_BY_DIGEST = ("name", "split", "refusals")  # of a corpus, beside its path
+
+
+def dotted(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"steps": 5}} -> {"train.steps": 5}; what is left open (null) is left out."""
+    leaves: dict[str, Any] = {}
+    for key, value in config.items():
+        leaves |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return {key: value for key, value in leaves.items() if value is not None}
+
+
+def method_of(config: dict[str, Any], digests: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    """What makes two runs seeds of one method: the whole resolved configuration without NOT_METHOD, as JSON, sorted.
+
+    `digests` stand in for the paths that they are of: the same files in another place are the same method, other files
+    in the same place are another. A run without (of an older program) is known by its paths.
+    """
+    corpora = [key.removesuffix("path") for key in digests if key.startswith("data.")]
+    passed = {*NOT_METHOD, *(corpus + key for corpus in corpora for key in COVERED_BY_DIGEST)}
+    settings = {key: value for key, value in dotted(config).items() if key not in passed}
+    return tuple(sorted((key, json.dumps(value)) for key, value in {**settings, **digests}.items()))
+
+
+def read_digests(path: Path) -> dict[str, str]:
+    """{key of config.yaml, or `tokenizer`: digest of what it names}; {} where there is no such file."""
+    digests = read_json(path) if path.is_file() else {}
+    if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
+        raise UnusableInput(f"{path} is not as training writes it; train again, or remove it to compare by paths")
+    return digests

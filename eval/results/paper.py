@@ -1,0 +1,62 @@
+"""The SAGO paper's numbers (Xiao et al., ACL 2026), to print beside ours where the benchmark is the same."""
+
+from __future__ import annotations
+
+TARGETS = {"wmdp_bio": "Zephyr-7B-beta", "wmdp_cyber": "Zephyr-7B-beta", "rwku": "Llama-3-8B-Instruct"}
+
+
+# Columns of its Tables 1 and 2, in percent there and here.
+COLUMNS = {
+    "wmdp_bio": ("wmdp_bio.acc.all", "mmlu.acc.all"),
+    "wmdp_cyber": ("wmdp_cyber.acc.all", "mmlu.acc.all"),
+    "rwku": tuple(f"rwku.sago.{kind}" for kind in ("F-FB", "F-QA", "F-All", "N-FB", "N-QA", "N-All")),
+}
+
+
+# fmt: off
+TABLE_1 = {  # method -> suite -> values in the order of COLUMNS; RMU has no RWKU
+    "target": {"wmdp_bio": (64.4, 59.8), "wmdp_cyber": (44.4, 59.8), "rwku": (75.2, 91.1, 83.2, 78.0, 92.1, 85.1)},
+    "GA": {"wmdp_bio": (24.7, 24.7), "wmdp_cyber": (23.4, 26.6), "rwku": (3.1, 3.1, 3.1, 5.4, 6.0, 5.7)},
+    "NPO": {"wmdp_bio": (27.1, 30.8), "wmdp_cyber": (34.7, 52.9), "rwku": (8.3, 3.1, 5.7, 10.2, 6.2, 8.2)},
+    "SimNPO": {"wmdp_bio": (24.8, 27.1), "wmdp_cyber": (31.4, 40.0), "rwku": (9.2, 4.3, 6.8, 12.5, 7.9, 10.2)},
+    "RMU": {"wmdp_bio": (28.0, 50.1), "wmdp_cyber": (27.7, 57.8)},
+    "GA+GD": {"wmdp_bio": (24.7, 25.1), "wmdp_cyber": (24.7, 55.6), "rwku": (14.1, 7.3, 10.7, 17.4, 13.5, 15.5)},
+    "GA+GD, PCGrad": {"wmdp_bio": (24.5, 53.0), "wmdp_cyber": (27.0, 58.5), "rwku": (3.1, 1.5, 2.3, 13.7, 23.8, 18.8)},
+    "GA+GD, SAGO": {"wmdp_bio": (26.0, 54.1), "wmdp_cyber": (26.2, 59.7), "rwku": (4.9, 2.8, 3.9, 24.4, 39.8, 32.1)},
+    "NPO+GD": {"wmdp_bio": (30.5, 38.2), "wmdp_cyber": (31.8, 46.8), "rwku": (10.0, 7.8, 8.9, 13.9, 12.2, 13.1)},
+    "NPO+GD, PCGrad": {"wmdp_bio": (32.9, 55.4), "wmdp_cyber": (30.8, 57.5), "rwku": (3.6, 2.3, 3.0, 29.9, 26.8, 28.4)},
+    "NPO+GD, SAGO": {"wmdp_bio": (30.0, 56.0), "wmdp_cyber": (29.6, 58.5), "rwku": (5.1, 5.7, 5.4, 36.1, 47.2, 41.7)},
+    "SimNPO+GD": {"wmdp_bio": (26.1, 26.7), "wmdp_cyber": (31.4, 51.4), "rwku": (10.6, 7.3, 9.0, 44.4, 45.4, 44.9)},
+    "SimNPO+GD, PCGrad":
+        {"wmdp_bio": (28.7, 56.4), "wmdp_cyber": (31.1, 57.9), "rwku": (12.7, 13.9, 13.3, 48.8, 58.1, 53.5)},
+    "SimNPO+GD, SAGO":
+        {"wmdp_bio": (28.2, 57.4), "wmdp_cyber": (29.1, 58.3), "rwku": (12.5, 13.3, 12.9, 50.1, 63.7, 56.9)},
+}
+
+
+TABLE_2 = {  # without the two rows that Table 1 has too
+    "NPO+GD, GRU": {"wmdp_bio": (26.2, 42.1), "wmdp_cyber": (25.2, 55.6)},
+    "RMU, BLUR": {"wmdp_bio": (27.6, 53.5), "wmdp_cyber": (25.6, 55.6)},
+    "GA+GD, global PCGrad": {"wmdp_bio": (24.8, 51.0), "wmdp_cyber": (28.1, 58.1)},
+}
+
+
+# fmt: on
+
+TABLE_3 = {  # cosines forget-retain, comb-forget, comb-retain: WMDP Cyber, mean of 100 steps
+    "GradDiff": (-0.40, 0.50, 0.42),
+    "PCGrad": (-0.52, 0.29, 0.52),
+    "SAGO": (-0.35, 0.17, 0.57),
+}
+
+
+def rows(suite: str) -> dict[str, dict[str, float]]:
+    """{"paper, Table 1: METHOD": {score: value in [0, 1]}} of a suite; empty where the paper has none."""
+    return {
+        f"paper, Table {number}: {method}": dict(
+            zip(COLUMNS[suite], (round(value / 100, 3) for value in values[suite]), strict=True)
+        )
+        for number, table in ((1, TABLE_1), (2, TABLE_2))
+        for method, values in table.items()
+        if suite in values
+    }

@@ -1,0 +1,53 @@
+"""Numbers over seeds and runs: spread, correlation, and the points that no other point beats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+
+
+def summarise(values: Iterable[float]) -> dict[str, float | None]:
+    """{"mean", "sd"}: the sample standard deviation, None of one value; both None of none."""
+    numbers = list(values)
+    return {"mean": fmean(numbers) if numbers else None, "sd": stdev(numbers) if len(numbers) > 1 else None}
+
+
+def mean_sd(values: Iterable[float], digits: int = 3) -> str:
+    """Mean ± sample standard deviation; the mean alone of one value; a dash of none."""
+    of = summarise(values)
+    if of["mean"] is None:
+        return "–"
+    spread = "" if of["sd"] is None else f" ± {of['sd']:.{digits}f}"
+    return f"{of['mean']:.{digits}f}{spread}"
+
+
+def ranks_of(values: Sequence[float]) -> np.ndarray:
+    """Ranks from 1, float64, same shape; equal values share the mean of their ranks."""
+    _, position, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[position]
+
+
+def correlate(pairs: Iterable[tuple[float, float]]) -> dict[str, Any]:
+    """{"n", "pearson", "spearman"}; the two are None for fewer than three pairs, or where one side does not vary."""
+    rows = list(pairs)
+    if len(rows) < 3 or any(len(set(values)) == 1 for values in zip(*rows, strict=True)):
+        return {"n": len(rows), "pearson": None, "spearman": None}
+    one, other = map(list, zip(*rows, strict=True))
+    return {
+        "n": len(rows),
+        "pearson": float(np.corrcoef(one, other)[0, 1]),
+        "spearman": float(np.corrcoef(ranks_of(one), ranks_of(other))[0, 1]),
+    }
+
+
+def pareto(points: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of points with `forget` and `retain`: no other forgets and retains as much, and one of the two more."""
+    front: list[dict[str, Any]] = []
+    for point in sorted(points, key=lambda point: (point["forget"], -point["retain"])):
+        equal = front and (point["forget"], point["retain"]) == (front[-1]["forget"], front[-1]["retain"])
+        if not front or equal or point["retain"] > front[-1]["retain"]:
+            front.append(point)
+    return front

@@ -1,0 +1,163 @@
+"""What the suites share: prompts as token ids, greedy answers, scores of given text, ROUGE-L recall, words.
+
+Every function takes rows and gives one result a row, in their order, so that rows may be dealt out and put together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from eval.suites.sharing import share
+from pipeline.data.chat import openings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+T = TypeVar("T")
+
+
+MOST_TOKENS = 8192  # a batch's, where all logits are held at once: 2 GB in bfloat16 with 128,000 entries
+
+
+NO_ANSWER = "NOANSWER"  # RWKU's stand-in for an empty answer, on which its scorer would fail
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str, opening: str = "") -> list[int]:
+    """Token ids of a question (the user's turn, in a chat template) and of the `opening` of its answer.
+
+    One beginning-of-text token at most: a template that writes its own gets no second one.
+    """
+    if tokenizer.chat_template is None:
+        ids = tokenizer(question + opening).input_ids
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+    [text] = openings(tokenizer, [question])
+    return tokenizer(text + opening, add_special_tokens=False).input_ids
+
+
+def batches(
+    sequences: Sequence[Sequence[int]],
+    batch_size: int,
+    most_tokens: int | None = None,
+    *,
+    longest_first: bool = False,
+) -> list[list[int]]:
+    """Indices of the sequences, those of like length together (little padding), equal lengths in their order.
+
+    A batch has at most `batch_size` rows and, padded, at most `most_tokens` tokens, but at least one row.
+    """
+    made: list[list[int]] = []
+    for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=longest_first):
+        # Lengths only grow, or only shrink: the padded width is the newcomer's, or the first row's.
+        width = len(sequences[made[-1][0] if longest_first and made else i])
+        full = most_tokens is not None and made and (len(made[-1]) + 1) * width > most_tokens
+        if not made or full or len(made[-1]) == batch_size:
+            made.append([])
+        made[-1].append(i)
+    return made
+
+
+def spread(order: list[list[int]], found: list[list[T]]) -> list[T]:
+    """Results of batches of indices, put back at those indices."""
+    at = {
+        i: result for batch, results in zip(order, found, strict=True) for i, result in zip(batch, results, strict=True)
+    }
+    return [at[i] for i in range(len(at))]
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int | Sequence[int],
+    stop_tokens: Sequence[Any],
+    stop_texts: Sequence[str],
+    batch_size: int,
+    title: str,
+) -> list[str]:
+    """Greedy answers to prompts of token ids, each ended by a stop token, cut at the first stop text and stripped.
+
+    `max_new_tokens` is one number, or one for each prompt. Stop tokens are ids; a None among them (a tokenizer without
+    that token) is left out. Stop texts are looked for in the finished answer: they decide what is scored, not how long
+    the model writes.
+    """
+    import torch
+
+    stops = [token for token in stop_tokens if token is not None]
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+
+    def work(batch: list[int]) -> list[str]:
+        width = max(len(prompts[i]) for i in batch)
+        pads = [width - len(prompts[i]) for i in batch]
+        ids = torch.tensor([[padding] * pad + prompts[i] for pad, i in zip(pads, batch, strict=True)])
+        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
+        generated = model.generate(  # pyright: ignore[reportCallIssue] (its mixin is typed as a Module)
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max(limits[i] for i in batch),
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,  # some models' own settings have another: then it is not greedy
+            eos_token_id=stops or None,
+            pad_token_id=padding,
+        )
+        texts = []
+        for i, tokens in zip(batch, generated[:, width:].tolist(), strict=True):
+            end = next((at for at, token in enumerate(tokens) if token in stops), len(tokens))
+            end = min(end, limits[i])
+            text = str(tokenizer.decode(tokens[:end], skip_special_tokens=True))
+            cuts = [at for stop in stop_texts if (at := text.find(stop)) >= 0]
+            texts.append(text[: min(cuts, default=len(text))].strip())
+        return texts
+
+    order = batches(prompts, batch_size)
+    return spread(order, share(order, work, title))
+
+
+def read_logits(
+    model: PreTrainedModel,
+    sequences: Sequence[list[int]],
+    score: Callable[[int, Tensor, Tensor], T],
+    *,
+    batch_size: int,
+    title: str,
+) -> list[T]:
+    """`score(index, ids, logits)` of every sequence, from one forward a batch.
+
+    Sequence `index` has T tokens: ids [T] int64, and logits [T, V] float32 of what follows each of them.
+    """
+    import torch
+
+    def work(batch: list[int]) -> list[T]:
+        rows = [torch.tensor(sequences[i]) for i in batch]
+        # Padding comes after the text, where a causal model cannot see it; any token will do.
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
+        lengths = torch.tensor([len(row) for row in rows], device=model.device)
+        mask = (torch.arange(ids.shape[1], device=model.device) < lengths.unsqueeze(1)).long()
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            sizes = [len(row) for row in rows]
+            return [
+                score(i, ids[row, :size], logits[row, :size].float())
+                for row, (i, size) in enumerate(zip(batch, sizes, strict=True))
+            ]
+
+    order = batches(sequences, batch_size, MOST_TOKENS)
+    return spread(order, share(order, work, title))
+
+
+def answer_losses(
+    model: PreTrainedModel, answers: Sequence[tuple[list[int], int]], *, batch_size: int, title: str
+) -> list[float]:
+    """Mean negative log-likelihood, in nats a token, of each answer given its question (see `chat.encode_answers`)."""
+    from torch.nn.functional import cross_entropy
+
+    def loss(index: int, ids: Tensor, logits: Tensor) -> float:
+        start = max(answers[index][1], 1)  # nothing predicts a first token
+        return cross_entropy(logits[start - 1 : -1], ids[start:]).item()
+
+    return read_logits(model, [ids for ids, _ in answers], loss, batch_size=batch_size, title=title)

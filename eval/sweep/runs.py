@@ -1,0 +1,202 @@
+"""A sweep: which runs there are, and how each is trained and evaluated, once, by the commands a user would give.
+
+Training goes through the launcher, one run at a time. What is on disk is the state: a finished run has its
+`evaluation.json`, a failed one a `seed-N.failure.json` beside its folder, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import yaml
+
+from eval.files import read_json, write_atomically
+from eval.results.grouping import differing_keys
+from eval.results.metrics import Measure
+from eval.results.trajectories import Run, Scores, prepare, read_run
+from eval.sweep.axes import Axis, Setting, name_of, run_folder
+from eval.sweep.launch import call, last_error, launcher
+from pipeline.errors import InputError as UnusableInput
+
+DEFAULT_TRIALS = 20  # the sampler's first ten are random
+
+
+LAST_LINES = 10  # of a failed command's log
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every run of a sweep shares."""
+
+    config: Path
+    overrides: tuple[str, ...]
+    suites: tuple[str, ...]
+    data: Path | None
+    measure: Measure
+    target: Scores | None
+    output: Path
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    axes: tuple[Axis, ...]
+    ranks: int
+    trials: int
+
+    def training(self, method: str, setting: Setting, seed: int) -> list[str]:
+        """The command of one run."""
+        settings = [part for key, value in setting.items() for part in (f"--{key}", value)]
+        return [
+            *("deepspeed", "--num_gpus", str(self.ranks), "--module", "pipeline.train"),
+            *("--config", str(self.config), "--method", method, "--seed", str(seed)),
+            *("--output", str(run_folder(self.output, method, setting, seed)), *self.overrides, *settings),
+        ]
+
+    def evaluation(self, folder: Path) -> list[str]:
+        """The command that evaluates one run, which has a config.yaml, trusting its model as its training did."""
+        asked = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["model"]
+        flags = {"allow_pickle": "--allow-pickle", "trust_remote_code": "--trust-remote-code"}
+        trust = [flag for key, flag in flags.items() if asked.get(key)]
+        data = ["--data", str(self.data)] if self.data else []
+        model = ["--model", str(folder), "--suite", *self.suites, *trust]
+        return ["python", "-m", "eval.run", *model, *data, "--output", str(folder / "evaluation.json")]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run whose training or evaluation ended with an error; it is tried again by the next command."""
+
+    method: str
+    setting: Setting
+    seed: int
+    what: str  # "training" or "evaluating"
+    status: int
+    reason: str  # the line that says what went wrong
+    lines: list[str]  # the last of its stderr
+    log: str
+
+
+def last_lines(log: Path) -> list[str]:
+    """The last lines of a log that are not blank; a progress bar's carriage return ends a line too."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    return [line.strip() for line in text.splitlines() if line.strip()][-LAST_LINES:]
+
+
+def failure_file(folder: Path) -> Path:
+    return folder.with_suffix(".failure.json")
+
+
+def complete(plan: Plan, method: str, setting: Setting, seed: int) -> bool:
+    """Train and evaluate one run as far as that is missing; False if nothing was.
+
+    A run that was interrupted goes on from its last checkpoint, or is removed and begun again where it has none. A
+    command that fails leaves a `Failure` beside the run folder, and nothing is raised: the sweep goes on.
+    """
+    folder = run_folder(plan.output, method, setting, seed)
+    if (folder / "evaluation.json").is_file():
+        return False
+    title = f"{method}, {name_of(setting)}, seed {seed}"
+    failure_file(folder).unlink(missing_ok=True)
+
+    def fail(what: str, status: int, log: Path) -> bool:
+        failure = Failure(method, setting, seed, what, status, last_error(log), last_lines(log), str(log))
+        write_atomically(failure_file(folder), json.dumps(asdict(failure), indent=1) + "\n")
+        print(f"failed     {title}: {failure.reason}; the log is {log}", file=sys.stderr, flush=True)
+        return True
+
+    if not (folder / "final").exists():
+        resumable = any(folder.glob("checkpoints/step-*/complete.json"))
+        if not resumable and folder.exists():
+            shutil.rmtree(folder)
+        print(f"training   {title}{' (resumed)' if resumable else ''}", flush=True)
+        line = plan.training(method, setting, seed) + ["--resume"] * resumable
+        status = call([*launcher(), *line[1:]], folder.with_suffix(".training"))
+        if status or not (folder / "final").exists():
+            return fail("training", status, folder.with_suffix(".training.err"))
+    print(f"evaluating {title}", flush=True)
+    if status := call([sys.executable, *plan.evaluation(folder)[1:]], folder.with_suffix(".evaluation")):
+        return fail("evaluating", status, folder.with_suffix(".evaluation.err"))
+    return True
+
+
+def failures(plan: Plan) -> list[Failure]:
+    """The failed runs of the plan's methods and seeds in its folder, those of earlier sweeps included."""
+    found = []
+    for method in plan.methods:
+        for file in sorted((plan.output / "runs" / quote(method, safe="")).glob("*/seed-*.failure.json")):
+            failure = Failure(**read_json(file))
+            if failure.seed in plan.seeds:
+                found.append(failure)
+    return found
+
+
+def finished_runs(plan: Plan, method: str) -> dict[str, list[int]]:
+    """{folder of a setting: seeds} of the plan's seeds, those of earlier sweeps included."""
+    found: dict[str, list[int]] = {}
+    for file in (plan.output / "runs" / quote(method, safe="")).glob("*/seed-*/evaluation.json"):
+        seed = int(file.parent.name.removeprefix("seed-"))
+        if seed in plan.seeds:
+            found.setdefault(file.parent.parent.name, []).append(seed)
+    return {folder: sorted(seeds) for folder, seeds in found.items()}
+
+
+def read_finished(plan: Plan, method: str, setting: Setting, seed: int) -> Run:
+    """A finished run as the reports read it, the target model at its step 0."""
+    return prepare(read_run(run_folder(plan.output, method, setting, seed)), plan.measure, plan.target)
+
+
+def read_seeds(plan: Plan, method: str, setting: Setting, seeds: Sequence[int]) -> list[Run]:
+    """The finished runs of one method in one setting.
+
+    Raises:
+        UnusableInput: they differ in more than their seed, as after the data or the model were made anew.
+    """
+    runs = [read_finished(plan, method, setting, seed) for seed in seeds]
+    for run in runs:
+        if keys := differing_keys(runs[0], run):
+            raise UnusableInput(
+                f"{runs[0].folder} and {run.folder} are not seeds of one method: they differ in {', '.join(keys)} (of "
+                "a path, the content); remove those that are out of date, or name another --output"
+            )
+    return runs
+
+
+def read_presets(config: Path, methods: Sequence[str]) -> dict[str, Any]:
+    """What decides these methods' runs in the recipe: {"base": its keys, "methods": {name: preset}}."""
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(config.read_text(encoding="utf-8"))
+        presets = recipe.pop("methods")
+        known = list(presets)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UnusableInput(f"cannot read --config {config}: {' '.join(str(error).split())}; name a recipe") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UnusableInput(f"--config {config} has no table methods:; name a recipe that has") from error
+    for method in methods:
+        if method not in known:
+            near = difflib.get_close_matches(method, known, n=1, cutoff=0.0)[0]
+            raise UnusableInput(f"{config} has no method {method!r}; the nearest is {near!r} ({', '.join(known)})")
+    return {"base": recipe, "methods": {method: presets[method] for method in methods}}
+
+
+def refuse_another_sweep(plan: Plan, presets: dict[str, Any]) -> None:
+    """Finished runs are not repeated, so a folder may only grow by runs that mean the same; keeps what they mean."""
+    file = plan.output / "sweep.json"
+    shared = {"suites": plan.suites, "data": plan.data and str(plan.data), "overrides": plan.overrides}
+    now = json.loads(json.dumps({**shared, **presets}, default=str))
+    if file.is_file() and any(plan.output.glob("runs/*/*/seed-*/")):  # else only a slip, refused when training began
+        before = read_json(file)
+        changed = [key for key in now if key != "methods" and before.get(key) != now[key]]
+        changed += [m for m, preset in now["methods"].items() if before["methods"].get(m, preset) != preset]
+        if changed:
+            what = ", ".join(f"the keys of {plan.config}" if key == "base" else key for key in changed)
+            raise UnusableInput(f"{plan.output} holds runs with another choice of {what}; name another --output")
+        now["methods"] = {**before["methods"], **now["methods"]}
+    write_atomically(file, json.dumps(now, indent=1) + "\n")

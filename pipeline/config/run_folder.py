@@ -1,0 +1,108 @@
+"""A run and the folder that holds it: what identifies the run, what `--resume` may change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.load import resolve
+from pipeline.config.schema import RunConfig
+from pipeline.errors import InputError
+
+# What a resumed run may have otherwise: nothing that its weights depend on.
+WHERE = ("output", "cache")  # a run may move
+
+
+# So may what it reads: digests of the content, and the keys of the DeepSpeed file, decide instead of these paths.
+BY_CONTENT = (
+    "model.path",
+    "train.deepspeed",
+    *(f"data.{task}.{key}" for task in ("forget", "retain") for key in ("path", "refusals")),
+)
+
+
+FREE = (
+    *("method", "model.allow_pickle", "model.gradient_checkpointing"),
+    *("synthesis.spare", "synthesis.layer_geometry_every"),
+    *("train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints", "train.export_every"),
+    *("train.max_skipped", "train.timeout"),
+)  # other ranks may need other micro-batches
+
+
+# Of the DeepSpeed file: what measures, and what only says how much is moved at a time or waits where. A size that
+# decides how a checkpoint is laid out (sub_group_size) is none of these.
+FREE_OF_DEEPSPEED = (
+    *("tensorboard", "csv_monitor", "wandb", "comet", "flops_profiler", "comms_logger", "wall_clock_breakdown"),
+    *("memory_breakdown", "dump_state", "steps_per_print", "train_micro_batch_size_per_gpu", "aio"),
+    *(
+        f"zero_optimization.{key}"
+        for key in (
+            *("overlap_comm", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size"),
+            *(
+                "stage3_prefetch_bucket_size",
+                "prefetch_bucket_size",
+                "stage3_max_live_parameters",
+                "max_live_parameters",
+            ),
+            *("stage3_max_reuse_distance", "max_reuse_distance", "stage3_param_persistence_threshold"),
+            *("param_persistence_threshold", "offload_optimizer.pin_memory", "offload_param.pin_memory"),
+            *("offload_optimizer.buffer_count", "offload_param.buffer_count", "offload_optimizer.nvme_path"),
+        )
+    ),
+)
+
+
+def refuse_foreign_output(config: RunConfig, resume: bool) -> None:
+    """A run folder is never overwritten, and resumed only by the run that it holds.
+
+    Raises:
+        InputError: `output` is a file, holds a run (without `resume`), or another run than `config` describes. What
+            decides by its content (BY_CONTENT) is looked at once it is read, by `checkpoint.load`.
+    """
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"output: {output} is a file; name a folder")
+    if not any((output / name).exists() for name in ("config.yaml", "metrics.jsonl", "final")):
+        return
+    if not resume:
+        raise InputError(f"output: {output} already holds a run; name another folder, remove it, or give --resume")
+    before, now = (_flat(run.model_dump()) for run in (resolve(output / "config.yaml", reads_data=False), config))
+    for key in before | now:  # a section that is absent in one of them has its keys in the other only
+        then, wanted = before.get(key), now.get(key)
+        if then != wanted and key not in (*WHERE, *BY_CONTENT, *FREE):
+            raise InputError(f"--resume: {key} was {then!r} in {output} and is {wanted!r} now; keep it")
+
+
+def decisive_keys(config: RunConfig, zero: dict[str, Any]) -> dict[str, Any]:
+    """What of the configuration decides the numbers of a run, and how DeepSpeed lays them out, as JSON has it.
+
+    Args:
+        zero: as `deepspeed_config` returns it.
+    """
+    elsewhere = (*WHERE, *BY_CONTENT, *FREE)
+    keys = {key: value for key, value in _flat(config.model_dump()).items() if key not in elsewhere}
+    return {**keys, **{f"train.deepspeed: {key}": value for key, value in _decisive_of_deepspeed(zero).items()}}
+
+
+def content_digest(zero: dict[str, Any]) -> str:
+    """SHA-256 of what in the dictionary of `deepspeed_config` decides the numbers of a run."""
+    return hashlib.sha256(json.dumps(_decisive_of_deepspeed(zero), sort_keys=True).encode()).hexdigest()
+
+
+def _decisive_of_deepspeed(zero: dict[str, Any]) -> dict[str, Any]:
+    stated = {"zero_optimization.stage": 0, **_flat(zero)}
+    return {
+        key: value
+        for key, value in stated.items()
+        if not any(f"{key}.".startswith(f"{free}.") for free in FREE_OF_DEEPSPEED)
+    }
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys; a section that is absent is None."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves

@@ -1,0 +1,257 @@
+"""One typed, validated run configuration: YAML + method preset + dotted overrides.
+
+Imports no torch: everything that can be refused from the text of the configuration alone is refused before the
+heavy imports, in one line that names the key and the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def _regex(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
+    return pattern
+
+
+def _none_is_a_name(value: Any) -> Any:
+    """YAML's `forget: null` and `forget: none` say the same thing."""
+    return "none" if value is None else value
+
+
+class Section(BaseModel):
+    """A group of keys: no unknown key, no silent conversion (`steps: "10"` is an error), immutable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+FilePath = Annotated[str, AfterValidator(os.path.expanduser)]  # a shell does not expand `~` inside YAML
+
+
+class Lora(Section):
+    r: int = Field(16, ge=1, description="rank of an adapter; any key of model.lora turns adapters on")
+    alpha: float = Field(32.0, gt=0, description="an adapter's product is scaled by alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on what goes into the adapters while training")
+    targets: list[Annotated[str, AfterValidator(_regex)]] | None = Field(
+        None,
+        min_length=1,
+        description="linear layers that get an adapter: each entry a name (q_proj, self_attn.q_proj) or a regular "
+        "expression of the whole name (.*layers\\.[0-7]\\..*_proj); null: all of them but the output layer",
+    )
+    merge: bool = Field(False, description="export the merged weights, an ordinary model; false: an adapter (peft)")
+
+
+class Model(Section):
+    path: FilePath = Field(description="hub id, or a folder written by save_pretrained")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="precision of forward and backward"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    train: list[Annotated[str, AfterValidator(_regex)]] = Field(
+        [".*"], min_length=1, description="regular expressions; a tensor trains if one of them is found in its name"
+    )
+    lora: Lora | None = Field(None, description="train low-rank adapters instead, by peft")
+    dropout: float | None = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="rate of every dropout of the model while it trains (model.lora.dropout apart); "
+        "null: the rates of its config.json, with which npo, dpo, kl, undial and embed_diff compare a model with "
+        "dropout to a reference without",
+    )
+    attn_implementation: str | None = Field(
+        None,
+        min_length=1,
+        description="as transformers names it: sdpa, eager, flash_attention_2, ...; null: its choice",
+    )
+    torch_compile: bool = Field(False, description="compile each decoder block")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    allow_pickle: bool = Field(
+        False, description="take weights that are not safetensors where a model has no others: pickles can run code"
+    )
+
+    @model_validator(mode="after")
+    def _adapters_are_what_trains(self) -> Model:
+        if self.lora is not None and self.train != [".*"]:
+            raise ValueError(
+                "model.train chooses among the model's own tensors, but with model.lora only adapters "
+                "train; remove model.train, and choose layers by model.lora.targets"
+            )
+        return self
+
+
+class Corpus(Section):
+    """Plain text (`field`), or questions with answers of which only the answer is predicted (`prompt`, `response`)."""
+
+    path: FilePath = Field(
+        description="hub name; or a .jsonl, .json, .csv, .tsv, .txt (each also .gz) or .parquet file, or a folder of "
+        "save_to_disk"
+    )
+    field: str | None = Field("text", description="the column that holds the text (unused for .txt)")
+    prompt: str | None = Field(None, description="instead of field: the column with the question, not predicted")
+    response: str | None = Field(None, description="beside prompt: the column with the answer, which is predicted")
+    preferred: str | None = Field(None, description="the column with what to say instead, for preference objectives")
+    refusals: FilePath | None = Field(
+        None, description=".txt file, a refusal a line, for objectives that teach to refuse; null: a built-in list"
+    )
+    name: str | None = Field(None, description="the hub data set's configuration")
+    split: str = Field("train", description="the hub data set's split")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_field_beside_a_prompt(cls, given: Any) -> Any:
+        """So that `field`'s default does not count as set, nor when a resolved configuration is read again."""
+        if isinstance(given, dict) and any(given.get(key) is not None for key in ("prompt", "response")):
+            return {"field": None, **given}
+        return given
+
+    @model_validator(mode="after")
+    def _one_kind_of_text(self) -> Corpus:
+        if (self.prompt is None) != (self.response is None):
+            there, lacking = ("prompt", "response") if self.response is None else ("response", "prompt")
+            raise ValueError(f"{there} needs {lacking} beside it: the columns of the question and of its answer")
+        if self.prompt is not None and self.field is not None:
+            raise ValueError("set either field (plain text) or prompt and response (questions and answers)")
+        if self.prompt is None and self.field is None:
+            raise ValueError("set field (plain text), or prompt and response (questions and answers)")
+        if len({*self.columns.values()}) < len(self.columns):
+            raise ValueError(f"{', '.join(self.columns)} must name different columns")
+        if format_of(self.path) == ".txt" and (self.prompt or self.preferred):
+            key = "prompt" if self.prompt else "preferred"
+            raise ValueError(f"a .txt file has no columns, so {key} cannot name one; use .jsonl, .json or .parquet")
+        if self.refusals is not None and self.prompt is None:
+            raise ValueError("refusals answer questions; name their columns with prompt and response")
+        if self.refusals is not None and format_of(self.refusals) != ".txt":
+            raise ValueError(f"refusals must be a .txt file with one refusal a line, not {self.refusals}")
+        return self
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns that hold text, by the key that names them."""
+        keys = ("field", "prompt", "response", "preferred")
+        return {key: name for key in keys if (name := getattr(self, key)) is not None}
+
+
+class Data(Section):
+    max_length: int = Field(512, ge=2, description="tokens per sequence")
+    packing: Literal["blocks", "documents"] = Field("blocks", description="cut a joined stream, or one document each")
+    long_documents: Literal["split", "truncate"] = Field(
+        "split",
+        description="text beyond max_length, and the rest of a stream that fills no block: in sequences of its own, or "
+        "left out (answers and pairs are always truncated)",
+    )
+    forget: Corpus | None = None
+    retain: Corpus | None = None
+
+
+Forget = Annotated[
+    Literal["ga", "wga", "npo", "simnpo", "dpo", "dpo_idk", "idk", "undial", "rmu", "none"],
+    BeforeValidator(_none_is_a_name),
+]
+
+
+Retain = Annotated[Literal["nll", "kl", "embed_diff", "none"], BeforeValidator(_none_is_a_name)]
+
+
+class Objective(Section):
+    forget: Forget = Field("npo", description="forget loss (paper, section 2.2)")
+    retain: Retain = Field("nll", description="retain loss (paper, section 2.2)")
+    beta: float = Field(
+        0.1, gt=0, description="sharpness of npo, simnpo, dpo and dpo_idk; power in wga; what undial takes off a logit"
+    )
+    delta: float = Field(0.0, description="margin of simnpo (the paper's gamma)")
+    layer: int = Field(7, ge=0, description="decoder block whose output rmu and embed_diff read, counted from 0")
+    steering: float = Field(20.0, description="length of rmu's target, its steering coefficient c")
+
+
+class Synthesis(Section):
+    rule: Literal["sum", "sago", "pcgrad", "blur", "gru"] = Field(
+        "sago", description="how the two gradients become one"
+    )
+    scope: Literal["element", "module", "layer", "global"] | None = Field(
+        None, description="where conflict is judged; null: the rule's own scope in the paper"
+    )
+    alpha: float = Field(1.0, ge=0, description="weight of the retain gradient")
+    gamma: float = Field(1.0, ge=0, description="weight of the forget gradient")
+    zero_forget: Literal["literal", "retain"] = Field(
+        "literal", description="where the forget gradient is exactly 0, sago gives 0 (paper) or the retain gradient"
+    )
+    spare: Literal["device", "host"] = Field(
+        "device", description="where the forget gradient waits: beside the retain gradient, or in pinned host memory"
+    )
+    geometry: bool = Field(False, description="measure the cosines under `sum` too (costs the spare partition)")
+    layer_geometry_every: int = Field(
+        10, ge=0, description="steps between measurements of each layer's cosines and conflicts; 0 is off"
+    )
+
+
+class Optimizer(Section):
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(1e-5, gt=0)
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="not of norms and biases, as in transformers' Trainer")
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps; 0 is off")
+    clip: float = Field(1.0, ge=0, description="largest gradient norm, after synthesis; 0 is off")
+
+
+DEFAULT_STEPS = 100
+
+
+class Train(Section):
+    steps: int | None = Field(None, ge=1, description="optimizer steps; 100 unless epochs are given")
+    epochs: float | None = Field(None, gt=0, description="instead of steps: passes over the forget set")
+    batch_size: int = Field(32, ge=1, description="sequences per task and step, over all ranks")
+    micro_batch_size: int = Field(4, ge=1, description="sequences per forward pass and rank")
+    deepspeed: str = Field("ds_configs/zero3.json", description="ZeRO, precision and communication")
+    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints for --resume; 0 is off")
+    keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay")
+    export_every: int = Field(0, ge=0, description="steps between Hugging Face exports on the way; 0 is off")
+    max_skipped: int = Field(10, ge=1, description="non-finite steps in a row that end the run")
+    timeout: float = Field(30.0, gt=0, description="minutes that a rank waits for another before it ends with an error")
+
+
+class RunConfig(Section):
+    """The resolved configuration of one run; `config.yaml` in the run folder is exactly this."""
+
+    output: FilePath = Field(description="the run folder")
+    cache: FilePath = Field(
+        "~/.cache/unlearning",
+        validate_default=True,
+        description="tokenised corpora and reference log-probabilities; safe to delete",
+    )
+    seed: int = Field(0, ge=0, description="data order, initial adapters, dropout")
+    method: str | None = Field(None, description="the preset this run came from (a label)")
+    model: Model
+    data: Data
+    objective: Objective = Objective()  # pyright: ignore[reportCallIssue]
+    synthesis: Synthesis = Synthesis()  # pyright: ignore[reportCallIssue]
+    optimizer: Optimizer = Optimizer()  # pyright: ignore[reportCallIssue]
+    train: Train = Train()  # pyright: ignore[reportCallIssue]
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks of each step in the order they are accumulated; an absent one has objective `none`."""
+        return [task for task in ("forget", "retain") if getattr(self.objective, task) != "none"]
+
+
+LOCAL_FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+
+
+def format_of(path: str | Path) -> str | None:
+    """Which of LOCAL_FORMATS a file has by its name, in any case and, but for Parquet, also compressed (`.gz`)."""
+    endings = [ending.lower() for ending in Path(path).suffixes]
+    compressed = endings[-1:] == [".gz"]
+    found = "".join(endings[:-1][-1:] if compressed else endings[-1:])
+    return found if found in LOCAL_FORMATS and not (compressed and found == ".parquet") else None

@@ -1,0 +1,104 @@
+"""The batch of a step: a pure function of seed, step and rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.tokenize import Sequences
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. R sequences right-padded to T tokens: R is B, or 2B with what to prefer to each."""
+
+    index: Tensor  # [B] int64, which sequences of the corpus
+    input_ids: Tensor  # [R, T] int64
+    attention_mask: Tensor  # [R, T] int64, 0 on padding
+    labels: Tensor  # [R, T] int64, input_ids with prompts and padding masked
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+
+
+def collate(sequences: Sequences, indices: np.ndarray, pad: int, preferred: Sequences | None = None) -> Batch:
+    """Sequences `indices`, right-padded with token `pad`, padding masked in attention and labels, prompts in labels.
+
+    With `preferred`, the same rows of that follow: B rows of `sequences`, then their B counterparts, in one order.
+    """
+    sides = [sequences] if preferred is None else [sequences, preferred]
+    rows = [torch.from_numpy(np.array(side[int(index)], dtype=np.int64)) for side in sides for index in indices]
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+    position = torch.arange(input_ids.shape[1])
+    real = position < torch.tensor([len(row) for row in rows]).unsqueeze(1)
+    given = torch.from_numpy(np.concatenate([side.given(indices) for side in sides])).unsqueeze(1)
+    labels = input_ids.masked_fill(~real | (position < given), IGNORED)
+    return Batch(torch.from_numpy(indices), input_ids, real.long(), labels)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The endless walk over one corpus: seeded random permutations of its sequences, one after another."""
+
+    sequences: Sequences
+    seed: int
+    task: int  # separates the two tasks' orders
+    batch_size: int  # global
+    micro_batch_size: int
+    rank: int
+    world_size: int
+    pad: int
+    preferred: Sequences | None = None  # what to prefer to each of `sequences`
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that a model is given."""
+        return max(walked.longest for walked in (self.sequences, self.preferred) if walked is not None)
+
+    @property
+    def largest(self) -> int:
+        """The largest token id that a model is given."""
+        return max(walked.largest for walked in (self.sequences, self.preferred) if walked is not None)
+
+    def global_batch(self, step: int) -> np.ndarray:
+        """[batch_size] int64: the sequences of step `step` (0-based), whoever computes them."""
+        size = len(self.sequences)
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        return np.array([_permutation(self.seed, self.task, int(at) // size, size)[int(at) % size] for at in positions])
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """This rank's micro-batches of step `step`; all ranks get the same number."""
+        mine = self.global_batch(step).reshape(-1, self.world_size, self.micro_batch_size)[:, self.rank]
+        return (collate(self.sequences, indices, self.pad, self.preferred) for indices in mine)
+
+    def num_terms(self, step: int, per: str) -> int:
+        """What the mean over the global batch of step `step` counts.
+
+        Its sequences, the tokens they predict (`token`), or their tokens (`position`). What is preferred to them is not
+        counted.
+        """
+        if per == "sequence":
+            return self.batch_size
+        if per == "position":
+            return sum(len(self.sequences[int(index)]) for index in self.global_batch(step))
+        return int(self.sequences.lengths(self.global_batch(step)).sum())
+
+    def visited(self, steps: int) -> np.ndarray:
+        """Sorted indices of the sequences that the first `steps` steps use."""
+        size = len(self.sequences)
+        if steps * self.batch_size >= size:
+            return np.arange(size)
+        return np.unique(np.concatenate([self.global_batch(step) for step in range(steps)]))
+
+
+@lru_cache(maxsize=4)  # a batch touches one or two permutations of each task
+def _permutation(seed: int, task: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng([seed, task, epoch]).permutation(size)
+
+
+IGNORED = -100  # label of a position that predicts nothing (padding, or masked by the data)

@@ -1,0 +1,118 @@
+"""Questions, with or without answers -> token ids, in the tokenizer's chat template: in training and in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, tzinfo
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class _StillClock(datetime):
+    """Some templates write today's date: the same text must be the same tokens tomorrow."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> datetime:
+        return datetime(2024, 7, 26, tzinfo=tz)
+
+
+@contextmanager
+def _clock_stands_still() -> Iterator[None]:
+    """For templates, which read it by `strftime_now`; transformers gives them no other function of that name."""
+    from transformers.utils import chat_template_utils as templates  # seconds, which --help should not cost
+
+    before: Any = templates.datetime  # pyright: ignore[reportPrivateImportUsage]
+    templates.datetime = _StillClock  # pyright: ignore[reportPrivateImportUsage]
+    try:
+        yield
+    finally:
+        templates.datetime = before  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[str] | None = None
+) -> list[str]:
+    """Each question in the chat template with its answer or, without answers, with the header of the answer's turn.
+
+    Raises:
+        InputError: the template fails.
+    """
+    from jinja2 import TemplateError
+
+    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    for turn, answer in zip(turns, answers or (), strict=answers is not None):
+        turn.append({"role": "assistant", "content": answer})
+    render: Any = tokenizer.apply_chat_template
+    date = _StillClock.now().strftime("%d %b %Y")  # for templates that take it so
+    try:
+        with _clock_stands_still():
+            return render(turns, tokenize=False, add_generation_prompt=answers is None, date_string=date)
+    except (TemplateError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"the tokenizer's chat template refuses a question with an answer: {reason}; repair it"
+        ) from None
+
+
+def _before_answers(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
+    """What the template writes before any answer to each question: up to where two answers begin to differ.
+
+    The header of the answer's turn and, where the template has one, an empty thinking block.
+    """
+    sides = (_render(tokenizer, prompts, [answer] * len(prompts)) for answer in ("0", "1"))
+    return [one[: _num_shared(one, other)] for one, other in zip(*sides, strict=True)]
+
+
+def openings(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
+    """Each question in the chat template, up to where a model is to go on with its answer.
+
+    As the template itself asks for an answer, unless it writes more than white space otherwise before one that is
+    given, such as an empty thinking block: that stood before every answer that was learnt.
+
+    Raises:
+        InputError: the template fails.
+    """
+    pairs = zip(_render(tokenizer, prompts), _before_answers(tokenizer, prompts), strict=True)
+    return [asked if asked.strip() == before.strip() else before for asked, before in pairs]
+
+
+def encode_answers(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[str]
+) -> list[tuple[list[int], int]]:
+    """Token ids of each question with its answer, and how many of them, from the start, are the question's.
+
+    In the tokenizer's chat template, else as TOFU writes for models without one: `Question: ...`, a new line,
+    `Answer: ...` and the end-of-text token. The question's tokens are those that the whole shares with what stands
+    before any answer, up to where the answer starts: where the two meet inside one token, that token belongs to the
+    answer. An empty thinking block that the template puts before the answer belongs to the question.
+
+    Raises:
+        InputError: the chat template fails on a question with an answer.
+    """
+    if tokenizer.chat_template is not None:
+        texts, starts = _render(tokenizer, prompts, answers), _before_answers(tokenizer, prompts)
+        whole = tokenizer(texts, add_special_tokens=False).input_ids
+        alone = tokenizer(starts, add_special_tokens=False).input_ids
+    else:
+        end: Any = tokenizer.eos_token_id
+        starts = [f"Question: {prompt}\nAnswer: " for prompt in prompts]
+        texts = [start + text for start, text in zip(starts, answers, strict=True)]
+        whole = [ended(ids, end) for ids in tokenizer(texts).input_ids]
+        alone = [ids[:-1] if ids[-1:] == [end] else ids for ids in tokenizer(starts).input_ids]
+    return [(ids, _num_shared(ids, start)) for ids, start in zip(whole, alone, strict=True)]
+
+
+def ended(ids: list[int], end: int) -> list[int]:
+    """`ids` with the token `end` after them, once."""
+    return ids if ids[-1:] == [end] else [*ids, end]
+
+
+def _num_shared(ids: Sequence[Any], others: Sequence[Any]) -> int:
+    """Length of the longest common prefix."""
+    pairs = enumerate(zip(ids, others, strict=False))
+    return next((at for at, (one, other) in pairs if one != other), min(len(ids), len(others)))

@@ -1,0 +1,275 @@
+"""Files, saved data sets and data sets of the hub -> rows of text, or a message that names the line.
+
+The one reader of corpora: training and evaluation take the same bytes for the same texts. Importing it is quick; what
+reads tables is imported where a table is read.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import unicodedata
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from pipeline.config.schema import LOCAL_FORMATS, Corpus, format_of
+from pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    import datasets
+
+
+Pairing = Literal["preferred", "refusal"]  # what each text is compared with: a column of its row, or a refusal
+
+
+Located = tuple[str, Any]  # where a row stands, for messages, and the row
+
+
+_REFUSALS = Path(__file__).with_name("refusals.txt")  # 23 of them: no corpus of 10 or 20 questions a subject is in step
+
+
+class Row(NamedTuple):
+    """One row of a corpus."""
+
+    prompt: str | None  # the question; None: plain text
+    texts: tuple[str, ...]  # the text or answer and, for a pairing, the one to prefer to it
+
+
+def read(corpus: Corpus, key: str, pairing: Pairing | None = None) -> tuple[Iterator[Row], str]:
+    """The rows of a corpus, read as they are asked for, and a digest of the source and of what is read from it.
+
+    Under `refusal`, row n (from 0, as the source counts) is paired with refusal n modulo their number.
+
+    Raises:
+        InputError: no such file, data set or column, or malformed text (when reached). `key` names the corpus.
+    """
+    if pairing == "preferred" and corpus.preferred is None:
+        raise InputError(f"data.{key}.preferred is missing: the objective needs the column with the text to prefer")
+    if pairing == "refusal" and corpus.prompt is None:
+        raise InputError(f"data.{key}: a refusal answers a question; name the columns with prompt and response")
+    columns = {name: column for name, column in corpus.columns.items() if name != "preferred" or pairing == "preferred"}
+    refusals = _read_refusals(corpus, key) if pairing == "refusal" else []
+    rows, source = read_rows(corpus, f"data.{key}.", columns)
+    texts = (tuple(text_of(where, row, column) for column in columns.values()) for where, row in rows)
+    # The same bytes are other texts in another format, by other columns, or beside other refusals.
+    recipe = json.dumps([format_of(corpus.path), columns, refusals])
+    return _assemble(texts, corpus.prompt is not None, refusals), f"{source}-{_sha256(recipe)[:16]}"
+
+
+def read_rows(corpus: Corpus, key: str = "", columns: dict[str, str] | None = None) -> tuple[Iterator[Located], str]:
+    """(where it stands, the row) of a corpus, read as they are asked for, and a digest of the source.
+
+    A row of a .txt file has its line under `corpus.field`; other rows have all their columns, or at least `columns`
+    (by the key that names them). What they hold is unchecked: see `text_of`.
+
+    Raises:
+        InputError: no such file, data set or column, or a malformed file (when reached). `key` begins the message.
+    """
+    path = Path(corpus.path)
+    if format_of(path) is not None:
+        with readable(path, f"{key}path: " if key else ""):
+            source = file_digest(path)
+        return _local_rows(path, corpus.field or "text"), source
+    found, source = _saved_dataset(corpus, key) if is_saved_dataset(path) else _hub_dataset(corpus, key)
+    for name, column in (columns or {}).items():
+        if column not in found.column_names:
+            there = ", ".join(found.column_names)
+            raise InputError(f"{key}{name}: {corpus.path} has no {column!r}; it has {there}")
+    table = found if columns is None else found.select_columns(list(columns.values()))
+    return ((f"{corpus.path}, row {number}", row) for number, row in enumerate(table, 1)), source
+
+
+def _assemble(rows: Iterable[tuple[str, ...]], questions: bool, refusals: list[str]) -> Iterator[Row]:
+    for number, texts in enumerate(rows):
+        prompt = texts[0] if questions else None
+        refusal = (refusals[number % len(refusals)],) if refusals else ()
+        yield Row(prompt, texts[questions:] + refusal)
+
+
+def _read_refusals(corpus: Corpus, key: str) -> list[str]:
+    path = Path(corpus.refusals) if corpus.refusals is not None else _REFUSALS
+    with readable(path, f"data.{key}.refusals: "):
+        refusals = [text for _, line in lines(path) if (text := line.strip())]
+    if not refusals:
+        raise InputError(f"data.{key}.refusals: {path} holds no refusal; write one a line")
+    return refusals
+
+
+def text_of(where: str, row: Any, column: str) -> str:
+    """The text in `column` of a row; raises InputError, which begins with `where`."""
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected an object with the field {column!r}, found {type(row).__name__}")
+    if column not in row:
+        raise InputError(f"{where}: no field {column!r}; it has {', '.join(map(repr, row)) or 'none'}")
+    text = row[column]
+    if not isinstance(text, str):
+        raise InputError(f"{where}: field {column!r} holds {type(text).__name__}, not text; repair or remove the row")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{where}: field {column!r} holds a lone surrogate, which is no character; repair or remove the row"
+        ) from None
+    return text
+
+
+def normalised(text: str) -> str:
+    """Two texts are duplicates where this is equal: NFKC, case-folded, white space as single spaces."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+@contextmanager
+def readable(path: Path, prefix: str = "") -> Iterator[None]:
+    """What a file system, or a damaged .gz, says against reading `path` becomes an InputError."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{prefix}cannot read {path}: {reason}; put a whole file there or name another") from None
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number from 1, line with its end) of a UTF-8 text file, also of a compressed one; a byte-order mark is no text.
+
+    A line ends with a line feed, a carriage return or both, and nowhere else: U+2028 and its like are text.
+    """
+    number = 0
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+        for stretch in file:  # up to a line feed
+            for line in stretch.splitlines(keepends=True):
+                number += 1
+                try:
+                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise InputError(
+                        f"{path}, line {number}: not UTF-8 text (byte {error.start + 1} of the line); save it as UTF-8"
+                    ) from None
+
+
+def json_rows(path: Path) -> Iterator[Located]:
+    """(where, row) of JSON lines or, in a `.json` file, which in the wild are either, of one JSON array."""
+    with readable(path):
+        if format_of(path) == ".json" and next((s for _, line in lines(path) if (s := line.strip())), "")[:1] == "[":
+            try:
+                rows = json.loads("".join(line for _, line in lines(path)))
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}; repair it") from None
+            yield from ((f"{path}, element {number}", row) for number, row in enumerate(rows, 1))
+            return
+        for number, line in lines(path):
+            if not line.strip():
+                continue
+            try:
+                yield f"{path}, line {number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(
+                    f"{path}, line {number}: not valid JSON: {error.msg}; repair or remove the line"
+                ) from None
+
+
+def _csv_rows(path: Path) -> Iterator[Located]:
+    """(where, row by the names of the first line); RFC 4180, with tabs in a `.tsv` file."""
+    csv.field_size_limit(2**31 - 1)  # documents are longer than the 128 KiB that the module allows by itself
+    delimiter = "\t" if format_of(path) == ".tsv" else ","
+    reader = csv.reader((line for _, line in lines(path)), delimiter=delimiter, strict=True)
+    names: list[str] = []
+    try:
+        for cells in reader:
+            where = f"{path}, line {reader.line_num}"
+            if not any(cell.strip() for cell in cells):
+                continue
+            if not names:
+                names = cells
+                if len({*names}) < len(names):
+                    raise InputError(f"{where}: two columns have one name; rename one of {', '.join(names)}")
+            elif len(cells) != len(names):
+                raise InputError(
+                    f"{where}: {len(cells)} cells, and the first line names {len(names)} columns; put a text that "
+                    "holds the delimiter between quotes"
+                )
+            else:
+                yield where, dict(zip(names, cells, strict=True))
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: not valid CSV: {error}; repair it") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[Located]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        number = 0
+        for batch in file.iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{path}: not a readable Parquet file: {error}; write it again") from None
+
+
+def _local_rows(path: Path, field: str) -> Iterator[Located]:
+    form = format_of(path)
+    with readable(path):
+        if form == ".txt":
+            for number, line in lines(path):
+                if line.strip():
+                    yield f"{path}, line {number}", {field: line.rstrip("\r\n")}
+        elif form == ".parquet":
+            yield from _parquet_rows(path)
+        else:
+            yield from _csv_rows(path) if form in (".csv", ".tsv") else json_rows(path)
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether `path` is a folder that `save_to_disk` of the package datasets wrote."""
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _saved_dataset(corpus: Corpus, key: str) -> tuple[datasets.Dataset, str]:
+    """The data set, or the split of it, and a digest of its files."""
+    import datasets
+    import pyarrow as pa
+
+    path = Path(corpus.path)
+    try:
+        found = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:  # ValueError: also malformed JSON
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{key}path: {path} is no whole folder of save_to_disk: {reason}; save it again") from None
+    if isinstance(found, datasets.DatasetDict):
+        if corpus.split not in found:
+            raise InputError(f"{key}split: {path} has no {corpus.split!r}; it has {', '.join(map(str, found))}")
+        path, found = path / corpus.split, found[corpus.split]
+    files = sorted(path.glob("*.arrow"))
+    return found, _sha256(json.dumps([[file.name, file_digest(file)] for file in files]))
+
+
+def _hub_dataset(corpus: Corpus, key: str) -> tuple[datasets.Dataset, str]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(corpus.path, corpus.name, split=corpus.split)
+    except Exception as error:  # `datasets` and the hub raise a dozen unrelated types for "not there" and "no network"
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{key}path: {corpus.path!r} is no {', '.join(LOCAL_FORMATS)} file, and loading it from the hub "
+            f"failed: {reason}"
+        ) from None
+    assert isinstance(rows, datasets.Dataset)
+    return rows, rows._fingerprint
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

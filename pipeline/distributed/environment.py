@@ -1,0 +1,17 @@
+"""Rank and number of ranks, as a launcher writes them into the environment. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+
+
+def world_from_environment() -> tuple[int, int]:
+    """(rank, number of ranks) as the launcher told this process: deepspeed, torchrun, Open MPI, MPICH, or alone."""
+    for rank, size in (
+        ("RANK", "WORLD_SIZE"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ("PMI_RANK", "PMI_SIZE"),
+    ):
+        if rank in os.environ and size in os.environ:
+            return int(os.environ[rank]), int(os.environ[size])
+    return 0, 1

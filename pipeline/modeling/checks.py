@@ -1,0 +1,123 @@
+"""A model's configuration and tokenizer, and what is refused from them before weights are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from pipeline.config.schema import Model
+from pipeline.errors import InputError
+from pipeline.modeling.weights import missing_package
+
+
+def load_shape(config: Model) -> PreTrainedConfig:
+    """`config.json` of the model.
+
+    Raises:
+        InputError: neither a model folder nor a model of the hub, or one that needs its own code to run without
+            `trust_remote_code`.
+    """
+    path = config.path
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not Path(path).is_dir():
+        raise InputError(f"model.path: there is no folder {path}")
+    if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
+        raise _holds_an_adapter(path)
+    try:  # stated always: left open, transformers asks a terminal
+        return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"model.path: {path!r} comes with code of its own, which runs only with model.trust_remote_code; "
+                "read it first"
+            ) from None
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"model.path: {path!r} is neither a model folder nor a model of the hub: {reason}") from None
+
+
+def _holds_an_adapter(path: str) -> InputError:
+    return InputError(f"model.path: {path!r} holds an adapter; export it with model.lora.merge, or name its base")
+
+
+def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model, once it is clear that there is a model.
+
+    Raises:
+        InputError: neither a model folder nor a model of the hub, or no tokenizer beside it, or one that needs its own
+            code to run without `trust_remote_code`.
+    """
+    load_shape(config)
+    try:
+        return AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = missing_package(config.path) or " ".join(str(error).split())[:300]
+        raise InputError(f"model.path: no tokenizer can be loaded from {config.path!r}: {reason}") from None
+
+
+def check_layer(config: Model, layer: int) -> None:
+    """Raises:
+    InputError: the model has no decoder block number `layer`.
+    """
+    path, count = config.path, load_shape(config).get_text_config().num_hidden_layers
+    if layer >= count:
+        raise InputError(f"objective.layer: {layer}, but {path} has {count} decoder blocks, 0 to {count - 1}")
+
+
+def check_router_loss(config: Model) -> None:
+    """A retain task would have to add the load-balancing loss that such a model asks for, and this program does not.
+
+    That loss multiplies shares of tokens by mean probabilities, both over a batch: the mean over micro-batches, as
+    other trainers take it, is another number for every way to cut the batch, and the exact one needs all routing
+    decisions of all ranks before the first backward pass.
+
+    Raises:
+        InputError: a mixture of experts whose configuration asks for its load-balancing loss.
+    """
+    shape = load_shape(config).get_text_config()
+    if getattr(shape, "output_router_logits", False) and getattr(shape, "router_aux_loss_coef", None) != 0:
+        raise InputError(
+            f"model.path: config.json of {config.path!r} asks for a load-balancing loss (output_router_logits), which "
+            "is not added to the retain loss here; to train without it, set output_router_logits to false in a copy of "
+            "the model"
+        )
+
+
+def check_positions(config: Model, longest: int) -> None:
+    """Raises:
+    InputError: the model has fewer positions than a sequence of `longest` tokens.
+    """
+    positions = getattr(load_shape(config).get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise InputError(
+            f"data.max_length: sequences have up to {longest} tokens, but {config.path} has {positions} positions; "
+            f"set {positions} or less"
+        )
+
+
+def pad_token(config: Model, tokenizer: PreTrainedTokenizerBase) -> int:
+    """What sequences are padded with: the tokenizer's token, or 0 where it has none that the model embeds.
+
+    It is masked everywhere, so any will do; a tokenizer that got one after training names an id beyond the embedding.
+    """
+    token: Any = tokenizer.pad_token_id
+    return token if token is not None and token < load_shape(config).get_text_config().vocab_size else 0
+
+
+def check_tokens(config: Model, key: str, largest: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises:
+    InputError: `largest`, of the token ids of corpus `key`, has no row in the model's embedding.
+    """
+    rows = load_shape(config).get_text_config().vocab_size
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise InputError(
+            f"data.{key}: token {token!r} has id {largest}, but the embedding of {config.path} has {rows} rows; take "
+            "the tokenizer (and chat template) that the model was trained with"
+        )

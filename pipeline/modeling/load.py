@@ -1,0 +1,111 @@
+"""Load a causal language model sharded from the start, choose what trains, export a Hugging Face folder."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from transformers import (
+    PreTrainedModel,
+)
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+from pipeline.config.schema import Model
+from pipeline.errors import InputError
+from pipeline.modeling.checks import _holds_an_adapter, load_shape
+from pipeline.modeling.decoder import blocks_of, text_parameters
+from pipeline.modeling.dropout import restore_dropout, set_dropout
+from pipeline.modeling.lora import attach_adapters
+from pipeline.modeling.weights import WrongWeights, load_whole
+
+
+def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -> PreTrainedModel:
+    """The model in `config.dtype`, partitioned while it loads (ZeRO-3 never holds it whole), with what trains chosen.
+
+    transformers keeps the experts of a block in one tensor, which all ranks touch in every micro-batch. A model whose
+    experts are modules of their own would make ZeRO-3 wait for ranks that route elsewhere: name the class of the block
+    in the DeepSpeed file, `"zero_optimization": {"leaf_module": {"classes": ["package.module.Block"]}}`.
+
+    Args:
+        seed: the initial adapters are a function of it alone, the same on any number of ranks.
+
+    Raises:
+        InputError: unreadable weights, an attention that cannot be had here, a pattern that names nothing.
+    """
+    zero3 = HfDeepSpeedConfig(deepspeed_config)  # while it lives, from_pretrained loads under deepspeed.zero.Init
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    shape = load_shape(config)
+    if config.dropout is not None:
+        options["config"] = set_dropout(copy.deepcopy(shape), config.dropout)
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    if not config.allow_pickle:
+        options["use_safetensors"] = True  # without it, transformers takes a pickle where there is nothing else
+    try:
+        model = load_whole(config.path, dtype=getattr(torch, config.dtype), **options)
+    except WrongWeights as error:
+        raise InputError(f"model.path: {error}") from None
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:  # RuntimeError: shapes differ
+        reason = " ".join(str(error).split())[:300]
+        if config.attn_implementation and (isinstance(error, ImportError) or "attn_implementation" in reason):
+            wanted = config.attn_implementation
+            raise InputError(f"model.attn_implementation: {wanted!r} cannot be had here: {reason}") from None
+        if not config.allow_pickle and "safetensors" in reason:
+            reason += "; if you trust its other files, which can run code, set model.allow_pickle: true"
+        raise InputError(f"model.path: cannot load {config.path!r}: {reason}") from None
+    finally:
+        del zero3
+    if hasattr(model, "peft_config"):
+        raise _holds_an_adapter(config.path)
+    if config.dropout is not None:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = config.dropout  # a rate that is written in the model's code
+        restore_dropout(model, shape)
+    choose_what_trains(model, config, seed)
+    if config.torch_compile:
+        stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
+        text = text_parameters(model)
+        if stage == 3 and not all(p.requires_grad for name, p in model.named_parameters() if name in text):
+            raise InputError(
+                "model.torch_compile: under ZeRO stage 3 the backward of a compiled block finds frozen tensors "
+                "released; use a lower stage, or let everything train (no model.lora, no model.train)"
+            )
+        for block in blocks_of(model):
+            # ZeRO-3 gathers by hooks around each module: one pair around the block leaves its inside one graph
+            deepspeed.utils.set_z3_leaf_module(block, True)
+            block.forward = torch.compile(block.forward)
+    torch.manual_seed(seed + dist.get_rank())  # dropout: each rank its own
+    model.train()
+    return model
+
+
+def choose_what_trains(model: PreTrainedModel, config: Model, seed: int) -> None:
+    """Freeze what does not train, or attach adapters; recompute activations if asked to. Also on the meta device.
+
+    What trains is of the text decoder, embedding or output layer: towers for images or sound stay as they are.
+
+    Raises:
+        InputError: a pattern that names nothing.
+    """
+    if config.lora is None:
+        text = text_parameters(model)
+        names = [name for name, _ in model.named_parameters() if name in text]
+        for pattern in config.train:
+            if not any(re.search(pattern, name) for name in names):
+                raise InputError(
+                    f"model.train: {pattern!r} is found in no tensor name of the text decoder; names look like "
+                    f"{names[0]!r}"
+                )
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in text and any(re.search(pattern, name) for pattern in config.train))
+    else:
+        torch.manual_seed(seed)
+        attach_adapters(model, config.lora)
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})

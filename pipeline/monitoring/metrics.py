@@ -1,0 +1,184 @@
+"""Numbers -> JSON lines, TensorBoard, DeepSpeed's monitors, progress. Each says how the ranks' values become one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.errors import writing
+from pipeline.monitoring import console
+from pipeline.monitoring.console import Progress
+from pipeline.monitoring.tensorboard import COSINES, GIB, Board
+from pipeline.monitoring.trackers import Outlets
+
+_REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+class Monitor:
+    """Collects the numbers of a step with `record`, and writes them with `flush`. Writes on rank 0 alone.
+
+    A run that goes on after `start` steps drops what it logged beyond them: each step is there once, in order.
+    """
+
+    def __init__(self, folder: Path, engine: Any, *, start: int, steps: int) -> None:
+        self.folder, self.device = folder, engine.device
+        self.outlets = Outlets(folder, engine, start=start)
+        self.values: dict[str, Any] = {}
+        self.pending: dict[str, dict[str, torch.Tensor]] = {}
+        self.is_writer = dist.get_rank() == 0
+        self.history: list[dict[str, Any]] = []  # on rank 0 the rows of metrics.jsonl
+        if self.is_writer:
+            self.log, self.events = folder / "metrics.jsonl", folder / "tensorboard"
+            with writing(self.log):
+                self.history = _keep_lines(self.log, start)
+                self.lines = self.log.open("a", encoding="utf-8", buffering=1)
+            with writing(self.events):
+                self.board = Board(self.events, start=start)
+            self.progress = Progress(start, steps)
+
+    def describe(self, configuration: str, hyperparameters: dict[str, str | float]) -> None:
+        """What the run is: its configuration (YAML), and what TensorBoard and others list of it beside other runs."""
+        if self.is_writer:
+            with writing(self.events):
+                self.board.writer.add_text("configuration", f"```yaml\n{configuration}```")
+                self.board.begin(hyperparameters)
+            self.outlets.begin(hyperparameters)
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The newest row, of rank 0."""
+        return self.history[-1] if self.history else {}
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """How many of the newest rows are steps without an update; 0 on other ranks, which have no rows."""
+        return sum(1 for _ in takewhile(lambda row: row["skipped"], reversed(self.history)))
+
+    def record(self, name: str, value: float | torch.Tensor | None, reduce: str = "none") -> None:
+        """One number of the present step. reduce: `none` (the same on every rank), `sum` or `max` over the ranks.
+
+        A name that starts with `_` is for the ranks to agree on, and is not written.
+        """
+        self.values[name] = value
+        if reduce != "none":
+            tensor = torch.as_tensor(value, dtype=torch.float64, device=self.device).detach()
+            self.pending.setdefault(reduce, {})[name] = tensor
+
+    def flush(self, step: int) -> dict[str, Any]:
+        """Reduce, write and forget the recorded numbers; returns them (a number that is not finite is None)."""
+        for reduce, tensors in self.pending.items():
+            stacked = torch.stack(list(tensors.values()))
+            dist.all_reduce(stacked, _REDUCTIONS[reduce])
+            self.values.update(zip(tensors, stacked.tolist(), strict=True))
+        values = {
+            name: None if value is None or not math.isfinite(value) else value for name, value in self.values.items()
+        }
+        self.values, self.pending = {}, {}
+        if self.is_writer:
+            written = {name: value for name, value in values.items() if not name.startswith("_")}
+            self.history.append({"step": step, **written})
+            with writing(self.log):
+                self.lines.write(json.dumps(self.last) + "\n")
+            with writing(self.events):
+                self.board.write(self.history)
+            self.outlets.write(step, written)
+            shown = {"forget": "forget_loss", "retain": "retain_loss", "conflict": "conflict_fraction"}
+            self.progress.update(step, {label: values.get(name) for label, name in shown.items()})
+        return values
+
+    def sync(self) -> None:
+        """Put what was logged on disk, before a checkpoint: a run that is killed after it does not log it again."""
+        if self.is_writer:
+            with writing(self.events):
+                self.board.writer.flush()
+
+    def finish(self, card: str) -> None:
+        """After the last step: its results and the model card (Markdown), then nothing more is written."""
+        if self.is_writer:
+            self.progress.close()
+            found = results(self.history)
+            with writing(self.events):
+                self.board.end(self.history, found)
+                self.board.writer.add_text("model_card", card)
+                self.board.writer.flush()  # closing alone would not tell that it failed
+                self.board.writer.close()
+            self.outlets.finish(found, len(self.history))
+            self.lines.close()
+
+    def summarise(self, seconds: float) -> None:
+        """The run in a few lines on the console, once its model is exported. seconds: its wall time."""
+        if not self.is_writer:
+            return
+        found = results(self.history)
+        took = timedelta(seconds=round(seconds))
+        rows = [("steps", f"{len(self.history)}, of which {found['skipped']:.0f} skipped; {took} this time")]
+        for task in ("forget", "retain"):
+            if f"{task}_loss" in found:
+                rows.append((f"{task} loss", f"{found[f'{task}_loss_start']:.4g} -> {found[f'{task}_loss']:.4g}"))
+        for name, what in COSINES.items():
+            if name in found:
+                rows.append((f"{what}, mean", f"{found[name]:+.3f}"))
+        if "conflict_fraction" in found:
+            rows.append(("elements in conflict", f"{found['conflict_fraction']:.1%}"))
+        rows.append(("tokens a second, median", f"{found['tokens_per_second']:,.0f}"))
+        rows.append(("peak memory of a rank", f"{found['peak_memory_gib']:.2f} GiB"))
+        final, exports = self.folder / "final", self.folder / "exports"
+        rows += [("model", str(final)), ("log", str(self.folder / "log.txt"))]
+        model = self.folder if exports.is_dir() else final  # every export on the way, if there are any
+        found_in = ("--model", str(model), "--suite", "SUITE", "--output", str(self.folder / "evaluation.json"))
+        rows.append(("next", f"python -m eval.run {shlex.join(found_in)}"))
+        console.ours.info("unlearned\n%s", console.table(rows))
+
+
+def results(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What a run came to. history: rows of `metrics.jsonl`, all of them; at least one.
+
+    Losses are means over the last tenth of the steps (`_start`: the first tenth), geometry over all steps, time is a
+    median. What no step has a number for is absent.
+    """
+
+    def of(name: str, rows: Sequence[Mapping[str, Any]] = history) -> list[float]:
+        return [row[name] for row in rows if row.get(name) is not None]
+
+    tenth = -(-len(history) // 10)
+    means = {
+        f"{task}_loss{part}": of(f"{task}_loss", rows)
+        for task in ("forget", "retain")
+        for part, rows in (("_start", history[:tenth]), ("", history[-tenth:]))
+    }
+    means |= {name: of(name) for name in (*COSINES, "conflict_fraction")}
+    found = {name: sum(values) / len(values) for name, values in means.items() if values}
+    found["skipped"] = sum(of("skipped"))
+    found |= {name: statistics.median(of(name)) for name in ("seconds", "tokens_per_second")}
+    found["peak_memory_gib"] = max(of("peak_memory_bytes")) / GIB
+    return found
+
+
+def _keep_lines(file: Path, number: int) -> list[dict[str, Any]]:
+    """Cut a log back to its first `number` lines, all at once; returns what they hold."""
+    if not file.exists():
+        return []
+    kept = file.read_text(encoding="utf-8").splitlines(keepends=True)[:number]
+    unfinished = file.with_name(f".{file.name}")
+    unfinished.write_text("".join(kept), encoding="utf-8")
+    os.replace(unfinished, file)
+    return [json.loads(line) for line in kept]
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this rank ever used: allocated by torch on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

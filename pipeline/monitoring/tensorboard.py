@@ -1,0 +1,157 @@
+"""TensorBoard as a run fills it: three charts to begin with, layers as pictures, runs side by side under HParams."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]
+from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.writer import SummaryWriter
+
+GIB = 2**30
+
+
+THOUSANDS, MEMORY = "thousand_tokens_per_second", "peak_memory_gib"  # in these units one axis holds both
+
+
+COSINES = {
+    "cos_forget_retain": "cosine of forget and retain",
+    "cos_combined_forget": "cosine of update and forget",
+    "cos_combined_retain": "cosine of update and retain",
+}
+
+
+CHARTS = {
+    "Forget and retain loss": ("forget_loss", "retain_loss"),
+    "Cosines and conflict fraction": (*COSINES, "conflict_fraction"),
+    "Thousand tokens a second, peak memory in GiB": (THOUSANDS, MEMORY),
+}
+
+
+# What TensorBoard compares runs by: a short heading, for columns are narrow, and what it means. It shows the first five
+# unasked, and its parallel coordinates leave out a run without one of these: what every run has comes first.
+MEASURES = {
+    "forget_loss": ("forget loss", "mean over the last tenth of the steps"),
+    "retain_loss": ("retain loss", "mean over the last tenth of the steps"),
+    "seconds": ("s a step", "seconds of a step, median"),
+    "peak_memory_gib": ("peak GiB", "most memory of a rank"),
+    "skipped": ("skipped", "steps that were not finite"),
+    **{name: (name.replace("_", " "), f"{what}, mean over the steps") for name, what in COSINES.items()},
+    "conflict_fraction": ("in conflict", "fraction of elements in conflict, mean over the steps"),
+    "tokens_per_second": ("tokens/s", "tokens a second, median"),
+}
+
+
+SHOWN = ("forget", "gamma", "lr", "rule", "seed")  # hyper-parameters: also five, and TensorBoard sorts them by name
+
+
+# What is drawn layer by layer: its title, the value that means nothing (white), and the colours around it (red: the
+# tasks are against each other). Half of the elements of two random gradients differ in sign.
+PICTURES = {
+    "conflict_fraction": ("fraction of elements in conflict", 0.5, "RdBu_r"),
+    "cos_forget_retain": ("cosine of forget and retain gradient", 0.0, "RdBu"),
+}
+
+
+PICTURE_SECONDS = 60.0  # between two drawings of them; one takes some tenths of a second
+
+
+class Board:
+    """The event file of a run, on rank 0. A run that goes on has the steps from `start` + 1 on replaced."""
+
+    def __init__(self, folder: Path, *, start: int) -> None:
+        self.writer = SummaryWriter(str(folder), purge_step=start + 1)
+        # A chart takes the tags that match a regular expression at their beginning: layers would come along.
+        charts = {title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in CHARTS.items()}
+        self.writer.add_custom_scalars({"Unlearning": charts})
+        self.drawn = float("-inf")
+
+    def begin(self, hyperparameters: dict[str, str | float]) -> None:
+        """The run's line under HParams, with the scalars `result/<measure>`, which `end` writes.
+
+        In this file and not in a folder of its own, as `add_hparams` would: the run is there once.
+        """
+        table, run, _ = hparams(hyperparameters, {f"result/{name}": None for name in MEASURES})
+        plugin = table.value[0].metadata.plugin_data
+        content = HParamsPluginData.FromString(plugin.content)
+        for column in content.experiment.hparam_infos:
+            column.differs = column.name in SHOWN  # what differs between runs comes first
+        for column, (heading, meaning) in zip(content.experiment.metric_infos, MEASURES.values(), strict=True):
+            column.display_name, column.description = heading, meaning
+        plugin.content = content.SerializeToString()
+        for summary in (table, run):
+            self.file.add_summary(summary, 0)
+        self.hyperparameters = hyperparameters
+
+    @property
+    def file(self) -> Any:
+        return self.writer._get_file_writer()
+
+    def write(self, history: Sequence[Mapping[str, float | None]]) -> None:
+        """The last row of `history`, rows of `metrics.jsonl`."""
+        row = history[-1]
+        values = {name: value for name, value in row.items() if name != "step" and value is not None}
+        step = int(row["step"] or 0)
+        if "tokens_per_second" in values:
+            values[THOUSANDS] = values["tokens_per_second"] / 1000
+        if "peak_memory_bytes" in values:
+            values[MEMORY] = values["peak_memory_bytes"] / GIB
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        for name in COSINES:
+            of_layers = np.array([value for key, value in values.items() if key.startswith(f"{name}/")])
+            if of_layers.size:
+                self.writer.add_histogram(f"layers/{name}", of_layers, step)
+        if any("/" in name for name in values) and time.monotonic() - self.drawn > PICTURE_SECONDS:
+            self.draw(history)
+
+    def draw(self, history: Sequence[Mapping[str, float | None]]) -> None:
+        """Layers × steps as a picture, as far as the run has come."""
+        for name in PICTURES:
+            picture = heat_map(history, name)
+            if picture is not None:
+                self.writer.add_image(f"heat_map/{name}", picture, int(history[-1]["step"] or 0), dataformats="HWC")
+        self.drawn = time.monotonic()
+
+    def end(self, history: Sequence[Mapping[str, float | None]], results: Mapping[str, float]) -> None:
+        """The run is over: the last pictures, and its results beside its hyper-parameters."""
+        self.draw(history)
+        for name, value in results.items():
+            self.writer.add_scalar(f"result/{name}", value, int(history[-1]["step"] or 0))
+        self.file.add_summary(hparams(self.hyperparameters, {})[2], 0)  # the status: success
+
+
+def heat_map(history: Sequence[Mapping[str, float | None]], name: str) -> np.ndarray | None:
+    """`name/LAYER` of each row that has it, a line a layer, a column a step: [height, width, 3] uint8; None without."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in history if any(key.startswith(f"{name}/") for key in row)]
+    layers = list(dict.fromkeys(key for row in rows for key in row if key.startswith(f"{name}/")))
+    missing = math.nan
+    values = np.array([[missing if (v := row.get(key)) is None else v for row in rows] for key in layers], dtype=float)
+    if not np.isfinite(values).any():
+        return None
+    title, middle, colours = PICTURES[name]
+    reach = max(float(np.nanmax(np.abs(values - middle))), 1e-3)
+    figure = Figure(figsize=(6, 1.4 + 0.22 * min(len(layers), 40)), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    image = axes.imshow(
+        values, aspect="auto", interpolation="nearest", cmap=colours, vmin=middle - reach, vmax=middle + reach
+    )
+    axes.set_facecolor("0.8")  # where there was no number
+    every = -(-len(layers) // 40)
+    axes.set_yticks(range(0, len(layers), every), [layers[i].partition("/")[2] for i in range(0, len(layers), every)])
+    ticks = range(0, len(rows), -(-len(rows) // 12))
+    axes.set_xticks(ticks, [str(rows[x]["step"]) for x in ticks])
+    axes.set_xlabel("step")
+    axes.set_title(title)
+    figure.colorbar(image, ax=axes)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -1,0 +1,53 @@
+"""Optimizer and learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, cast
+
+from pipeline.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Trainer
+
+
+def make_optimizer(config: RunConfig, model: torch.nn.Module, zero: dict[str, Any]) -> torch.optim.Optimizer:
+    """torch's own; DeepSpeed's vectorised Adam where a GPU machine keeps the optimizer in its main memory."""
+    import torch
+
+    wanted = config.optimizer
+    groups = parameter_groups(model, wanted.weight_decay)
+    if wanted.name == "sgd":
+        return torch.optim.SGD(groups, lr=wanted.lr)
+    betas = (wanted.betas[0], wanted.betas[1])
+    adam: Any = torch.optim.AdamW
+    offloaded = (zero["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
+    if offloaded and torch.cuda.is_available():
+        from deepspeed.ops.adam import DeepSpeedCPUAdam as adam  # AdamW by default
+    return adam(groups, lr=wanted.lr, betas=betas, eps=wanted.eps)
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What trains, for a torch optimizer: norms and biases do not decay, as in transformers' Trainer and by its rule.
+
+    One group where nothing decays, or all that trains does (adapters); else two: what decays, then the rest.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    decaying = set()
+    if weight_decay:
+        from transformers import Trainer
+
+        decaying = set(Trainer.get_decay_parameter_names(cast("Trainer", None), model))  # it uses no trainer
+    halves = [[p for name, p in named if (name in decaying) == decays] for decays in (True, False)]
+    decays = (weight_decay, 0.0)
+    return [{"params": half, "weight_decay": decay} for half, decay in zip(halves, decays, strict=True) if half]
+
+
+def make_schedule(config: RunConfig, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    """The schedules as `transformers` defines them; with warm-up the first step has learning rate 0."""
+    from transformers import get_scheduler
+
+    name = {"constant": "constant_with_warmup"}.get(config.optimizer.schedule, config.optimizer.schedule)
+    warmup = math.ceil(config.optimizer.warmup * steps)
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)

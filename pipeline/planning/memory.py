@@ -1,0 +1,190 @@
+"""What a run holds, sends and takes, by arithmetic on the shapes of its model and of its machines.
+
+`states` is what DeepSpeed 0.19.8 keeps on each stage, `working` what a micro-batch needs beside it, `traffic` what
+collectives move in a step, `seconds` how long that takes. docs/plan.md says how far to trust the figures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from pipeline.planning.meta_trace import Pass, Shape
+
+
+GIB = 2**30
+
+
+ADAM_BYTES = 48  # an element moves through memory in combination, clipping and AdamW: 12 reads and writes of 4 bytes
+
+
+@dataclass(frozen=True)
+class Machines:
+    gpus: int  # of a machine
+    nodes: int
+    gpu_memory: float  # GiB
+    bandwidth: float  # GB/s into, and out of, a machine
+    tflops: float  # that a GPU sustains
+
+    @property
+    def world(self) -> int:
+        return self.gpus * self.nodes
+
+
+@dataclass
+class Memory:
+    """Bytes by kind."""
+
+    gpu: dict[str, float] = field(default_factory=dict)
+    host: dict[str, float] = field(default_factory=dict)  # of one rank
+    disk: float = 0  # of one rank
+    step: float = 0  # on the GPU, during engine.step() only
+
+
+@dataclass(frozen=True)
+class Zero:
+    """The keys of a DeepSpeed configuration that the plan depends on."""
+
+    stage: int
+    overlap: bool
+    bucket: int
+    sub_group: int
+    persistent: int  # tensors of at most so many elements are never partitioned
+    live: int  # elements that stay gathered
+    prefetch: int
+    hpz: int
+    optimizer_on: str  # device, cpu or nvme
+    parameters_on: str
+    buffers: int  # of the optimizer's swapper
+    accumulate: int  # bytes of an element of the gradient
+    wire: int  # and of one that is being reduced
+
+    @staticmethod
+    def of(zero: dict[str, Any], shape: Shape) -> Zero:
+        """`zero`: as `deepspeed_config` returns it. Defaults are DeepSpeed 0.19.8's (runtime/zero/config.py)."""
+        keys = zero["zero_optimization"]
+        stage = keys.get("stage", 0)
+        offload = {name: keys.get(name) or {} for name in ("offload_optimizer", "offload_param")}
+        places = {name: given.get("device", "none").replace("none", "device") for name, given in offload.items()}
+        widths = {"fp32": 4, "fp16": 2, "bf16": 2, None: shape.itemsize}
+        return Zero(
+            stage=stage,
+            overlap=bool(keys.get("overlap_comm", stage == 3)),
+            bucket=int(keys.get("reduce_bucket_size", 5e8)),
+            sub_group=int(keys.get("sub_group_size", 1e9)),
+            persistent=int(keys.get("stage3_param_persistence_threshold", 1e5)) if stage == 3 else 0,
+            live=int(keys.get("stage3_max_live_parameters", 1e9)),
+            prefetch=int(keys.get("stage3_prefetch_bucket_size", 5e7)),
+            hpz=int(keys.get("zero_hpz_partition_size", 1)),
+            optimizer_on=places["offload_optimizer"],
+            parameters_on=places["offload_param"],
+            buffers=int(offload["offload_optimizer"].get("buffer_count", 4)),
+            accumulate=widths[zero.get("data_types", {}).get("grad_accum_dtype")],
+            wire=widths[zero.get("communication_data_type")],
+        )
+
+
+def keeps_spare(config: RunConfig) -> int:
+    """Gradients kept beside DeepSpeed's: 0, 1, or 2 with a moving average (as `train.run` decides)."""
+    rule = config.synthesis.rule
+    if len(config.tasks) < 2 or (rule == "sum" and not config.synthesis.geometry):
+        return 0
+    return 2 if rule == "gru" else 1
+
+
+def states(shape: Shape, zero: Zero, config: RunConfig, machines: Machines) -> Memory:
+    """What is held whatever the micro-batch, in bytes of one rank."""
+    from pipeline.losses.objectives import OBJECTIVES
+
+    world, b = machines.world, shape.itemsize
+    share = [-(-size // world) for size in shape.sizes]  # every tensor is padded to a multiple of the ranks
+    mine = sum(part for part, trains in zip(share, shape.trains, strict=True) if trains)
+    if zero.stage in (1, 2):
+        mine = -(-shape.trained // world)
+    elif zero.stage == 0:
+        mine = shape.trained
+    moments = 2 if config.optimizer.name == "adamw" else 0
+    master = 0 if b == 4 and zero.stage == 0 else 1  # ZeRO copies fp32 weights too
+    gradient = shape.trained if zero.stage == 0 or (zero.stage == 1 and zero.optimizer_on == "device") else mine
+    spare = keeps_spare(config) * (shape.trained if zero.stage == 0 or (zero.stage == 1 and b == 2) else mine)
+
+    memory = Memory()
+    gpu, host = memory.gpu, memory.host
+    offloaded = zero.optimizer_on != "device"
+    at = host if offloaded else gpu
+    weights = sum(share) if zero.stage == 3 else shape.elements
+    (host if zero.parameters_on == "cpu" else gpu)["parameters"] = b * weights
+    if zero.stage == 3:
+        kept_whole = b * sum(size for size in shape.sizes if size <= zero.persistent)
+        gpu["parameters"] = gpu.get("parameters", 0) + kept_whole
+        group = min(zero.hpz, world)
+        if group > 1:
+            second = b * sum(-(-size // world) * world // group for size in shape.sizes if size > zero.persistent)
+            place = host if zero.parameters_on == "cpu" else gpu
+            place["parameters"] = place.get("parameters", 0) + second
+    at["gradients"] = gradient * (zero.accumulate if zero.stage else b)
+    if zero.optimizer_on == "cpu":
+        at["gradients"] += 4 * mine  # the copy in fp32 that the optimizer reads
+    waits = host if offloaded or config.synthesis.spare == "host" else gpu
+    waits["spare"] = spare * (4 if offloaded and zero.stage < 3 else zero.accumulate if zero.stage else b)
+    optimizer = 4 * mine * (master + moments)
+    if zero.optimizer_on == "nvme":
+        memory.disk = optimizer
+        host["optimizer"] = 4 * zero.buffers * min(zero.sub_group, mine)
+    else:
+        at["optimizer"] = optimizer
+    asks = {OBJECTIVES[getattr(config.objective, task)].asks for task in config.tasks}
+    if asks & {"logits", "hidden"}:
+        held = mine if zero.stage == 3 else shape.trained
+        (host if zero.parameters_on == "cpu" else gpu)["original"] = b * held
+    gpu["buffers"] = buffers(shape, zero)
+    stretch = min(zero.sub_group, mine) if zero.stage == 3 else mine
+    if not offloaded:  # the gradient as one fp32 tensor, and what AdamW computes before it writes
+        memory.step = stretch * 4 * (2 if moments else 1)
+    if zero.stage in (1, 2) and offloaded:
+        memory.step = 0
+    return memory
+
+
+def buffers(shape: Shape, zero: Zero) -> float:
+    """What DeepSpeed holds on the GPU to communicate, and the weights that are gathered at a time."""
+    if zero.stage == 3:
+        partitioned = [size for size in shape.sizes if size > zero.persistent]
+        live = min(sum(partitioned), max(zero.live, max(partitioned, default=0)) + zero.prefetch)
+        return zero.wire * zero.bucket + shape.itemsize * live
+    if zero.stage == 2:
+        return zero.wire * zero.bucket * (2 if zero.overlap else 1)
+    return zero.accumulate * zero.bucket if zero.stage == 1 and shape.itemsize == 4 else 0
+
+
+def head_bytes(shape: Shape, tokens: int, asks_logits: bool) -> float:
+    """At most alive for token losses of `tokens` positions beside the states they are taken from (objectives.py)."""
+    from pipeline.modeling.token_losses import _CHUNK
+
+    vocabulary, width = shape.head
+    whole = tokens * vocabulary
+    gradient = vocabulary * width * shape.itemsize if shape.head_trains else 0
+    soft = whole * shape.itemsize if asks_logits else 0
+    if not shape.plain_head:  # logits, what caps them, their gradient
+        return 4 * whole * shape.itemsize + gradient + soft
+    chunk = min(max(_CHUNK, vocabulary, tokens), whole)  # twice in fp32, and once as the model's product gave it
+    each = 8 + (shape.itemsize if shape.itemsize < 4 else 0) + (8 if asks_logits else 0)
+    states = tokens * width * (shape.itemsize + 4)  # a copy of the predicting ones; their gradient in fp32
+    return chunk * each + states + gradient + soft
+
+
+def working(config: RunConfig, shape: Shape, passes: dict[str, Pass], micro: int) -> tuple[float, float]:
+    """(activations, logits): bytes alive in forward and backward of the task that needs more, beside the states."""
+    from pipeline.losses.objectives import OBJECTIVES
+
+    found = []
+    for name, one in passes.items():
+        objective = OBJECTIVES[getattr(config.objective, name)]
+        size = micro * objective.num_answers
+        asks = objective.asks == "logits"
+        head = 0.0 if objective.hidden else head_bytes(shape, size * config.data.max_length, asks)
+        found.append((max(one.kept(size), one.peak(size) - head), head))
+    return max(found, key=sum)

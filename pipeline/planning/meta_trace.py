@@ -1,0 +1,232 @@
+"""What a forward and backward pass of the model keeps alive, computes and calls, without its weights.
+
+Both are rehearsed on the meta device, where tensors have shapes and no contents, and every operation is seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.utils import logging
+
+from pipeline.config.schema import RunConfig
+from pipeline.errors import InputError
+from pipeline.modeling.checks import check_router_loss, load_shape
+from pipeline.modeling.decoder import base_of
+from pipeline.modeling.dropout import set_dropout
+from pipeline.modeling.load import choose_what_trains
+from pipeline.modeling.outputs import hidden_after
+
+
+@dataclass(frozen=True)
+class Affine:
+    """a + b * (sequences of a micro-batch)"""
+
+    a: float
+    b: float
+
+    def __call__(self, sequences: int) -> float:
+        return self.a + self.b * sequences
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Forward and backward of one task's micro-batch on one GPU, up to the states that its loss is taken from."""
+
+    kept: Affine  # bytes alive between forward and backward
+    peak: Affine  # bytes alive at most, backward's own and one tensor's whole gradient included
+    flops: Affine  # of both
+    forward_flops: Affine
+    used: list[int]  # numbers (rows of `Shape.sizes`) of the parameters of each module, whenever forward calls it
+    used_again: list[int]  # and by backward, which also recomputes
+    reached: list[int]  # numbers of the parameters that get a gradient
+
+
+@dataclass(frozen=True)
+class Shape:
+    sizes: list[int]  # elements of each parameter, tied ones once
+    trains: list[bool]
+    itemsize: int  # bytes of an element
+    head: tuple[int, int]  # vocabulary, width
+    head_trains: bool
+    plain_head: bool  # logits are the product with its weight, and are never made whole
+
+    @property
+    def elements(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def trained(self) -> int:
+        return sum(size for size, trains in zip(self.sizes, self.trains, strict=True) if trains)
+
+
+def model_without_weights(config: RunConfig) -> Any:
+    """The model on the meta device, in `model.dtype`, with what trains chosen as in a run.
+
+    Raises:
+        InputError: see `model.load_shape`, `model.check_router_loss` and `model.choose_what_trains`.
+    """
+    logging.set_verbosity_error()
+    wanted = config.model.attn_implementation
+    padded = config.data.packing == "documents" and wanted in (None, "sdpa")
+    AttentionInterface.register("rehearsed", partial(_attention, padded=padded))
+    shape = load_shape(config.model)
+    if "retain" in config.tasks:
+        check_router_loss(config.model)
+    if config.model.dropout is not None:  # elements that dropout drops are remembered for the backward pass
+        shape = set_dropout(shape, config.model.dropout)
+    options = {"attn_implementation": "eager" if wanted == "eager" else "rehearsed"}
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.model.dtype), **options)
+            choose_what_trains(model, config.model, config.seed)
+    except (ValueError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"model.path: {config.model.path!r} cannot be made without weights: {reason}") from None
+    return model.train()
+
+
+def _attention(
+    module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None, *, padded: bool, **_: Any
+) -> Any:
+    """What a GPU's fused kernel keeps: inputs, output and one float a row. With padding also a mask, and keys repeated.
+
+    query: [B, heads, T, D]; key, value: [B, kv heads, T, D]. Returns ([B, T, heads, D], None).
+    """
+    aten = torch.ops.aten
+    if not padded and query.dtype != torch.float32:
+        found = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, False, scale=scaling)
+    else:
+        size, length = query.shape[0], query.shape[2]
+        bias = query.new_empty(size, 1, length, length).expand(-1, query.shape[1], -1, -1) if padded else None
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        kernel = aten._scaled_dot_product_efficient_attention
+        found = kernel(query, key, value, bias, True, 0.0, not padded, scale=scaling)
+    return found[0].transpose(1, 2).contiguous(), None
+
+
+def shape_of(model: Any) -> Shape:
+    head = model.get_output_embeddings()
+    parameters = list(model.parameters())
+    text = model.config.get_text_config()
+    capped = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # Gemma 2, Granite, Cohere
+    weight = next(iter(head.parameters()))
+    return Shape(
+        sizes=[parameter.numel() for parameter in parameters],
+        trains=[parameter.requires_grad for parameter in parameters],
+        itemsize=parameters[0].element_size(),
+        head=(text.vocab_size, text.hidden_size),
+        head_trains=weight.requires_grad,
+        plain_head=type(head) is nn.Linear and all(getattr(text, name, None) is None for name in capped),
+    )
+
+
+def rehearse(model: Any, length: int, layer: int | None) -> Pass:
+    """Run forward and backward on the meta device, of one sequence and of two, and count.
+
+    Args:
+        length: tokens of a sequence.
+        layer: number of the block after which the pass ends, or None for all of them.
+
+    Raises:
+        InputError: a forward pass that needs to see what is in a tensor.
+    """
+    runs = {size: _rehearse(model, size, length, layer) for size in (1, 2)}
+    numbers = {}
+    for name in ("kept", "peak", "flops", "forward_flops"):
+        one, two = runs[1][name], runs[2][name]
+        numbers[name] = Affine(2 * one - two, two - one)
+    return Pass(**numbers, **{name: runs[1][name] for name in ("used", "used_again", "reached")})
+
+
+def _rehearse(model: Any, size: int, length: int, layer: int | None) -> dict[str, Any]:
+    parameters = list(model.parameters())
+    number = {id(parameter): i for i, parameter in enumerate(parameters)}
+    used: list[int] = []
+    needed: list[int] = []  # by backward: whatever it goes through
+    reached: list[int] = []
+
+    def called(module: Any, inputs: Any, output: Any) -> None:
+        own = [number[id(parameter)] for parameter in module.parameters(recurse=False)]
+        used.extend(own)
+        first = output[0] if isinstance(output, tuple) else output
+        needed.extend(own if first.requires_grad else [])
+
+    def reduced(parameter: Any) -> None:  # ZeRO takes a gradient away as soon as it is there
+        reached.append(number[id(parameter)])
+        parameter.grad = None
+
+    owners = [module for module in model.modules() if list(module.parameters(recurse=False))]
+    hooks = [module.register_forward_hook(called) for module in owners]
+    hooks += [p.register_post_accumulate_grad_hook(reduced) for p in parameters if p.requires_grad]
+    base, head = base_of(model), model.get_output_embeddings()
+    ids = torch.zeros(size, length, dtype=torch.long, device="meta")
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    ledger = Ledger(parameters)
+    try:
+        with ledger:
+            states = base(**inputs).last_hidden_state if layer is None else hidden_after(base, layer, inputs)
+            kept, forward_flops, num_used, num_needed = ledger.alive, ledger.flops, len(used), len(needed)
+            if states.requires_grad:
+                states.backward(torch.empty_like(states))
+    except (RuntimeError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"model.path: its forward pass cannot be rehearsed without weights: {reason}") from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    last = [number[id(parameter)] for parameter in head.parameters()] if layer is None else []
+    return {
+        "kept": kept,
+        "peak": ledger.peak,
+        "flops": ledger.flops,
+        "forward_flops": forward_flops,
+        "used": used[:num_used] + last,
+        "used_again": needed[:num_needed] + used[num_used:] + last,
+        "reached": sorted({*reached, *(row for row in last if parameters[row].requires_grad)}),
+    }
+
+
+class Ledger(TorchDispatchMode):
+    """While entered, sees every operation: bytes of the storages it makes, as long as they live, and its FLOPs.
+
+    `held`: tensors that are there already and do not count, nor do views of them.
+    """
+
+    def __init__(self, held: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.alive = self.peak = self.flops = 0
+        self.known: dict[int, tuple[int, Any]] = {}
+        for tensor in held:
+            self.known[tensor.untyped_storage()._cdata] = (0, None)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        packet = function._overloadpacket
+        if packet is torch.ops.aten._grouped_mm:  # experts: [rows, in] with [experts, in, out], or two of rows
+            self.flops += 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[-1]
+        elif packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return out
+
+    def _add(self, storage: Any) -> None:
+        key = storage._cdata
+        if key not in self.known:
+            self.known[key] = (storage.nbytes(), weakref.ref(storage, lambda _, key=key: self._remove(key)))
+            self.alive += storage.nbytes()
+            self.peak = max(self.peak, self.alive)
+
+    def _remove(self, key: int) -> None:
+        self.alive -= self.known.pop(key)[0]

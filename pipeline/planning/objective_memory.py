@@ -1,0 +1,214 @@
+"""What an objective keeps, and needs at its peak, beside the ordinary way to compute it: bytes of live tensors.
+
+    python -m eval.memory [--width 16] [--tokens 1024] [--vocabulary 131072]
+
+*Head*: token losses from hidden states and the output weight, beside logits and cross-entropy in float32. *NPO* and
+*RMU's retain term*: a micro-batch of a small Llama, beside a second model that holds the frozen original; token losses
+are ours in both. On a GPU the allocator's figures; else every storage that an operation makes is followed while it
+lives, which leaves out what a kernel uses inside itself.
+
+This file and `speed.py` import `pipeline`, alone in `eval`: their subject is the step itself, not a run's files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.data.batches import Batch
+from pipeline.losses.objectives import OBJECTIVES, Terms
+from pipeline.modeling.decoder import blocks_of
+from pipeline.modeling.outputs import answer_for_objectives
+from pipeline.modeling.reference import Original
+from pipeline.modeling.token_losses import token_losses
+from pipeline.planning.meta_trace import Ledger
+
+MIB = 2**20
+
+
+LLAMA = {
+    "vocab_size": 32000,
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+}
+
+
+BATCH = (2, 256)  # sequences, tokens
+
+
+LAYER = 7  # whose output RMU reads
+
+
+RMU_TRAINS = r"layers\.[567]\.mlp\.down_proj"  # as in launch/recipes
+
+
+@dataclass(frozen=True)
+class Bytes:
+    kept: int  # between steps
+    peak: int  # above that and the model, in a step
+
+
+def measure(
+    keep: Callable[[], Any], step: Callable[[Any], None], held: Iterable[Tensor], device: torch.device
+) -> Bytes:
+    """What `keep()` leaves alive in what it returns, and what `step` of that has alive at most beside it.
+
+    `held`: tensors that are there before; they do not count.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        kept = keep()
+        after = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(kept)
+        return Bytes(after - before, torch.cuda.max_memory_allocated() - after)
+    with Ledger(held) as ledger:
+        kept = keep()
+        after = ledger.peak = ledger.alive
+        step(kept)
+    return Bytes(after, ledger.peak - after)
+
+
+def head(tokens: int, width: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> dict[str, Bytes]:
+    """Token losses of [1, tokens, width] states and a [vocabulary, width] weight, forward and backward."""
+    torch.manual_seed(0)
+    labels = torch.randint(vocabulary, (1, tokens), device=device)
+
+    def ordinary(hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = F.linear(hidden, weight).float()
+        return F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")
+
+    def ours(hidden: Tensor, weight: Tensor) -> Tensor:
+        return token_losses(hidden, labels, weight=weight).sum()
+
+    found = {}
+    for name, loss in {"logits and cross-entropy": ordinary, "ours": ours}.items():
+        shapes = ((1, tokens, width), (vocabulary, width))
+        leaves = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
+        found[name] = measure(lambda: None, lambda _, loss=loss, x=leaves: loss(*x).backward(), leaves, device)
+    return found
+
+
+class Engine(nn.Module):
+    """A whole model on one device behind what `pipeline` asks of DeepSpeed's engine."""
+
+    def __init__(self, module: Any, device: torch.device) -> None:
+        super().__init__()
+        self.module, self.device, self.optimizer = module, device, None
+        answer_for_objectives(self)
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+
+def make_engine(sizes: dict[str, int], trains: str, device: torch.device) -> Engine:
+    """An untrained Llama, the same at every call; `trains`: a pattern of tensor names."""
+    torch.manual_seed(0)
+    shape = transformers.LlamaConfig(**sizes)  # pyright: ignore[reportArgumentType]
+    model = transformers.AutoModelForCausalLM.from_config(shape, dtype=torch.float32).to(device)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(bool(re.search(trains, name)))
+    return Engine(model.train(), device)
+
+
+def original(sizes: dict[str, int], layer: int, batch: Batch, device: torch.device) -> dict[str, Bytes]:
+    """Forward and backward of one micro-batch, by where the frozen original's answer comes from."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+
+    def backward(objective: str, states: Tensor, said: Tensor) -> None:
+        terms = Terms(states, batch.labels, batch.attention_mask, said, beta=0.1, delta=0.0, steering=None)
+        OBJECTIVES[objective].terms(terms).backward()
+
+    def second_model(engine: Engine) -> Engine:
+        return make_engine(sizes, "^$", device)
+
+    @torch.no_grad()
+    def likelihoods(engine: Engine) -> Tensor:
+        return engine(**inputs, labels=batch.labels).double().sum(1)
+
+    def npo(engine: Engine, said: Tensor) -> None:
+        backward("npo", engine(**inputs, labels=batch.labels), said)
+
+    def npo_of_two(engine: Engine, second: Engine) -> None:
+        npo(engine, likelihoods(second))
+
+    def embed_diff(engine: Engine, frozen: Original) -> None:
+        said = frozen.hidden(batch, layer)
+        backward("embed_diff", engine(**inputs, layer=layer), said)
+
+    def embed_diff_of_two(engine: Engine, second: Engine) -> None:
+        said, states = whole_forward(second), whole_forward(engine)
+        backward("embed_diff", states, said)
+
+    def whole_forward(engine: Engine) -> Tensor:
+        """[B, T, H] after block `layer`, seen by a hook while the whole model runs."""
+        seen: list[Tensor] = []
+        block = blocks_of(engine.module)[layer]
+        hook = block.register_forward_hook(lambda *call: seen.append(call[2]))
+        engine(**inputs)
+        hook.remove()
+        return seen[0]
+
+    variants: dict[str, tuple[str, Callable[[Engine], Any], Callable[[Engine, Any], None]]] = {
+        "NPO: a second model": ("", second_model, npo_of_two),
+        "NPO: ours": ("", likelihoods, npo),
+        "RMU's retain term: a second model, whole forwards": (RMU_TRAINS, second_model, embed_diff_of_two),
+        "RMU's retain term: ours": (RMU_TRAINS, Original, embed_diff),
+    }
+    found = {}
+    for name, (trains, keep, step) in variants.items():
+        engine = make_engine(sizes, trains, device)
+        held = [*engine.parameters(), *engine.buffers(), *inputs.values(), batch.labels]
+        found[name] = measure(partial(keep, engine), partial(step, engine), held, device)
+    return found
+
+
+def table(rows: dict[str, Bytes]) -> str:
+    lines = ["| variant | kept, MiB | peak | both |", "|---|---|---|---|"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | {row.kept / MIB:.0f} | {row.peak / MIB:.0f} | {(row.kept + row.peak) / MIB:.0f} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval.memory", description="Memory of an objective.")
+    parser.add_argument("--width", type=int, default=16, help="of the hidden states that the head is given")
+    parser.add_argument("--tokens", type=int, default=1024, help="that the head is given")
+    parser.add_argument("--vocabulary", type=int, default=131072, help="of the head")
+    options = parser.parse_args()
+
+    transformers.utils.logging.set_verbosity_error()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ids = torch.randint(LLAMA["vocab_size"], BATCH, device=device)
+    batch = Batch(torch.arange(BATCH[0]), ids, torch.ones_like(ids), ids)
+    rows = {}
+    for short, dtype in {"bf16": torch.bfloat16, "fp32": torch.float32}.items():
+        for name, row in head(options.tokens, options.width, options.vocabulary, dtype, device).items():
+            rows[f"head, {short}: {name}"] = row
+    rows |= original(LLAMA, LAYER, batch, device)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    blocks, width, vocabulary = (LLAMA[key] for key in ("num_hidden_layers", "hidden_size", "vocab_size"))
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    shape = f"{blocks} blocks of width {width}, vocabulary {vocabulary:,}, fp32"
+    print(f"{where}, {versions}")
+    print(f"Head: {options.tokens:,} tokens, width {options.width}, vocabulary {options.vocabulary:,}.")
+    print(f"NPO and RMU: {BATCH[0]} × {BATCH[1]} tokens, {shape}.\n\n{table(rows)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""What ranks send each other in a step, and about how long a step takes: arithmetic on the trace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.config.schema import RunConfig
+from pipeline.planning.memory import ADAM_BYTES, Machines, Zero, keeps_spare
+
+if TYPE_CHECKING:
+    from pipeline.planning.meta_trace import Pass, Shape
+
+
+# Bytes a second. Of nominal figures about two thirds, as sustained.
+NVLINK = 300e9  # one GPU, one direction, within a machine
+
+
+PCIE = 25e9  # one GPU, one direction, to and from main memory
+
+
+HBM = 2e12  # one GPU's own memory
+
+
+MAIN_MEMORY = 200e9  # one machine
+
+
+DISK = 5e9  # one machine
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Bytes that collectives of one kind are asked to move in a step, counted as the whole tensor on one rank."""
+
+    collective: str  # all_gather, reduce_scatter, all_reduce
+    bytes: float
+    within_machine: bool = False
+
+    def seconds(self, machines: Machines) -> float:
+        """A ring: all but this rank's share crosses each link once, twice in an all-reduce. The slower link decides."""
+        times = 2 if self.collective == "all_reduce" else 1
+        ranks = machines.gpus if self.within_machine else machines.world
+        inside = times * self.bytes * (ranks - 1) / ranks / NVLINK
+        if self.within_machine or machines.nodes == 1:
+            return inside
+        across = times * self.bytes * (machines.nodes - 1) / machines.nodes / (machines.bandwidth * 1e9)
+        return max(inside, across)
+
+
+def micro_batches(config: RunConfig, machines: Machines, micro: int) -> int:
+    return config.train.batch_size // (micro * machines.world)
+
+
+def traffic(
+    shape: Shape, zero: Zero, config: RunConfig, machines: Machines, passes: dict[str, Pass], micro: int
+) -> list[Sent]:
+    """The collectives of a step. `passes`: of each task."""
+    from pipeline.losses.objectives import OBJECTIVES
+
+    if machines.world == 1:
+        return []
+    count = micro_batches(config, machines, micro)
+    trained, combines = shape.trained, keeps_spare(config) > 0
+    sent = [Sent("all_reduce", 80 * sum(shape.trains))] if combines else []
+    if zero.stage < 3:
+        whole = shape.trained * zero.wire
+        times = count * len(config.tasks) if zero.stage == 2 else 1 + combines
+        sent.append(Sent("all_reduce", whole * times))
+        return sent if zero.stage == 0 else [*sent, Sent("all_gather", trained * shape.itemsize)]
+    hpz = min(zero.hpz, machines.world) > 1
+    trained_rows = {row for row, trains in enumerate(shape.trains) if trains}
+    held = set(range(len(shape.sizes))) - trained_rows  # with a copy in the machine, which a change of weights ends
+    gathered = {True: 0, False: 0}  # bytes, by whether they stay within the machine
+
+    def gather(rows: list[int]) -> None:
+        for row in rows:
+            if shape.sizes[row] > zero.persistent:
+                gathered[hpz and row in held] += shape.sizes[row] * shape.itemsize
+                held.add(row)
+
+    reduced = 0
+    for name, one in passes.items():
+        for _ in range(count):
+            if OBJECTIVES[getattr(config.objective, name)].asks in ("logits", "hidden"):  # the original's own forward
+                held -= trained_rows
+                gather(one.used)
+                held -= trained_rows
+            gather(one.used)
+            gather(one.used_again)
+        reduced += count * zero.wire * sum(shape.sizes[row] for row in one.reached)
+    kept = shape.itemsize * sum(size for size in shape.sizes if size <= zero.persistent)  # brought up to date
+    sent += [Sent("all_gather", gathered[False] + kept), Sent("reduce_scatter", reduced)]
+    return [*sent, Sent("all_gather", gathered[True], within_machine=True)] if hpz else sent
+
+
+@dataclass(frozen=True)
+class Seconds:
+    compute: float
+    network: float
+    offload: float
+    update: float
+    step: float
+
+
+def seconds(
+    shape: Shape, zero: Zero, config: RunConfig, machines: Machines, passes: dict[str, Pass], micro: int
+) -> Seconds:
+    """Of one step. Communication hides behind computation where `overlap_comm` lets it, and adds to it elsewhere."""
+    from pipeline.losses.objectives import OBJECTIVES
+
+    count, world = micro_batches(config, machines, micro), machines.world
+    vocabulary, width = shape.head
+    flops = 0.0
+    for name, one in passes.items():
+        objective = OBJECTIVES[getattr(config.objective, name)]
+        size = micro * objective.num_answers
+        product = 0.0 if objective.hidden else 2.0 * size * config.data.max_length * vocabulary * width
+        flops += count * (one.flops(size) + product * (4 if shape.head_trains else 3))  # backward makes logits again
+        if objective.asks in ("logits", "hidden"):
+            flops += count * (one.forward_flops(size) + product)
+    compute = flops / (machines.tflops * 1e12)
+    sent = traffic(shape, zero, config, machines, passes, micro)
+    network = sum(one.seconds(machines) for one in sent)
+    mine = shape.trained / world if zero.stage else shape.trained
+    offload = 0.0
+    if zero.parameters_on == "cpu":  # each gather starts from main memory; the new weights go back there
+        gathered = sum(one.bytes for one in sent if one.collective == "all_gather")
+        offload += gathered / world / PCIE
+    if zero.optimizer_on != "device":
+        offload += mine * zero.accumulate * (2 * count * len(passes) - 1) / PCIE  # down, and up again to be added to
+        update = mine * ADAM_BYTES * machines.gpus / MAIN_MEMORY + mine * shape.itemsize / PCIE
+        if zero.optimizer_on == "nvme":
+            update += mine * 24 * machines.gpus / DISK  # weights and two moments, read and written
+    else:
+        update = mine * ADAM_BYTES / HBM
+    parts = (compute, network, offload)
+    return Seconds(compute, network, offload, update, (max(parts) if zero.overlap else sum(parts)) + update)

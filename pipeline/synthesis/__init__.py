@@ -1,0 +1,61 @@
+"""Synthesis of a forget and a retain gradient, for any training loop: two lists of whole tensors in, one out."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.synthesis.combine import Piece, Synthesis, is_finite, units_of
+
+
+def synthesize(
+    forget: Sequence[Tensor],
+    retain: Sequence[Tensor],
+    *,
+    rule: str,
+    scope: str | None = None,
+    alpha: float = 1.0,
+    gamma: float = 1.0,
+    zero_forget: str = "literal",
+    layers: Sequence[Hashable] | None = None,
+    average: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Combine two lists of whole gradients (paper, Algorithm 1 line 6).
+
+    Args:
+        forget, retain: one tensor per parameter, equal shapes, any float dtype.
+        rule: a key of `RULES`.
+        scope: element | module | layer | global; None is the rule's scope in the paper.
+        alpha, gamma: weights of the retain and of the forget gradient.
+        zero_forget: what SAGO does where the forget gradient is exactly 0: `literal` (0) or `retain`.
+        layers: for scope `layer`, which layer each tensor belongs to.
+        average: for rule `gru`, its moving average: contiguous tensors like `retain`, zero before the first step,
+            updated in place.
+
+    Returns:
+        The combined gradients, new tensors with the shapes and dtypes of `retain`.
+
+    Raises:
+        ValueError: unknown rule or scope, lists that do not match, scope `layer` without `layers`, `gru` without
+            `average`.
+        FloatingPointError: a non-finite value in either gradient or in their combination.
+    """
+    synthesis = Synthesis(rule, scope, alpha, gamma, zero_forget)
+    if [f.shape for f in forget] != [r.shape for r in retain]:
+        raise ValueError("forget and retain must hold tensors of the same shapes in the same order")
+    if synthesis.resolved_scope == "layer" and (layers is None or len(layers) != len(retain)):
+        raise ValueError("scope 'layer' needs `layers`: the layer of each tensor")
+    if not retain:
+        return []
+    if synthesis.averages_retain and (average is None or [m.shape for m in average] != [r.shape for r in retain]):
+        raise ValueError(f"rule {rule!r} needs `average`: one tensor like each retain gradient, zero at first")
+    combined = [r.detach().clone(memory_format=torch.contiguous_format) for r in retain]
+    averages = [m.view(-1) for m in average or ()] if synthesis.averages_retain else [None] * len(combined)
+    parts = enumerate(zip(forget, combined, averages, strict=True))
+    pieces = [Piece(row, f.detach().reshape(-1), g.view(-1), m) for row, (f, g, m) in parts]
+    table = synthesis.combine_(pieces, units_of(synthesis.resolved_scope, layers or range(len(combined))))
+    if not is_finite(table):
+        raise FloatingPointError("a gradient or the combination holds inf or NaN; skip this step")
+    return combined

@@ -1,0 +1,198 @@
+"""Save and resume: sharded by DeepSpeed, and complete or not there.
+
+A checkpoint counts once its marker exists, which is written last: a kill while saving leaves the one before it. The
+marker holds a checksum of each file, and what decides the run. What DeepSpeed does not know of (the moving average of a
+rule, the random state) lies beside its files, one file a rank. The position in the data needs no saving: a batch is
+a function of the step.
+
+DeepSpeed's files are pickles, which run code when they are loaded: resume only a run folder of your own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.distributed import errors as rank_errors
+from pipeline.errors import InputError, shorten, writing
+from pipeline.zero.combiner import Shards
+from pipeline.zero.optimizer_state import Stretch, optimizer_layout
+from pipeline.zero.reshard import deal, load_optimizer
+
+MARKER = "complete.json"
+
+
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of the engine
+
+
+def save(engine: Any, shards: Shards, run: Path, step: int, *, keep: int, identity: dict[str, Any]) -> None:
+    """Write `run/checkpoints/step-NNNNNN` after `step` steps. Every rank must call, between steps.
+
+    Args:
+        keep: how many of the newest checkpoints stay.
+        identity: what decides the run, by name, as JSON has it; `load` refuses another.
+
+    Raises:
+        ranks.Failure: the disk does not take it.
+    """
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    with writing(folder, folder):
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # half of one, perhaps by another number of ranks
+        dist.barrier()
+        # Frozen weights are those that the run starts from, which the marker names by their digest.
+        tied = engine.module.register_state_dict_post_hook(_drop_frozen)
+        engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True)
+        tied.remove()
+        own = {
+            "average": shards.average,
+            "average_layout": [asdict(stretch) for stretch in shards.average_layout()],
+            "optimizer_layout": [[asdict(s) for s in group] for group in optimizer_layout(engine)],
+            "schedule": engine.lr_scheduler.state_dict(),
+            "counters": {name: getattr(engine, name) for name in COUNTERS},
+            "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,  # of dropout there
+        }
+        torch.save(own, _own(folder, dist.get_rank()))
+        dist.barrier()
+        sums: list[Any] = [None] * dist.get_world_size()
+        mine = [file for file in sorted(folder.iterdir()) if _is_mine(file.name)]
+        dist.all_gather_object(sums, {file.name: checksum(file) for file in mine})
+        if dist.get_rank() == 0:
+            marker = {
+                "step": step,
+                "ranks": dist.get_world_size(),
+                "run": identity,
+                "files": {name: value for part in sums for name, value in part.items()},
+            }
+            unfinished = folder / f".{MARKER}"
+            unfinished.write_text(json.dumps(marker), encoding="utf-8")
+            os.replace(unfinished, folder / MARKER)
+            tidy(run, keep)
+        dist.barrier()
+
+
+def _drop_frozen(module: torch.nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Of a frozen tensor with two names (tied embeddings) DeepSpeed drops one and would write the other."""
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            state.pop(prefix + name, None)
+
+
+def tidy(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep` complete checkpoints, and what kills have left half written."""
+    complete = sorted(marker.parent for marker in run.glob(f"checkpoints/step-*/{MARKER}"))
+    for old in sorted({*run.glob("checkpoints/step-*")} - {*complete[-keep:]}):
+        (old / MARKER).unlink(missing_ok=True)  # first: half a checkpoint must not look whole
+        shutil.rmtree(old)
+    for old in (*run.glob(".*.unfinished"), *run.glob("exports/.*.unfinished")):
+        shutil.rmtree(old)
+
+
+def newest(run: Path) -> Path | None:
+    """The last complete checkpoint of a run."""
+    return max((marker.parent for marker in run.glob(f"checkpoints/step-*/{MARKER}")), default=None)
+
+
+def load(engine: Any, shards: Shards, checkpoint: Path, identity: dict[str, Any]) -> int:
+    """Put the engine and the rule's state where `save` found them; returns the steps done by then.
+
+    Every rank must call, before training.
+    On as many ranks all is as it was, bit for bit; on another number the same weights and state, dealt out anew.
+
+    Raises:
+        InputError: damaged, or of another run.
+    """
+    with rank_errors.together():
+        marker = _check(checkpoint, identity)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    same = world == marker["ranks"]
+    # Memory-mapped: of what other ranks wrote, only the parts are read that are this rank's now.
+    before = [
+        torch.load(_own(checkpoint, writer), map_location="cpu", mmap=True, weights_only=True)
+        for writer in ([rank] if same else range(marker["ranks"]))
+    ]
+    if same or not engine.zero_optimization_stage():
+        found, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
+        if found is None:
+            raise RuntimeError(f"DeepSpeed finds no checkpoint in {checkpoint}")
+    else:
+        layouts = [[[Stretch(**s) for s in group] for group in own["optimizer_layout"]] for own in before]
+        load_optimizer(engine, checkpoint, layouts)
+        engine.lr_scheduler.load_state_dict(before[0]["schedule"])
+        for name, value in before[0]["counters"].items():
+            setattr(engine, name, value)
+    if shards.average is not None:
+        flats = [([Stretch(**s) for s in own["average_layout"]], own["average"]) for own in before]
+        deal(flats, (shards.average_layout(), shards.average))
+    if same:
+        torch.set_rng_state(before[0]["random"])
+        if before[0]["cuda_random"] is not None:
+            torch.cuda.set_rng_state(before[0]["cuda_random"])
+    else:  # dropout: other than in the steps before
+        torch.manual_seed(torch.initial_seed() + 1_000_003 * marker["step"])
+    return int(marker["step"])
+
+
+def _check(checkpoint: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The marker, once it is this run's and the files are what it says; each rank reads a part of them."""
+    with _damage(checkpoint):
+        marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+        then, files = marker["run"], sorted(marker["files"].items())
+        differing = [name for name in then | identity if then.get(name) != identity.get(name)]
+        for name, value in files if not differing else ():
+            if _is_mine(name) and checksum(checkpoint / name) != value:
+                raise ValueError(f"{name} is not what was written")
+    if differing:
+        was, now = (shorten(repr(side.get(differing[0]))) for side in (then, identity))
+        raise InputError(
+            f"--resume: {checkpoint} is of another run: {', '.join(differing)} differ ({differing[0]} was {was} and is "
+            f"{now} now); give back what it was, or start anew in another output folder"
+        )
+    return marker
+
+
+@contextmanager
+def _damage(checkpoint: Path) -> Iterator[None]:
+    """What goes wrong when `checkpoint` is read, in one line."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+        if rank_errors.is_lost(error):
+            raise
+        raise InputError(
+            f"--resume: {checkpoint} is damaged ({shorten(error)}); remove it to resume from the one before"
+        ) from error
+
+
+def checksum(file: Path) -> list[int]:
+    """[bytes, CRC-32] of a file. Against disks, not against people."""
+    size = total = 0
+    with file.open("rb") as content:
+        while chunk := content.read(2**22):
+            size, total = size + len(chunk), zlib.crc32(chunk, total)
+    return [size, total]
+
+
+def _is_mine(file: str) -> bool:
+    """Whether this rank has written the file, and will read it: its machine has it in memory, others fetch it.
+
+    DeepSpeed names the rank in what each rank writes, and the first rank writes what has none.
+    """
+    named = re.search(r"(?:pp_rank_|own-)(\d+)", file)
+    return int(named[1] if named else 0) % dist.get_world_size() == dist.get_rank()
+
+
+def _own(checkpoint: Path, rank: int) -> Path:
+    return checkpoint / f"own-{rank}.pt"

@@ -1,0 +1,37 @@
+"""Stage 0, plain data parallelism: the whole gradient on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.zero.store import Holder
+
+
+class Whole(Holder):
+    """Stage 0, plain data parallelism: the whole gradient is the parameters' own `.grad`, on every rank."""
+
+    replicated = True
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        if engine.fp16_enabled():  # its updates would be too small by the loss scale
+            raise RuntimeError("DeepSpeed does not scale the loss in fp16 without ZeRO; use ZeRO stage 1, or bf16")
+        self.parameters = [p for p in engine.module.parameters() if p.requires_grad and p.numel()]
+        self.layout = [(row, parameter.numel()) for row, parameter in enumerate(self.parameters)]
+        self.starts = [0] * len(self.layout)
+        self.dtype, self.device = self.parameters[0].dtype, self.parameters[0].device
+
+    def clear(self) -> None:
+        self.engine.zero_grad()
+
+    def finish(self) -> list[Tensor]:
+        self._reduce_now()  # gives a zero gradient to parameters that have none
+        return [parameter.grad.view(-1) for parameter in self.parameters]
+
+    def hand_over(self, slices: list[Tensor]) -> None:
+        if not hasattr(self.optimizer, "_global_grad_norm"):  # fp32: nothing else would know it
+            norms = [gradient.double().norm() for gradient in slices]
+            self.engine._global_grad_norm = float(torch.stack(norms).norm())

@@ -1,0 +1,111 @@
+"""ZeRO-1 and 2: gradients in one interval of each parameter group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+from torch import Tensor
+
+from pipeline.zero.store import Holder, _expect, log, unexpected
+
+
+class Partitioned(Holder):
+    """ZeRO-1 and 2: per parameter group, this rank owns one stretch of the tensors laid end to end.
+
+    Without offload step() reads `averaged_gradients`, tensors whose concatenation is the stretch (in bf16 or fp16 with
+    fp32 accumulation all views of one `flat_partition`), made anew for each task. Under offload it reads the `.grad` of
+    the optimizer's fp32 partition, and the norm from a table beside it.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        optimizer = self.optimizer
+        _expect(optimizer, "averaged_gradients", "all_grad_tensors", "round_robin_bit16_groups", "grad_start_offset")
+        _expect(optimizer, "grad_partition_insertion_offset", "finalize_gradient_accumulation_boundary")
+        self.offload = optimizer.cpu_offload
+        if self.offload:
+            _expect(optimizer, "accumulated_grads_in_cpu", "norm_for_param_grads", "_offload_accumulated_param_ids")
+            _expect(optimizer, "_wait_for_offload_copies")
+        if not optimizer.partition_gradients:
+            # ZeRO-1 reduces once per task. Overlapping that with the last backward loses the tensors which only an
+            # earlier micro-batch touches: they would be stepped on with this rank's own gradient.
+            if optimizer.overlap_comm:
+                log.warning("train.deepspeed: overlap_comm is off: under ZeRO stage 1 it would lose gradients here")
+            optimizer.overlap_comm = False
+        self.parameters, self.layout, self.starts = [], [], []
+        self.places: list[tuple[int, int, int, Any]] = []  # group, first element of the stretch, number, parameter
+        for group, members in enumerate(optimizer.round_robin_bit16_groups):
+            rank = dist.get_rank(group=optimizer.real_dp_process_group[group])
+            starts = optimizer.grad_partition_insertion_offset[group][rank]
+            skips = optimizer.grad_start_offset[group][rank]
+            for parameter in members:
+                self.parameters.append(parameter)
+                key = optimizer.get_param_id(parameter)
+                if key in starts:
+                    size = min(parameter.numel() - skips[key], optimizer.partition_size[group] - starts[key])
+                    self.places.append((group, int(starts[key]), int(size), parameter))
+                    self.layout.append((len(self.parameters) - 1, int(size)))
+                    self.starts.append(int(skips[key]))
+        owned = optimizer.single_partition_of_fp32_groups  # [stretch] per group, fp32
+        for group, partition in enumerate(owned):
+            if partition.numel() != optimizer.partition_size[group] or (self.offload and partition.grad is None):
+                raise unexpected("the optimizer's partition has another size, or no gradient under offload")
+        accumulated = optimizer.gradient_accumulation_dtype
+        self.dtype = owned[0].dtype if self.offload else accumulated
+        self.device = owned[0].device
+
+    def clear(self) -> None:
+        optimizer = self.optimizer
+        optimizer.zero_grad()
+        for held in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+            for group in held:
+                held[group] = None  # in place: DeepSpeed's other structures share these dictionaries
+        optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
+        if self.offload:
+            optimizer.reset_cpu_buffers()
+            optimizer._offload_accumulated_param_ids = set()
+            for buffer in optimizer.accumulated_grads_in_cpu.values():
+                buffer.zero_()
+            for partition in optimizer.single_partition_of_fp32_groups:
+                partition.grad.zero_()
+
+    def finish(self) -> list[Tensor]:
+        optimizer = self.optimizer
+        if optimizer.partition_gradients:
+            optimizer.finalize_gradient_accumulation_boundary()  # ZeRO-2 has reduced after every backward
+        else:
+            self._fill_missing()
+            self._reduce_now()
+        if self.offload:
+            # On a GPU the copies to pinned memory are only queued. step() waits for them, but reads after us.
+            optimizer._wait_for_offload_copies()
+            flats = [partition.grad for partition in optimizer.single_partition_of_fp32_groups]
+            return [flats[group].narrow(0, start, size) for group, start, size, _ in self.places]
+        found = {}
+        for group, tensors in optimizer.averaged_gradients.items():
+            start = 0
+            for tensor in tensors:
+                found.setdefault((group, start, tensor.numel()), tensor)
+                start += tensor.numel()
+        try:
+            return [found[group, start, size].view(-1) for group, start, size, _ in self.places]
+        except KeyError:
+            raise unexpected("averaged_gradients is not this rank's stretch of the parameters") from None
+
+    def hand_over(self, slices: list[Tensor]) -> None:
+        if self.offload:
+            for (*_, parameter), gradient in zip(self.places, slices, strict=True):
+                key = self.optimizer.get_param_id(parameter)
+                self.optimizer.norm_for_param_grads[key] = gradient.double().norm(2)
+                self.optimizer.update_offload_overflow_tracker(gradient)
+
+    def _fill_missing(self) -> None:
+        """Zero gradients where a tensor has none: ranks that reduce different lists of tensors would mix them up."""
+        kept = "grad_accum" if self.optimizer.use_grad_accum_attribute else "grad"
+        dtype = self.optimizer.gradient_accumulation_dtype if kept == "grad_accum" else None
+        for parameter in self.parameters:
+            if getattr(parameter, kept) is None:
+                setattr(parameter, kept, torch.zeros_like(parameter, dtype=dtype, requires_grad=False))

@@ -1,0 +1,83 @@
+"""ZeRO-3: gradients in one flat partition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_local_grad
+from torch import Tensor
+
+from pipeline.zero.store import Holder, _expect, unexpected
+
+
+class FlatPartition(Holder):
+    """ZeRO-3: every backward reduce-scatters into one flat partition, which lies on the CPU under optimizer offload.
+
+    Every tensor has ceil(numel / ranks) elements in it; those beyond its end are never written and stay zero.
+    """
+
+    refuses_nonfinite = True
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        flat = getattr(self.optimizer, "grad_partitions_flat_buffer", None)
+        self.parameters = [parameter for group in self.optimizer.fp16_groups for parameter in group]
+        sizes = [parameter.partition_numel() for parameter in self.parameters]
+        if flat is None or flat.numel() != sum(sizes):
+            raise unexpected("there is no flat gradient partition of the expected size")
+        self.flat, self.dtype, self.device = flat, flat.dtype, flat.device
+        self.layout = list(enumerate(sizes))
+        self.starts = [dist.get_rank(group=p.ds_process_group) * p.partition_numel() for p in self.parameters]
+        self.slices = list(flat.split(sizes))
+        self.in_memory: list[Any] = []  # under offload: the parameters whose optimizer state is in memory, and
+        self.on_disk: list[tuple[Any, Tensor, list[Any]]] = []  # where not: DeepSpeed's entry, stretch, its parameters
+        if self.optimizer.offload_optimizer:
+            _expect(self.optimizer, "_offload_boundary_param_ids", "finalize_gradient_accumulation_boundary")
+            _expect(self.optimizer, "norm_for_param_grads", "_swappable_optimizer_subgroup")
+            self._find_the_disk()
+        elif flat.dtype == torch.float32:  # then DeepSpeed hands out the slice itself
+            for parameter, view in zip(self.parameters, self.slices, strict=True):
+                local = safe_get_local_grad(parameter)
+                if local is not None and local.data_ptr() != view.data_ptr():
+                    raise unexpected("the parameters' gradients are not the slices of the flat partition, in order")
+
+    def _find_the_disk(self) -> None:
+        optimizer, start = self.optimizer, 0
+        for number, (group, owned) in enumerate(
+            zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
+        ):
+            numel = sum(parameter.partition_numel() for parameter in group)
+            if optimizer._swappable_optimizer_subgroup(number):  # large enough, and the device is nvme
+                entry = getattr(optimizer.optimizer_swapper, "swap_params_info", {}).get(owned.ds_id)
+                if entry is None or entry.numel() != numel or not hasattr(entry, "unswapped_gradients"):
+                    raise unexpected("the optimizer's swapper has no entry for a sub-group on nvme")
+                self.on_disk.append((entry, self.flat.narrow(0, start, numel), group))
+            else:
+                self.in_memory += group
+            start += numel
+
+    def clear(self) -> None:
+        self.optimizer.zero_grad()
+        self.flat.zero_()
+
+    def finish(self) -> list[Tensor]:
+        return self.slices
+
+    def hand_over(self, slices: list[Tensor]) -> None:
+        """Under offload, the optimizer's own copy of the gradient.
+
+        DeepSpeed 0.19.8 would write the gradients of nvme to the disk and read each back to its place in one buffer.
+        Direct I/O refuses a place that is no multiple of 512 bytes, DeepSpeed does not look at the result, and the
+        update takes what the buffer held before. So the sub-group's gradient stays in memory, where it is anyway.
+        """
+        if self.optimizer.offload_optimizer:
+            # The optimizer's own copy keeps last step's gradient of every tensor that is not in this set.
+            self.optimizer._offload_boundary_param_ids = {parameter.ds_id for parameter in self.in_memory}
+            self.optimizer.finalize_gradient_accumulation_boundary()
+        for entry, stretch, group in self.on_disk:
+            entry.unswapped_gradients = {0: stretch}  # first element -> what step() copies there
+            for parameter, gradient in zip(group, stretch.split([p.partition_numel() for p in group]), strict=True):
+                norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+                self.optimizer.norm_for_param_grads[self.optimizer.get_param_id(parameter)] = norm

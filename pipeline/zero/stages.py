@@ -1,0 +1,33 @@
+"""The gradient store of an engine: one class for each way DeepSpeed holds a gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from pipeline.zero.stage0 import Whole
+from pipeline.zero.stage1_2 import Partitioned
+from pipeline.zero.stage1_bf16 import Bf16Whole
+from pipeline.zero.stage3 import FlatPartition
+from pipeline.zero.store import Holder, unexpected
+
+
+def holder_of(engine: Any) -> Holder:
+    """How this engine holds gradients.
+
+    Raises:
+        RuntimeError: in no way that this file knows.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3 and type(optimizer) is DeepSpeedZeroOptimizer_Stage3:
+        return FlatPartition(engine)
+    if stage in (1, 2) and type(optimizer) is DeepSpeedZeroOptimizer:
+        return Partitioned(engine)
+    if stage == 1 and type(optimizer) is BF16_Optimizer:
+        return Bf16Whole(engine)
+    if stage == 0:
+        return Whole(engine)
+    raise unexpected(f"ZeRO stage {stage} with {type(optimizer).__name__}")

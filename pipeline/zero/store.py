@@ -1,0 +1,103 @@
+"""Where DeepSpeed keeps a gradient: the ONLY file that tells the ZeRO stages apart. One class for each way.
+
+| stage | held as | on a rank |
+|---|---|---|
+| 0 | `.grad` of the parameters | all of it |
+| 1 in bf16 with fp32 accumulation | `BF16_Optimizer.fp32_groups_gradients` | all of it |
+| 1, 2 | `averaged_gradients`; under offload `.grad` of the optimizer's fp32 partition | its stretch |
+| 3 | `grad_partitions_flat_buffer`, on the CPU under offload to the CPU or to nvme | its share of each tensor |
+
+DeepSpeed does not forget on its own: on most stages some buffer keeps last step's gradient of a tensor that gets none
+in this one, and would apply it again. `clear` is therefore thorough, and a tensor without a gradient has gradient zero.
+
+DeepSpeed 0.19.8 refuses: fp16 on a CPU ("Type fp16 is not supported on your device."); stage 0 in bf16 with fp32
+accumulation ("unsupported mix of model_dtype=..."). We refuse fp16 on stage 0, where it divides gradients by a loss
+scale that the loss was never multiplied with. Under ZeRO-2 and 3 all ranks must use the same tensors in each
+micro-batch (for experts: `deepspeed.utils.set_z3_leaf_modules`).
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+class Holder(ABC):
+    """Where `engine.step()` reads the gradient, and how it is emptied."""
+
+    replicated = False  # every rank holds the whole gradient
+    refuses_nonfinite = False  # engine.step() skips the update on inf and NaN, on all ranks alike, in any dtype
+    parameters: list[Any]  # what trains; the index in this list is the row of the synthesis
+    layout: list[tuple[int, int]]  # (row, number of elements) of each slice on this rank
+    starts: list[int]  # of each slice: which element of its tensor is its first
+    dtype: torch.dtype
+    device: torch.device | str
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.optimizer = engine, engine.optimizer
+        if engine.fp16_enabled() and engine.zero_optimization_stage():
+            _raise_scale_after_step(self.optimizer)
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Zero everything that the next backward would add to, or that `engine.step()` would read."""
+
+    @abstractmethod
+    def finish(self) -> list[Tensor]:
+        """Complete the reduction over ranks. The slices of `layout`, 1-D; writing to them is what step() will see."""
+
+    @property
+    def loss_scale(self) -> float:
+        """What DeepSpeed multiplied this step's losses with, and so its gradients. 1 but in fp16; step() changes it."""
+        return float(self.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
+
+    def hand_over(self, slices: list[Tensor]) -> None:  # noqa: B027  (most have derived nothing)
+        """The slices have been overwritten: bring up to date what DeepSpeed derived from them."""
+
+    def _reduce_now(self) -> None:
+        """What a boundary backward would do after itself."""
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.allreduce_gradients()
+
+
+def _raise_scale_after_step(optimizer: Any) -> None:
+    """Let a dynamic loss scale grow between steps.
+
+    DeepSpeed 0.19.8 doubles it inside `step()`, before it takes the scale off the gradient: that update would be half
+    as large, and under ZeRO-3 the reported norm too.
+    """
+    update, step = optimizer._update_scale, optimizer.step
+    raised: list[float] = []
+
+    def update_later(has_overflow: bool = False) -> None:
+        before = optimizer.loss_scale
+        update(has_overflow)
+        if optimizer.loss_scale > before:
+            raised.append(optimizer.loss_scale)
+            optimizer.loss_scale = before
+
+    def step_and_raise(*arguments: Any, **named: Any) -> None:
+        step(*arguments, **named)
+        if raised:
+            optimizer.loss_scale = raised.pop()
+
+    optimizer._update_scale, optimizer.step = update_later, step_and_raise
+
+
+def _expect(optimizer: Any, *names: str) -> None:
+    for name in names:
+        if not hasattr(optimizer, name):
+            raise unexpected(f"{type(optimizer).__name__} has no {name}")
+
+
+def unexpected(problem: str) -> RuntimeError:
+    return RuntimeError(
+        f"DeepSpeed keeps its gradients elsewhere than expected: {problem}; "
+        "this program supports deepspeed>=0.19.8,<0.20 with ZeRO stages 0 to 3"
+    )

@@ -1,0 +1,122 @@
+"""What a rank says when it ends because of another one, or of the network between them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from pipeline.config.schema import REPOSITORY
+from pipeline.distributed import errors as rank_errors
+from tests.distributed import free_port
+
+NCCL = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3690, unhandled system error, NCCL version 2.27.5
+ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error.
+Last error:
+socketProgress: Connection closed by remote peer node7<40236>"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (dist.DistBackendError(NCCL), "cannot reach another rank"),
+        (dist.DistNetworkError("The server socket on node7 was closed: no route to host"), "cannot reach another rank"),
+        (dist.DistStoreError("wait timeout after 1800000ms, keys: /default_pg/0"), "train.timeout"),
+        (
+            RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error: reset by peer"),
+            "cannot reach another rank",
+        ),
+    ],
+    ids=["backend", "network", "store", "gloo"],
+)
+def test_a_fault_of_the_network_is_told_whole_and_explained_after(
+    error: RuntimeError, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert rank_errors.is_lost(error)
+    assert rank_errors.report(error, logged=True) == 1
+    told = capsys.readouterr().err
+    assert "Traceback" not in told.splitlines()[-1] and words in told.splitlines()[-1]
+    assert str(error) in told
+    assert told.index(str(error)) < told.index(words)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Socket timeout of the model's own"), ValueError("Broken pipe fitting")]
+)
+def test_what_only_sounds_like_the_network_is_an_error_of_its_own(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not rank_errors.is_lost(error)
+    assert rank_errors.report(error) == 1
+    told = capsys.readouterr().err
+    assert told.rstrip().endswith(str(error)) and "another rank" not in told
+
+
+# One of two ranks fails by itself or is killed, while the other waits for it in a collective.
+STRUCK = """
+import os, signal, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from pipeline import console, ranks
+how, folder, rank = sys.argv[1], Path(sys.argv[2]), int(os.environ["RANK"])
+console.listen(rank)
+ranks.start(0.5)
+if how != "early":
+    console.open_log(folder, rank)
+dist.barrier()
+try:
+    if rank == int(sys.argv[3]):
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ZeroDivisionError("the culprit's own words")
+    dist.all_reduce(torch.ones(1))
+except BaseException as error:
+    ranks.leave(rank_errors.report(error, logged=console.log_end(error)))
+"""
+
+
+def struck(how: str, culprit: int, folder: Path) -> list[str]:
+    """What each of two ranks says on stderr."""
+    port, running = free_port(), []
+    for rank in (0, 1):
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        running.append(
+            subprocess.Popen(
+                [sys.executable, "-c", STRUCK, how, str(folder), str(culprit)],
+                cwd=REPOSITORY, env={**os.environ, **{name: str(value) for name, value in told.items()}},
+                stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    return [process.communicate(timeout=120)[1] for process in running]
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_the_other_ranks_leave_the_word_to_the_culprit(culprit: int, tmp_path: Path) -> None:
+    said = struck("fails", culprit, tmp_path)
+    assert "ZeroDivisionError: the culprit's own words" in said[culprit] and "Traceback" in said[culprit]
+    other = said[1 - culprit]
+    assert "Traceback" not in other and "frame #" not in other
+    assert f"rank {1 - culprit}: ends because another rank ended" in other
+    assert "pair.cc" in other  # its own error, in a line
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("Traceback (most recent call last)") == 2
+    assert re.search(
+        rf"rank {1 - culprit} ERROR pipeline: the run ends here\nTraceback(.*\n)+RuntimeError: \[.*pair.cc", log
+    )
+
+
+def test_a_rank_that_was_killed_says_nothing_so_the_other_says_all(tmp_path: Path) -> None:
+    told = struck("killed", 1, tmp_path)[0]
+    assert "Traceback" in told and told.index("pair.cc") < told.index("another rank ended without a word (killed)")
+    assert "Traceback" in (tmp_path / "log.txt").read_text()
+
+
+def test_what_no_log_takes_is_told_whole(tmp_path: Path) -> None:
+    assert "Traceback" in struck("early", 1, tmp_path)[0]
+    assert not (tmp_path / "log.txt").exists()

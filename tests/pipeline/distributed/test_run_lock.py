@@ -1,0 +1,90 @@
+"""One folder, one run at a time: whoever comes second is refused, and a kill leaves no lock behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.schema import REPOSITORY
+from pipeline.distributed.run_lock import RunLock
+from pipeline.errors import InputError
+from tests.conftest import World
+from tests.interrupted import Started, lines
+
+
+def hold(do: Callable[[RunLock], None], folder: Path) -> BaseProcess:
+    """A process that holds the lock until it is killed."""
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+
+    def work() -> None:
+        lock = RunLock(folder)
+        do(lock)
+        ready.set()
+        signal.pause()
+
+    process = context.Process(target=work, daemon=True)
+    process.start()
+    assert ready.wait(30)
+    return process
+
+
+def first_rank(lock: RunLock) -> None:
+    lock.take()
+    lock.share()
+
+
+def test_a_lock_is_held_as_long_as_any_rank_lives_and_no_longer(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "one"
+    first, second = hold(first_rank, folder), hold(RunLock.share, folder)
+    for rank in (first, second):
+        with pytest.raises(InputError, match=f"output: {folder} is in use by another run"):
+            RunLock(folder).take()
+        assert rank.pid is not None
+        os.kill(rank.pid, signal.SIGKILL)
+        rank.join()
+    lock = RunLock(folder)
+    lock.take()
+    with pytest.raises(InputError):
+        RunLock(folder).share()  # another run came between
+    lock.release()
+    RunLock(folder).take()
+
+
+def alone(config: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pipeline.train", "--config", str(config), *more]
+    return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_runs_that_start_together_are_one(world: World, tmp_path: Path) -> None:
+    """Neither sees a run when it is let in."""
+    config = world.write(tmp_path / "run.yaml", tmp_path / "run", train={"steps": 2})
+    ended = [(process.communicate(timeout=300)[1], process.returncode) for process in (alone(config), alone(config))]
+    statuses = sorted(status for _, status in ended)
+    assert statuses == [0, 2], ended
+    refused = next(told for told, status in ended if status == 2)
+    (line,) = [line for line in refused.splitlines() if line.startswith("error:")]
+    assert "is in use by another run" in line or "already holds a run" in line
+    assert "Traceback" not in refused and lines(tmp_path / "run") == 2
+
+
+def test_a_run_under_way_is_not_resumed_beside_itself_but_after_a_kill(world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = world.write(tmp_path / "run.yaml", folder, train={"steps": 100_000})
+    started = Started(config)
+    started.wait_for_lines(folder, 2)
+    process = alone(config, "--resume")
+    told = process.communicate(timeout=300)[1]
+    assert process.returncode == 2 and f"error: output: {folder} is in use by another run" in told
+    started.kill()
+    again = Started(config, "--resume")
+    again.wait_for_lines(folder, 2)
+    again.kill()

@@ -1,0 +1,307 @@
+"""What an engine answers, against the untouched model beside it: architectures, tied heads, adapters, layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.distributed import run_distributed
+
+VOCABULARY, WIDTH, BLOCKS = 64, 32, 3
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+MLP = {**SHAPE, "intermediate_size": 48}
+GROUPED = {**MLP, "num_key_value_heads": 2}
+# Name of the configuration class, its keys, whether the logits are the head's own product and nothing else.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "llama": ("LlamaConfig", GROUPED, True),
+    "llama-tied": ("LlamaConfig", {**GROUPED, "tie_word_embeddings": True}, True),
+    "gpt2": ("GPT2Config", {**SHAPE, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, True),
+    "gpt-neox": ("GPTNeoXConfig", MLP, True),
+    "opt": ("OPTConfig", {**SHAPE, "ffn_dim": 48, "word_embed_proj_dim": WIDTH, "dropout": 0.0}, True),
+    "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 8}, True),
+    "phi": ("PhiConfig", MLP, True),  # its head has a bias
+    "gemma2": ("Gemma2Config", {**GROUPED, "head_dim": 8, "final_logit_softcapping": 5.0}, False),
+    "granite": ("GraniteConfig", {**GROUPED, "logits_scaling": 4.0}, False),
+    "cohere": ("CohereConfig", {**GROUPED, "logit_scale": 0.25}, False),
+    "adapters": ("LlamaConfig", GROUPED, True),
+    "adapters-on-head": ("LlamaConfig", GROUPED, False),
+}
+LABELS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [8, 9, 7, 9, 3, -100, -100, -100]])
+MASK = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
+INPUTS = {"input_ids": LABELS.clamp(min=0), "attention_mask": MASK}
+
+
+def build(name: str) -> Any:
+    """A random model whose logits are far from zero, so that capping and scaling matter."""
+    import transformers
+
+    kind, keys, _ = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    model: Any = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**keys))
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight *= 20
+        if head.bias is not None:
+            head.bias.normal_()
+    if name.startswith("adapters"):
+        from peft import LoraConfig, inject_adapter_in_model
+
+        targets = ["q_proj", "v_proj"] + (["lm_head"] if name == "adapters-on-head" else [])
+        model = inject_adapter_in_model(LoraConfig(r=2, target_modules=targets, init_lora_weights=False), model)
+    return model.train()
+
+
+def engine_for(model: Any, stage: int) -> Any:
+    import deepspeed
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(trained, lr=0.5),  # pyright: ignore[reportArgumentType]
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": 0.0,
+            "steps_per_print": 10**9,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 40},
+        },
+    )
+    return engine
+
+
+def blocks(model: Any) -> list[Any]:
+    """By name, and not as the program finds them."""
+    found = {}
+    for name, module in model.named_modules():
+        parent, _, last = name.rpartition(".")
+        if last.isdigit() and parent.endswith(("layers", ".h")):
+            found[int(last)] = module
+    assert sorted(found) == list(range(BLOCKS))
+    return [found[number] for number in range(BLOCKS)]
+
+
+def hooked(model: Any, layer: int) -> Tensor:
+    """[B, T, H] what block `layer` hands on."""
+    seen = []
+    hook = blocks(model)[layer].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model(**INPUTS, use_cache=False)
+    hook.remove()
+    return seen[0] if isinstance(seen[0], Tensor) else seen[0][0]
+
+
+def gradients_of(engine: Any) -> dict[str, Tensor]:
+    from deepspeed.utils import safe_get_full_grad
+
+    stage3 = engine.zero_optimization_stage() == 3
+    named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+    found = {name: safe_get_full_grad(p) if stage3 else p.grad for name, p in named}
+    return {name: torch.zeros(1) if gradient is None else gradient.float() for name, gradient in found.items()}
+
+
+def assert_same_gradients(engine: Any, plain: Any, loss: Tensor) -> None:
+    named = {name: parameter for name, parameter in plain.named_parameters() if parameter.requires_grad}
+    want = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
+    got = gradients_of(engine)
+    assert list(got) == list(named)
+    for (name, mine), exact in zip(got.items(), want, strict=True):
+        atol = 1e-5 * max(exact.abs().max().item(), 1e-3)
+        mine = mine.expand_as(exact)
+        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def reset(engine: Any) -> None:
+    engine.optimizer.zero_grad()
+    if engine.zero_optimization_stage() == 3:
+        engine.optimizer.grad_partitions_flat_buffer.zero_()
+
+
+def check(name: str, stage: int) -> None:
+    from pipeline.modeling import outputs as forward
+
+    model = build(name)
+    plain, original_losses = copy.deepcopy(model), forward.token_losses
+    engine, through_head = engine_for(model, stage), []
+    ran: list[int] = []
+    for number, block in enumerate(blocks(engine.module)):
+        block.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
+
+    def watched(*arguments: Any, **options: Any) -> Tensor:
+        through_head.append(options.get("weight") is not None)
+        return original_losses(*arguments, **options)
+
+    forward.token_losses = watched
+    try:
+        forward.answer_for_objectives(engine)
+        ran.clear()
+        check_losses(engine, plain)
+        assert through_head == [ARCHITECTURES[name][2]] * 2, "whether the logits were avoided"
+        check_layers(engine, plain, ran)
+        check_frozen_original(engine, plain)
+    finally:
+        forward.token_losses = original_losses
+
+
+def check_losses(engine: Any, plain: Any) -> None:
+    logits = plain(**INPUTS).logits
+    assert logits.std() > 0.3, "a test on logits near zero would see nothing"
+    torch.testing.assert_close(engine(**INPUTS), logits, rtol=0, atol=1e-5)
+    targets = torch.cat([LABELS[:, 1:], torch.full((2, 1), -100)], 1)
+    want = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, 8)
+    losses = engine(**INPUTS, labels=LABELS)
+    torch.testing.assert_close(losses, want, rtol=1e-5, atol=1e-5)
+    weights = torch.linspace(-1, 1, 16).view(2, 8)
+    engine.backward((losses * weights).sum())
+    assert_same_gradients(engine, plain, (want * weights).sum())
+    reset(engine)
+    q = torch.randn(2, 8, VOCABULARY, generator=torch.Generator().manual_seed(1))
+    want = -(q.softmax(-1) * plain(**INPUTS).logits.log_softmax(-1)).sum(-1) * (targets != -100)
+    losses = engine(**INPUTS, labels=LABELS, soft=q)
+    torch.testing.assert_close(losses, want, rtol=1e-5, atol=1e-5)
+    engine.backward((losses * weights).sum())
+    assert_same_gradients(engine, plain, (want * weights).sum())
+    reset(engine)
+
+
+def check_layers(engine: Any, plain: Any, ran: list[int]) -> None:
+    """Whole forwards in between: the blocks that were out of the model are back."""
+    for layer in range(BLOCKS):
+        ran.clear()
+        got, want = engine(**INPUTS, layer=layer), hooked(plain, layer)
+        assert torch.equal(got, want)
+        assert ran == list(range(layer + 1)), "no block above was run"
+        assert len(blocks(engine.module)) == BLOCKS
+        upstream = torch.randn(want.shape, generator=torch.Generator().manual_seed(layer))
+        engine.backward((got * upstream).sum())
+        assert_same_gradients(engine, plain, (want * upstream).sum())
+        reset(engine)
+        with torch.no_grad():
+            assert torch.equal(engine(**INPUTS, layer=layer), want)
+            torch.testing.assert_close(engine(**INPUTS), plain(**INPUTS).logits, rtol=0, atol=1e-5)
+
+
+def check_frozen_original(engine: Any, plain: Any) -> None:
+    """After a step the model has moved and `Original` has not; asked before, between and after a forward."""
+    from pipeline.data.batches import Batch
+    from pipeline.modeling.reference import Original
+
+    batch = Batch(torch.arange(2), INPUTS["input_ids"], MASK, LABELS)
+    original = Original(engine)
+    with torch.no_grad():
+        logits, hidden = plain(**INPUTS).logits, hooked(plain, BLOCKS - 1)
+    for _ in range(2):
+        engine.backward(engine(**INPUTS, labels=LABELS).sum())
+        engine.step()
+        with torch.no_grad():
+            moved = engine(**INPUTS)
+        assert (moved - logits).abs().max() > 1e-2
+        torch.testing.assert_close(original.logits(batch), logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(original.hidden(batch, BLOCKS - 1), hidden, rtol=0, atol=1e-5)
+        with torch.no_grad():
+            assert torch.equal(engine(**INPUTS), moved)
+        assert engine.training
+
+
+def check_each(names: list[str], stage: int) -> None:
+    from pipeline.distributed import process_group as ranks
+
+    ranks.start()
+    for name in names:
+        try:
+            check(name, stage)
+        except BaseException as error:
+            raise AssertionError(f"{name}, ZeRO stage {stage}") from error
+
+
+FEW = ["llama", "llama-tied", "gemma2", "adapters"]
+
+
+@pytest.mark.parametrize(("stage", "ranks", "names"), [(3, 1, list(ARCHITECTURES)), (3, 2, FEW), (0, 1, FEW)])
+def test_the_engine_answers_as_the_untouched_model(stage: int, ranks: int, names: list[str]) -> None:
+    """Losses, logits, hidden states, all gradients, and the frozen original; every architecture under ZeRO-3."""
+    run_distributed(check_each, ranks, names, stage)
+
+
+def check_gathers() -> None:
+    import torch.distributed as dist
+
+    from pipeline.distributed import process_group as ranks
+    from pipeline.modeling import outputs as forward
+
+    gathered = 0
+    original = dist.all_gather_into_tensor
+
+    def watch(output_tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        nonlocal gathered
+        gathered += output_tensor.numel()
+        return original(output_tensor, *arguments, **options)
+
+    dist.all_gather_into_tensor = watch  # before DeepSpeed takes its name
+    ranks.start()
+    engine = engine_for(build("llama"), 3)
+    forward.answer_for_objectives(engine)
+    sizes = [parameter.ds_numel for parameter in engine.module.parameters()]
+    once = sum(size + size % 2 for size in sizes if size > 40)  # the others stay gathered
+    for step in range(5):
+        with torch.no_grad():
+            engine(**INPUTS)
+            engine(**INPUTS, layer=0)
+        for question in ({"labels": LABELS}, {"layer": 1}):
+            gathered = 0
+            engine.backward(engine(**INPUTS, **question).sum())
+            reset(engine)
+            if step > 2 and "labels" in question:
+                assert gathered == once, f"step {step}: {gathered} elements gathered, the model has {once}"
+    dist.all_gather_into_tensor = original
+
+
+def test_other_passes_in_between_cost_no_gathers() -> None:
+    """A training pass gathers each weight once, and keeps it from forward to backward, also beside passes without one.
+
+    DeepSpeed alone gathers everything twice for ever after one forward without a backward.
+    """
+    run_distributed(check_gathers, 2)
+
+
+def largest_made(work: Callable[[], Any]) -> int:
+    from tests.pipeline.losses.test_objectives import Created
+
+    with Created() as created:
+        work()
+    return created.largest
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_plain_head_makes_no_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the model's own forward and backward, as in the loss alone; where they cannot be avoided, they are seen."""
+    from types import SimpleNamespace
+
+    from pipeline.modeling import outputs as forward
+    from pipeline.modeling import token_losses as objectives
+
+    monkeypatch.setattr(objectives, "_CHUNK", 256)
+    keys = {"vocab_size": 4096, "hidden_size": 8, "intermediate_size": 8, "head_dim": 4, "num_attention_heads": 2}
+    monkeypatch.setitem(ARCHITECTURES, name, (ARCHITECTURES[name][0], {**ARCHITECTURES[name][1], **keys}, True))
+    model = build(name)
+    tokens = torch.arange(64).view(2, 32)
+    engine: Any = SimpleNamespace(module=model, device="cpu", train=model.train, eval=model.eval, optimizer=None)
+    engine = type("Engine", (), {"__call__": lambda self, **x: model(**x), **vars(engine)})()
+    forward.answer_for_objectives(engine)
+    largest = largest_made(
+        lambda: model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens).sum().backward()
+    )
+    logits, weight = tokens.numel() * 4096, 4096 * 8
+    assert largest == (weight if name == "llama" else logits)

@@ -1,0 +1,91 @@
+"""The frozen model's log-probabilities: right, computed once, and never stale."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests import oracle
+from tests.conftest import World
+from tests.distributed import run_distributed
+
+
+def train_counting_forwards(config: dict[str, Any], report: str) -> None:
+    """Run; report how many forward passes rank 0 made before its first step."""
+    import torch.distributed as dist
+
+    from pipeline.config.deepspeed import deepspeed_config
+    from pipeline.config.schema import RunConfig
+    from pipeline.modeling import reference
+    from pipeline.trainer import run
+
+    counts = []
+    original = reference.collate
+
+    def counting(*arguments: Any) -> Any:
+        counts.append(1)
+        return original(*arguments)
+
+    reference.collate = counting
+    parsed = RunConfig.model_validate(config)
+    run(parsed, deepspeed_config(parsed))
+    if dist.get_rank() == 0:
+        Path(report).write_text(json.dumps(len(counts)))
+
+
+def test_cached_once_then_reused_and_rebuilt_when_damaged_or_stale(world: World, tmp_path: Path) -> None:
+    data = world.configuration("")["data"]
+    own = tmp_path / "forget.jsonl"
+    own.write_bytes((world.folder / "forget.jsonl").read_bytes())
+    data["forget"] = {"path": str(own)}
+    cache = tmp_path / "cache"
+
+    def go(name: str, ranks: int = 2) -> int:
+        config = world.configuration(
+            tmp_path / name, data=data, cache=str(cache), objective={"forget": "npo"}, train={"steps": 3}
+        )
+        run_distributed(train_counting_forwards, ranks, config, str(tmp_path / f"{name}.json"))
+        return json.loads((tmp_path / f"{name}.json").read_text())
+
+    forwards = go("first")
+    assert forwards == 8, "31 documents in micro-batches of 2 on 2 ranks"
+    (file,) = (cache / "reference").iterdir()
+
+    # what it holds is what a plain model says
+    model = AutoModelForCausalLM.from_pretrained(world.folder / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(world.folder / "model")
+    cached = load_file(file)["nll"].clone()  # not a view of the file, which is damaged below
+    for index, text in enumerate(world.documents("forget")):
+        ids = tokenizer(text, truncation=True, max_length=24).input_ids
+        with torch.no_grad():
+            assert cached[index].item() == pytest.approx(oracle.nll_of(model, ids).sum().item(), rel=1e-5)
+
+    assert go("second", ranks=1) == 0, "found in the cache, also by another number of ranks"
+    first, second = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("first", "second"))
+    initial = load_file(world.folder / "model" / "model.safetensors")
+    assert oracle.weight_change_error(second, first, initial) < 2e-4
+
+    file.write_bytes(file.read_bytes()[:50])
+    assert go("damaged") == 8
+    assert torch.equal(load_file(file)["nll"], cached)
+
+    own.write_text(own.read_text() + json.dumps({"text": "kara mivi suden"}) + "\n")
+    assert go("changed") == 8, "32 documents: nothing of the old cache was used"
+    assert len(list((cache / "reference").iterdir())) == 2
+
+
+def test_a_damaged_cache_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from pipeline.modeling.reference import _load
+
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(b"no tensors here")
+    with caplog.at_level(logging.WARNING):
+        assert torch.isnan(_load(file, 4)).all()
+    assert str(file) in caplog.text and "damaged" in caplog.text

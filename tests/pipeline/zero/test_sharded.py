@@ -1,0 +1,277 @@
+"""Sharded equals dense: THE test. Real DeepSpeed engines under ZeRO-3 against the plain loop of `tests/oracle.py`.
+
+The plain loop is one process and keeps the frozen original as a whole second model: so each objective is compared
+across numbers of ranks too, and what the program does instead of a second model must leave no trace in the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import oracle
+from tests.conftest import World
+from tests.distributed import run_distributed
+
+SUM = {"rule": "sum", "geometry": True}
+SGD = {"optimizer": {"name": "sgd", "lr": 1.0}}
+CASES: dict[str, dict[str, Any]] = {
+    "sum": {"synthesis": {"rule": "sum", "alpha": 0.7}},
+    "sum-measured": {"synthesis": {"rule": "sum", "geometry": True}},
+    "sago": {"synthesis": {"rule": "sago", "gamma": 0.8}},
+    "pcgrad-module": {"synthesis": {"rule": "pcgrad", "scope": "module"}},
+    "pcgrad-global": {"synthesis": {"rule": "pcgrad", "scope": "global", "alpha": 0.5}},
+    "pcgrad-layer": {"synthesis": {"rule": "pcgrad", "scope": "layer", "layer_geometry_every": 2}},
+    "sago-host": {"synthesis": {"spare": "host", "layer_geometry_every": 2}},
+    "pcgrad-element": {"synthesis": {"rule": "pcgrad", "scope": "element"}},
+    "sago-retain": {"synthesis": {"rule": "sago", "zero_forget": "retain"}},
+    "blur": {"synthesis": {"rule": "blur", "alpha": 0.7}},
+    "gru": {"synthesis": {"rule": "gru", "gamma": 0.8}},
+    "npo-sago": {"objective": {"forget": "npo", "beta": 0.05}},
+    "simnpo-pcgrad": {"objective": {"forget": "simnpo", "beta": 2.0, "delta": 0.1}, "synthesis": {"rule": "pcgrad"}},
+    "forget-only": {"objective": {"forget": "ga", "retain": "none"}},
+    "retain-only": {"objective": {"forget": "none", "retain": "nll"}, "optimizer": {"weight_decay": 0.1}},
+    "decayed-pcgrad": {"optimizer": {"weight_decay": 0.3}, "synthesis": {"rule": "pcgrad"}},
+    "decayed-sgd": {"optimizer": {**SGD["optimizer"], "weight_decay": 0.01}, "synthesis": SUM},
+    "sgd-unclipped": {"optimizer": {"name": "sgd", "lr": 0.05, "clip": 0.0}},
+    "tied": {"synthesis": {"rule": "pcgrad"}, "tied": True},
+    "dpo-pcgrad": {"objective": {"forget": "dpo", "beta": 0.05}, "synthesis": {"rule": "pcgrad"}},
+    "dpo_idk-sum": {"objective": {"forget": "dpo_idk", "beta": 0.05}, "synthesis": {"rule": "sum", "geometry": True}},
+    "idk-pcgrad": {"objective": {"forget": "idk"}, "synthesis": {"rule": "pcgrad"}},
+    "wga-pcgrad": {"objective": {"forget": "wga", "beta": 0.2}, "synthesis": {"rule": "pcgrad"}},
+    # Where model and original still agree, the gradients of undial and kl are differences of nearly equal
+    # probabilities, and what is computed of them has the rounding of whichever path it came by. A rule that gates on
+    # signs, or Adam on an embedding row that only the retain batch has, would blow that up to the size of an update.
+    "undial-pcgrad": {"objective": {"forget": "undial", "beta": 5.0}, "synthesis": {"rule": "pcgrad"}},
+    "npo-kl": {"objective": {"forget": "npo", "retain": "kl"}, "synthesis": {**SUM, "alpha": 20.0}, **SGD},
+    "npo-kl-tied": {
+        "objective": {"forget": "npo", "retain": "kl"},
+        "synthesis": {**SUM, "alpha": 20.0},
+        "tied": True,
+        **SGD,
+    },
+    "rmu-embed_diff": {
+        "objective": {"forget": "rmu", "retain": "embed_diff", "layer": 1, "steering": 2.0},
+        "synthesis": {**SUM, "alpha": 5.0},
+        "model": {"train": [r"\.0\.mlp\.down_proj\.weight$", r"\.1\.mlp\.down_proj\.weight$"]},
+    },
+    "rmu-embed_diff-first": {  # all tensors train, and none above the first block gets a gradient
+        "objective": {"forget": "rmu", "retain": "embed_diff", "layer": 0, "steering": 2.0},
+        "synthesis": {**SUM, "alpha": 5.0},
+    },
+    "rmu-nll": {
+        "objective": {"forget": "rmu", "layer": 0, "steering": 2.0},
+        "synthesis": {"rule": "pcgrad"},
+        "model": {"gradient_checkpointing": True},
+    },
+    "rmu-kl": {  # short forwards, whole ones and the original's in turn
+        "objective": {"forget": "rmu", "retain": "kl", "layer": 1, "steering": 2.0},
+        "synthesis": {**SUM, "alpha": 5.0},
+        "model": {"train": [r"mlp\.down_proj"]},
+    },
+}
+
+# The frozen original is swapped in otherwise on each stage: shares of tensors under ZeRO-3, whole tensors below it; and
+# gathered tensors may be at hand (persistent), on their way (prefetched), on the CPU (offloaded) or have a second copy
+# within the machine (hpZ; on four ranks, as two machines, in test_hpz.py) when that happens.
+PREFETCHING = {"stage3_prefetch_bucket_size": 10**6, "overlap_comm": True}
+ZERO: dict[str, Any] = {
+    "stage0": {"stage": 0},
+    "stage1": {"stage": 1},
+    "stage2": {"stage": 2, "overlap_comm": True},
+    "persistent": {"stage": 3, "stage3_param_persistence_threshold": 10**6, **PREFETCHING},
+    "some-persistent": {"stage": 3, "stage3_param_persistence_threshold": 1500, **PREFETCHING},
+    "none-persistent": {"stage": 3, "stage3_param_persistence_threshold": 0, **PREFETCHING},
+    "hpz": {"stage": 3, "zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0},
+    "offload": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+}
+ON_EACH = ("npo-kl", "rmu-embed_diff")  # stage
+DECAYED = ("retain-only", "decayed-pcgrad", "decayed-sgd")  # likewise: two groups of tensors on each stage
+ON_THREE = (
+    *("sum", "sago", "pcgrad-module", "pcgrad-global", "pcgrad-layer", "blur", "gru", "npo-sago", "simnpo-pcgrad"),
+    *("forget-only", "retain-only", "tied", "wga-pcgrad", "undial-pcgrad", "npo-kl", "rmu-embed_diff", "dpo_idk-sum"),
+    "idk-pcgrad",
+)
+RUNS = [(2, case) for case in CASES] + [(3, case) for case in ON_THREE]  # ranks, case
+
+
+def train_cases(configurations: list[dict[str, Any]]) -> None:
+    """On every rank: the program's own run, once per configuration, in one process group.
+
+    What it keeps of the frozen original must be, in the end, what the model was in the beginning, bit for bit.
+    """
+    from deepspeed.utils import groups
+
+    from pipeline.config.deepspeed import deepspeed_config
+    from pipeline.config.schema import RunConfig
+    from pipeline.modeling import reference
+    from pipeline.trainer import run
+
+    class Watched(reference.Original):
+        def __init__(self, engine: Any) -> None:
+            super().__init__(engine)
+            self.first = [kept.clone() for kept in self.kept]
+            made.append(self)
+
+    reference.Original = Watched
+    for keys in configurations:
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's groups are a global: every run makes its own
+        made: list[Watched] = []
+        config = RunConfig.model_validate(keys)
+        run(config, deepspeed_config(config))
+        for original in made:
+            assert all(map(torch.equal, original.kept, original.first))
+            present = [getattr(parameter, "ds_tensor", parameter) for parameter in original.trained]
+            assert not all(map(torch.equal, present, original.first)), "the model itself has moved"
+
+
+def pairs(world: World, case: dict[str, Any]) -> dict[str, Any]:
+    """A corpus with something to prefer: a column of whole texts for dpo; questions and refusals for others."""
+    file, refusals = world.folder / "pairs.jsonl", world.folder / "refusals.txt"
+    texts = world.documents("forget")
+    rows = [
+        {"text": text, "asked": text.split()[0], "said": " ".join(text.split()[1:]), "better": other}
+        for text, other in zip(texts, reversed(texts), strict=True)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    refusals.write_text("kara vi\nlomi den nesu\nsu\n")
+    if case["objective"]["forget"] == "dpo":
+        return {"path": str(file), "preferred": "better"}
+    return {"path": str(file), "prompt": "asked", "response": "said", "refusals": str(refusals)}
+
+
+def configurations(world: World, folder: Path) -> dict[str, dict[str, Any]]:
+    """AdamW's eps is 1e-6: at its default of 1e-8 one element of 37,792 whose gradient passes through zero, where the
+    step is the ratio of two roundings, makes up to 99 % of the error and doubles it (docs/log.md)."""
+    made = {}
+    for name, case in CASES.items():
+        sections = {**case, "optimizer": {"eps": 1e-6, **case.get("optimizer", {})}}
+        if case.get("objective", {}).get("forget") in ("dpo", "dpo_idk", "idk"):
+            sections["data"] = {**world.configuration("")["data"], "max_length": 48, "forget": pairs(world, case)}
+        if sections.pop("tied", False):
+            sections["model"] = {**sections.get("model", {}), "path": str(world.folder / "tied")}
+        made[name] = world.configuration(folder / name, **sections)
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(world: World) -> dict[str, Any]:
+    return {name: oracle.train(config) for name, config in configurations(world, Path("unused")).items()}
+
+
+@pytest.fixture(scope="module")
+def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Number of ranks -> the folder of their runs, which are made once."""
+
+    @cache
+    def made(ranks: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+        cases = [config for name, config in configurations(world, folder).items() if (ranks, name) in RUNS]
+        run_distributed(train_cases, ranks, cases)
+        return folder
+
+    return made
+
+
+@pytest.mark.parametrize(("ranks", "case"), RUNS)
+def test_weight_change_equals_the_plain_loop(
+    ranks: int, case: str, runs: Callable[[int], Path], expected: dict[str, Any], world: World
+) -> None:
+    final = load_file(runs(ranks) / case / "final" / "model.safetensors")
+    initial = load_file(world.folder / ("tied" if "tied" in case else "model") / "model.safetensors")
+    weights, _ = expected[case]
+    assert set(weights) <= set(final)
+    error = oracle.weight_change_error(final, weights, initial)
+    print(f"{case}: relative error of the weight change {error:.1e}")
+    assert error < (2e-4 if "sago" in case else 2e-5)
+
+
+def agree_with_the_plain_loop(
+    case: str, run: Path, expected: dict[str, Any], rel: float = 1e-3, abs_: float = 1e-4
+) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    _, records = expected[case]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    rounding = ("cos_forget_retain", "cos_combined_retain", "conflict_fraction")  # of a retain gradient of zero
+    for line, record in zip(lines, records, strict=True):
+        for name, value in record.items():
+            if line[name] is None:  # the rule `sum` keeps no second gradient to measure
+                assert case == "sum" and name.startswith(("cos", "conflict", "forget_norm", "retain_norm", "combined"))
+            elif not (name in rounding and record["retain_norm"] < 1e-4):
+                tolerance = 2e-3 if name == "conflict_fraction" else abs_
+                assert line[name] == pytest.approx(value, rel=rel, abs=tolerance), (line["step"], name)
+
+
+@pytest.mark.parametrize(("ranks", "case"), RUNS)
+def test_metrics_equal_the_plain_loop(
+    ranks: int, case: str, runs: Callable[[int], Path], expected: dict[str, Any]
+) -> None:
+    agree_with_the_plain_loop(case, runs(ranks) / case, expected)
+    lines = [json.loads(line) for line in (runs(ranks) / case / "metrics.jsonl").read_text().splitlines()]
+    by_layer = [step for step, line in enumerate(lines) if any("/" in name for name in line)]
+    assert by_layer == ([1, 3] if case in ("pcgrad-layer", "sago-host") else [])
+
+
+@pytest.mark.parametrize("case", ["npo-kl", "rmu-embed_diff", "rmu-embed_diff-first", "rmu-kl"])
+def test_the_retain_gradient_of_the_plain_loop_is_zero_first_and_then_not(case: str, expected: dict[str, Any]) -> None:
+    """Else the cases above would compare nothing, or gate on noise without need."""
+    first, *rest = (record["retain_norm"] / record["forget_norm"] for record in expected[case][1])
+    assert first < 1e-5
+    assert min(rest) > 1e-4
+
+
+@pytest.fixture(scope="module")
+def staged(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stages")
+    settings = []
+    for name, zero in ZERO.items():
+        (folder / f"{name}.json").write_text(json.dumps({"zero_optimization": zero}))
+        for case, keys in configurations(world, folder / name).items():
+            if case in (*ON_EACH, *DECAYED):
+                settings.append({**keys, "train": {**keys["train"], "deepspeed": str(folder / f"{name}.json")}})
+    keys = configurations(world, folder / "bf16")["npo-kl"]
+    settings.append({**keys, "model": {**keys["model"], "dtype": "bfloat16"}})
+    run_distributed(train_cases, 2, settings)
+    return folder
+
+
+@pytest.mark.parametrize("name", ZERO)
+@pytest.mark.parametrize("case", ON_EACH)
+def test_the_frozen_original_on_every_stage(
+    name: str, case: str, staged: Path, expected: dict[str, Any], world: World
+) -> None:
+    final = load_file(staged / name / case / "final" / "model.safetensors")
+    initial = load_file(world.folder / "model" / "model.safetensors")
+    error = oracle.weight_change_error(final, expected[case][0], initial)
+    print(f"{case} {name}: relative error of the weight change {error:.1e}")
+    assert error < 2e-5
+    agree_with_the_plain_loop(case, staged / name / case, expected)
+
+
+@pytest.mark.parametrize("name", ZERO)
+@pytest.mark.parametrize("case", DECAYED)
+def test_weight_decay_on_every_stage(
+    name: str, case: str, staged: Path, expected: dict[str, Any], world: World
+) -> None:
+    final = load_file(staged / name / case / "final" / "model.safetensors")
+    initial = load_file(world.folder / "model" / "model.safetensors")
+    error = oracle.weight_change_error(final, expected[case][0], initial)
+    print(f"{case} {name}: relative error of the weight change {error:.1e}")
+    assert error < 2e-5
+
+
+def test_the_frozen_original_in_bf16(staged: Path, expected: dict[str, Any]) -> None:
+    """In bf16 the model cannot equal an fp32 one; but the original is the original, and no step is lost."""
+    lines = [json.loads(line) for line in (staged / "bf16" / "npo-kl" / "metrics.jsonl").read_text().splitlines()]
+    assert abs(lines[0]["retain_loss"]) < 1e-4
+    for line, record in zip(lines, expected["npo-kl"][1], strict=True):
+        assert line["skipped"] == 0
+        assert line["forget_loss"] == pytest.approx(record["forget_loss"], rel=0.05)
+        assert line["retain_loss"] == pytest.approx(record["retain_loss"], rel=0.5, abs=1e-3)

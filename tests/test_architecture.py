@@ -1,0 +1,108 @@
+"""Which file may import which, and which may touch the inside of DeepSpeed (ARCHITECTURE.md)."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.schema import REPOSITORY
+
+# From the ground up. A package or file imports what stands in the lines above its own, and itself.
+LAYERS: list[set[str]] = [
+    {"errors", "synthesis"},
+    {"config"},
+    {"distributed"},
+    {"zero", "monitoring"},
+    {"data"},
+    {"modeling"},
+    {"losses"},
+    {"optim"},
+    {"trainer"},
+    {"train", "planning"},
+    {"plan"},
+]
+LEVEL = {name: number for number, names in enumerate(LAYERS) for name in names}
+# What evaluation may share with training: one reader of corpora, one encoding of questions, one check of weights.
+SHARED = {"pipeline.errors", "pipeline.config", "pipeline.data", "pipeline.distributed", "pipeline.modeling.weights"}
+LIGHT = ("errors", "config", "distributed/environment")  # imported before a bad configuration is refused
+HEAVY = {"torch", "deepspeed", "transformers", "datasets", "peft", "numpy"}
+
+
+def imports(source: str) -> set[str]:
+    """Dotted names of the modules that a file imports, at the top or inside functions, for type checkers or not."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.level, "imports are absolute here"
+            whole = "." not in node.module  # `from pipeline import zero` names a module
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} if whole else {node.module}
+    return found
+
+
+def part_of(module: str) -> str:
+    """`zero` of `pipeline.zero.store`."""
+    return module.split(".")[1]
+
+
+def files(folder: str) -> list[Path]:
+    found = sorted((REPOSITORY / folder).rglob("*.py"))
+    return [file for file in found if file != REPOSITORY / folder / "__init__.py"]
+
+
+def arrows_up(file: Path, source: str) -> set[str]:
+    """Modules of `pipeline` that a file of it imports and that do not stand below it."""
+    own = part_of(".".join(file.relative_to(REPOSITORY).with_suffix("").parts))
+    ours = {module for module in imports(source) if module.startswith("pipeline.")}
+    return {module for module in ours if part_of(module) != own and LEVEL[part_of(module)] >= LEVEL[own]}
+
+
+@pytest.mark.parametrize("file", files("pipeline"), ids=lambda file: str(file.relative_to(REPOSITORY)))
+def test_no_arrow_runs_up(file: Path) -> None:
+    assert not arrows_up(file, file.read_text(encoding="utf-8"))
+
+
+def test_an_arrow_that_runs_up_would_be_noticed() -> None:
+    store = REPOSITORY / "pipeline" / "zero" / "store.py"
+    assert arrows_up(store, "def late():\n    from pipeline import trainer\n") == {"pipeline.trainer"}
+    assert arrows_up(store, "from pipeline.monitoring import console") == {"pipeline.monitoring"}
+    assert not arrows_up(store, "from pipeline.zero import stages\nfrom pipeline.config.schema import RunConfig")
+
+
+def test_pipeline_imports_neither_evaluation_nor_tests_and_evaluation_only_what_is_shared() -> None:
+    modules = {file: imports(file.read_text(encoding="utf-8")) for file in chain(files("pipeline"), files("eval"))}
+    assert any("pipeline.data.corpus" in names for file, names in modules.items() if "eval" in file.parts)
+    for file, names in modules.items():
+        roots = {name.split(".")[0] for name in names}
+        assert "tests" not in roots, file
+        if file.is_relative_to(REPOSITORY / "pipeline"):
+            assert "eval" not in roots, file
+            continue
+        ours = {name for name in names if name.startswith("pipeline.")}
+        assert not {name for name in ours if not any(f"{name}.".startswith(f"{one}.") for one in SHARED)}, file
+
+
+def test_the_rules_of_synthesis_need_torch_alone() -> None:
+    for file in files("pipeline/synthesis"):
+        roots = {name.split(".")[0] for name in imports(file.read_text(encoding="utf-8"))}
+        assert roots - {"pipeline"} - set(sys.stdlib_module_names) <= {"torch"}, file
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_what_refuses_a_bad_configuration_imports_nothing_heavy(name: str) -> None:
+    place = REPOSITORY / "pipeline" / name
+    for file in sorted(place.rglob("*.py")) or [place.with_suffix(".py")]:
+        at_import = ast.Module(
+            [
+                node
+                for node in ast.parse(file.read_text(encoding="utf-8")).body
+                if not isinstance(node, ast.FunctionDef)
+            ],
+            [],
+        )
+        assert not {module.split(".")[0] for module in imports(ast.unparse(at_import))} & HEAVY, file

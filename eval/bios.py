@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from eval.files import exit_status, read_jsonl, write_jsonl
 from eval.suites.biographies import generate
 from eval.suites.bios import FILES
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -91,10 +91,10 @@ def write(folder: Path, seed: int) -> bool:
     """Write the benchmark of a seed into a new folder, all of it or nothing; False if it was already there."""
     if all((folder / name).is_file() for name in FILES):
         if read_jsonl(folder / "probes.jsonl") != generate(seed).probes:
-            raise UnusableInput(f"{folder} holds the benchmark of another seed; name another --output")
+            raise InputError(f"{folder} holds the benchmark of another seed; name another --output")
         return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UnusableInput(f"{folder} exists and is no complete benchmark; remove it or name another --output")
+        raise InputError(f"{folder} exists and is no complete benchmark; remove it or name another --output")
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a bar for one small file is noise

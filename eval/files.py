@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.corpus import json_rows
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
@@ -21,7 +21,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
     """
     try:
         return command() or 0
-    except UnusableInput as error:
+    except InputError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
@@ -32,7 +32,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise UnusableInput(f"cannot read {path}: {error}; give a complete JSON file") from error
+        raise InputError(f"cannot read {path}: {error}; give a complete JSON file") from error
 
 
 def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[dict[str, Any]]:
@@ -41,7 +41,7 @@ def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[dict[str, Any]]
     for where, row in json_rows(path):
         missing = [key for key in required if not isinstance(row, dict) or key not in row]
         if missing or not isinstance(row, dict):
-            raise UnusableInput(f"{where}: needs an object with {', '.join(required) or 'keys'}; repair or remove it")
+            raise InputError(f"{where}: needs an object with {', '.join(required) or 'keys'}; repair or remove it")
         rows.append(row)
     return rows
 
@@ -54,20 +54,18 @@ def read_hub(path: str, name: str) -> list[dict[str, Any]]:
         splits: Any = datasets.load_dataset(path, name)
     except Exception as error:  # `datasets` and the hub raise a dozen unrelated types for "not there" and "no network"
         reason = " ".join(str(error).split())[:300]
-        raise UnusableInput(
-            f"cannot load {path} ({name}) from the hub: {reason}; name local copies by --data"
-        ) from None
+        raise InputError(f"cannot load {path} ({name}) from the hub: {reason}; name local copies by --data") from None
     return [dict(row) for split in splits.values() for row in split]
 
 
 def check_texts(rows: Any, keys: Iterable[str], where: str) -> list[dict[str, Any]]:
     """The rows, each an object whose `keys` hold text; raises UnusableInput with the row's number (from 1)."""
     if not isinstance(rows, list) or not rows:
-        raise UnusableInput(f"{where} holds no list of rows; get it again")
+        raise InputError(f"{where} holds no list of rows; get it again")
     keys = tuple(keys)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) and row[key].strip() for key in keys):
-            raise UnusableInput(f"{where}, row {number}: needs text under {', '.join(keys)}; repair or remove it")
+            raise InputError(f"{where}, row {number}: needs text under {', '.join(keys)}; repair or remove it")
     return rows
 
 

@@ -37,22 +37,22 @@ from eval.results.stats import mean_sd, pareto, summarise
 from eval.results.trajectories import COMB_RETAIN, read_target
 from eval.run import check_suites
 from eval.sweep.axes import OWN_KEYS, name_of, parse_sweep, run_folder
-from eval.sweep.launch import end_on_terminate, sole_user
+from eval.sweep.launch import end_on_terminate, exclusive_lock
 from eval.sweep.runs import (
     DEFAULT_TRIALS,
-    Failure,
+    FailedRun,
     Plan,
-    complete,
     failure_file,
     failures,
     read_presets,
     refuse_another_sweep,
+    run_if_missing,
 )
 from eval.sweep.search import propose
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 
 
-def describe(plan: Plan, groups: Sequence[Group], failed: Sequence[Failure]) -> dict[str, Any]:
+def describe(plan: Plan, groups: Sequence[Group], failed: Sequence[FailedRun]) -> dict[str, Any]:
     """`frontier.json`."""
     columns = columns_of(plan, groups)
     best = best_groups(groups)
@@ -150,12 +150,12 @@ def correlation_table(correlation: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def failed_table(failed: Iterable[Failure]) -> list[list[str]]:
+def failed_table(failed: Iterable[FailedRun]) -> list[list[str]]:
     rows = [["method", "setting", "seed", "in", "status", "said", "log"]]
     return rows + [[f.method, name_of(f.setting), str(f.seed), f.what, str(f.status), f.reason, f.log] for f in failed]
 
 
-def compose(plan: Plan, groups: Sequence[Group], failed: Sequence[Failure], described: dict[str, Any]) -> list[Block]:
+def compose(plan: Plan, groups: Sequence[Group], failed: Sequence[FailedRun], described: dict[str, Any]) -> list[Block]:
     """`frontier.md` in order."""
     measure, runs = plan.measure, described["runs"]
     chance = "" if measure.chance is None else f" Chance is {measure.chance:g}."
@@ -256,22 +256,22 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, dict[str, Any]]:
     for token in overrides:
         key = token.removeprefix("--").partition("=")[0]
         if token.startswith("--") and key in (*OWN_KEYS, *(axis.key for axis in axes)):
-            raise UnusableInput(f"override {token}: {key} is decided for each run; take it out from behind --")
+            raise InputError(f"override {token}: {key} is decided for each run; take it out from behind --")
     if given.trials is not None and all(axis.values for axis in axes):
-        raise UnusableInput(f"--trials {given.trials}: lists are tried exhaustively; sweep a range KEY=LOW:HIGH")
+        raise InputError(f"--trials {given.trials}: lists are tried exhaustively; sweep a range KEY=LOW:HIGH")
     for name in ("ranks", "trials"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
-            raise UnusableInput(f"--{name} {getattr(given, name)}: give 1 or more")
+            raise InputError(f"--{name} {getattr(given, name)}: give 1 or more")
     if min(given.seeds) < 0:
-        raise UnusableInput(f"--seeds {min(given.seeds)}: a seed is 0 or more")
+        raise InputError(f"--seeds {min(given.seeds)}: a seed is 0 or more")
     if given.output.exists() and not given.output.is_dir():
-        raise UnusableInput(f"--output {given.output} is a file; name a folder")
+        raise InputError(f"--output {given.output} is a file; name a folder")
     suites = check_suites(given.suite)
     target = read_target(given.target)
     measure = choose(suites, given.forget, given.retain, given.level, target)
     for score in (measure.forget, measure.retain):
         if target and score not in target:
-            raise UnusableInput(f"{given.target} has no score {score}; evaluate the target on {suite_of(score)} too")
+            raise InputError(f"{given.target} has no score {score}; evaluate the target on {suite_of(score)} too")
     methods = tuple(dict.fromkeys(given.methods))
     presets = read_presets(given.config, methods)
     plan = Plan(
@@ -296,14 +296,14 @@ def main() -> int:
     plan, presets = parse_command_line(sys.argv[1:])
     end_on_terminate()
     told: list[Path] = []
-    with sole_user(plan.output, "eval.frontier"):
+    with exclusive_lock(plan.output, "eval.frontier"):
         refuse_another_sweep(plan, presets)
         collect(plan)  # what is there and does not go together is refused before more is trained
         for method in plan.methods:
             for setting in propose(plan, method):
                 for seed in plan.seeds:
                     told.append(failure_file(run_folder(plan.output, method, setting, seed)))
-                    if complete(plan, method, setting, seed):
+                    if run_if_missing(plan, method, setting, seed):
                         write_report(plan)
         table = write_report(plan)  # also when nothing was missing: the level may be another
     if table:

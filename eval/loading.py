@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.files import read_json
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,28 +83,28 @@ def load(
             return load_sharded(folder, ds_config, trust), tokenizer
         model: Any = load_whole(folder, dtype="auto", **trust.options())
     except WrongWeights as error:
-        raise UnusableInput(str(error)) from None
+        raise InputError(str(error)) from None
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise refusal(folder, error, trust) from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
-def refusal(folder: Path, error: Exception, trust: Trust) -> UnusableInput:
+def refusal(folder: Path, error: Exception, trust: Trust) -> InputError:
     """What to raise where transformers does not load the model in `folder`, with the option that would help."""
     from pipeline.modeling.weights import missing_package
 
     reason = missing_package(folder) or str(error).splitlines()[0]
     if not trust.remote_code and "trust_remote_code" in str(error):
-        return UnusableInput(
+        return InputError(
             f"the model in {folder} comes with code of its own, which runs only with --trust-remote-code; read it first"
         )
     if "adapter_model.safetensors" in reason:
-        return UnusableInput(f"the adapter in {folder} has no adapter_model.safetensors, and no other file is read")
+        return InputError(f"the adapter in {folder} has no adapter_model.safetensors, and no other file is read")
     if not trust.allow_pickle and "safetensors" in reason:
         reason += "; if you trust its other files, which can run code, give --allow-pickle"
     if not folder.exists():
-        return UnusableInput(f"--model {folder} is no folder, and the hub does not give it: {reason}")
-    return UnusableInput(f"cannot load the model in {folder}: {reason}; else export it again")
+        return InputError(f"--model {folder} is no folder, and the hub does not give it: {reason}")
+    return InputError(f"cannot load the model in {folder}: {reason}; else export it again")
 
 
 def check_trust(folder: Path, trust: Trust) -> None:
@@ -154,9 +154,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     config = read_json(path)
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     if not isinstance(zero, dict) or zero.get("stage") != 3:
-        raise UnusableInput(
-            f"--ds-config {path}: zero_optimization.stage must be 3, which alone shards a model's weights"
-        )
+        raise InputError(f"--ds-config {path}: zero_optimization.stage must be 3, which alone shards a model's weights")
     return config
 
 

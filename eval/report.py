@@ -19,16 +19,16 @@ from eval.reporting import figures, tables
 from eval.reporting.pages import Block, Code, Figure, Heading, Table, Text, Warn, as_html, as_markdown, as_text, png
 from eval.results import paper
 from eval.results.grouping import group_runs
-from eval.results.metrics import COVERED, OUTSIDE, Measure, choose
+from eval.results.metrics import COLLATERAL, IN_RETAIN, ForgetRetainMetric, choose
 from eval.results.trajectories import COSINES, Run, Scores, at_level, common_suites, prepare, read_run, read_target
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 
 LOSSES = {"forget_loss": "forget loss", "retain_loss": "retain loss"}
 GEOMETRY = {**COSINES, "conflict_fraction": "conflict fraction"}
 LAYERS = {"cos_forget_retain": "forget-retain", "conflict_fraction": "conflict fraction"}
 
 
-def compose(groups: dict[str, list[Run]], measure: Measure, target: Scores | None) -> list[Block]:
+def compose(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: Scores | None) -> list[Block]:
     """The report in order, before it becomes Markdown or HTML."""
     runs = [run for members in groups.values() for run in members]
     return [
@@ -50,7 +50,7 @@ def compose(groups: dict[str, list[Run]], measure: Measure, target: Scores | Non
     ]  # fmt: skip
 
 
-def results(groups: dict[str, list[Run]], measure: Measure, target: Scores | None) -> list[Block]:
+def results(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: Scores | None) -> list[Block]:
     """At the matched level, and at the end of the runs."""
     columns = tables.headline_columns(groups, measure)
     missed = [f"{name} seed {r.seed}" for name, rs in groups.items() for r in rs if not at_level(r.trajectory, measure)]
@@ -87,7 +87,7 @@ def results(groups: dict[str, list[Run]], measure: Measure, target: Scores | Non
     return blocks
 
 
-def beside_the_paper(groups: dict[str, list[Run]], measure: Measure) -> list[Block]:
+def beside_the_paper(groups: dict[str, list[Run]], measure: ForgetRetainMetric) -> list[Block]:
     """The paper's rows for this benchmark beneath ours."""
     rows = tables.paper_table(groups, measure)
     if not rows:
@@ -102,26 +102,28 @@ def beside_the_paper(groups: dict[str, list[Run]], measure: Measure) -> list[Blo
     ]  # fmt: skip
 
 
-def outside(groups: dict[str, list[Run]], measure: Measure, target: Scores | None) -> list[Block]:
+def outside(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: Scores | None) -> list[Block]:
     """What neither corpus mentions."""
     columns = tables.outside_columns(groups, measure)
     if not columns:
         return []
-    covered = [words for score, words in COVERED.items() if score in tables.score_columns(groups)]
-    shown = list(dict.fromkeys([*columns, *(s for s in COVERED if s in tables.score_columns(groups)), measure.retain]))
+    covered = [words for score, words in IN_RETAIN.items() if score in tables.score_columns(groups)]
+    shown = list(
+        dict.fromkeys([*columns, *(s for s in IN_RETAIN if s in tables.score_columns(groups)), measure.retain])
+    )
     return [
         Heading("What neither corpus mentions"),
         Warn("Nothing in the training looks after what the retain corpus does not cover, and a rule that keeps that "
              "corpus best may hurt the rest most: a high retain score does not speak for it. Put what must stay into "
              "the retain corpus."),
-        Text(" ".join(f"{OUTSIDE[column][0].upper()}{OUTSIDE[column][1:]}." for column in columns)
+        Text(" ".join(f"{COLLATERAL[column][0].upper()}{COLLATERAL[column][1:]}." for column in columns)
              + "".join(f" For comparison: {words}." for words in covered)),
         Text(" ".join(tables.most_hurt(groups, measure, columns))),
         *([Table(tables.matched_table(groups, measure, shown, target))] if len(shown) > 1 else []),
     ]  # fmt: skip
 
 
-def geometry(groups: dict[str, list[Run]], measure: Measure) -> list[Block]:
+def geometry(groups: dict[str, list[Run]], measure: ForgetRetainMetric) -> list[Block]:
     """Cosines and conflict over the steps, and layer by layer where that was logged."""
     runs = [run for members in groups.values() for run in members]
     blocks: list[Block] = [
@@ -156,7 +158,7 @@ def robustness(groups: dict[str, list[Run]]) -> list[Block]:
     ]  # fmt: skip
 
 
-def cost(groups: dict[str, list[Run]], measure: Measure) -> list[Block]:
+def cost(groups: dict[str, list[Run]], measure: ForgetRetainMetric) -> list[Block]:
     return [
         Heading("Cost"),
         Text(f"Median over the steps after the first {tables.WARM_UP_STEPS}, mean ± sd over seeds; the time is the "
@@ -167,7 +169,7 @@ def cost(groups: dict[str, list[Run]], measure: Measure) -> list[Block]:
     ]  # fmt: skip
 
 
-def left_out(runs: list[Run], measure: Measure) -> list[Block]:
+def left_out(runs: list[Run], measure: ForgetRetainMetric) -> list[Block]:
     """The exports that could not be read, if any."""
     some = [f"{run.folder}: step {', '.join(f'{step:g}' for step in run.left_out)}" for run in runs if run.left_out]
     scores = f"{measure.forget} or {measure.retain}"
@@ -197,7 +199,7 @@ def how(runs: list[Run]) -> list[Block]:
     ]
 
 
-def draw(groups: dict[str, list[Run]], measure: Measure, target: Scores | None) -> dict[str, bytes]:
+def draw(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: Scores | None) -> dict[str, bytes]:
     """{file: PNG} of all figures."""
     drawings = {
         "frontier.png": figures.draw_frontier(groups, measure, target),
@@ -222,7 +224,7 @@ def main() -> None:
     arguments = parser.parse_args()
     output = arguments.output
     if output.exists() and not output.is_dir():
-        raise UnusableInput(f"--output {output} is a file; name a folder")
+        raise InputError(f"--output {output} is a file; name a folder")
     target = read_target(arguments.target)
     runs = [read_run(folder) for folder in arguments.runs]
     measure = choose(common_suites(runs, target), arguments.forget, arguments.retain, arguments.level, target)

@@ -36,13 +36,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from eval.attacks.run import Examiner, attacks_of, can, carry_out
+from eval.attacks.run import Evaluator, attacks_of, run_attack, unavailable_reason
 from eval.attacks.spec import ATTACKS, Attack, Plan
 from eval.files import exit_status, read_json, write_atomically
 from eval.loading import add_trust_options, check_trust, is_model, trust_of
 from eval.run import MMLU_SHOTS, SUITES, check_suites
-from eval.sweep.launch import end_on_terminate, sole_user
-from pipeline.errors import InputError as UnusableInput
+from eval.sweep.launch import end_on_terminate, exclusive_lock
+from pipeline.errors import InputError
 
 STEPS = 100
 OWN_KEYS = ("config", "method", "output", "resume", "seed", "train.steps", "optimizer.lr", "model.path")
@@ -81,11 +81,11 @@ def begin(plan: Plan, data: Path | None, output: Path) -> dict[str, Any]:
     if output.exists():
         before = read_json(output)
         if not isinstance(before, dict) or not isinstance(before.get("attacks"), list):
-            raise UnusableInput(f"{output} is no answer of eval.robustness; name another --output")
+            raise InputError(f"{output} is no answer of eval.robustness; name another --output")
         for key in ("model", "suite", "data", "seed"):
             if before.get(key) != answer[key]:
                 told = "weights" if key == "model" else f"{key} {before.get(key)!r} instead of {answer[key]!r}"
-                raise UnusableInput(f"{output} is of other {told}; name another --output, or remove it")
+                raise InputError(f"{output} is of other {told}; name another --output, or remove it")
         answer["attacks"] = before["attacks"]
     return answer
 
@@ -97,7 +97,7 @@ def missing(attacks: Sequence[Attack], answer: dict[str, Any], output: Path) -> 
         before, now = done.get(attack.name, attack.settings), attack.settings
         changed = [f"{key} {before.get(key)!r}" for key in now if before.get(key) != now[key]]
         if changed:
-            raise UnusableInput(f"{output} has {attack.name} with {', '.join(changed)}; name another --output")
+            raise InputError(f"{output} has {attack.name} with {', '.join(changed)}; name another --output")
     return [attack for attack in attacks if attack.name not in done]
 
 
@@ -131,11 +131,11 @@ def read_config(run: Path) -> dict[str, Any]:
             config[section].keys()
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
-        raise UnusableInput(f"--run {run} has no config.yaml of a run ({reason}); name the folder of a run") from error
+        raise InputError(f"--run {run} has no config.yaml of a run ({reason}); name the folder of a run") from error
     if (run / "final" / "adapter_config.json").is_file():
-        raise UnusableInput(f"{run / 'final'} is an adapter; run the training again with --model.lora.merge true")
+        raise InputError(f"{run / 'final'} is an adapter; run the training again with --model.lora.merge true")
     if not is_model(run / "final"):
-        raise UnusableInput(f"{run} has no final/; let the run finish (--resume)")
+        raise InputError(f"{run} has no final/; let the run finish (--resume)")
     return config
 
 
@@ -171,23 +171,23 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, list[str], Path 
     for token in overrides:
         key = token.removeprefix("--").partition("=")[0]
         if token.startswith("--") and key in OWN_KEYS:
-            raise UnusableInput(f"override {token}: {key} is decided by this command; take it out from behind --")
+            raise InputError(f"override {token}: {key} is decided by this command; take it out from behind --")
     for name in ("steps", "ranks", "batch_size"):
         if getattr(given, name) < 1:
-            raise UnusableInput(f"--{name.replace('_', '-')} {getattr(given, name)}: give 1 or more")
+            raise InputError(f"--{name.replace('_', '-')} {getattr(given, name)}: give 1 or more")
     if given.lr is not None and not 0 < given.lr < math.inf:
-        raise UnusableInput(f"--lr {given.lr}: give a number above 0")
+        raise InputError(f"--lr {given.lr}: give a number above 0")
     if given.seed < 0:
-        raise UnusableInput(f"--seed {given.seed}: a seed is 0 or more")
+        raise InputError(f"--seed {given.seed}: a seed is 0 or more")
     for name in given.attacks or ():
         if name not in ATTACKS:
             near = difflib.get_close_matches(name, ATTACKS, n=1, cutoff=0.0)[0]
-            raise UnusableInput(f"unknown attack {name!r}; the nearest is {near!r} (attacks: {', '.join(ATTACKS)})")
+            raise InputError(f"unknown attack {name!r}; the nearest is {near!r} (attacks: {', '.join(ATTACKS)})")
     (suite,) = check_suites([given.suite])
     config = read_config(given.run)
     output = given.output or given.run / "robustness.json"
     if output.is_dir() or output.suffix != ".json":
-        raise UnusableInput(f"--output {output}: name a file that ends in .json")
+        raise InputError(f"--output {output}: name a file that ends in .json")
     module = importlib.import_module(SUITES[suite])
     options = {"shots": MMLU_SHOTS} if suite == "mmlu" else {}
     plan = Plan(
@@ -206,10 +206,10 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, list[str], Path 
         folder=output.with_suffix(""),
         trust=trust_of(given),
     )
-    refusals = {name: can(plan, name) for name in given.attacks or ATTACKS}
+    refusals = {name: unavailable_reason(plan, name) for name in given.attacks or ATTACKS}
     for name, reason in refusals.items():
         if reason and given.attacks:
-            raise UnusableInput(f"--attacks {name}: {reason}; leave it out")
+            raise InputError(f"--attacks {name}: {reason}; leave it out")
     for folder in filter(None, (plan.final, plan.original)):
         check_trust(folder, plan.trust)  # now, and not after hours of fine-tuning
     return plan, [name for name, reason in refusals.items() if reason is None], given.data, output
@@ -219,10 +219,10 @@ def main() -> None:
     plan, names, data, output = parse_command_line(sys.argv[1:])
     end_on_terminate()
     attacks = attacks_of(plan, names)
-    with sole_user(plan.folder, "eval.robustness"):
-        answer, examiner = begin(plan, data, output), Examiner(plan)
+    with exclusive_lock(plan.folder, "eval.robustness"):
+        answer, examiner = begin(plan, data, output), Evaluator(plan)
         for attack in missing(attacks, answer, output):
-            answer["attacks"].append(carry_out(plan, attack, examiner))
+            answer["attacks"].append(run_attack(plan, attack, examiner))
             write_atomically(output, json.dumps(answer, indent=1) + "\n")
     print(table(answer["attacks"]) + f"\nread {output}")
 

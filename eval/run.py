@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from eval.files import exit_status, read_jsonl, write_atomically
 from eval.loading import Trust, add_trust_options, is_model, load, read_ds_config, trust_of
 from eval.suites import sharing as ranks
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 
 if TYPE_CHECKING:
     pass
@@ -68,7 +68,7 @@ def find_models(folder: Path) -> list[tuple[int | None, Path]]:
     """
     if not (folder / "metrics.jsonl").is_file() or not (folder / "exports").is_dir():
         if not (is_model(folder) or (not folder.exists() and HUB_NAME.fullmatch(str(folder)))):
-            raise UnusableInput(
+            raise InputError(
                 f"--model {folder} is no Hugging Face model folder (no config.json, no adapter_config.json), "
                 "no run folder (metrics.jsonl, exports/) and no name of the hub; name one of these"
             )
@@ -82,7 +82,7 @@ def find_models(folder: Path) -> list[tuple[int | None, Path]]:
     if steps and is_model(folder / "final"):
         models[steps[-1]] = folder / "final"  # the same weights as an export of that step
     if not models:
-        raise UnusableInput(f"{folder} holds no exported model yet; set train.export_every or let the run finish")
+        raise InputError(f"{folder} holds no exported model yet; set train.export_every or let the run finish")
     return sorted(models.items())
 
 
@@ -91,7 +91,7 @@ def check_suites(names: list[str]) -> list[str]:
     for name in names:
         if name not in SUITES:
             nearest = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.0)[0]
-            raise UnusableInput(f"unknown suite {name!r}; the nearest is {nearest!r} (suites: {', '.join(SUITES)})")
+            raise InputError(f"unknown suite {name!r}; the nearest is {nearest!r} (suites: {', '.join(SUITES)})")
     return list(dict.fromkeys(names))
 
 
@@ -105,7 +105,7 @@ def evaluate_all(
     """One {"step", "model", "suites"} per model, and the dtype of the last one; a suite is (module, its probes)."""
 
     def evaluate(folder: Path) -> tuple[dict[str, Any], str]:  # a scope of its own: no model outlives it
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             model, tokenizer = load(folder, ds_config, trust)
         answers = {
             name: module.evaluate(model, tokenizer, probes, batch_size=batch_size, title=f"{name} {folder.name}")
@@ -142,20 +142,20 @@ def main() -> None:
 
     started = time.perf_counter()
     if arguments.batch_size < 1:
-        raise UnusableInput(f"--batch-size {arguments.batch_size}: give 1 or more")
+        raise InputError(f"--batch-size {arguments.batch_size}: give 1 or more")
     if arguments.output.is_dir():
-        raise UnusableInput(f"--output {arguments.output} is a folder; name a file")
+        raise InputError(f"--output {arguments.output} is a folder; name a file")
     names = check_suites(arguments.suite)
     if arguments.shots is not None and "mmlu" not in names:
-        raise UnusableInput("--shots is of suite mmlu alone; leave it out")
+        raise InputError("--shots is of suite mmlu alone; leave it out")
     if arguments.forget_set is not None and ("tofu" not in names or arguments.data is not None):
-        raise UnusableInput("--forget-set is of suite tofu from the hub alone; --data has the forget set that it has")
+        raise InputError("--forget-set is of suite tofu from the hub alone; --data has the forget set that it has")
     shots = MMLU_SHOTS if arguments.shots is None else arguments.shots
     if shots < 0:
-        raise UnusableInput(f"--shots {shots}: give 0 or more")
+        raise InputError(f"--shots {shots}: give 0 or more")
     ds_config = None if arguments.ds_config is None else read_ds_config(arguments.ds_config)
     ranks.start(sharded=ds_config is not None)
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         models = find_models(arguments.model)
         # Probes are read before any model is loaded: a wrong --data costs no time.
         suites = {}

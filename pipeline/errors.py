@@ -22,7 +22,7 @@ OF_TORCH = ("PytorchStreamWriter failed writing", "unexpected pos", "iostream er
 
 
 @contextmanager
-def writing(path: Path, partial: Path | None = None) -> Iterator[None]:
+def disk_errors(path: Path, partial: Path | None = None) -> Iterator[None]:
     """What a disk that does not take `path` says, in one line; `partial`, what was written of it, is removed.
 
     Raises:
@@ -41,7 +41,7 @@ def writing(path: Path, partial: Path | None = None) -> Iterator[None]:
         if _is_full(cause):
             free = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free / 2**20
             told, remedy = f"{told}; its disk has {free:.1f} MiB left", "Make room"
-        raise Failure(f"{told}. {remedy} and give --resume: what was saved before is whole") from error
+        raise FatalError(f"{told}. {remedy} and give --resume: what was saved before is whole") from error
 
 
 def _of_disk(error: BaseException | None) -> BaseException | None:
@@ -67,5 +67,5 @@ def shorten(what: object) -> str:
     return " ".join(str(what).split())[:200] or type(what).__name__
 
 
-class Failure(Exception):
+class FatalError(Exception):
     """What a run can end with whose text is all there is to say; status 1. The rank that meets it takes all along."""

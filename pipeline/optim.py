@@ -49,5 +49,5 @@ def make_schedule(config: RunConfig, optimizer: torch.optim.Optimizer, steps: in
     from transformers import get_scheduler
 
     name = {"constant": "constant_with_warmup"}.get(config.optimizer.schedule, config.optimizer.schedule)
-    warmup = math.ceil(config.optimizer.warmup * steps)
+    warmup = math.ceil(config.optimizer.warmup_ratio * steps)
     return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)

@@ -19,11 +19,11 @@ from pipeline.config.deepspeed import deepspeed_config, refuse_uneven_groups, re
 from pipeline.config.load import Parser, resolve
 from pipeline.config.schema import RunConfig
 from pipeline.errors import InputError
-from pipeline.planning.memory import GIB, Machines, Zero, states, working
-from pipeline.planning.traffic import Seconds, Sent, seconds, traffic
+from pipeline.planning.memory import GIB, Cluster, Zero, states, working
+from pipeline.planning.traffic import CommVolume, Seconds, seconds, traffic
 
 if TYPE_CHECKING:
-    from pipeline.planning.meta_trace import Pass, Shape
+    from pipeline.planning.meta_trace import ModelShape, Pass
 
 RESERVED = 3 * GIB  # of a GPU: CUDA's context, NCCL's buffers, cuBLAS' workspace, what the allocator cannot use
 SHIPPED = ("zero1", "zero2", "zero3", "zero3_hpz", "zero3_offload", "zero3_nvme")  # of ds_configs
@@ -41,11 +41,11 @@ class Row:
     lacks: float  # beyond the GPU's memory
     host: float  # of one machine
     disk: float  # of one machine
-    sent: list[Sent]
+    sent: list[CommVolume]
     seconds: Seconds
 
 
-def fit(file: str, zero: Zero, shape: Shape, config: RunConfig, machines: Machines, passes: dict[str, Pass]) -> Row:
+def fit(file: str, zero: Zero, shape: ModelShape, config: RunConfig, machines: Cluster, passes: dict[str, Pass]) -> Row:
     """The configuration at the largest micro-batch that fits and divides the batch."""
     memory = states(shape, zero, config, machines)
     share = config.train.batch_size // machines.world
@@ -75,7 +75,7 @@ def fit(file: str, zero: Zero, shape: Shape, config: RunConfig, machines: Machin
 
 @dataclass(frozen=True)
 class Plan:
-    shape: Shape
+    shape: ModelShape
     rows: list[Row]
     refused: dict[str, str]  # by configuration: why it cannot be used
 
@@ -85,7 +85,7 @@ class Plan:
         return min((row for row in self.rows if row.fits), key=lambda row: row.seconds.step, default=None)
 
 
-def make_plan(config: RunConfig, machines: Machines) -> Plan:
+def make_plan(config: RunConfig, machines: Cluster) -> Plan:
     """Every shipped configuration, and the run's own.
 
     Raises:
@@ -126,7 +126,7 @@ def make_plan(config: RunConfig, machines: Machines) -> Plan:
     return Plan(shape, rows, refused)
 
 
-def launch_line(row: Row, machines: Machines, arguments: Sequence[str]) -> str:
+def launch_line(row: Row, machines: Cluster, arguments: Sequence[str]) -> str:
     """The command that trains as planned; `arguments` are the plan's own that say what run it is."""
     where = f"--num_gpus {machines.gpus}" if machines.nodes == 1 else "--hostfile hosts"
     chosen = [
@@ -136,10 +136,10 @@ def launch_line(row: Row, machines: Machines, arguments: Sequence[str]) -> str:
     return f"deepspeed {where} --module pipeline.train {shlex.join([*arguments, *chosen])}"
 
 
-KINDS = ("parameters", "gradients", "spare", "optimizer", "original", "buffers", "activations", "logits", "step")
+KINDS = ("parameters", "gradients", "stash", "optimizer", "original", "buffers", "activations", "logits", "step")
 
 
-def report(plan: Plan, machines: Machines, arguments: Sequence[str]) -> str:
+def report(plan: Plan, machines: Cluster, arguments: Sequence[str]) -> str:
     """The plan as text: a table in Markdown, what is cheapest, and how to start it. GiB, GB, seconds."""
     shape = plan.shape
     kinds = [kind for kind in KINDS if any(row.gpu.get(kind) for row in plan.rows)]
@@ -178,7 +178,7 @@ def report(plan: Plan, machines: Machines, arguments: Sequence[str]) -> str:
 # The command line
 
 
-def parse(arguments: Sequence[str] | None) -> tuple[RunConfig, Machines, bool, list[str]]:
+def parse(arguments: Sequence[str] | None) -> tuple[RunConfig, Cluster, bool, list[str]]:
     """(run, machines, whether JSON is wanted, the arguments that say what run it is).
 
     Raises:
@@ -211,7 +211,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[RunConfig, Machines, bool, l
     if known.nodes > 1 and known.bandwidth is None:
         raise InputError("command line: --nodes needs --bandwidth, GB/s into a machine (400 for 8 x 400 Gb/s)")
     method = [] if known.method is None else ["--method", known.method]
-    machines = Machines(known.gpus, known.nodes, known.gpu_memory, known.bandwidth or 0.0, known.tflops)
+    machines = Cluster(known.gpus, known.nodes, known.gpu_memory, known.bandwidth or 0.0, known.tflops)
     config = resolve(known.config, known.method, rest, reads_data=False)
     return config, machines, known.json, ["--config", known.config, *method, *rest]
 

@@ -16,7 +16,7 @@ from pipeline.config.deepspeed import (
     refuse_uneven_groups,
 )
 from pipeline.config.load import parse_command_line
-from pipeline.config.run_folder import refuse_foreign_output
+from pipeline.config.run_folder import check_output_dir
 from pipeline.distributed.environment import world_from_environment
 from pipeline.errors import InputError
 from pipeline.trainer import run
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         accumulation(config, world_size)
         zero = deepspeed_config(config)
         refuse_uneven_groups(zero, world_size)
-        refuse_foreign_output(config, resume)
+        check_output_dir(config, resume)
     except InputError as error:
         if rank:  # torchrun ends all as soon as one has ended, and the first has something to say
             time.sleep(3)
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from pipeline.distributed import process_group
     from pipeline.distributed.errors import report
-    from pipeline.distributed.signals import STOPPED, Stopped
+    from pipeline.distributed.signals import STOPPED, Preempted
     from pipeline.monitoring import console
     from pipeline.monitoring import trackers as outlets
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run(config, zero, resume, quiet)
     except InputError as error:
         status = refuse(error, rank)
-    except Stopped as stopped:
+    except Preempted as stopped:
         if rank == 0:
             print(f"\n{stopped}", file=sys.stderr)
         status = STOPPED

@@ -15,7 +15,7 @@ from pipeline.config.deepspeed import (
     refuse_what_deepspeed_refuses,
 )
 from pipeline.config.load import to_yaml
-from pipeline.config.run_folder import content_digest, decisive_keys, refuse_foreign_output
+from pipeline.config.run_folder import check_output_dir, content_digest, run_fingerprint
 from pipeline.config.schema import RunConfig
 from pipeline.distributed.environment import world_from_environment
 from pipeline.optim import make_optimizer, make_schedule
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from pipeline.distributed.run_lock import RunLock
     from pipeline.losses.task import Task
     from pipeline.monitoring.metrics import Monitor
-    from pipeline.zero.combiner import Shards
+    from pipeline.zero.combiner import GradientCombiner
 
 
-def train_step(engine: Any, shards: Shards, tasks: Sequence[Task], step: int, monitor: Monitor) -> bool:
+def train_step(engine: Any, shards: GradientCombiner, tasks: Sequence[Task], step: int, monitor: Monitor) -> bool:
     """Algorithm 1 of the paper, lines 3 to 7, on shards. Returns whether the update was applied."""
     start, lr = time.perf_counter(), engine.get_lr()[0]
     shards.clear()
@@ -59,7 +59,7 @@ GEOMETRY = (
 def record_step(
     monitor: Monitor,
     engine: Any,
-    shards: Shards,
+    shards: GradientCombiner,
     tasks: Sequence[Task],
     step: int,
     lr: float,
@@ -85,7 +85,7 @@ def record_step(
     monitor.record("peak_memory_bytes", peak_memory_bytes(engine.device), reduce="max")
 
 
-def record_layers(monitor: Monitor, shards: Shards) -> None:
+def record_layers(monitor: Monitor, shards: GradientCombiner) -> None:
     """The same geometry layer by layer, as `cos_forget_retain/model.layers.3`."""
     for layer, geometry in shards.by_layer().items():
         for name in GEOMETRY:
@@ -109,72 +109,75 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
 
     from pipeline.data.tokenize import tokenizer_digest
     from pipeline.distributed import process_group
-    from pipeline.distributed.errors import one_before_others, together
+    from pipeline.distributed.errors import local_main_first, raise_on_all_ranks
     from pipeline.distributed.run_lock import RunLock
-    from pipeline.distributed.signals import Stopped, stop_on_sigterm
-    from pipeline.errors import writing
-    from pipeline.losses.task import make_tasks, num_steps, open_stream, warn_of_overlap
+    from pipeline.distributed.signals import Preempted, stop_on_sigterm
+    from pipeline.errors import disk_errors
+    from pipeline.losses.task import make_tasks, num_steps, open_sampler, warn_of_overlap
     from pipeline.modeling import export as models_export
     from pipeline.modeling import load
     from pipeline.modeling.card import model_card
-    from pipeline.modeling.checks import check_layer, check_positions, check_router_loss, check_tokens, load_tokenizer
+    from pipeline.modeling.checks import check_layer, check_max_length, check_router_loss, check_tokens, load_tokenizer
     from pipeline.modeling.digests import fingerprint, weight_digests
-    from pipeline.modeling.outputs import answer_for_objectives
+    from pipeline.modeling.outputs import install_outputs
     from pipeline.monitoring import console
     from pipeline.monitoring import trackers as outlets
     from pipeline.monitoring.metrics import Monitor
     from pipeline.synthesis.combine import Synthesis
     from pipeline.zero import checkpoint
-    from pipeline.zero.combiner import Shards
-    from pipeline.zero.nvme import try_disk
+    from pipeline.zero.combiner import GradientCombiner
+    from pipeline.zero.nvme import check_nvme_path
 
     folder, began = Path(config.output), time.perf_counter()
-    keys, settings = decisive_keys(config, zero), content_digest(zero)  # before DeepSpeed and the trackers write there
-    console.listen(world_from_environment()[0], quiet)
-    process_group.start(config.train.timeout)
+    keys, settings = (
+        run_fingerprint(config, zero),
+        content_digest(zero),
+    )  # before DeepSpeed and the trackers write there
+    console.setup_logging(world_from_environment()[0], quiet)
+    process_group.start(config.train.timeout_minutes)
     if (folder / "final").exists():
-        console.ours.info("%s is complete: nothing to resume", folder)
+        console.logger.info("%s is complete: nothing to resume", folder)
         return
     lock = RunLock(folder)
-    with writing(folder / "config.yaml"), together():
+    with disk_errors(folder / "config.yaml"), raise_on_all_ranks():
         if resume and dist.get_rank() == 0 and (folder / "config.yaml").exists():
             lock.take()
-    with together():
+    with raise_on_all_ranks():
         refuse_what_deepspeed_refuses(config, zero)
         tokenizer = load_tokenizer(config.model)
         if {"rmu", "embed_diff"} & {config.objective.forget, config.objective.retain}:
             check_layer(config.model, config.objective.layer)
         if "retain" in config.tasks:
             check_router_loss(config.model)
-    streams = {task: open_stream(config, task, tokenizer) for task in config.tasks}
+    streams = {task: open_sampler(config, task, tokenizer) for task in config.tasks}
     if dist.get_rank() == 0:
         warn_of_overlap(streams)
-    with together():
-        check_positions(config.model, max(stream.longest for stream in streams.values()))
+    with raise_on_all_ranks():
+        check_max_length(config.model, max(stream.longest for stream in streams.values()))
         for task, stream in streams.items() if dist.get_rank() == 0 else ():  # reads all tokens
             check_tokens(config.model, task, stream.largest, tokenizer)
     steps = num_steps(config, streams)
     offload = zero.get("zero_optimization", {}).get("offload_optimizer") or {}
     if offload.get("device") == "nvme":
-        one_before_others(lambda: try_disk(Path(offload["nvme_path"])))
-    with together(), blaming_the_file(config):
+        local_main_first(lambda: check_nvme_path(Path(offload["nvme_path"])))
+    with raise_on_all_ranks(), blaming_the_file(config):
         model = load.load_model(config.model, zero, config.seed)
     weights = weight_digests(model, folder / WEIGHTS)
     origin = fingerprint(model, weights)
     if resume:
-        outlets.go_on(folder, zero)
-    with console.prints_logged(), blaming_the_file(config):
+        outlets.resume_trackers(folder, zero)
+    with console.capture_stdout(), blaming_the_file(config):
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=make_optimizer(config, model, zero),  # pyright: ignore[reportArgumentType]
             lr_scheduler=lambda optimizer: make_schedule(config, optimizer, steps),
             config=zero,
         )
-    answer_for_objectives(engine)
+    install_outputs(engine)
     wanted = config.synthesis
     synthesis = Synthesis(wanted.rule, wanted.scope, wanted.alpha, wanted.gamma, wanted.zero_forget)
     combine_tasks = len(config.tasks) == 2 and (wanted.rule != "sum" or wanted.geometry)
-    shards = Shards(engine, synthesis, combine_tasks=combine_tasks, spare=wanted.spare)
+    shards = GradientCombiner(engine, synthesis, combine_tasks=combine_tasks, stash_device=wanted.stash_device)
     identity = {"model": origin, "tokenizer": tokenizer_digest(tokenizer)}
     tasks = make_tasks(config, streams, steps, engine, identity)
 
@@ -186,7 +189,7 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
     if last is not None:
         start = checkpoint.load(engine, shards, last, decisive)
     if dist.get_rank() == 0:
-        with writing(folder / "config.yaml"):
+        with disk_errors(folder / "config.yaml"):
             checkpoint.tidy(folder, config.train.keep_checkpoints)
             written = {"digests.json": json.dumps(content_digests(identity, corpora, settings), indent=1) + "\n"}
             for name, text in {**written, "config.yaml": to_yaml(config)}.items():  # the last one makes it a run
@@ -195,13 +198,13 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
                 os.replace(unfinished, folder / name)
             (folder / WEIGHTS).write_text(json.dumps(weights), encoding="utf-8")
     dist.barrier()
-    with writing(folder / "log.txt"):
+    with disk_errors(folder / "log.txt"):
         console.open_log(folder, dist.get_rank())
     monitor = Monitor(folder, engine, start=start, steps=steps)
     monitor.describe(to_yaml(config), hyperparameters(config, steps, synthesis.resolved_scope))
 
     def export(target: Path, card: str | None = None) -> None:
-        with writing(target, target.with_name(f".{target.name}.unfinished")):
+        with disk_errors(target, target.with_name(f".{target.name}.unfinished")):
             models_export.export(model, tokenizer, target, config.model.lora, card)
 
     # What is offloaded to nvme cannot be saved: there, SIGTERM ends the process as it always does.
@@ -218,7 +221,7 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
         if skipped_in_a_row >= min(config.train.max_skipped, steps):
             raise RuntimeError(
                 f"{skipped_in_a_row} steps in a row had a non-finite gradient (step {step + 1}); "
-                "lower optimizer.lr, or set optimizer.clip, or use an objective that is bounded (npo, simnpo)"
+                "lower optimizer.lr, or set optimizer.max_grad_norm, or use an objective that is bounded (npo, simnpo)"
             )
         # The export first: a kill in it then leaves a checkpoint from which it is made again.
         if config.train.export_every and (step + 1) % config.train.export_every == 0:
@@ -228,7 +231,7 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
             keep = config.train.keep_checkpoints
             checkpoint.save(engine, shards, folder, step + 1, keep=keep, identity=decisive)
         if asked:
-            raise Stopped(f"stopped by SIGTERM after step {step + 1} of {steps}; --resume goes on from there")
+            raise Preempted(f"stopped by SIGTERM after step {step + 1} of {steps}; --resume goes on from there")
     card = model_card(to_yaml(config), config.model.path, origin, corpora, monitor.last)
     monitor.finish(card)
     export(folder / "final", card)
@@ -245,16 +248,16 @@ def take_folder(lock: RunLock, config: RunConfig, resume: bool) -> None:
     """
     import torch.distributed as dist
 
-    from pipeline.distributed.errors import together
-    from pipeline.errors import writing
+    from pipeline.distributed.errors import raise_on_all_ranks
+    from pipeline.errors import disk_errors
 
-    with writing(lock.folder / "config.yaml"):
-        with together():
+    with disk_errors(lock.folder / "config.yaml"):
+        with raise_on_all_ranks():
             if dist.get_rank() == 0:
                 lock.take()
-                refuse_foreign_output(config, resume)
+                check_output_dir(config, resume)
                 lock.share()
-        with together():  # the others only now: while the first has it alone, they would be refused
+        with raise_on_all_ranks():  # the others only now: while the first has it alone, they would be refused
             if dist.get_rank() != 0:
                 lock.share()
 

@@ -43,7 +43,7 @@ class World:
             },
             "objective": {"forget": "ga", "retain": "nll"},
             "synthesis": {"rule": "sago"},
-            "optimizer": {"lr": 1e-3, "schedule": "constant", "warmup": 0.0},
+            "optimizer": {"lr": 1e-3, "schedule": "constant", "warmup_ratio": 0.0},
             "train": {"steps": 4, "batch_size": 12, "micro_batch_size": 2, "deepspeed": "ds_configs/cpu.json"},
         }
         for section, keys in sections.items():

@@ -17,7 +17,7 @@ from pipeline.config.schema import REPOSITORY, RunConfig
 from tests import oracle, test_recipes
 from tests.conftest import World
 from tests.distributed import run_distributed
-from tests.pipeline import test_sharded, test_stages
+from tests.pipeline.zero import test_sharded, test_stages
 from tests.toy import Case, train_cases
 
 

@@ -22,7 +22,7 @@ from tests.distributed import free_port, run_distributed
 SECTIONS: dict[str, Any] = {  # gru has a state; kl asks the original, which is not what the checkpoint holds
     "objective": {"forget": "npo", "retain": "kl"},
     "synthesis": {"rule": "gru"},
-    "optimizer": {"schedule": "linear", "warmup": 0.2, "eps": 1e-6},
+    "optimizer": {"schedule": "linear", "warmup_ratio": 0.2, "eps": 1e-6},
     "train": {"steps": 12, "checkpoint_every": 3, "export_every": 4},
 }
 
@@ -44,18 +44,18 @@ def complete(config: Path, *more: str, ranks: int = 2) -> None:
     Raises:
         AssertionError: it does not end well.
     """
-    run_distributed(carry_out, ranks, ["--config", str(config), *more])
+    run_distributed(run_attack, ranks, ["--config", str(config), *more])
 
 
-def carry_out(arguments: list[str]) -> None:
+def run_attack(arguments: list[str]) -> None:
     """What the command does with its arguments, but for how it ends."""
     from pipeline import trainer as train
     from pipeline.config.deepspeed import deepspeed_config
     from pipeline.config.load import parse_command_line
-    from pipeline.config.run_folder import refuse_foreign_output
+    from pipeline.config.run_folder import check_output_dir
 
     config, resume, quiet = parse_command_line(arguments)
-    refuse_foreign_output(config, resume)
+    check_output_dir(config, resume)
     train.run(config, deepspeed_config(config), resume, quiet)
 
 

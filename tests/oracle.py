@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.data.batches import Stream
+from pipeline.data.batches import BatchSampler
 
 PAPER_SCOPES = {"sum": "global", "sago": "element", "pcgrad": "module", "blur": "global", "gru": "global"}
 
@@ -62,7 +62,7 @@ def loss_of(name: str, model: Any, frozen: Any, batch: list[Any], objective: dic
         hidden = torch.cat([hidden_of(model, ids, layer) for ids in batch])  # [tokens, H]
         if name == "rmu":
             u = torch.rand(hidden.shape[1], generator=torch.Generator().manual_seed(seed))
-            goal = objective.get("steering", 20.0) * u / u.square().sum().sqrt()
+            goal = objective.get("steering_coeff", 20.0) * u / u.square().sum().sqrt()
         else:
             with torch.no_grad():
                 goal = torch.cat([hidden_of(frozen, ids, layer) for ids in batch])
@@ -203,7 +203,7 @@ def train(
             tokens[task] = [pair_of(tokenizer, corpus, row, refusal, limit) for row, refusal in pairs]
         else:
             tokens[task] = [tokenizer(row["text"], truncation=True, max_length=limit).input_ids for row in rows]
-        walk = Stream(tokens[task], config.get("seed", 0), number, batch, batch, 0, 1, 0)  # pyright: ignore
+        walk = BatchSampler(tokens[task], config.get("seed", 0), number, batch, batch, 0, 1, 0)  # pyright: ignore
         order[task] = [walk.global_batch(step) for step in range(config["train"]["steps"])]
 
     wanted = config["optimizer"]
@@ -245,7 +245,7 @@ def train(
             g = {n: weight * v for n, v in next(iter(gradients.values())).items()}
         for name, parameter in parameters.items():
             parameter.grad = g[name]
-        clip = wanted.get("clip", 1.0)
+        clip = wanted.get("max_grad_norm", 1.0)
         record["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters.values(), clip or torch.inf).item()
         optimizer.step()
         records.append(record)

@@ -74,8 +74,8 @@ LATE = {
         {"long.jsonl": '{"text": "' + "q" * 9000 + '"}\n'},
     ),
     "RMU of tensors above its layer": Case(
-        ["--objective.forget", "rmu", "--objective.layer", "0", "--model.train", "[lm_head]"],
-        ("model.train", "layer 0", "no tensor"),
+        ["--objective.forget", "rmu", "--objective.layer", "0", "--model.trainable", "[lm_head]"],
+        ("model.trainable", "layer 0", "no tensor"),
     ),
     "malformed line": Case(
         ["--data.forget.path", "{folder}/bad.jsonl"],
@@ -107,7 +107,7 @@ LATE = {
         ("model.path", "experts", "load-balancing", "output_router_logits to false"),
         {"experts/": "model", "experts/config.json": '{"model_type": "mixtral", "output_router_logits": true}'},
     ),
-    "nothing to train": Case(["--model.train", "['no_such_tensor']"], ("model.train", "'no_such_tensor'")),
+    "nothing to train": Case(["--model.trainable", "['no_such_tensor']"], ("model.trainable", "'no_such_tensor'")),
     "truncated weights": Case(
         ["--model.path", "{folder}/truncated"],
         ("model.path", "truncated"),

@@ -35,12 +35,12 @@ def meddle() -> None:
     from deepspeed.utils import groups
     from transformers.models.llama.modeling_llama import LlamaMLP
 
-    import pipeline.train
+    import pipeline.trainer
     from pipeline.distributed import signals
     from pipeline.monitoring import console
 
     torch.distributed.all_reduce = meddle  # pyright: ignore[reportAttributeAccessIssue]
-    console.listen(0)
+    console.setup_logging(0)
     signals.stop_on_sigterm()
     os.environ |= {"RANK": "7", "LEFT": "behind"}
     os.chdir("/")
@@ -49,7 +49,7 @@ def meddle() -> None:
     logging.getLogger("left.behind").setLevel(logging.ERROR)
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(1)
-    for owner, name in ((torch, "compile"), (LlamaMLP, "forward"), (pipeline.train, "train_step")):
+    for owner, name in ((torch, "compile"), (LlamaMLP, "forward"), (pipeline.trainer, "record_step")):
         setattr(owner, name, meddle)
     get_accelerator().is_fp16_supported = meddle  # pyright: ignore[reportOptionalMemberAccess,reportAttributeAccessIssue]
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = "left behind"  # pyright: ignore[reportAttributeAccessIssue]
@@ -67,10 +67,10 @@ def look(folder: Path, file: str) -> None:
     from deepspeed.utils import groups
     from transformers.models.llama.modeling_llama import LlamaMLP
 
-    import pipeline.train
+    import pipeline.trainer
     from pipeline.distributed import process_group
 
-    patched = torch.distributed.all_reduce, torch.compile, LlamaMLP.forward, pipeline.train.train_step
+    patched = torch.distributed.all_reduce, torch.compile, LlamaMLP.forward, pipeline.trainer.record_step
     seen = [
         *(function.__module__ for function in patched),
         "is_fp16_supported" in vars(get_accelerator()),

@@ -69,7 +69,7 @@ def configurations(folder: Path) -> dict[str, dict[str, Any]]:
         "seed": 11,
         "model": {"path": str(folder / "model"), "dtype": "float32"},
         "data": {task: {"path": str(folder / f"{task}.jsonl")} for task in ("forget", "retain")},
-        "optimizer": {"lr": 2e-3, "eps": 1e-6, "schedule": "constant", "warmup": 0.0},
+        "optimizer": {"lr": 2e-3, "eps": 1e-6, "schedule": "constant", "warmup_ratio": 0.0},
         "train": {"steps": 10, "batch_size": 8, "micro_batch_size": 2, "deepspeed": "ds_configs/cpu.json"},
     }
     base["data"] |= {"packing": "documents", "max_length": 40}

@@ -92,7 +92,7 @@ def composition(config: RunConfig) -> str:
     """What code a run goes through: two methods that differ in numbers or paths alone have the same."""
     objective, synthesis, data = config.objective, config.synthesis, config.data
     columns = [getattr(corpus, "columns", None) for corpus in (data.forget, data.retain)]
-    kind = Path(config.model.path).name, config.model.lora, config.model.train != [".*"], data.packing, columns
+    kind = Path(config.model.path).name, config.model.lora, config.model.trainable != [".*"], data.packing, columns
     return repr((objective.forget, objective.retain, synthesis.rule, synthesis.scope, synthesis.geometry, *kind))
 
 

@@ -187,12 +187,12 @@ def train_on_engine(case: Case, watch: Any = None, between: Any = None, first: i
     import torch.distributed as dist
 
     from pipeline.synthesis.combine import Synthesis
-    from pipeline.zero.combiner import Shards
+    from pipeline.zero.combiner import GradientCombiner
 
     model = model_of(case)
     engine = engine_of(case, model)
     synthesis = Synthesis(case.rule, case.scope, ALPHA, GAMMA, case.zero_forget)
-    shards = Shards(engine, synthesis, combine_tasks=case.rule != "sum")
+    shards = GradientCombiner(engine, synthesis, combine_tasks=case.rule != "sum")
     if watch is not None:
         watch(engine, shards)
     rank, world = dist.get_rank(), dist.get_world_size()

@@ -11,7 +11,7 @@ from eval.suites.rouge import words
 from pipeline.config.schema import Corpus
 from pipeline.data.chat import encode_answers
 from pipeline.data.corpus import read_rows, text_of
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,7 +50,7 @@ def read_corpus(corpus: dict[str, Any]) -> list[Row]:
             text_of(where, row, column)
         rows.append(row)
     if not rows:
-        raise UnusableInput(f"{described.path} holds no row; the run was trained on it, put it back")
+        raise InputError(f"{described.path} holds no row; the run was trained on it, put it back")
     return rows
 
 
@@ -68,7 +68,7 @@ def split_corpus(rows: Sequence[Row], group_of: Callable[[Row], str | None], fra
         own.append(number if group is None else group)
     names = list(dict.fromkeys(own))
     if len(names) < 2:
-        raise UnusableInput(f"relearn: the forget corpus is one group ({names[0]}); name a column that splits it")
+        raise InputError(f"relearn: the forget corpus is one group ({names[0]}); name a column that splits it")
     chosen = set(random.Random(seed).sample(names, max(1, round(fraction * len(names)))))
     relearned, held_out = [], []
     for row, name in zip(rows, own, strict=True):
@@ -89,7 +89,7 @@ def without_copies(split: Split, columns: Sequence[str]) -> Split:
     learned = {repr(texts(row)) for row in split.relearned}
     held_out = [row for row in split.held_out if repr(texts(row)) not in learned]
     if not held_out:
-        raise UnusableInput("relearn: all that is not learned again are copies of what is; remove the copies")
+        raise InputError("relearn: all that is not learned again are copies of what is; remove the copies")
     return split._replace(held_out=held_out)
 
 

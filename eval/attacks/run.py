@@ -15,27 +15,27 @@ from typing import Any
 from eval.attacks.matching import Matcher
 from eval.attacks.quantize import COLUMNS, round_linear_layers
 from eval.attacks.relearn import Row, columns_of, mean_nll, read_corpus, sample, split_corpus, without_copies
-from eval.attacks.spec import FRACTION, Attack, Exam, Metrics, Plan
+from eval.attacks.spec import FRACTION, Attack, EvalSpec, Metrics, Plan
 from eval.files import write_atomically, write_jsonl
 from eval.loading import is_model, load, release_memory
 from eval.sweep.launch import call, last_error, launcher
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 
 
-class Examiner:
+class Evaluator:
     """Asks models; an untouched model is asked the same only once."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.untouched = cache(self.ask)
 
-    def ask(self, folder: Path, exam: Exam, bits: int | None = None) -> tuple[Metrics, float]:
+    def ask(self, folder: Path, exam: EvalSpec, bits: int | None = None) -> tuple[Metrics, float]:
         """The metrics of the model in `folder`, its linear layers rounded to `bits`, and the share that was rounded."""
         plan, title = self.plan, f"{self.plan.suite} {folder.name}"
         model, tokenizer = load(folder, trust=plan.trust)
         share = round_linear_layers(model, bits) if bits else 0.0
         if bits and not share:
-            raise UnusableInput(f"int{bits}: {folder} has no linear layer to round; leave it out of --attacks")
+            raise InputError(f"int{bits}: {folder} has no linear layer to round; leave it out of --attacks")
         answer = plan.module.evaluate(model, tokenizer, exam.probes, batch_size=plan.batch_size, title=title)
         metrics = flatten(answer["metrics"])
         if exam.documents:
@@ -56,7 +56,7 @@ def flatten(metrics: dict[str, Any], prefix: str = "") -> Metrics:
     return flat
 
 
-def can(plan: Plan, name: str) -> str | None:
+def unavailable_reason(plan: Plan, name: str) -> str | None:
     """Why the run or the suite does not allow an attack; None where they do."""
     needed = {"relearn": "forget", "retain": "retain"}.get(name)
     if needed and plan.config["data"][needed] is None:
@@ -72,7 +72,7 @@ def attacks_of(plan: Plan, names: Iterable[str]) -> list[Attack]:
     """The attacks by name, in order; raises UnusableInput for a corpus that cannot be read or split."""
     forget = plan.config["data"]["forget"]
     rows = read_corpus(forget) if forget is not None else []
-    whole = Exam(plan.probes, tuple(sample(rows, plan.seed)))
+    whole = EvalSpec(plan.probes, tuple(sample(rows, plan.seed)))
     training = {"steps": plan.steps, "lr": plan.lr, "seed": plan.seed, "overrides": list(plan.overrides)}
     made = []
     for name in names:
@@ -83,7 +83,7 @@ def attacks_of(plan: Plan, names: Iterable[str]) -> list[Attack]:
         elif name == "probes":
             plain, adversarial = plan.module.adversarial(plan.probes)
             told = {"probes": len(adversarial)}
-            made.append(Attack(name, {}, Exam(adversarial), plain=Exam(plain), told=told))
+            made.append(Attack(name, {}, EvalSpec(adversarial), plain=EvalSpec(plain), told=told))
         else:
             bits = int(name.removeprefix("int"))
             made.append(Attack(name, {"bits": bits, "columns": COLUMNS[bits]}, whole, bits=bits))
@@ -102,7 +102,7 @@ def relearn(plan: Plan, rows: list[Row], training: dict[str, Any]) -> Attack:
     else:
         if lacking := [number for number, row in enumerate(rows, start=1) if row.get(group) is None]:
             columns = ", ".join(rows[lacking[0] - 1])
-            raise UnusableInput(f"--group {group}: row {lacking[0]} of the forget corpus has only {columns}; name one")
+            raise InputError(f"--group {group}: row {lacking[0]} of the forget corpus has only {columns}; name one")
         split = split_corpus(rows, lambda row: str(row[group]), FRACTION, plan.seed)
     split = without_copies(split, columns_of(forget))
     learned = {key for row in split.relearned for key in found[id(row)]}
@@ -112,7 +112,7 @@ def relearn(plan: Plan, rows: list[Row], training: dict[str, Any]) -> Attack:
         check_matched(plan, matcher, {key for names in found.values() for key in names})
         probes = [probe for probe in plan.probes if matcher.name(own(probe)) not in learned]
         if not any(map(plan.module.forgotten, probes)):
-            raise UnusableInput(
+            raise InputError(
                 "relearn: what is learned again is of every probe of the forget set, so that none is left to ask; name "
                 "a column of the corpus that splits it by --group, or leave relearn out of --attacks"
             )
@@ -125,7 +125,7 @@ def relearn(plan: Plan, rows: list[Row], training: dict[str, Any]) -> Attack:
     path = str(plan.folder / "relearn.jsonl")
     corpus = {**forget, "path": path, "name": None, "split": "train", "preferred": None}
     texts = tuple({key: row[key] for key in columns_of(forget)} for row in split.relearned)
-    exam = Exam(probes, tuple(sample(split.held_out, plan.seed)), "held_out_nll")
+    exam = EvalSpec(probes, tuple(sample(split.held_out, plan.seed)), "held_out_nll")
     settings = {**training, "fraction": FRACTION, "group": group}
     return Attack("relearn", settings, exam, corpus=corpus, rows=texts, told=told)
 
@@ -136,7 +136,7 @@ def check_matched(plan: Plan, matcher: Matcher, stated: set[str]) -> None:
     unknown = [probe for probe in asked if matcher.name(plan.module.group_of(probe)) not in stated]
     if unknown:
         first = plan.module.group_of(unknown[0]) or str(unknown[0])
-        raise UnusableInput(
+        raise InputError(
             f"relearn: {len(unknown)} of {len(asked)} probes of the forget set are about no row of the forget corpus "
             f"(the first: {shorten(first)!r}), so nobody can say whether they are learned again; give --data whose "
             "forget set is of this corpus, or leave relearn out of --attacks"
@@ -146,7 +146,7 @@ def check_matched(plan: Plan, matcher: Matcher, stated: set[str]) -> None:
 def refuse_relearned_questions(plan: Plan, learned: set[str]) -> Any:
     """The probes of a suite that asks all its questions or none; raises UnusableInput if one of them is learned."""
     if learned:
-        raise UnusableInput(
+        raise InputError(
             f"relearn: {len(learned)} questions of suite {plan.suite} stand in what is learned again (one of them: "
             f"{shorten(min(learned))!r}); take them out of --data, or leave relearn out of --attacks"
         )
@@ -170,7 +170,7 @@ def train(plan: Plan, attack: Attack) -> tuple[Path, str]:
     shutil.rmtree(output, ignore_errors=True)
     if attack.rows:
         write_jsonl(Path(attack.corpus["path"]), attack.rows)
-    model = {"path": str(plan.final), "train": [".*"], "lora": None}
+    model = {"path": str(plan.final), "trainable": [".*"], "lora": None}
     # The configuration came with the run: what it allows, the user of this command did not.
     model |= {"allow_pickle": plan.trust.allow_pickle, "trust_remote_code": plan.trust.remote_code}
     changed = {
@@ -182,7 +182,7 @@ def train(plan: Plan, attack: Attack) -> tuple[Path, str]:
         "data": {**config["data"], "forget": None, "retain": attack.corpus},
         "objective": {**config["objective"], "forget": "none", "retain": "nll"},
         "synthesis": {**config["synthesis"], "rule": "sum", "scope": None, "geometry": False, "alpha": 1.0},
-        "optimizer": {**config["optimizer"], "lr": plan.lr, "schedule": "constant", "warmup": 0.0},
+        "optimizer": {**config["optimizer"], "lr": plan.lr, "schedule": "constant", "warmup_ratio": 0.0},
         "train": {**config["train"], "steps": plan.steps, "epochs": None, "export_every": 0, "checkpoint_every": 0},
     }
     file = output.with_suffix(".yaml")
@@ -192,11 +192,11 @@ def train(plan: Plan, attack: Attack) -> tuple[Path, str]:
     status = call([*launcher(), *line], output.with_suffix(".training"))
     if status or not is_model(output / "final"):
         log = output.with_suffix(".training.err")
-        raise UnusableInput(f"training {attack.name} failed: {last_error(log)}; the log is {log}")
+        raise InputError(f"training {attack.name} failed: {last_error(log)}; the log is {log}")
     return output / "final", shlex.join(["deepspeed", *line])
 
 
-def carry_out(plan: Plan, attack: Attack, examiner: Examiner) -> dict[str, Any]:
+def run_attack(plan: Plan, attack: Attack, examiner: Evaluator) -> dict[str, Any]:
     """Attack, and ask before and after; the attack's entry in the file."""
     started, entry = time.perf_counter(), {"name": attack.name, "settings": attack.settings, **(attack.told or {})}
     target = plan.final

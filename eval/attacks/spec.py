@@ -49,8 +49,8 @@ class Plan:
         return folder if is_model(folder) else None
 
 
-@dataclass(frozen=True, eq=False)  # known by identity, so that what it found is found once (`Examiner`)
-class Exam:
+@dataclass(frozen=True, eq=False)  # known by identity, so that what it found is found once (`Evaluator`)
+class EvalSpec:
     """What a model is asked: probes of the suite, and documents whose likelihood is taken under the name `nll`."""
 
     probes: Any
@@ -64,8 +64,8 @@ class Attack:
 
     name: str
     settings: dict[str, Any]
-    exam: Exam
-    plain: Exam | None = None  # asked before, where `exam` is itself the attack
+    exam: EvalSpec
+    plain: EvalSpec | None = None  # asked before, where `exam` is itself the attack
     corpus: dict[str, Any] | None = None  # the `data.retain` to train on
     rows: tuple[Row, ...] = ()  # to be written at its path, where it is no corpus of the run
     bits: int | None = None

@@ -13,7 +13,7 @@ import numpy as np
 
 from eval.results import paper
 from eval.results.grouping import plain_of
-from eval.results.metrics import Measure
+from eval.results.metrics import ForgetRetainMetric
 from eval.results.trajectories import Run, Scores, at_level, mean_of, step_means
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def legend(axis: Any) -> None:
 
 
 def frontier_panels(
-    groups: Groups, measure: Measure, target: Scores | None
+    groups: Groups, measure: ForgetRetainMetric, target: Scores | None
 ) -> tuple[Figure, list[tuple[Any, str, list[str]]]]:
     """A figure of forget against retain, and its panels: (axes, objectives, methods), the level and target marked."""
     by_objective = panels(groups)
@@ -118,7 +118,7 @@ def frontier_panels(
     return figure, found
 
 
-def draw_frontier(groups: Groups, measure: Measure, target: Scores | None) -> Figure:
+def draw_frontier(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) -> Figure:
     """Forget against retain score along each run, a panel per pair of objectives, with the points at the level."""
     style = styles(groups)
     figure, found = frontier_panels(groups, measure, target)
@@ -137,7 +137,7 @@ def draw_frontier(groups: Groups, measure: Measure, target: Scores | None) -> Fi
     return figure
 
 
-def mark_axes(axis: Any, measure: Measure, target: Scores | None) -> None:
+def mark_axes(axis: Any, measure: ForgetRetainMetric, target: Scores | None) -> None:
     """The level, chance, and where the runs began."""
     axis.axvline(measure.level, color="grey", linestyle="--", linewidth=1)
     if measure.chance is not None:
@@ -149,7 +149,7 @@ def mark_axes(axis: Any, measure: Measure, target: Scores | None) -> None:
         )
 
 
-def draw_points(groups: Groups, measure: Measure, target: Scores | None) -> Figure:
+def draw_points(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) -> Figure:
     """The paper's Figures 3 and 4: where each method ends, mean ± sd of seeds; its own points hollow."""
     style, both = styles(groups), (measure.forget, measure.retain)
     figure, axes = empty(1, 1, 9, 5.6)
@@ -241,18 +241,20 @@ def draw_layers(groups: Groups, numbers: Mapping[str, str]) -> Figure:
     return figure
 
 
-def matched_curve(trajectories: Sequence[list[Scores]], measure: Measure) -> tuple[np.ndarray, np.ndarray]:
+def matched_curve(trajectories: Sequence[list[Scores]], measure: ForgetRetainMetric) -> tuple[np.ndarray, np.ndarray]:
     """(levels, retain at each level and seed): forget levels, shape (k,), that every seed passes, and shape (n, k)."""
     highest = min(trajectory[0][measure.forget] for trajectory in trajectories)
     lowest = max(min(scores[measure.forget] for scores in trajectory) for trajectory in trajectories)
     levels = np.linspace(highest, lowest, 60) if lowest < highest else np.array([])
-    at = [Measure(measure.forget, measure.retain, float(level)) for level in levels]
+    at = [ForgetRetainMetric(measure.forget, measure.retain, float(level)) for level in levels]
     points = [[at_level(trajectory, one) for one in at] for trajectory in trajectories]
     # Rounding can put the last level a hair below the lowest score: then nothing is there, and nan is not drawn.
     return levels, np.array([[p[measure.retain] if p else math.nan for p in row] for row in points])
 
 
-def draw_best(best: Groups, front: Sequence[Mapping[str, Any]], measure: Measure, target: Scores | None) -> Figure:
+def draw_best(
+    best: Groups, front: Sequence[Mapping[str, Any]], measure: ForgetRetainMetric, target: Scores | None
+) -> Figure:
     """Forget against retain: for each method's best setting the mean over seeds at each level, ± sd shaded."""
     style = styles(best)
     figure, found = frontier_panels(best, measure, target)

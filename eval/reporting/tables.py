@@ -10,7 +10,7 @@ from typing import Any
 
 from eval.results import paper
 from eval.results.grouping import plain_of
-from eval.results.metrics import ADVERSARIAL, MEASURES, OUTSIDE, Measure, headlines, label
+from eval.results.metrics import ADVERSARIAL, COLLATERAL, MEASURES, ForgetRetainMetric, headlines, label
 from eval.results.stats import correlate, mean_sd
 from eval.results.trajectories import COMB_RETAIN, COSINES, Run, Scores, at_level, best_below, lowest, mean_of
 
@@ -23,7 +23,7 @@ Groups = Mapping[str, list[Run]]  # method -> its seeds
 WARM_UP_STEPS = 3  # slower than the rest: caches fill, kernels are chosen
 
 
-def points_of(runs: Iterable[Run], measure: Measure) -> list[Scores]:
+def points_of(runs: Iterable[Run], measure: ForgetRetainMetric) -> list[Scores]:
     """The scores at the level, of the runs that reach it."""
     return [point for run in runs if (point := at_level(run.trajectory, measure))]
 
@@ -39,7 +39,7 @@ def score_columns(groups: Groups) -> list[str]:
     return [key for key in dict.fromkeys(key for run in runs for key in run.trajectory[-1]) if key != "step"]
 
 
-def titles(columns: Sequence[str], measure: Measure) -> list[str]:
+def titles(columns: Sequence[str], measure: ForgetRetainMetric) -> list[str]:
     """Of the columns; they keep their suites where there are several."""
     return [label(column, [*columns, measure.forget, measure.retain]) for column in columns]
 
@@ -49,7 +49,7 @@ def target_row(target: Scores, columns: Iterable[str], end: Iterable[str]) -> li
     return ["target model", *(f"{target[c]:.3f}" if c in target else "–" for c in columns), *end]
 
 
-def matched_table(groups: Groups, measure: Measure, columns: Sequence[str], target: Scores | None) -> Rows:
+def matched_table(groups: Groups, measure: ForgetRetainMetric, columns: Sequence[str], target: Scores | None) -> Rows:
     """Scores at the level, mean ± sd over the seeds that reached it; the last two columns say where and how many."""
     rows = [["method", *titles(columns, measure), "step", "seeds that reached it"]]
     if target:
@@ -61,7 +61,7 @@ def matched_table(groups: Groups, measure: Measure, columns: Sequence[str], targ
     return rows
 
 
-def best_table(groups: Groups, measure: Measure, columns: Sequence[str]) -> Rows:
+def best_table(groups: Groups, measure: ForgetRetainMetric, columns: Sequence[str]) -> Rows:
     """Scores of each run's best export at or below the level, mean ± sd over the seeds that have one."""
     rows = [["method", *titles(columns, measure), "step", "seeds that have one"]]
     for name, runs in groups.items():
@@ -71,7 +71,7 @@ def best_table(groups: Groups, measure: Measure, columns: Sequence[str]) -> Rows
     return rows
 
 
-def end_table(groups: Groups, measure: Measure, columns: Sequence[str], target: Scores | None) -> Rows:
+def end_table(groups: Groups, measure: ForgetRetainMetric, columns: Sequence[str], target: Scores | None) -> Rows:
     """Scores of each run's last export, mean ± sd over all seeds."""
     rows = [["method", *titles(columns, measure), "step", "seeds"]]
     if target:
@@ -83,7 +83,7 @@ def end_table(groups: Groups, measure: Measure, columns: Sequence[str], target: 
     return rows
 
 
-def paper_table(groups: Groups, measure: Measure) -> Rows:
+def paper_table(groups: Groups, measure: ForgetRetainMetric) -> Rows:
     """Ours at the level and at the end, and beneath them the paper's Tables 1 and 2; empty for another benchmark."""
     theirs = paper.rows(measure.suite)
     if not theirs:
@@ -98,7 +98,7 @@ def paper_table(groups: Groups, measure: Measure) -> Rows:
     return rows + [[name, *(f"{scores[column]:.3f}" for column in columns), "–"] for name, scores in theirs.items()]
 
 
-def every_score(groups: Groups, measure: Measure, target: Scores | None) -> Rows:
+def every_score(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) -> Rows:
     """At the level, a row per score and a column per method."""
     columns = score_columns(groups)
     rows = [["score", *(["target model"] if target else []), *groups]]
@@ -109,12 +109,12 @@ def every_score(groups: Groups, measure: Measure, target: Scores | None) -> Rows
     return rows
 
 
-def outside_columns(groups: Groups, measure: Measure) -> list[str]:
+def outside_columns(groups: Groups, measure: ForgetRetainMetric) -> list[str]:
     """The evaluated scores of what neither corpus mentions."""
-    return [column for column in score_columns(groups) if column in OUTSIDE]
+    return [column for column in score_columns(groups) if column in COLLATERAL]
 
 
-def most_hurt(groups: Groups, measure: Measure, columns: Iterable[str]) -> list[str]:
+def most_hurt(groups: Groups, measure: ForgetRetainMetric, columns: Iterable[str]) -> list[str]:
     """One sentence per column: between which methods' means it lies at the level."""
     sentences = []
     for column in columns:
@@ -128,7 +128,7 @@ def most_hurt(groups: Groups, measure: Measure, columns: Iterable[str]) -> list[
     return sentences
 
 
-def seed_table(groups: Groups, measure: Measure) -> Rows:
+def seed_table(groups: Groups, measure: ForgetRetainMetric) -> Rows:
     """One row per run, those that missed the level included."""
     short = label(measure.retain, [measure.retain])
     rows = [["run", "method", "seed", "lowest forget", "step at the level", f"{short} at the level", "skipped steps"]]
@@ -151,7 +151,7 @@ def cosine_table(groups: Groups) -> Rows:
     return rows + [[f"paper, Table 3: {name}", *(f"{value:.2f}" for value in values), "–"] for name, values in theirs]
 
 
-def prediction(groups: Groups, measure: Measure) -> str:
+def prediction(groups: Groups, measure: ForgetRetainMetric) -> str:
     """One sentence: how well the mean cos(g, g_r) of a run predicts what it retains at the level."""
     pairs = []
     for runs in groups.values():
@@ -174,7 +174,7 @@ def step_number(run: Run, key: str) -> float | None:
     return median(steps[WARM_UP_STEPS:] or steps) if steps else None
 
 
-def cost_table(groups: Groups, measure: Measure) -> Rows:
+def cost_table(groups: Groups, measure: ForgetRetainMetric) -> Rows:
     """Seconds and tokens a step, memory, the ratio to `sum` with the same settings, and the way to the level."""
 
     def seconds(runs: Iterable[Run]) -> list[float]:
@@ -245,7 +245,7 @@ def attack_table(groups: Groups) -> Rows:
     return rows
 
 
-def headline_columns(groups: Groups, measure: Measure) -> list[str]:
+def headline_columns(groups: Groups, measure: ForgetRetainMetric) -> list[str]:
     """The columns of the first table: the retain score, then the other headlines but the score to forget."""
     others = [key for key in headlines(score_columns(groups)) if key not in (measure.forget, measure.retain)]
     return [measure.retain, *others]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from eval.results.metrics import Measure
+from eval.results.metrics import ForgetRetainMetric
 from eval.results.stats import correlate, summarise
 from eval.results.trajectories import COMB_RETAIN, Run, Scores, at_level, lowest, mean_of
 from eval.sweep.axes import Setting, by_number, parse_setting
@@ -23,7 +23,7 @@ class Trained:
     setting: Setting
     seed: int
     run: Run
-    measure: Measure
+    measure: ForgetRetainMetric
 
     @property
     def point(self) -> Scores | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from eval.results.trajectories import Run
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 
 
 def differing_keys(one: Run, other: Run) -> list[str]:
@@ -36,7 +36,7 @@ def group_runs(runs: Iterable[Run]) -> dict[str, list[Run]]:
     for run in runs:
         twin = next((other for other in by_method[run.method] if other.seed == run.seed), None)
         if twin is not None:
-            raise UnusableInput(
+            raise InputError(
                 f"{twin.folder} and {run.folder} are one method and one seed ({run.seed}): the same run twice is no "
                 "second seed; name one of them"
             )

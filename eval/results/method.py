@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from eval.files import read_json
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 
 # Keys of config.yaml that do not tell methods apart: names, places, how often is saved and measured, and what changes
 # only where the same numbers are computed. Every other key does, also one that is added tomorrow.
 NOT_METHOD = (
     *("output", "cache", "seed", "method"),
     *("train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints", "train.export_every"),
-    *("train.timeout", "synthesis.geometry", "synthesis.layer_geometry_every", "synthesis.spare"),
+    *("train.timeout_minutes", "synthesis.geometry", "synthesis.layer_geometry_every", "synthesis.stash_device"),
 )
 
 
@@ -45,5 +45,5 @@ def read_digests(path: Path) -> dict[str, str]:
     """{key of config.yaml, or `tokenizer`: digest of what it names}; {} where there is no such file."""
     digests = read_json(path) if path.is_file() else {}
     if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
-        raise UnusableInput(f"{path} is not as training writes it; train again, or remove it to compare by paths")
+        raise InputError(f"{path} is not as training writes it; train again, or remove it to compare by paths")
     return digests

@@ -20,8 +20,8 @@ from typing import Any
 
 from eval.files import read_json, read_jsonl
 from eval.results.method import dotted, method_of, read_digests
-from eval.results.metrics import Measure, nearest, suite_of
-from pipeline.errors import InputError as UnusableInput
+from eval.results.metrics import ForgetRetainMetric, nearest, suite_of
+from pipeline.errors import InputError
 
 Scores = dict[str, float]  # "step", and "suite.metric" -> value
 
@@ -95,7 +95,7 @@ def read_scores(entry: Any, source: Path, step: int | None = None) -> Scores:
         scores = {key: x for suite, of in entry["suites"].items() for key, x in flatten(of["metrics"], suite).items()}
         return {"step": float(at), **scores}
     except (KeyError, TypeError, AttributeError) as error:
-        raise UnusableInput(f"{source} holds no scores as eval.run writes them; evaluate again") from error
+        raise InputError(f"{source} holds no scores as eval.run writes them; evaluate again") from error
 
 
 def read_target(path: Path | None) -> Scores | None:
@@ -114,17 +114,17 @@ def read_run(folder: Path) -> Run:
         seed, model = config["seed"], (config.get("model") or {}).get("path", "unknown")
     except (OSError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise UnusableInput(f"cannot read {folder / 'config.yaml'}: {reason}; name a run folder") from error
+        raise InputError(f"cannot read {folder / 'config.yaml'}: {reason}; name a run folder") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise UnusableInput(f"{folder / 'config.yaml'} lacks {error}; name the folder of a run") from error
+        raise InputError(f"{folder / 'config.yaml'} lacks {error}; name the folder of a run") from error
     path = folder / "evaluation.json"
     if not path.is_file():
-        raise UnusableInput(
+        raise InputError(
             f"{path} is missing; write it with: python -m eval.run --model {folder} --suite NAME --output {path}"
         )
     evaluation = read_json(path)
     if not isinstance(evaluation, dict) or not evaluation.get("trajectory"):
-        raise UnusableInput(f"{path} holds no trajectory; give eval.run the run folder, not one of its models")
+        raise InputError(f"{path} holds no trajectory; give eval.run the run folder, not one of its models")
     digests = read_digests(folder / "digests.json")
     versions = ", ".join(f"{name} {number}" for name, number in evaluation.get("versions", {}).items())
     ranks = evaluation.get("ranks", 1)
@@ -160,7 +160,7 @@ def read_robustness(path: Path) -> dict[str, Any] | None:
         isinstance(attack, dict) and all(isinstance(attack.get(key), kind) for key, kind in needed.items())
         for attack in attacks
     ):
-        raise UnusableInput(f"{path} is no answer of eval.robustness; write it again, or remove it")
+        raise InputError(f"{path} is no answer of eval.robustness; write it again, or remove it")
     return told
 
 
@@ -171,11 +171,11 @@ def common_suites(runs: Sequence[Run], target: Scores | None) -> list[str]:
         suites = [suite for suite in suites if any(suite_of(key) == suite for key in target)]
     if not suites:
         whose = "these runs and --target" if target is not None else "these runs"
-        raise UnusableInput(f"{whose} have no suite in common ({runs[0].folder}: {', '.join(runs[0].suites)})")
+        raise InputError(f"{whose} have no suite in common ({runs[0].folder}: {', '.join(runs[0].suites)})")
     return suites
 
 
-def prepare(run: Run, measure: Measure, target: Scores | None) -> Run:
+def prepare(run: Run, measure: ForgetRetainMetric, target: Scores | None) -> Run:
     """The run with the target model as its step 0, without exports of which a score of the measure is no number.
 
     Raises:
@@ -188,15 +188,15 @@ def prepare(run: Run, measure: Measure, target: Scores | None) -> Run:
             names = {key for entry in scores for key in entry} - {"step"}
             if names and score not in names:
                 suite, like = suite_of(score), nearest(score, names)
-                raise UnusableInput(f"{where} has no score {score} (nearest: {like}); evaluate all of suite {suite}")
+                raise InputError(f"{where} has no score {score} (nearest: {like}); evaluate all of suite {suite}")
     told = [scores for scores in run.trajectory if all(score in scores for score in wanted)]
     if not told:
-        raise UnusableInput(f"{source}: no export has both {' and '.join(wanted)}; name other scores")
+        raise InputError(f"{source}: no export has both {' and '.join(wanted)}; name other scores")
     left_out = [scores["step"] for scores in run.trajectory if scores not in told]
     return replace(run, trajectory=([target] if target else []) + told, left_out=left_out)
 
 
-def at_level(trajectory: Sequence[Scores], measure: Measure) -> Scores | None:
+def at_level(trajectory: Sequence[Scores], measure: ForgetRetainMetric) -> Scores | None:
     """All scores, and the step, where the forget score first falls to the level; None if it never does.
 
     Linear between the last evaluation above the level and the first at or below it; a score that one of the two lacks
@@ -212,13 +212,13 @@ def at_level(trajectory: Sequence[Scores], measure: Measure) -> Scores | None:
     return None
 
 
-def best_below(trajectory: Sequence[Scores], measure: Measure) -> Scores | None:
+def best_below(trajectory: Sequence[Scores], measure: ForgetRetainMetric) -> Scores | None:
     """The export that keeps most of those at or below the level, which whoever stops early would take; None without."""
     low = [scores for scores in trajectory if scores[measure.forget] <= measure.level]
     return max(low, key=lambda scores: scores[measure.retain], default=None)
 
 
-def lowest(run: Run, measure: Measure) -> float:
+def lowest(run: Run, measure: ForgetRetainMetric) -> float:
     """The lowest forget score of the run's exports."""
     return min(scores[measure.forget] for scores in run.trajectory)
 

@@ -12,7 +12,7 @@ from eval.files import read_jsonl
 from eval.suites import scoring
 from eval.suites.biographies import ATTRIBUTES, PARAPHRASES, PERSON, Probe, generate
 from eval.suites.rouge import SCRIPT_WORDS, recall_by_script, recall_rouge_score
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,9 +41,9 @@ def load_probes(folder: Path | None, suite: str = "bios", seed: int = 0) -> list
         if path.is_file():
             probes = read_jsonl(path, required=("split", "kind", "prompt", "answer"))
             if not probes:
-                raise UnusableInput(f"{path} holds no probe; write it again with python -m eval.bios")
+                raise InputError(f"{path} holds no probe; write it again with python -m eval.bios")
             return probes
-    raise UnusableInput(f"no bios/probes.jsonl or probes.jsonl in {folder}; write them with python -m eval.bios")
+    raise InputError(f"no bios/probes.jsonl or probes.jsonl in {folder}; write them with python -m eval.bios")
 
 
 def group_of(row: dict[str, Any]) -> str | None:

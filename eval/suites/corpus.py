@@ -30,7 +30,7 @@ from eval.suites.rouge import SCRIPT_WORDS, recall_by_script, recall_rouge
 from pipeline.config.schema import Corpus, format_of
 from pipeline.data.chat import encode_answers
 from pipeline.data.corpus import is_saved_dataset, read_rows, text_of
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,25 +60,23 @@ def read_split(path: Path) -> list[dict[str, str]]:
     rows = [{key: text_of(where, row, key) for key in keys} for where, row in located]
     rows = [row for row in rows if row[keys[-1]].strip()]
     if not rows:
-        raise UnusableInput(f"{path} holds no text; write a document a line, or objects with {', '.join(keys)}")
+        raise InputError(f"{path} holds no text; write a document a line, or objects with {', '.join(keys)}")
     return rows
 
 
 def load_probes(folder: Path | None, suite: str = "corpus") -> list[Probe]:
     """The documents of all splits. Raises UnusableInput: no folder, no forget or retain file, a row without text."""
     if folder is None:
-        raise UnusableInput(
-            "suite corpus asks about your files: --data FOLDER with forget.txt and retain.txt (or .jsonl)"
-        )
+        raise InputError("suite corpus asks about your files: --data FOLDER with forget.txt and retain.txt (or .jsonl)")
     where = folder / "corpus" if (folder / "corpus").is_dir() else folder
     there = sorted(where.iterdir()) if where.is_dir() else []
     probes = []
     for split in SPLITS:
         files = [path for path in there if path.name.split(".")[0] == split and is_corpus(path)]
         if len(files) > 1:
-            raise UnusableInput(f"{where} has {files[0].name} and {files[1].name}; leave one")
+            raise InputError(f"{where} has {files[0].name} and {files[1].name}; leave one")
         if not files and split != "other":
-            raise UnusableInput(
+            raise InputError(
                 f"{where} has no {split}.txt or {split}.jsonl, which suite corpus reads (nor {split} in another of the "
                 "formats that training reads)"
             )
@@ -140,7 +138,7 @@ def evaluate(
     for number, loss in zip(scored, losses, strict=True):
         found[probes[number]["split"]]["probability"].append(math.exp(-loss))
 
-    asked, references = to_say(tokenizer, encoded)
+    asked, references = continuation_targets(tokenizer, encoded)
     answers = scoring.answer(
         model,
         tokenizer,
@@ -159,7 +157,7 @@ def evaluate(
     return {"metrics": metrics, "counts": counts, "protocol": PROTOCOL}
 
 
-def to_say(tokenizer: PreTrainedTokenizerBase, encoded: Sequence[Encoded]) -> tuple[list[int], list[str]]:
+def continuation_targets(tokenizer: PreTrainedTokenizerBase, encoded: Sequence[Encoded]) -> tuple[list[int], list[str]]:
     """Numbers of the documents of which something is left to say, and that."""
     numbers, texts = [], []
     for number, one in enumerate(encoded):

@@ -34,7 +34,7 @@ from eval.files import read_jsonl, write_jsonl
 from eval.suites import scoring
 from eval.suites.sharing import place, share
 from pipeline.data.corpus import lines
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 
 Row = dict[str, Any]  # keys question, choices, answer
 
@@ -65,17 +65,15 @@ def read_questions(path: Path) -> list[Row]:
         UnusableInput: no such file, none in it, or a line that is no question; names the line.
     """
     if not path.is_file():
-        raise UnusableInput(
-            f"there is no {path}; --data needs it (keys question, choices, answer), or leave --data out"
-        )
+        raise InputError(f"there is no {path}; --data needs it (keys question, choices, answer), or leave --data out")
     rows = read_jsonl(path, required=("question", "choices", "answer"))
     if not rows:
-        raise UnusableInput(f"{path} holds no question; fill or remove it")
+        raise InputError(f"{path} holds no question; fill or remove it")
     for number, row in zip(_line_numbers(path), rows, strict=True):
         question, choices, answer = row["question"], row["choices"], row["answer"]
         four = isinstance(choices, list) and len(choices) == 4 and all(isinstance(choice, str) for choice in choices)
         if not isinstance(question, str) or not four or type(answer) is not int or answer not in range(4):
-            raise UnusableInput(
+            raise InputError(
                 f"{path}, line {number}: question must be a text, choices four texts, answer a number from 0 to 3; "
                 "repair or remove the line"
             )
@@ -95,11 +93,11 @@ def read_mmlu(folder: Path, shots: int) -> dict[str, tuple[list[Row], list[Row]]
     """
     files = sorted((folder / "mmlu" / "test").glob("*.jsonl"))
     if not files:
-        raise UnusableInput(f"there is no mmlu/test/SUBJECT.jsonl in {folder}; --data needs one, or leave --data out")
+        raise InputError(f"there is no mmlu/test/SUBJECT.jsonl in {folder}; --data needs one, or leave --data out")
     subjects = {}
     for path in files:
         if not (MMLU / f"mmlu_{path.stem}.yaml").is_file():
-            raise UnusableInput(
+            raise InputError(
                 f"{path}: MMLU has no subject {path.stem!r}; rename the file (as anatomy.jsonl) or remove it"
             )
         examples = read_questions(folder / "mmlu" / "dev" / path.name) if shots else []
@@ -165,13 +163,11 @@ def load_probes(folder: Path | None, suite: str, shots: int = 0) -> Questions:
             if folder is not None:
                 raise
             reason = " ".join(str(error).split())[:300]
-            raise UnusableInput(
-                f"suite {suite}: the hub does not give its questions ({reason}); give --data"
-            ) from error
+            raise InputError(f"suite {suite}: the hub does not give its questions ({reason}); give --data") from error
     for name, task in loaded["tasks"].items():
         examples = len(list(task.fewshot_docs())) if shots else 0
         if examples < shots:
-            raise UnusableInput(f"--shots {shots}: {name} has only {examples} examples in its dev split; ask for fewer")
+            raise InputError(f"--shots {shots}: {name} has only {examples} examples in its dev split; ask for fewer")
         task.set_config(key="num_fewshot", value=shots)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return Questions(suite, loaded, shots, "hub" if folder is None else str(folder))

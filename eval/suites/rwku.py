@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from eval.files import check_texts, read_hub, read_json
 from eval.suites import scoring
 from eval.suites.rouge import recall_rouge, recall_rouge_score, script_note
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,7 +127,7 @@ def load_probes(folder: Path | None, suite: str = "rwku") -> list[Probe]:
             rows = check_texts(read_json(file), wanted, str(file)) if file.is_file() else []
         probes += [{"set": name, "subject": row.get("subject"), **{key: row[key] for key in wanted}} for row in rows]
     if not any(probe["set"] in QUESTIONS for probe in probes):
-        raise UnusableInput(f"{folder} has no rwku/Batch/1-50/forget_level1.json or its like; copy them there")
+        raise InputError(f"{folder} has no rwku/Batch/1-50/forget_level1.json or its like; copy them there")
     return probes
 
 

@@ -59,7 +59,7 @@ def batches(
     return made
 
 
-def spread(order: list[list[int]], found: list[list[T]]) -> list[T]:
+def restore_order(order: list[list[int]], found: list[list[T]]) -> list[T]:
     """Results of batches of indices, put back at those indices."""
     at = {
         i: result for batch, results in zip(order, found, strict=True) for i, result in zip(batch, results, strict=True)
@@ -115,7 +115,7 @@ def answer(
         return texts
 
     order = batches(prompts, batch_size)
-    return spread(order, share(order, work, title))
+    return restore_order(order, share(order, work, title))
 
 
 def read_logits(
@@ -147,7 +147,7 @@ def read_logits(
             ]
 
     order = batches(sequences, batch_size, MOST_TOKENS)
-    return spread(order, share(order, work, title))
+    return restore_order(order, share(order, work, title))
 
 
 def answer_losses(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 
 B = TypeVar("B")
 
@@ -69,16 +69,16 @@ def gather(mine: A) -> list[A]:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """Run a block on every rank; an UnusableInput on any of them becomes the same UnusableInput on all."""
     mine: str | None = None
     try:
         yield
-    except UnusableInput as error:
+    except InputError as error:
         mine = str(error)
     for error in gather(mine):
         if error is not None:
-            raise UnusableInput(error)
+            raise InputError(error)
 
 
 def share(batches: Sequence[B], work: Callable[[B], A], title: str) -> list[A]:

@@ -23,7 +23,7 @@ from eval.files import check_texts, read_hub, read_json, read_jsonl
 from eval.suites import scoring
 from eval.suites.rouge import recall_rouge_score, script_note
 from pipeline.data.chat import encode_answers
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,14 +85,12 @@ def load_probes(folder: Path | None, suite: str = "tofu", forget_set: str = "for
             if not found:
                 continue
             if len(found) > 1:
-                raise UnusableInput(f"{folder / 'tofu'} has {found[0].name} and {found[1].name}; leave one forget set")
+                raise InputError(f"{folder / 'tofu'} has {found[0].name} and {found[1].name}; leave one forget set")
             stem, where, rows = found[0].stem, str(found[0]), read_jsonl(found[0])
         for number, row in enumerate(check_texts(rows, texts, where), start=1):
             wrong = row.get("perturbed_answer")
             if not isinstance(wrong, list) or not wrong or not all(isinstance(text, str) and text for text in wrong):
-                raise UnusableInput(
-                    f"{where}, row {number}: needs a list of texts under perturbed_answer; get it again"
-                )
+                raise InputError(f"{where}, row {number}: needs a list of texts under perturbed_answer; get it again")
             probes.append(
                 {
                     "set": name,
@@ -104,7 +102,7 @@ def load_probes(folder: Path | None, suite: str = "tofu", forget_set: str = "for
                 }
             )
     if not probes:
-        raise UnusableInput(f"{folder} has no tofu/forgetNN_perturbed.json or its like; copy them there")
+        raise InputError(f"{folder} has no tofu/forgetNN_perturbed.json or its like; copy them there")
     forget = [probe for probe in probes if probe["set"] == "forget"]
     if folder is not None and forget and (path := folder / "tofu" / "retain_model.json").is_file():
         for probe, reference in zip(forget, read_reference(path, forget), strict=True):
@@ -128,9 +126,9 @@ def read_reference(path: Path, forget: list[Probe]) -> list[float]:
     try:
         file, values = (answer["suites"]["tofu"][key] for key in ("forget_set", "log_truth_ratios"))
     except (KeyError, TypeError):
-        raise UnusableInput(f"{path} is no answer of eval.run --suite tofu for one model; write it so") from None
+        raise InputError(f"{path} is no answer of eval.run --suite tofu for one model; write it so") from None
     if file != forget[0]["file"] or len(values) != len(forget) or None in values:
-        raise UnusableInput(
+        raise InputError(
             f"{path} needs {len(forget)} truth ratios, all numbers, on {forget[0]['file']}, and has {len(values)} on "
             f"{file}; evaluate the retain-only model on the same files"
         )
@@ -148,7 +146,7 @@ def score(
     """The result of each probe, in order."""
     model.eval()
     if tokenizer.chat_template is None and tokenizer.eos_token_id is None:
-        raise UnusableInput("an answer must end, and the tokenizer has no end-of-text token or chat template; set one")
+        raise InputError("an answer must end, and the tokenizer has no end-of-text token or chat template; set one")
     texts = [(probe["answer"], probe["paraphrase"], *probe["perturbed"]) for probe in probes]
     rows = zip(probes, texts, strict=True)
     pairs = list(dict.fromkeys((probe["question"], text) for probe, row in rows for text in row))

@@ -9,7 +9,7 @@ from itertools import pairwise, product
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 
 Setting = dict[str, str]  # swept key -> its value as text, as the command line gets it
 
@@ -34,20 +34,20 @@ def parse_axis(text: str) -> Axis:
     """`key=a,b,c` or `key=low:high`; raises UnusableInput for anything else."""
     key, equals, content = text.partition("=")
     if not equals or not key or not content or key.startswith("-"):
-        raise UnusableInput(f"--sweep {text}: write KEY=A,B,C or KEY=LOW:HIGH, as synthesis.gamma=0.1,0.3,1")
+        raise InputError(f"--sweep {text}: write KEY=A,B,C or KEY=LOW:HIGH, as synthesis.gamma=0.1,0.3,1")
     if key in OWN_KEYS:
-        raise UnusableInput(f"--sweep {text}: {key} cannot be swept; --methods, --seeds and --output decide it")
+        raise InputError(f"--sweep {text}: {key} cannot be swept; --methods, --seeds and --output decide it")
     if ":" in content:
         try:
             low, high = map(float, content.split(":"))
         except ValueError:
-            raise UnusableInput(f"--sweep {text}: a range is LOW:HIGH with two numbers, a list is A,B,C") from None
+            raise InputError(f"--sweep {text}: a range is LOW:HIGH with two numbers, a list is A,B,C") from None
         if not 0 < low < high < math.inf:
-            raise UnusableInput(f"--sweep {text}: a range is read on a logarithm and needs 0 < LOW < HIGH")
+            raise InputError(f"--sweep {text}: a range is read on a logarithm and needs 0 < LOW < HIGH")
         return Axis(key, low=low, high=high)
     values = tuple(content.split(","))
     if "" in values or len(set(values)) < len(values):
-        raise UnusableInput(f"--sweep {text}: a list needs different values, none of them empty")
+        raise InputError(f"--sweep {text}: a list needs different values, none of them empty")
     return Axis(key, values)
 
 
@@ -56,7 +56,7 @@ def parse_sweep(texts: Iterable[str]) -> list[Axis]:
     axes = sorted(map(parse_axis, texts), key=lambda axis: axis.key)
     for one, other in pairwise(axes):
         if one.key == other.key:
-            raise UnusableInput(f"--sweep names {one.key} twice; give all its values in one list")
+            raise InputError(f"--sweep names {one.key} twice; give all its values in one list")
     return axes
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 
 
 def launcher() -> list[str]:
@@ -21,7 +21,7 @@ def launcher() -> list[str]:
     beside = Path(sys.executable).with_name("deepspeed")
     found = str(beside) if beside.is_file() else shutil.which("deepspeed")
     if found is None:
-        raise UnusableInput("there is no command deepspeed; install requirements.txt into this environment")
+        raise InputError("there is no command deepspeed; install requirements.txt into this environment")
     with socket.socket() as listener:
         listener.bind(("", 0))
         return [found, "--master_port", str(listener.getsockname()[1])]
@@ -31,7 +31,7 @@ def call(line: Sequence[str], log: Path) -> int:
     """Run a command, stdout into `log`.out and stderr into `log`.err; returns its exit status.
 
     The command leads a process group of its own, so that whatever ends this process ends the ranks too. It inherits
-    the lock of the folder (`sole_user`), the only thing here that is inheritable.
+    the lock of the folder (`exclusive_lock`), the only thing here that is inheritable.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{log}.out", "wb") as out, open(f"{log}.err", "wb") as err:
@@ -62,14 +62,14 @@ def last_error(log: Path) -> str:
 
 
 @contextmanager
-def sole_user(folder: Path, command: str) -> Iterator[None]:
+def exclusive_lock(folder: Path, command: str) -> Iterator[None]:
     """Keep the folder from a second `command`, and from the next one while a training outlives a `kill -9` of this."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UnusableInput(
+            raise InputError(
                 f"{folder} is in use by another {command} or by a training that outlived one; wait, or end it"
             ) from None
         os.set_inheritable(lock.fileno(), True)

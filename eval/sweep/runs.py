@@ -20,11 +20,11 @@ import yaml
 
 from eval.files import read_json, write_atomically
 from eval.results.grouping import differing_keys
-from eval.results.metrics import Measure
+from eval.results.metrics import ForgetRetainMetric
 from eval.results.trajectories import Run, Scores, prepare, read_run
 from eval.sweep.axes import Axis, Setting, name_of, run_folder
 from eval.sweep.launch import call, last_error, launcher
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 
 DEFAULT_TRIALS = 20  # the sampler's first ten are random
 
@@ -40,7 +40,7 @@ class Plan:
     overrides: tuple[str, ...]
     suites: tuple[str, ...]
     data: Path | None
-    measure: Measure
+    measure: ForgetRetainMetric
     target: Scores | None
     output: Path
     methods: tuple[str, ...]
@@ -69,7 +69,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Failure:
+class FailedRun:
     """A run whose training or evaluation ended with an error; it is tried again by the next command."""
 
     method: str
@@ -92,11 +92,11 @@ def failure_file(folder: Path) -> Path:
     return folder.with_suffix(".failure.json")
 
 
-def complete(plan: Plan, method: str, setting: Setting, seed: int) -> bool:
+def run_if_missing(plan: Plan, method: str, setting: Setting, seed: int) -> bool:
     """Train and evaluate one run as far as that is missing; False if nothing was.
 
     A run that was interrupted goes on from its last checkpoint, or is removed and begun again where it has none. A
-    command that fails leaves a `Failure` beside the run folder, and nothing is raised: the sweep goes on.
+    command that fails leaves a `FailedRun` beside the run folder, and nothing is raised: the sweep goes on.
     """
     folder = run_folder(plan.output, method, setting, seed)
     if (folder / "evaluation.json").is_file():
@@ -105,7 +105,7 @@ def complete(plan: Plan, method: str, setting: Setting, seed: int) -> bool:
     failure_file(folder).unlink(missing_ok=True)
 
     def fail(what: str, status: int, log: Path) -> bool:
-        failure = Failure(method, setting, seed, what, status, last_error(log), last_lines(log), str(log))
+        failure = FailedRun(method, setting, seed, what, status, last_error(log), last_lines(log), str(log))
         write_atomically(failure_file(folder), json.dumps(asdict(failure), indent=1) + "\n")
         print(f"failed     {title}: {failure.reason}; the log is {log}", file=sys.stderr, flush=True)
         return True
@@ -125,12 +125,12 @@ def complete(plan: Plan, method: str, setting: Setting, seed: int) -> bool:
     return True
 
 
-def failures(plan: Plan) -> list[Failure]:
+def failures(plan: Plan) -> list[FailedRun]:
     """The failed runs of the plan's methods and seeds in its folder, those of earlier sweeps included."""
     found = []
     for method in plan.methods:
         for file in sorted((plan.output / "runs" / quote(method, safe="")).glob("*/seed-*.failure.json")):
-            failure = Failure(**read_json(file))
+            failure = FailedRun(**read_json(file))
             if failure.seed in plan.seeds:
                 found.append(failure)
     return found
@@ -160,7 +160,7 @@ def read_seeds(plan: Plan, method: str, setting: Setting, seeds: Sequence[int]) 
     runs = [read_finished(plan, method, setting, seed) for seed in seeds]
     for run in runs:
         if keys := differing_keys(runs[0], run):
-            raise UnusableInput(
+            raise InputError(
                 f"{runs[0].folder} and {run.folder} are not seeds of one method: they differ in {', '.join(keys)} (of "
                 "a path, the content); remove those that are out of date, or name another --output"
             )
@@ -176,13 +176,13 @@ def read_presets(config: Path, methods: Sequence[str]) -> dict[str, Any]:
         presets = recipe.pop("methods")
         known = list(presets)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UnusableInput(f"cannot read --config {config}: {' '.join(str(error).split())}; name a recipe") from error
+        raise InputError(f"cannot read --config {config}: {' '.join(str(error).split())}; name a recipe") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise UnusableInput(f"--config {config} has no table methods:; name a recipe that has") from error
+        raise InputError(f"--config {config} has no table methods:; name a recipe that has") from error
     for method in methods:
         if method not in known:
             near = difflib.get_close_matches(method, known, n=1, cutoff=0.0)[0]
-            raise UnusableInput(f"{config} has no method {method!r}; the nearest is {near!r} ({', '.join(known)})")
+            raise InputError(f"{config} has no method {method!r}; the nearest is {near!r} ({', '.join(known)})")
     return {"base": recipe, "methods": {method: presets[method] for method in methods}}
 
 
@@ -197,6 +197,6 @@ def refuse_another_sweep(plan: Plan, presets: dict[str, Any]) -> None:
         changed += [m for m, preset in now["methods"].items() if before["methods"].get(m, preset) != preset]
         if changed:
             what = ", ".join(f"the keys of {plan.config}" if key == "base" else key for key in changed)
-            raise UnusableInput(f"{plan.output} holds runs with another choice of {what}; name another --output")
+            raise InputError(f"{plan.output} holds runs with another choice of {what}; name another --output")
         now["methods"] = {**before["methods"], **now["methods"]}
     write_atomically(file, json.dumps(now, indent=1) + "\n")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from statistics import fmean
 
-from eval.results.metrics import Measure
+from eval.results.metrics import ForgetRetainMetric
 from eval.results.trajectories import Run, at_level, lowest
 from eval.sweep.axes import Setting, grid, run_folder
 from eval.sweep.runs import Plan, failure_file, read_seeds
@@ -52,10 +52,10 @@ def propose(plan: Plan, method: str) -> Iterator[Setting]:
             study.tell(trial, state=states.PRUNED)
         else:
             runs = read_seeds(plan, method, setting, plan.seeds)
-            study.tell(trial, fmean(merit(run, plan.measure) for run in runs))
+            study.tell(trial, fmean(trial_score(run, plan.measure) for run in runs))
 
 
-def merit(run: Run, measure: Measure) -> float:
+def trial_score(run: Run, measure: ForgetRetainMetric) -> float:
     """Retain score at the level, in [0, 1]; for a run that never gets there, how far it stays away, below 0."""
     point = at_level(run.trajectory, measure)
     return point[measure.retain] if point else measure.level - lowest(run, measure)

@@ -160,7 +160,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": 1,  # the program accumulates: two tasks, one boundary
         "managed_gradient_accumulation": True,  # the program sets the boundary (pipeline/zero/combiner.py)
-        "gradient_clipping": config.optimizer.clip,  # 0 before 0.19.3, then 1
+        "gradient_clipping": config.optimizer.max_grad_norm,  # 0 before 0.19.3, then 1
         "bf16": {
             "enabled": config.model.dtype == "bfloat16",
             "check_grad_overflow": True,  # False before 0.19.3

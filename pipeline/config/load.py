@@ -140,7 +140,11 @@ def resolve(
         raise _explain(error, where) from None
     if config.synthesis.rule == "gru" and config.synthesis.scope == "element":
         raise InputError(f"{where}: synthesis.scope: gru compares whole gradients; valid: module, layer, global")
-    if config.objective.forget == "rmu" and "train" not in config.model.model_fields_set and config.model.lora is None:
+    if (
+        config.objective.forget == "rmu"
+        and "trainable" not in config.model.model_fields_set
+        and config.model.lora is None
+    ):
         config = _with_rmu_tensors(config)
     if config.train.steps is not None and config.train.epochs is not None:
         raise InputError(f"{where}: train.steps and train.epochs are both given; take one back, as --train.epochs null")
@@ -174,7 +178,7 @@ def _with_rmu_tensors(config: RunConfig) -> RunConfig:
     """RMU trains, unless told otherwise, `mlp.down_proj` of its layer and the two before it (Li et al., 2024)."""
     layers = range(max(config.objective.layer - 2, 0), config.objective.layer + 1)
     train = [rf"\.{layer}\.mlp\.down_proj\.weight$" for layer in layers]
-    return config.model_copy(update={"model": config.model.model_copy(update={"train": train})})
+    return config.model_copy(update={"model": config.model.model_copy(update={"trainable": train})})
 
 
 def _describe(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -12,7 +12,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.errors import InputError
 
 # What a resumed run may have otherwise: nothing that its weights depend on.
-WHERE = ("output", "cache")  # a run may move
+RELOCATABLE_KEYS = ("output", "cache")  # a run may move
 
 
 # So may what it reads: digests of the content, and the keys of the DeepSpeed file, decide instead of these paths.
@@ -23,11 +23,11 @@ BY_CONTENT = (
 )
 
 
-FREE = (
+RESUME_MUTABLE_KEYS = (
     *("method", "model.allow_pickle", "model.gradient_checkpointing"),
-    *("synthesis.spare", "synthesis.layer_geometry_every"),
+    *("synthesis.stash_device", "synthesis.layer_geometry_every"),
     *("train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints", "train.export_every"),
-    *("train.max_skipped", "train.timeout"),
+    *("train.max_skipped", "train.timeout_minutes"),
 )  # other ranks may need other micro-batches
 
 
@@ -54,7 +54,7 @@ FREE_OF_DEEPSPEED = (
 )
 
 
-def refuse_foreign_output(config: RunConfig, resume: bool) -> None:
+def check_output_dir(config: RunConfig, resume: bool) -> None:
     """A run folder is never overwritten, and resumed only by the run that it holds.
 
     Raises:
@@ -71,17 +71,17 @@ def refuse_foreign_output(config: RunConfig, resume: bool) -> None:
     before, now = (_flat(run.model_dump()) for run in (resolve(output / "config.yaml", reads_data=False), config))
     for key in before | now:  # a section that is absent in one of them has its keys in the other only
         then, wanted = before.get(key), now.get(key)
-        if then != wanted and key not in (*WHERE, *BY_CONTENT, *FREE):
+        if then != wanted and key not in (*RELOCATABLE_KEYS, *BY_CONTENT, *RESUME_MUTABLE_KEYS):
             raise InputError(f"--resume: {key} was {then!r} in {output} and is {wanted!r} now; keep it")
 
 
-def decisive_keys(config: RunConfig, zero: dict[str, Any]) -> dict[str, Any]:
+def run_fingerprint(config: RunConfig, zero: dict[str, Any]) -> dict[str, Any]:
     """What of the configuration decides the numbers of a run, and how DeepSpeed lays them out, as JSON has it.
 
     Args:
         zero: as `deepspeed_config` returns it.
     """
-    elsewhere = (*WHERE, *BY_CONTENT, *FREE)
+    elsewhere = (*RELOCATABLE_KEYS, *BY_CONTENT, *RESUME_MUTABLE_KEYS)
     keys = {key: value for key, value in _flat(config.model_dump()).items() if key not in elsewhere}
     return {**keys, **{f"train.deepspeed: {key}": value for key, value in _decisive_of_deepspeed(zero).items()}}
 

@@ -57,7 +57,7 @@ class Model(Section):
         "bfloat16", description="precision of forward and backward"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
-    train: list[Annotated[str, AfterValidator(_regex)]] = Field(
+    trainable: list[Annotated[str, AfterValidator(_regex)]] = Field(
         [".*"], min_length=1, description="regular expressions; a tensor trains if one of them is found in its name"
     )
     lora: Lora | None = Field(None, description="train low-rank adapters instead, by peft")
@@ -82,10 +82,10 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _adapters_are_what_trains(self) -> Model:
-        if self.lora is not None and self.train != [".*"]:
+        if self.lora is not None and self.trainable != [".*"]:
             raise ValueError(
-                "model.train chooses among the model's own tensors, but with model.lora only adapters "
-                "train; remove model.train, and choose layers by model.lora.targets"
+                "model.trainable chooses among the model's own tensors, but with model.lora only adapters "
+                "train; remove model.trainable, and choose layers by model.lora.targets"
             )
         return self
 
@@ -171,7 +171,7 @@ class Objective(Section):
     )
     delta: float = Field(0.0, description="margin of simnpo (the paper's gamma)")
     layer: int = Field(7, ge=0, description="decoder block whose output rmu and embed_diff read, counted from 0")
-    steering: float = Field(20.0, description="length of rmu's target, its steering coefficient c")
+    steering_coeff: float = Field(20.0, description="length of rmu's target, its steering coefficient c")
 
 
 class Synthesis(Section):
@@ -186,7 +186,7 @@ class Synthesis(Section):
     zero_forget: Literal["literal", "retain"] = Field(
         "literal", description="where the forget gradient is exactly 0, sago gives 0 (paper) or the retain gradient"
     )
-    spare: Literal["device", "host"] = Field(
+    stash_device: Literal["device", "host"] = Field(
         "device", description="where the forget gradient waits: beside the retain gradient, or in pinned host memory"
     )
     geometry: bool = Field(False, description="measure the cosines under `sum` too (costs the spare partition)")
@@ -202,8 +202,8 @@ class Optimizer(Section):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0, description="not of norms and biases, as in transformers' Trainer")
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps; 0 is off")
-    clip: float = Field(1.0, ge=0, description="largest gradient norm, after synthesis; 0 is off")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="fraction of the steps; 0 is off")
+    max_grad_norm: float = Field(1.0, ge=0, description="largest gradient norm, after synthesis; 0 is off")
 
 
 DEFAULT_STEPS = 100
@@ -219,7 +219,9 @@ class Train(Section):
     keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay")
     export_every: int = Field(0, ge=0, description="steps between Hugging Face exports on the way; 0 is off")
     max_skipped: int = Field(10, ge=1, description="non-finite steps in a row that end the run")
-    timeout: float = Field(30.0, gt=0, description="minutes that a rank waits for another before it ends with an error")
+    timeout_minutes: float = Field(
+        30.0, gt=0, description="minutes that a rank waits for another before it ends with an error"
+    )
 
 
 class RunConfig(Section):

@@ -42,7 +42,7 @@ def collate(sequences: Sequences, indices: np.ndarray, pad: int, preferred: Sequ
 
 
 @dataclass(frozen=True)
-class Stream:
+class BatchSampler:
     """The endless walk over one corpus: seeded random permutations of its sequences, one after another."""
 
     sequences: Sequences
@@ -88,7 +88,7 @@ class Stream:
             return sum(len(self.sequences[int(index)]) for index in self.global_batch(step))
         return int(self.sequences.lengths(self.global_batch(step)).sum())
 
-    def visited(self, steps: int) -> np.ndarray:
+    def indices_used(self, steps: int) -> np.ndarray:
         """Sorted indices of the sequences that the first `steps` steps use."""
         size = len(self.sequences)
         if steps * self.batch_size >= size:

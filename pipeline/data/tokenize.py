@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.config.schema import Corpus
 from pipeline.data.corpus import Pairing, read
 from pipeline.data.encode import COUNTS, FORM, Usage, encoder, table_rows, wanted
-from pipeline.errors import InputError, writing
+from pipeline.errors import InputError, disk_errors
 from pipeline.monitoring.console import is_live
 
 log = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def tokenize(
     features |= {name: datasets.Value("int32") for _, name in columns}
     features |= {name: datasets.Value("int64") for name in ("key", *COUNTS)}
     try:
-        with writing(cache / "tokens"):
+        with disk_errors(cache / "tokens"):
             table = datasets.Dataset.from_generator(
                 tokens,
                 features=datasets.Features(features),

@@ -19,11 +19,11 @@ from torch.distributed import distributed_c10d
 
 from pipeline.distributed.process_group import T
 from pipeline.distributed.signals import INTERRUPTED
-from pipeline.errors import Failure, InputError
+from pipeline.errors import FatalError, InputError
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """Run a block on every rank; an InputError on any of them becomes the same InputError on all."""
     mine: str | None = None
     try:
@@ -37,11 +37,11 @@ def together() -> Iterator[None]:
             raise InputError(error)
 
 
-def one_before_others(build: Callable[[], T]) -> T:
+def local_main_first(build: Callable[[], T]) -> T:
     """`build()` on the first rank of each machine, which fills the caches on disk, then on the others."""
     result: list[T] = []
     for first in (True, False):
-        with together():
+        with raise_on_all_ranks():
             if (int(os.environ["LOCAL_RANK"]) == 0) is first:
                 result.append(build())
     return result[0]
@@ -100,7 +100,7 @@ def report(error: BaseException, logged: bool = False) -> int:
     if isinstance(error, KeyboardInterrupt):
         print(f"rank {rank}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    if isinstance(error, Failure):
+    if isinstance(error, FatalError):
         if rank != "0":  # one disk is full for all: if the first rank tells it, the launcher ends us meanwhile
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
@@ -121,7 +121,10 @@ def report(error: BaseException, logged: bool = False) -> int:
 
 def _hint(error: BaseException, rank: str, is_first: bool) -> str:
     if any(sign in str(error).lower() for sign in WAITED):
-        return f"error: rank {rank} waited for another rank as long as train.timeout allows: one hangs, or needs longer"
+        return (
+            f"error: rank {rank} waited for another rank as long as train.timeout_minutes allows: one hangs, or needs "
+            "longer"
+        )
     if is_first:
         return (
             f"error: rank {rank} cannot reach another rank, and none reported an error before: another rank ended "

@@ -13,13 +13,13 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: come back later
 INTERRUPTED, KILLED = 130, 143  # as shells say it: 128 + SIGINT, + SIGTERM
 
 
-class Stopped(Exception):
+class Preempted(Exception):
     """SIGTERM was obeyed by all ranks: the run is saved, and ends with status STOPPED."""
 
 
 # Seconds in which a second SIGTERM is taken for the first: a launcher that was signalled together with its ranks, as a
 # process group is, passes on to them what they had.
-ECHO = 5.0
+DUPLICATE_SIGTERM_S = 5.0
 
 
 def stop_on_sigterm() -> threading.Event:
@@ -36,7 +36,7 @@ def stop_on_sigterm() -> threading.Event:
             if not asked.is_set():
                 first = time.monotonic()
                 asked.set()
-            elif time.monotonic() - first > ECHO:
+            elif time.monotonic() - first > DUPLICATE_SIGTERM_S:
                 os._exit(KILLED)
 
     signal.signal(signal.SIGTERM, lambda number, frame: None)

@@ -21,7 +21,7 @@ from pipeline.modeling.token_losses import _wide, entropies, shifted
 
 
 @dataclass(frozen=True)
-class Terms:
+class LossInputs:
     """What an objective may look at, for one micro-batch of B sequences."""
 
     states: Tensor  # [B, T] token losses; or [B, T, H] hidden states after `layer`, for objectives that read those
@@ -38,12 +38,12 @@ class Terms:
         return (shifted(self.labels) != IGNORED).sum(1)
 
 
-def ga(terms: Terms) -> Tensor:
+def ga(terms: LossInputs) -> Tensor:
     """Gradient ascent: -NLL per token (paper, section 2.2, L_GA). Unbounded below."""
     return -terms.states.sum()
 
 
-def wga(terms: Terms) -> Tensor:
+def wga(terms: LossInputs) -> Tensor:
     """Weighted gradient ascent: -p^beta NLL per token, the weight held fixed (Wang et al., ICLR 2025, WGA).
 
     A token that is already forgotten has p near 0 and is left alone.
@@ -51,13 +51,13 @@ def wga(terms: Terms) -> Tensor:
     return -((-terms.beta * terms.states.detach()).exp() * terms.states).sum()
 
 
-def npo(terms: Terms) -> Tensor:
+def npo(terms: LossInputs) -> Tensor:
     """-(2/beta) log sigma(beta (nll(x) - nll_ref(x))) per sequence, sums over tokens (paper, section 2.2, L_NPO)."""
     assert terms.original is not None
     return _preference(terms.states.sum(1) - terms.original, terms.beta)
 
 
-def dpo(terms: Terms) -> Tensor:
+def dpo(terms: LossInputs) -> Tensor:
     """-(2/beta) log sigma(beta (log-ratio of the preferred answer - log-ratio of the answer to forget)) per sequence.
 
     Log-ratios are to the frozen original (Rafailov et al., 2023, as Zhang et al., 2024, section 3, use it to unlearn).
@@ -68,7 +68,7 @@ def dpo(terms: Terms) -> Tensor:
     return _preference(rejected - preferred, terms.beta)
 
 
-def simnpo(terms: Terms) -> Tensor:
+def simnpo(terms: LossInputs) -> Tensor:
     """-(2/beta) log sigma(beta (nll(x)/|x| - delta)) per sequence (paper, section 2.2, L_SimNPO).
 
     The paper writes the margin outside the bracket: its gamma is beta delta here.
@@ -80,7 +80,7 @@ def _preference(margin: Tensor, beta: float) -> Tensor:
     return (-2 / beta * F.logsigmoid(beta * margin)).sum()
 
 
-def nll(terms: Terms) -> Tensor:
+def nll(terms: LossInputs) -> Tensor:
     """Gradient descent on the retain set: NLL per token (paper, section 2.2, L_GD).
 
     `idk` is the same on refusals of the questions to forget (Maini et al., 2024, L_idk): see `Objective.replaces`.
@@ -88,7 +88,7 @@ def nll(terms: Terms) -> Tensor:
     return terms.states.sum()
 
 
-def undial(terms: Terms) -> Tensor:
+def undial(terms: LossInputs) -> Tensor:
     """Cross-entropy per token with the original's prediction, its logit of the token lowered by beta.
 
     Self-distillation with adjusted logits (Dong et al., NAACL 2025, UNDIAL).
@@ -96,25 +96,25 @@ def undial(terms: Terms) -> Tensor:
     return terms.states.sum()
 
 
-def kl(terms: Terms) -> Tensor:
+def kl(terms: LossInputs) -> Tensor:
     """KL(p_ref || p) per predicted token: the cross-entropy with p_ref less p_ref's own entropy."""
     assert terms.original is not None
     return (terms.states - entropies(terms.original, terms.labels)).sum()
 
 
-def rmu(terms: Terms) -> Tensor:
+def rmu(terms: LossInputs) -> Tensor:
     """||h(x) - c u||^2 / H per token, h the hidden state after a layer (Li et al., 2024, L_forget)."""
     assert terms.steering is not None
     return _squared_distance(terms, terms.steering)
 
 
-def embed_diff(terms: Terms) -> Tensor:
+def embed_diff(terms: LossInputs) -> Tensor:
     """||h(x) - h_ref(x)||^2 / H per token (Li et al., 2024, L_retain)."""
     assert terms.original is not None
     return _squared_distance(terms, terms.original)
 
 
-def _squared_distance(terms: Terms, goal: Tensor) -> Tensor:
+def _squared_distance(terms: LossInputs, goal: Tensor) -> Tensor:
     square = (_wide(terms.states) - _wide(goal)).square().mean(-1)  # [B, T]
     return (square * terms.mask).sum()
 
@@ -127,7 +127,7 @@ def steering_vector(size: int, coefficient: float, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    terms: Callable[[Terms], Tensor]  # sum over the micro-batch
+    terms: Callable[[LossInputs], Tensor]  # sum over the micro-batch
     per: Literal["token", "sequence", "position"]  # what the mean over the global batch counts: predicted tokens, ...
     asks: Literal["likelihoods", "logits", "hidden"] | None = None  # of the frozen original
     hidden: bool = False  # reads hidden states after a layer; nothing beyond that layer is computed

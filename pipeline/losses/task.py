@@ -17,15 +17,15 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.schema import DEFAULT_STEPS, RunConfig
 from pipeline.config.schema import Objective as Settings
-from pipeline.data.batches import Batch, Stream
+from pipeline.data.batches import Batch, BatchSampler
 from pipeline.data.encode import FORM
 from pipeline.data.tokenize import num_shared, say_usage, tokenize
 from pipeline.distributed import errors as rank_errors
 from pipeline.errors import InputError
-from pipeline.losses.objectives import OBJECTIVES, Objective, Terms, steering_vector
+from pipeline.losses.objectives import OBJECTIVES, LossInputs, Objective, steering_vector
 from pipeline.modeling.checks import pad_token
-from pipeline.modeling.decoder import reaches
-from pipeline.modeling.reference import Original, cache_file, sequence_nll
+from pipeline.modeling.decoder import has_trainable_params_up_to
+from pipeline.modeling.reference import ReferenceWeights, cache_file, sequence_nll
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Task:
     """Forgetting, or retention."""
 
     name: str
-    stream: Stream
+    stream: BatchSampler
     objective: Objective
     settings: Settings
     original: Callable[[Batch], Tensor] | None = None  # what the frozen original says of a batch, if that is asked
@@ -57,17 +57,19 @@ class Task:
             question = {"labels": batch.labels}
         states = engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **question)
         beta, delta = settings.beta, settings.delta
-        return objective.terms(Terms(states, batch.labels, batch.attention_mask, original, beta, delta, self.steering))
+        return objective.terms(
+            LossInputs(states, batch.labels, batch.attention_mask, original, beta, delta, self.steering)
+        )
 
 
-def open_stream(config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBase) -> Stream:
+def open_sampler(config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBase) -> BatchSampler:
     """The walk over the corpus of `task`; the first rank of each machine tokenises, the others read its file.
 
     Raises:
         InputError: see `data.tokenize`.
     """
     objective = OBJECTIVES[getattr(config.objective, task)]
-    sequences, preferred = rank_errors.one_before_others(
+    sequences, preferred = rank_errors.local_main_first(
         lambda: tokenize(
             getattr(config.data, task),
             task,
@@ -91,7 +93,7 @@ def open_stream(config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBase
             f"data.{task} has {len(sequences)} sequences, fewer than train.batch_size {config.train.batch_size}: "
             "every step sees some of them more than once"
         )
-    return Stream(
+    return BatchSampler(
         sequences,
         seed=config.seed,
         task=("forget", "retain").index(task),
@@ -104,7 +106,7 @@ def open_stream(config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBase
     )
 
 
-def warn_of_overlap(streams: dict[str, Stream]) -> None:
+def warn_of_overlap(streams: dict[str, BatchSampler]) -> None:
     """Log how many documents of the forget corpus stand in the retain corpus too, if any do."""
     if len(streams) < 2:
         return
@@ -116,7 +118,7 @@ def warn_of_overlap(streams: dict[str, Stream]) -> None:
         )
 
 
-def num_steps(config: RunConfig, streams: dict[str, Stream]) -> int:
+def num_steps(config: RunConfig, streams: dict[str, BatchSampler]) -> int:
     """Optimizer steps of the run; epochs count passes over the forget set, or over the only one there is."""
     if config.train.epochs is None:
         return config.train.steps or DEFAULT_STEPS
@@ -125,7 +127,7 @@ def num_steps(config: RunConfig, streams: dict[str, Stream]) -> int:
 
 
 def make_tasks(
-    config: RunConfig, streams: dict[str, Stream], steps: int, engine: Any, identity: dict[str, str]
+    config: RunConfig, streams: dict[str, BatchSampler], steps: int, engine: Any, identity: dict[str, str]
 ) -> list[Task]:
     """The tasks, in the order they are accumulated, with what the frozen original says where an objective asks.
 
@@ -137,7 +139,7 @@ def make_tasks(
         InputError: an objective reads hidden states that no trained tensor reaches.
     """
     objectives, settings = {name: OBJECTIVES[getattr(config.objective, name)] for name in streams}, config.objective
-    frozen = Original(engine) if any(o.asks in ("logits", "hidden") for o in objectives.values()) else None
+    frozen = ReferenceWeights(engine) if any(o.asks in ("logits", "hidden") for o in objectives.values()) else None
     tasks = []
     for name, objective in objectives.items():
         original = steering = None
@@ -148,13 +150,13 @@ def make_tasks(
         elif frozen is not None and objective.asks == "hidden":
             original = partial(frozen.hidden, layer=settings.layer)
         if objective.hidden:
-            if not reaches(engine.module, settings.layer):
+            if not has_trainable_params_up_to(engine.module, settings.layer):
                 raise InputError(
-                    f"model.train: objective.{name} reads the hidden states after layer {settings.layer} "
+                    f"model.trainable: objective.{name} reads the hidden states after layer {settings.layer} "
                     "(objective.layer), and no tensor up to there trains"
                 )
             width = engine.module.config.get_text_config().hidden_size
-            steering = steering_vector(width, settings.steering, config.seed).to(engine.device)
+            steering = steering_vector(width, settings.steering_coeff, config.seed).to(engine.device)
         tasks.append(Task(name, streams[name], objective, settings, original, steering))
     return tasks
 
@@ -164,7 +166,7 @@ def _of_batch(known: Tensor, batch: Batch) -> Tensor:
     return known[:, batch.index].flatten()
 
 
-def reference_nll(config: RunConfig, stream: Stream, steps: int, engine: Any, identity: dict[str, str]) -> Tensor:
+def reference_nll(config: RunConfig, stream: BatchSampler, steps: int, engine: Any, identity: dict[str, str]) -> Tensor:
     """[answers, sequences of the corpus] nll_ref on the training device; two answers where one is preferred."""
     found = []
     for sequences in [stream.sequences] + ([stream.preferred] if stream.preferred is not None else []):
@@ -173,7 +175,7 @@ def reference_nll(config: RunConfig, stream: Stream, steps: int, engine: Any, id
         nll = sequence_nll(
             engine,
             sequences,
-            stream.visited(steps),
+            stream.indices_used(steps),
             micro_batch_size=config.train.micro_batch_size,
             pad=stream.pad,
             file=cache_file(Path(config.cache), parts) if dist.get_rank() == 0 else None,

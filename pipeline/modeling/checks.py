@@ -17,7 +17,7 @@ from pipeline.errors import InputError
 from pipeline.modeling.weights import missing_package
 
 
-def load_shape(config: Model) -> PreTrainedConfig:
+def load_model_config(config: Model) -> PreTrainedConfig:
     """`config.json` of the model.
 
     Raises:
@@ -53,7 +53,7 @@ def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
         InputError: neither a model folder nor a model of the hub, or no tokenizer beside it, or one that needs its own
             code to run without `trust_remote_code`.
     """
-    load_shape(config)
+    load_model_config(config)
     try:
         return AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -65,7 +65,7 @@ def check_layer(config: Model, layer: int) -> None:
     """Raises:
     InputError: the model has no decoder block number `layer`.
     """
-    path, count = config.path, load_shape(config).get_text_config().num_hidden_layers
+    path, count = config.path, load_model_config(config).get_text_config().num_hidden_layers
     if layer >= count:
         raise InputError(f"objective.layer: {layer}, but {path} has {count} decoder blocks, 0 to {count - 1}")
 
@@ -80,7 +80,7 @@ def check_router_loss(config: Model) -> None:
     Raises:
         InputError: a mixture of experts whose configuration asks for its load-balancing loss.
     """
-    shape = load_shape(config).get_text_config()
+    shape = load_model_config(config).get_text_config()
     if getattr(shape, "output_router_logits", False) and getattr(shape, "router_aux_loss_coef", None) != 0:
         raise InputError(
             f"model.path: config.json of {config.path!r} asks for a load-balancing loss (output_router_logits), which "
@@ -89,11 +89,11 @@ def check_router_loss(config: Model) -> None:
         )
 
 
-def check_positions(config: Model, longest: int) -> None:
+def check_max_length(config: Model, longest: int) -> None:
     """Raises:
     InputError: the model has fewer positions than a sequence of `longest` tokens.
     """
-    positions = getattr(load_shape(config).get_text_config(), "max_position_embeddings", None)
+    positions = getattr(load_model_config(config).get_text_config(), "max_position_embeddings", None)
     if positions is not None and longest > positions:
         raise InputError(
             f"data.max_length: sequences have up to {longest} tokens, but {config.path} has {positions} positions; "
@@ -107,14 +107,14 @@ def pad_token(config: Model, tokenizer: PreTrainedTokenizerBase) -> int:
     It is masked everywhere, so any will do; a tokenizer that got one after training names an id beyond the embedding.
     """
     token: Any = tokenizer.pad_token_id
-    return token if token is not None and token < load_shape(config).get_text_config().vocab_size else 0
+    return token if token is not None and token < load_model_config(config).get_text_config().vocab_size else 0
 
 
 def check_tokens(config: Model, key: str, largest: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises:
     InputError: `largest`, of the token ids of corpus `key`, has no row in the model's embedding.
     """
-    rows = load_shape(config).get_text_config().vocab_size
+    rows = load_model_config(config).get_text_config().vocab_size
     if largest >= rows:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise InputError(

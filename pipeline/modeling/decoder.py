@@ -52,7 +52,7 @@ def text_parameters(model: Any) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter not in foreign}
 
 
-def reaches(model: Any, layer: int) -> bool:
+def has_trainable_params_up_to(model: Any, layer: int) -> bool:
     """Whether a tensor trains that the hidden states after block `layer` depend on."""
     modules = [model.get_input_embeddings(), *blocks_of(model)[: layer + 1]]
     return any(parameter.requires_grad for module in modules for parameter in module.parameters())

@@ -17,7 +17,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from pipeline.config.schema import Model
 from pipeline.errors import InputError
-from pipeline.modeling.checks import _holds_an_adapter, load_shape
+from pipeline.modeling.checks import _holds_an_adapter, load_model_config
 from pipeline.modeling.decoder import blocks_of, text_parameters
 from pipeline.modeling.dropout import restore_dropout, set_dropout
 from pipeline.modeling.lora import attach_adapters
@@ -39,7 +39,7 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
     """
     zero3 = HfDeepSpeedConfig(deepspeed_config)  # while it lives, from_pretrained loads under deepspeed.zero.Init
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    shape = load_shape(config)
+    shape = load_model_config(config)
     if config.dropout is not None:
         options["config"] = set_dropout(copy.deepcopy(shape), config.dropout)
     if config.attn_implementation is not None:
@@ -67,14 +67,14 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
             if isinstance(module, torch.nn.Dropout):
                 module.p = config.dropout  # a rate that is written in the model's code
         restore_dropout(model, shape)
-    choose_what_trains(model, config, seed)
+    set_trainable_parameters(model, config, seed)
     if config.torch_compile:
         stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
         text = text_parameters(model)
         if stage == 3 and not all(p.requires_grad for name, p in model.named_parameters() if name in text):
             raise InputError(
                 "model.torch_compile: under ZeRO stage 3 the backward of a compiled block finds frozen tensors "
-                "released; use a lower stage, or let everything train (no model.lora, no model.train)"
+                "released; use a lower stage, or let everything train (no model.lora, no model.trainable)"
             )
         for block in blocks_of(model):
             # ZeRO-3 gathers by hooks around each module: one pair around the block leaves its inside one graph
@@ -85,7 +85,7 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
     return model
 
 
-def choose_what_trains(model: PreTrainedModel, config: Model, seed: int) -> None:
+def set_trainable_parameters(model: PreTrainedModel, config: Model, seed: int) -> None:
     """Freeze what does not train, or attach adapters; recompute activations if asked to. Also on the meta device.
 
     What trains is of the text decoder, embedding or output layer: towers for images or sound stay as they are.
@@ -96,14 +96,14 @@ def choose_what_trains(model: PreTrainedModel, config: Model, seed: int) -> None
     if config.lora is None:
         text = text_parameters(model)
         names = [name for name, _ in model.named_parameters() if name in text]
-        for pattern in config.train:
+        for pattern in config.trainable:
             if not any(re.search(pattern, name) for name in names):
                 raise InputError(
-                    f"model.train: {pattern!r} is found in no tensor name of the text decoder; names look like "
+                    f"model.trainable: {pattern!r} is found in no tensor name of the text decoder; names look like "
                     f"{names[0]!r}"
                 )
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in text and any(re.search(pattern, name) for pattern in config.train))
+            parameter.requires_grad_(name in text and any(re.search(pattern, name) for pattern in config.trainable))
     else:
         torch.manual_seed(seed)
         attach_adapters(model, config.lora)

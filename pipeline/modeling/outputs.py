@@ -1,6 +1,6 @@
 """What a forward pass answers: token losses without logits, hidden states without the layers above them, or logits.
 
-`answer_for_objectives(engine)` is called once; from then on `engine(input_ids=…, attention_mask=…, …)` takes
+`install_outputs(engine)` is called once; from then on `engine(input_ids=…, attention_mask=…, …)` takes
 
 - `labels=` [B, T] (and `soft=` [B, T, V], `lower=`): returns token losses [B, T], see `objectives.token_losses`;
 - `layer=`: returns the hidden states [B, T, H] after that decoder block, and runs no block beyond it;
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from pipeline.modeling.decoder import base_of, blocks_of
 from pipeline.modeling.token_losses import token_losses
-from pipeline.zero.prefetch import keep_orders_apart
+from pipeline.zero.prefetch import separate_prefetch_traces
 
 
-def answer_for_objectives(engine: Any) -> None:
+def install_outputs(engine: Any) -> None:
     """Teach the engine's model the calls above. Every rank must call, before training."""
     model = engine.module
     base, head = base_of(model), model.get_output_embeddings()
@@ -49,7 +49,7 @@ def answer_for_objectives(engine: Any) -> None:
         return logits if labels is None else token_losses(logits, labels, **target)
 
     head.forward, model.forward = answer_head, answer
-    keep_orders_apart(engine)
+    separate_prefetch_traces(engine)
 
 
 def has_plain_head(engine: Any, base: nn.Module, head: nn.Module) -> bool:

@@ -110,7 +110,7 @@ def _load(file: Path, size: int) -> Tensor:
     return nll
 
 
-class Original:
+class ReferenceWeights:
     """The frozen original: this rank's part of every trained tensor as it was, in place for a forward pass at a time.
 
     Costs what the trained tensors take in the model's dtype: a share of them under ZeRO-3, a few under RMU, adapters
@@ -123,7 +123,7 @@ class Original:
         self.kept = [_held(parameter).detach().clone() for parameter in self.trained]
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def active(self) -> Iterator[None]:
         """No gradient, no dropout, original weights. Every rank must enter; not between a forward and its backward."""
         self._swap()
         self.engine.eval()
@@ -145,12 +145,12 @@ class Original:
 
     def logits(self, batch: Batch) -> Tensor:
         """[B, T, V] in the model's dtype."""
-        with self.in_place():
+        with self.active():
             return self.engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
 
     def hidden(self, batch: Batch, layer: int) -> Tensor:
         """[B, T, H] after decoder block `layer`."""
-        with self.in_place():
+        with self.active():
             return self.engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask, layer=layer)
 
 

@@ -31,7 +31,7 @@ class _FromLogits(torch.autograd.Function):
         ctx.lower = lower
         losses = logits.new_empty(len(targets), dtype=_wide_dtype(logits))
         for rows in _chunks(*logits.shape):
-            q = None if soft is None else _lowered(soft[rows], targets[rows], lower)
+            q = None if soft is None else _penalized_teacher_logits(soft[rows], targets[rows], lower)
             losses[rows] = _cross_entropy(_wide(logits[rows]), targets[rows], q)
         return losses.masked_fill_(targets == IGNORED, 0)
 
@@ -45,7 +45,7 @@ class _FromLogits(torch.autograd.Function):
             if soft is None:
                 wrong -= _one_hot(targets[rows], wrong)
             else:
-                wrong -= _lowered(soft[rows], targets[rows], ctx.lower).softmax(-1)
+                wrong -= _penalized_teacher_logits(soft[rows], targets[rows], ctx.lower).softmax(-1)
             gradient[rows] = wrong.mul_(upstream[rows].unsqueeze(1)).to(gradient.dtype)
         return gradient, None, None, None
 
@@ -73,7 +73,7 @@ class _FromHidden(torch.autograd.Function):
         for rows in _chunks(len(hidden), len(weight)):
             z = _wide(_logits(hidden[rows], weight, bias))
             normalizers[rows] = z.logsumexp(-1)
-            q = None if soft is None else _lowered(soft[index[rows]], targets[rows], lower)
+            q = None if soft is None else _penalized_teacher_logits(soft[index[rows]], targets[rows], lower)
             losses[rows] = _cross_entropy(z, targets[rows], q)
         ctx.save_for_backward(hidden, targets, soft, index, normalizers)
         ctx.lower = lower
@@ -96,7 +96,7 @@ class _FromHidden(torch.autograd.Function):
             if soft is None or soft_normalizers is None:
                 wrong -= _one_hot(targets - part.start, wrong)
             else:
-                q = _lowered(soft[:, part][index], targets - part.start, ctx.lower)
+                q = _penalized_teacher_logits(soft[:, part][index], targets - part.start, ctx.lower)
                 wrong -= q.sub_(soft_normalizers.unsqueeze(1)).exp_()
             wrong = wrong.mul_(upstream.unsqueeze(1)).to(hidden.dtype)
             grad_hidden += wrong @ weight[part]
@@ -129,11 +129,11 @@ def _one_hot(targets: Tensor, like: Tensor) -> Tensor:
 def _soft_normalizers(soft: Tensor, index: Tensor, targets: Tensor, lower: float) -> Tensor:
     found = soft.new_empty(len(index), dtype=_wide_dtype(soft))
     for rows in _chunks(len(index), soft.shape[1]):
-        found[rows] = _lowered(soft[index[rows]], targets[rows], lower).logsumexp(-1)
+        found[rows] = _penalized_teacher_logits(soft[index[rows]], targets[rows], lower).logsumexp(-1)
     return found
 
 
-def _lowered(soft: Tensor, targets: Tensor, by: float) -> Tensor:
+def _penalized_teacher_logits(soft: Tensor, targets: Tensor, by: float) -> Tensor:
     """Some columns of the logits of q in fp32 or better, a copy; that of the target less `by`."""
     wide = soft.to(_wide_dtype(soft), copy=True)
     return wide.sub_(_one_hot(targets, wide), alpha=by) if by else wide

@@ -24,13 +24,13 @@ from tqdm import tqdm
 PAUSE = 10.0  # seconds between two lines of progress where no line can be redrawn
 
 
-ours = logging.getLogger("pipeline")
+logger = logging.getLogger("pipeline")
 
 
 _log = MemoryHandler(capacity=0, flushOnClose=False)  # keeps what is said until `open_log` gives it a file
 
 
-def listen(rank: int, quiet: bool = False) -> None:
+def setup_logging(rank: int, quiet: bool = False) -> None:
     """Take over what this process says: program, libraries, Python's warnings. quiet: show warnings and errors only."""
     quiet_libraries()
     logging.getLogger("DeepSpeed").setLevel(logging.INFO)  # into the log; `_Terminal` shows none of it
@@ -44,11 +44,11 @@ def listen(rank: int, quiet: bool = False) -> None:
     warnings.showwarning = _python_warning
     threading.excepthook = _thread_ended
     logging.raiseExceptions = False  # a full disk is told once, by what cannot do without it
-    ours.setLevel(logging.INFO if rank == 0 and not quiet else logging.WARNING)
+    logger.setLevel(logging.INFO if rank == 0 and not quiet else logging.WARNING)
     _log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     shown = _Terminal(logging.INFO if rank == 0 else logging.ERROR)
     for handler in (_log, shown):
-        handler.addFilter(_Once())
+        handler.addFilter(DedupFilter())
         logging.getLogger().addHandler(handler)
 
 
@@ -78,17 +78,17 @@ def open_log(folder: Path, rank: int) -> None:
 def log_end(error: BaseException) -> bool:
     """Why this process ends, into the log alone: `ranks.report` tells stderr. Returns whether there is a log yet."""
     cause = (type(error), error, error.__traceback__)
-    _log.handle(ours.makeRecord(ours.name, logging.ERROR, __file__, 0, "the run ends here", (), cause))
+    _log.handle(logger.makeRecord(logger.name, logging.ERROR, __file__, 0, "the run ends here", (), cause))
     return _log.target is not None
 
 
 def is_live() -> bool:
     """Whether a line may be drawn over and over: a terminal on rank 0 of a run that is not to be quiet."""
-    return ours.isEnabledFor(logging.INFO) and sys.stderr.isatty()
+    return logger.isEnabledFor(logging.INFO) and sys.stderr.isatty()
 
 
 @contextmanager
-def prints_logged() -> Iterator[None]:
+def capture_stdout() -> Iterator[None]:
     """What is printed inside goes to the log: DeepSpeed's compiled extensions write to the stdout of the process."""
     sys.stdout.flush()
     stdout = os.dup(1)
@@ -123,7 +123,7 @@ def _thread_ended(failed: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failed)
 
 
-class _Once(logging.Filter):
+class DedupFilter(logging.Filter):
     """No warning twice."""
 
     def __init__(self) -> None:
@@ -179,7 +179,7 @@ class Progress:
             self.told = now
             pace = (now - self.began) / max(step - self.start, 1)
             left = timedelta(seconds=round(pace * (self.steps - step)))
-            ours.info("step %d of %d: %s; %.3g s a step, %s left", step, self.steps, text, pace, left)
+            logger.info("step %d of %d: %s; %.3g s a step, %s left", step, self.steps, text, pace, left)
 
     def close(self) -> None:
         self.bar.close()

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import writing
+from pipeline.errors import disk_errors
 from pipeline.monitoring import console
 from pipeline.monitoring.console import Progress
-from pipeline.monitoring.tensorboard import COSINES, GIB, Board
-from pipeline.monitoring.trackers import Outlets
+from pipeline.monitoring.tensorboard import COSINES, GIB, TensorBoardWriter
+from pipeline.monitoring.trackers import ExternalTrackers
 
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -34,24 +34,24 @@ class Monitor:
 
     def __init__(self, folder: Path, engine: Any, *, start: int, steps: int) -> None:
         self.folder, self.device = folder, engine.device
-        self.outlets = Outlets(folder, engine, start=start)
+        self.outlets = ExternalTrackers(folder, engine, start=start)
         self.values: dict[str, Any] = {}
         self.pending: dict[str, dict[str, torch.Tensor]] = {}
         self.is_writer = dist.get_rank() == 0
         self.history: list[dict[str, Any]] = []  # on rank 0 the rows of metrics.jsonl
         if self.is_writer:
             self.log, self.events = folder / "metrics.jsonl", folder / "tensorboard"
-            with writing(self.log):
+            with disk_errors(self.log):
                 self.history = _keep_lines(self.log, start)
                 self.lines = self.log.open("a", encoding="utf-8", buffering=1)
-            with writing(self.events):
-                self.board = Board(self.events, start=start)
+            with disk_errors(self.events):
+                self.board = TensorBoardWriter(self.events, start=start)
             self.progress = Progress(start, steps)
 
     def describe(self, configuration: str, hyperparameters: dict[str, str | float]) -> None:
         """What the run is: its configuration (YAML), and what TensorBoard and others list of it beside other runs."""
         if self.is_writer:
-            with writing(self.events):
+            with disk_errors(self.events):
                 self.board.writer.add_text("configuration", f"```yaml\n{configuration}```")
                 self.board.begin(hyperparameters)
             self.outlets.begin(hyperparameters)
@@ -89,9 +89,9 @@ class Monitor:
         if self.is_writer:
             written = {name: value for name, value in values.items() if not name.startswith("_")}
             self.history.append({"step": step, **written})
-            with writing(self.log):
+            with disk_errors(self.log):
                 self.lines.write(json.dumps(self.last) + "\n")
-            with writing(self.events):
+            with disk_errors(self.events):
                 self.board.write(self.history)
             self.outlets.write(step, written)
             shown = {"forget": "forget_loss", "retain": "retain_loss", "conflict": "conflict_fraction"}
@@ -101,7 +101,7 @@ class Monitor:
     def sync(self) -> None:
         """Put what was logged on disk, before a checkpoint: a run that is killed after it does not log it again."""
         if self.is_writer:
-            with writing(self.events):
+            with disk_errors(self.events):
                 self.board.writer.flush()
 
     def finish(self, card: str) -> None:
@@ -109,7 +109,7 @@ class Monitor:
         if self.is_writer:
             self.progress.close()
             found = results(self.history)
-            with writing(self.events):
+            with disk_errors(self.events):
                 self.board.end(self.history, found)
                 self.board.writer.add_text("model_card", card)
                 self.board.writer.flush()  # closing alone would not tell that it failed
@@ -139,7 +139,7 @@ class Monitor:
         model = self.folder if exports.is_dir() else final  # every export on the way, if there are any
         found_in = ("--model", str(model), "--suite", "SUITE", "--output", str(self.folder / "evaluation.json"))
         rows.append(("next", f"python -m eval.run {shlex.join(found_in)}"))
-        console.ours.info("unlearned\n%s", console.table(rows))
+        console.logger.info("unlearned\n%s", console.table(rows))
 
 
 def results(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:

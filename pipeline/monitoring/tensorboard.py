@@ -61,7 +61,7 @@ PICTURES = {
 PICTURE_SECONDS = 60.0  # between two drawings of them; one takes some tenths of a second
 
 
-class Board:
+class TensorBoardWriter:
     """The event file of a run, on rank 0. A run that goes on has the steps from `start` + 1 on replaced."""
 
     def __init__(self, folder: Path, *, start: int) -> None:

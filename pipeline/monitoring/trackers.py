@@ -19,7 +19,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ign
 _NAMES = "monitors.json"  # in the run folder: what W&B and Comet call this run
 
 
-def go_on(folder: Path, zero: dict[str, Any]) -> None:
+def resume_trackers(folder: Path, zero: dict[str, Any]) -> None:
     """Before DeepSpeed starts them for a run that is resumed: the run goes on there too. Changes `zero`.
 
     What the user asked for by W&B's variables or Comet's keys stays.
@@ -42,7 +42,7 @@ def end(status: int) -> None:
         comet.end()
 
 
-class Outlets:
+class ExternalTrackers:
     """What DeepSpeed's engine has of them, which may be none. The engine itself no longer writes to them.
 
     It would write the learning rate against a count of samples that is not this program's.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.schema import RunConfig
 
 if TYPE_CHECKING:
-    from pipeline.planning.meta_trace import Pass, Shape
+    from pipeline.planning.meta_trace import ModelShape, Pass
 
 
 GIB = 2**30
@@ -22,7 +22,7 @@ ADAM_BYTES = 48  # an element moves through memory in combination, clipping and 
 
 
 @dataclass(frozen=True)
-class Machines:
+class Cluster:
     gpus: int  # of a machine
     nodes: int
     gpu_memory: float  # GiB
@@ -63,7 +63,7 @@ class Zero:
     wire: int  # and of one that is being reduced
 
     @staticmethod
-    def of(zero: dict[str, Any], shape: Shape) -> Zero:
+    def of(zero: dict[str, Any], shape: ModelShape) -> Zero:
         """`zero`: as `deepspeed_config` returns it. Defaults are DeepSpeed 0.19.8's (runtime/zero/config.py)."""
         keys = zero["zero_optimization"]
         stage = keys.get("stage", 0)
@@ -87,7 +87,7 @@ class Zero:
         )
 
 
-def keeps_spare(config: RunConfig) -> int:
+def keeps_stash(config: RunConfig) -> int:
     """Gradients kept beside DeepSpeed's: 0, 1, or 2 with a moving average (as `train.run` decides)."""
     rule = config.synthesis.rule
     if len(config.tasks) < 2 or (rule == "sum" and not config.synthesis.geometry):
@@ -95,7 +95,7 @@ def keeps_spare(config: RunConfig) -> int:
     return 2 if rule == "gru" else 1
 
 
-def states(shape: Shape, zero: Zero, config: RunConfig, machines: Machines) -> Memory:
+def states(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster) -> Memory:
     """What is held whatever the micro-batch, in bytes of one rank."""
     from pipeline.losses.objectives import OBJECTIVES
 
@@ -109,7 +109,7 @@ def states(shape: Shape, zero: Zero, config: RunConfig, machines: Machines) -> M
     moments = 2 if config.optimizer.name == "adamw" else 0
     master = 0 if b == 4 and zero.stage == 0 else 1  # ZeRO copies fp32 weights too
     gradient = shape.trained if zero.stage == 0 or (zero.stage == 1 and zero.optimizer_on == "device") else mine
-    spare = keeps_spare(config) * (shape.trained if zero.stage == 0 or (zero.stage == 1 and b == 2) else mine)
+    stash = keeps_stash(config) * (shape.trained if zero.stage == 0 or (zero.stage == 1 and b == 2) else mine)
 
     memory = Memory()
     gpu, host = memory.gpu, memory.host
@@ -128,8 +128,8 @@ def states(shape: Shape, zero: Zero, config: RunConfig, machines: Machines) -> M
     at["gradients"] = gradient * (zero.accumulate if zero.stage else b)
     if zero.optimizer_on == "cpu":
         at["gradients"] += 4 * mine  # the copy in fp32 that the optimizer reads
-    waits = host if offloaded or config.synthesis.spare == "host" else gpu
-    waits["spare"] = spare * (4 if offloaded and zero.stage < 3 else zero.accumulate if zero.stage else b)
+    waits = host if offloaded or config.synthesis.stash_device == "host" else gpu
+    waits["stash"] = stash * (4 if offloaded and zero.stage < 3 else zero.accumulate if zero.stage else b)
     optimizer = 4 * mine * (master + moments)
     if zero.optimizer_on == "nvme":
         memory.disk = optimizer
@@ -149,7 +149,7 @@ def states(shape: Shape, zero: Zero, config: RunConfig, machines: Machines) -> M
     return memory
 
 
-def buffers(shape: Shape, zero: Zero) -> float:
+def buffers(shape: ModelShape, zero: Zero) -> float:
     """What DeepSpeed holds on the GPU to communicate, and the weights that are gathered at a time."""
     if zero.stage == 3:
         partitioned = [size for size in shape.sizes if size > zero.persistent]
@@ -160,7 +160,7 @@ def buffers(shape: Shape, zero: Zero) -> float:
     return zero.accumulate * zero.bucket if zero.stage == 1 and shape.itemsize == 4 else 0
 
 
-def head_bytes(shape: Shape, tokens: int, asks_logits: bool) -> float:
+def head_bytes(shape: ModelShape, tokens: int, asks_logits: bool) -> float:
     """At most alive for token losses of `tokens` positions beside the states they are taken from (objectives.py)."""
     from pipeline.modeling.token_losses import _CHUNK
 
@@ -176,7 +176,7 @@ def head_bytes(shape: Shape, tokens: int, asks_logits: bool) -> float:
     return chunk * each + states + gradient + soft
 
 
-def working(config: RunConfig, shape: Shape, passes: dict[str, Pass], micro: int) -> tuple[float, float]:
+def working(config: RunConfig, shape: ModelShape, passes: dict[str, Pass], micro: int) -> tuple[float, float]:
     """(activations, logits): bytes alive in forward and backward of the task that needs more, beside the states."""
     from pipeline.losses.objectives import OBJECTIVES
 

@@ -20,15 +20,15 @@ from transformers.utils import logging
 
 from pipeline.config.schema import RunConfig
 from pipeline.errors import InputError
-from pipeline.modeling.checks import check_router_loss, load_shape
+from pipeline.modeling.checks import check_router_loss, load_model_config
 from pipeline.modeling.decoder import base_of
 from pipeline.modeling.dropout import set_dropout
-from pipeline.modeling.load import choose_what_trains
+from pipeline.modeling.load import set_trainable_parameters
 from pipeline.modeling.outputs import hidden_after
 
 
 @dataclass(frozen=True)
-class Affine:
+class Linear:
     """a + b * (sequences of a micro-batch)"""
 
     a: float
@@ -42,17 +42,17 @@ class Affine:
 class Pass:
     """Forward and backward of one task's micro-batch on one GPU, up to the states that its loss is taken from."""
 
-    kept: Affine  # bytes alive between forward and backward
-    peak: Affine  # bytes alive at most, backward's own and one tensor's whole gradient included
-    flops: Affine  # of both
-    forward_flops: Affine
-    used: list[int]  # numbers (rows of `Shape.sizes`) of the parameters of each module, whenever forward calls it
-    used_again: list[int]  # and by backward, which also recomputes
+    kept: Linear  # bytes alive between forward and backward
+    peak: Linear  # bytes alive at most, backward's own and one tensor's whole gradient included
+    flops: Linear  # of both
+    forward_flops: Linear
+    used: list[int]  # numbers (rows of `ModelShape.sizes`) of the parameters of each module, whenever forward calls it
+    backward_gathers: list[int]  # and by backward, which also recomputes
     reached: list[int]  # numbers of the parameters that get a gradient
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     sizes: list[int]  # elements of each parameter, tied ones once
     trains: list[bool]
     itemsize: int  # bytes of an element
@@ -79,7 +79,7 @@ def model_without_weights(config: RunConfig) -> Any:
     wanted = config.model.attn_implementation
     padded = config.data.packing == "documents" and wanted in (None, "sdpa")
     AttentionInterface.register("rehearsed", partial(_attention, padded=padded))
-    shape = load_shape(config.model)
+    shape = load_model_config(config.model)
     if "retain" in config.tasks:
         check_router_loss(config.model)
     if config.model.dropout is not None:  # elements that dropout drops are remembered for the backward pass
@@ -88,7 +88,7 @@ def model_without_weights(config: RunConfig) -> Any:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.model.dtype), **options)
-            choose_what_trains(model, config.model, config.seed)
+            set_trainable_parameters(model, config.model, config.seed)
     except (ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"model.path: {config.model.path!r} cannot be made without weights: {reason}") from None
@@ -114,13 +114,13 @@ def _attention(
     return found[0].transpose(1, 2).contiguous(), None
 
 
-def shape_of(model: Any) -> Shape:
+def shape_of(model: Any) -> ModelShape:
     head = model.get_output_embeddings()
     parameters = list(model.parameters())
     text = model.config.get_text_config()
     capped = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # Gemma 2, Granite, Cohere
     weight = next(iter(head.parameters()))
-    return Shape(
+    return ModelShape(
         sizes=[parameter.numel() for parameter in parameters],
         trains=[parameter.requires_grad for parameter in parameters],
         itemsize=parameters[0].element_size(),
@@ -144,7 +144,7 @@ def rehearse(model: Any, length: int, layer: int | None) -> Pass:
     numbers = {}
     for name in ("kept", "peak", "flops", "forward_flops"):
         one, two = runs[1][name], runs[2][name]
-        numbers[name] = Affine(2 * one - two, two - one)
+        numbers[name] = Linear(2 * one - two, two - one)
     return Pass(**numbers, **{name: runs[1][name] for name in ("used", "used_again", "reached")})
 
 
@@ -171,7 +171,7 @@ def _rehearse(model: Any, size: int, length: int, layer: int | None) -> dict[str
     base, head = base_of(model), model.get_output_embeddings()
     ids = torch.zeros(size, length, dtype=torch.long, device="meta")
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    ledger = Ledger(parameters)
+    ledger = LiveBytes(parameters)
     try:
         with ledger:
             states = base(**inputs).last_hidden_state if layer is None else hidden_after(base, layer, inputs)
@@ -196,7 +196,7 @@ def _rehearse(model: Any, size: int, length: int, layer: int | None) -> dict[str
     }
 
 
-class Ledger(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """While entered, sees every operation: bytes of the storages it makes, as long as they live, and its FLOPs.
 
     `held`: tensors that are there already and do not count, nor do views of them.

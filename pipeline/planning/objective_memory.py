@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.data.batches import Batch
-from pipeline.losses.objectives import OBJECTIVES, Terms
+from pipeline.losses.objectives import OBJECTIVES, LossInputs
 from pipeline.modeling.decoder import blocks_of
-from pipeline.modeling.outputs import answer_for_objectives
-from pipeline.modeling.reference import Original
+from pipeline.modeling.outputs import install_outputs
+from pipeline.modeling.reference import ReferenceWeights
 from pipeline.modeling.token_losses import token_losses
-from pipeline.planning.meta_trace import Ledger
+from pipeline.planning.meta_trace import LiveBytes
 
 MIB = 2**20
 
@@ -76,7 +76,7 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
         step(kept)
         return Bytes(after - before, torch.cuda.max_memory_allocated() - after)
-    with Ledger(held) as ledger:
+    with LiveBytes(held) as ledger:
         kept = keep()
         after = ledger.peak = ledger.alive
         step(kept)
@@ -109,7 +109,7 @@ class Engine(nn.Module):
     def __init__(self, module: Any, device: torch.device) -> None:
         super().__init__()
         self.module, self.device, self.optimizer = module, device, None
-        answer_for_objectives(self)
+        install_outputs(self)
 
     def forward(self, **inputs: Any) -> Any:
         return self.module(**inputs)
@@ -130,7 +130,7 @@ def original(sizes: dict[str, int], layer: int, batch: Batch, device: torch.devi
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
 
     def backward(objective: str, states: Tensor, said: Tensor) -> None:
-        terms = Terms(states, batch.labels, batch.attention_mask, said, beta=0.1, delta=0.0, steering=None)
+        terms = LossInputs(states, batch.labels, batch.attention_mask, said, beta=0.1, delta=0.0, steering=None)
         OBJECTIVES[objective].terms(terms).backward()
 
     def second_model(engine: Engine) -> Engine:
@@ -146,7 +146,7 @@ def original(sizes: dict[str, int], layer: int, batch: Batch, device: torch.devi
     def npo_of_two(engine: Engine, second: Engine) -> None:
         npo(engine, likelihoods(second))
 
-    def embed_diff(engine: Engine, frozen: Original) -> None:
+    def embed_diff(engine: Engine, frozen: ReferenceWeights) -> None:
         said = frozen.hidden(batch, layer)
         backward("embed_diff", engine(**inputs, layer=layer), said)
 
@@ -167,7 +167,7 @@ def original(sizes: dict[str, int], layer: int, batch: Batch, device: torch.devi
         "NPO: a second model": ("", second_model, npo_of_two),
         "NPO: ours": ("", likelihoods, npo),
         "RMU's retain term: a second model, whole forwards": (RMU_TRAINS, second_model, embed_diff_of_two),
-        "RMU's retain term: ours": (RMU_TRAINS, Original, embed_diff),
+        "RMU's retain term: ours": (RMU_TRAINS, ReferenceWeights, embed_diff),
     }
     found = {}
     for name, (trains, keep, step) in variants.items():

@@ -91,11 +91,11 @@ def build(options: argparse.Namespace) -> tuple[Any, list[Any]]:
     from transformers import AutoModelForCausalLM, LlamaConfig
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    from pipeline.data.batches import Stream
+    from pipeline.data.batches import BatchSampler
     from pipeline.data.tokenize import Sequences
     from pipeline.losses.objectives import OBJECTIVES
     from pipeline.losses.task import Task
-    from pipeline.modeling.outputs import answer_for_objectives
+    from pipeline.modeling.outputs import install_outputs
     from pipeline.optim import make_optimizer, make_schedule
 
     world = dist.get_world_size()
@@ -130,13 +130,13 @@ def build(options: argparse.Namespace) -> tuple[Any, list[Any]]:
         lr_scheduler=lambda optimizer: make_schedule(config, optimizer, 100),
         config=zero,
     )
-    answer_for_objectives(engine)
+    install_outputs(engine)
     tasks = []
     for number, (name, objective) in enumerate((("forget", "ga"), ("retain", "nll"))):
         dice = np.random.default_rng(number)
         ids = pa.array(dice.integers(0, options.vocabulary, 4 * batch * options.tokens).astype(np.int32))
         rows = pa.chunked_array([pa.ListArray.from_arrays([0, len(ids)], ids)])
-        stream = Stream(
+        stream = BatchSampler(
             Sequences(rows, options.tokens, "random"), 0, number, batch, options.micro_batch, dist.get_rank(), world, 0
         )
         tasks.append(Task(name, stream, OBJECTIVES[objective], config.objective))
@@ -164,9 +164,9 @@ def joint_step(engine: Any, shards: Any, tasks: list[Any], step: int) -> None:
 
 
 def terms(losses: Any, batch: Any) -> Any:
-    from pipeline.losses.objectives import Terms
+    from pipeline.losses.objectives import LossInputs
 
-    return Terms(losses, batch.labels, batch.attention_mask, None, beta=0.1, delta=0.0, steering=None)
+    return LossInputs(losses, batch.labels, batch.attention_mask, None, beta=0.1, delta=0.0, steering=None)
 
 
 def measure(options: argparse.Namespace, traffic: Traffic) -> list[SimpleNamespace]:
@@ -175,16 +175,16 @@ def measure(options: argparse.Namespace, traffic: Traffic) -> list[SimpleNamespa
 
     from pipeline.synthesis.combine import Synthesis
     from pipeline.trainer import train_step
-    from pipeline.zero.combiner import Shards
+    from pipeline.zero.combiner import GradientCombiner
 
     engine, tasks = build(options)
-    plain = Shards(engine, Synthesis("sum"), combine_tasks=False)
+    plain = GradientCombiner(engine, Synthesis("sum"), combine_tasks=False)
     partition_bytes = sum(size for _, size in plain.holder.layout) * plain.holder.dtype.itemsize
     schedules: dict[str, Callable[[int], Any]] = {
         "sum": lambda step: train_step(engine, plain, tasks, step, Silent()),  # pyright: ignore[reportArgumentType]
         "joint": lambda step: joint_step(engine, plain, tasks, step),
     }
-    held: dict[str, Shards] = {}  # the one whose turn it is: its spare partition lives for its own step only
+    held: dict[str, GradientCombiner] = {}  # the one whose turn it is: its spare partition lives for its own step only
     for rule in options.rules:
         schedules[rule] = lambda step, rule=rule: train_step(engine, held[rule], tasks, step, Silent())  # pyright: ignore
     cuda = engine.device.type == "cuda"
@@ -196,7 +196,7 @@ def measure(options: argparse.Namespace, traffic: Traffic) -> list[SimpleNamespa
         for name in order:
             held.clear()
             if name in options.rules:
-                held[name] = Shards(engine, Synthesis(name), combine_tasks=True)
+                held[name] = GradientCombiner(engine, Synthesis(name), combine_tasks=True)
             if cuda:
                 torch.cuda.synchronize()
             tells_peak = restart_peak(cuda)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.config.schema import RunConfig
-from pipeline.planning.memory import ADAM_BYTES, Machines, Zero, keeps_spare
+from pipeline.planning.memory import ADAM_BYTES, Cluster, Zero, keeps_stash
 
 if TYPE_CHECKING:
-    from pipeline.planning.meta_trace import Pass, Shape
+    from pipeline.planning.meta_trace import ModelShape, Pass
 
 
 # Bytes a second. Of nominal figures about two thirds, as sustained.
@@ -29,14 +29,14 @@ DISK = 5e9  # one machine
 
 
 @dataclass(frozen=True)
-class Sent:
+class CommVolume:
     """Bytes that collectives of one kind are asked to move in a step, counted as the whole tensor on one rank."""
 
     collective: str  # all_gather, reduce_scatter, all_reduce
     bytes: float
     within_machine: bool = False
 
-    def seconds(self, machines: Machines) -> float:
+    def seconds(self, machines: Cluster) -> float:
         """A ring: all but this rank's share crosses each link once, twice in an all-reduce. The slower link decides."""
         times = 2 if self.collective == "all_reduce" else 1
         ranks = machines.gpus if self.within_machine else machines.world
@@ -47,26 +47,26 @@ class Sent:
         return max(inside, across)
 
 
-def micro_batches(config: RunConfig, machines: Machines, micro: int) -> int:
+def micro_batches(config: RunConfig, machines: Cluster, micro: int) -> int:
     return config.train.batch_size // (micro * machines.world)
 
 
 def traffic(
-    shape: Shape, zero: Zero, config: RunConfig, machines: Machines, passes: dict[str, Pass], micro: int
-) -> list[Sent]:
+    shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster, passes: dict[str, Pass], micro: int
+) -> list[CommVolume]:
     """The collectives of a step. `passes`: of each task."""
     from pipeline.losses.objectives import OBJECTIVES
 
     if machines.world == 1:
         return []
     count = micro_batches(config, machines, micro)
-    trained, combines = shape.trained, keeps_spare(config) > 0
-    sent = [Sent("all_reduce", 80 * sum(shape.trains))] if combines else []
+    trained, combines = shape.trained, keeps_stash(config) > 0
+    sent = [CommVolume("all_reduce", 80 * sum(shape.trains))] if combines else []
     if zero.stage < 3:
         whole = shape.trained * zero.wire
         times = count * len(config.tasks) if zero.stage == 2 else 1 + combines
-        sent.append(Sent("all_reduce", whole * times))
-        return sent if zero.stage == 0 else [*sent, Sent("all_gather", trained * shape.itemsize)]
+        sent.append(CommVolume("all_reduce", whole * times))
+        return sent if zero.stage == 0 else [*sent, CommVolume("all_gather", trained * shape.itemsize)]
     hpz = min(zero.hpz, machines.world) > 1
     trained_rows = {row for row, trains in enumerate(shape.trains) if trains}
     held = set(range(len(shape.sizes))) - trained_rows  # with a copy in the machine, which a change of weights ends
@@ -86,11 +86,11 @@ def traffic(
                 gather(one.used)
                 held -= trained_rows
             gather(one.used)
-            gather(one.used_again)
+            gather(one.backward_gathers)
         reduced += count * zero.wire * sum(shape.sizes[row] for row in one.reached)
     kept = shape.itemsize * sum(size for size in shape.sizes if size <= zero.persistent)  # brought up to date
-    sent += [Sent("all_gather", gathered[False] + kept), Sent("reduce_scatter", reduced)]
-    return [*sent, Sent("all_gather", gathered[True], within_machine=True)] if hpz else sent
+    sent += [CommVolume("all_gather", gathered[False] + kept), CommVolume("reduce_scatter", reduced)]
+    return [*sent, CommVolume("all_gather", gathered[True], within_machine=True)] if hpz else sent
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Seconds:
 
 
 def seconds(
-    shape: Shape, zero: Zero, config: RunConfig, machines: Machines, passes: dict[str, Pass], micro: int
+    shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster, passes: dict[str, Pass], micro: int
 ) -> Seconds:
     """Of one step. Communication hides behind computation where `overlap_comm` lets it, and adds to it elsewhere."""
     from pipeline.losses.objectives import OBJECTIVES

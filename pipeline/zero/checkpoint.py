@@ -25,10 +25,10 @@ import torch
 import torch.distributed as dist
 
 from pipeline.distributed import errors as rank_errors
-from pipeline.errors import InputError, shorten, writing
-from pipeline.zero.combiner import Shards
-from pipeline.zero.optimizer_state import Stretch, optimizer_layout
-from pipeline.zero.reshard import deal, load_optimizer
+from pipeline.errors import InputError, disk_errors, shorten
+from pipeline.zero.combiner import GradientCombiner
+from pipeline.zero.optimizer_state import Fragment, optimizer_layout
+from pipeline.zero.reshard import copy_fragments, load_optimizer
 
 MARKER = "complete.json"
 
@@ -36,7 +36,7 @@ MARKER = "complete.json"
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of the engine
 
 
-def save(engine: Any, shards: Shards, run: Path, step: int, *, keep: int, identity: dict[str, Any]) -> None:
+def save(engine: Any, shards: GradientCombiner, run: Path, step: int, *, keep: int, identity: dict[str, Any]) -> None:
     """Write `run/checkpoints/step-NNNNNN` after `step` steps. Every rank must call, between steps.
 
     Args:
@@ -47,7 +47,7 @@ def save(engine: Any, shards: Shards, run: Path, step: int, *, keep: int, identi
         ranks.Failure: the disk does not take it.
     """
     folder = run / "checkpoints" / f"step-{step:06d}"
-    with writing(folder, folder):
+    with disk_errors(folder, folder):
         if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)  # half of one, perhaps by another number of ranks
         dist.barrier()
@@ -105,7 +105,7 @@ def newest(run: Path) -> Path | None:
     return max((marker.parent for marker in run.glob(f"checkpoints/step-*/{MARKER}")), default=None)
 
 
-def load(engine: Any, shards: Shards, checkpoint: Path, identity: dict[str, Any]) -> int:
+def load(engine: Any, shards: GradientCombiner, checkpoint: Path, identity: dict[str, Any]) -> int:
     """Put the engine and the rule's state where `save` found them; returns the steps done by then.
 
     Every rank must call, before training.
@@ -114,7 +114,7 @@ def load(engine: Any, shards: Shards, checkpoint: Path, identity: dict[str, Any]
     Raises:
         InputError: damaged, or of another run.
     """
-    with rank_errors.together():
+    with rank_errors.raise_on_all_ranks():
         marker = _check(checkpoint, identity)
     rank, world = dist.get_rank(), dist.get_world_size()
     same = world == marker["ranks"]
@@ -128,14 +128,14 @@ def load(engine: Any, shards: Shards, checkpoint: Path, identity: dict[str, Any]
         if found is None:
             raise RuntimeError(f"DeepSpeed finds no checkpoint in {checkpoint}")
     else:
-        layouts = [[[Stretch(**s) for s in group] for group in own["optimizer_layout"]] for own in before]
+        layouts = [[[Fragment(**s) for s in group] for group in own["optimizer_layout"]] for own in before]
         load_optimizer(engine, checkpoint, layouts)
         engine.lr_scheduler.load_state_dict(before[0]["schedule"])
         for name, value in before[0]["counters"].items():
             setattr(engine, name, value)
     if shards.average is not None:
-        flats = [([Stretch(**s) for s in own["average_layout"]], own["average"]) for own in before]
-        deal(flats, (shards.average_layout(), shards.average))
+        flats = [([Fragment(**s) for s in own["average_layout"]], own["average"]) for own in before]
+        copy_fragments(flats, (shards.average_layout(), shards.average))
     if same:
         torch.set_rng_state(before[0]["random"])
         if before[0]["cuda_random"] is not None:

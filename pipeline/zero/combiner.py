@@ -20,12 +20,12 @@ from torch import Tensor
 
 from pipeline.synthesis.combine import Piece, Synthesis, units_of
 from pipeline.synthesis.geometry import Geometry
-from pipeline.zero.optimizer_state import Stretch
-from pipeline.zero.stages import holder_of
+from pipeline.zero.optimizer_state import Fragment
+from pipeline.zero.stages import gradient_store
 from pipeline.zero.store import unexpected
 
 
-class Shards:
+class GradientCombiner:
     """The gradients of one step, sharded as DeepSpeed shards them.
 
     The step is: `clear`, the backwards of one task, `take(task)`, the same for the next task, `combine`, then, if
@@ -37,23 +37,23 @@ class Shards:
         RuntimeError: DeepSpeed does not keep its gradients where this file expects them.
     """
 
-    def __init__(self, engine: Any, synthesis: Synthesis, *, combine_tasks: bool, spare: str = "device") -> None:
+    def __init__(self, engine: Any, synthesis: Synthesis, *, combine_tasks: bool, stash_device: str = "device") -> None:
         self.engine = engine
         self.synthesis = synthesis
         if not engine.managed_gradient_accumulation():
             raise unexpected("managed_gradient_accumulation is off, so the boundary cannot be set")
-        self.holder = holder_of(engine)
+        self.holder = gradient_store(engine)
         names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
         self.names = [names[id(parameter)] for parameter in self.holder.parameters]
         self.sizes = [getattr(p, "ds_numel", p.numel()) for p in self.holder.parameters]  # of whole parameters
         self.units = units_of(synthesis.resolved_scope, [layer_of(name) for name in self.names])
-        self.spare: Tensor | None = None  # the forget gradient of this rank, all slices one after another
+        self.stash: Tensor | None = None  # the forget gradient of this rank, all slices one after another
         self.average: Tensor | None = None  # laid out alike: the state of a rule that averages the retain gradient
         if combine_tasks:
             numel = sum(size for _, size in self.holder.layout)
-            pinned = spare == "host" and torch.device(self.holder.device).type == "cuda"
+            pinned = stash_device == "host" and torch.device(self.holder.device).type == "cuda"
             place: dict[str, Any] = {"pin_memory": True} if pinned else {"device": self.holder.device}
-            self.spare = torch.empty(numel, dtype=self.holder.dtype, **place)
+            self.stash = torch.empty(numel, dtype=self.holder.dtype, **place)
             if synthesis.averages_retain:
                 # Without the loss scale an average in fp16 would underflow.
                 dtype = torch.float32 if self.holder.dtype == torch.float16 else self.holder.dtype
@@ -64,7 +64,7 @@ class Shards:
 
     def weight(self, task: str) -> float:
         """What the loss of `task` is multiplied with: its weight where gradients simply add up, else 1."""
-        if self.spare is not None:
+        if self.stash is not None:
             return 1.0
         return self.synthesis.gamma if task == "forget" else self.synthesis.alpha
 
@@ -76,8 +76,8 @@ class Shards:
 
     def take(self, task: str) -> None:
         """The backwards of `task` are done: set the forget gradient aside and make room for the retain gradient."""
-        if task == "forget" and self.spare is not None:
-            for kept, gradient in zip(self._cut(self.spare), self.holder.finish(), strict=True):
+        if task == "forget" and self.stash is not None:
+            for kept, gradient in zip(self._cut(self.stash), self.holder.reduce(), strict=True):
                 kept.copy_(gradient, non_blocking=True)  # what follows is queued behind it
             self.clear()
 
@@ -88,12 +88,12 @@ class Shards:
         `ready` says whether to call `engine.step()`: not if either gradient is non-finite. (fp16: then all the same,
         with a gradient that DeepSpeed recognises as an overflow, for it to skip the update and lower its loss scale.)
         """
-        slices = self.holder.finish()
+        slices = self.holder.reduce()
         geometry = None
-        if self.spare is not None:
+        if self.stash is not None:
             rows = [row for row, _ in self.holder.layout]
             averages = [None] * len(rows) if self.average is None else self._cut(self.average)
-            pieces = [Piece(*piece) for piece in zip(rows, self._cut(self.spare), slices, averages, strict=True)]
+            pieces = [Piece(*piece) for piece in zip(rows, self._cut(self.stash), slices, averages, strict=True)]
             self.scale = self.holder.loss_scale
             self.table = self.synthesis.combine_(pieces, self.units, self._add_up, self.scale).cpu()
             geometry = Geometry.of(self.table, sum(self.sizes), self.scale)
@@ -103,16 +103,16 @@ class Shards:
                 gradient[0] = torch.nan
         self.ready = finite or self.engine.fp16_enabled()
         if self.ready:
-            self.holder.hand_over(slices)
+            self.holder.write_back(slices)
             self.engine.set_gradient_accumulation_boundary(True)
         return geometry
 
-    def average_layout(self) -> list[Stretch]:
+    def average_layout(self) -> list[Fragment]:
         """What lies in `average` on this rank."""
         layout, at = [], 0
         for (row, size), start in zip(self.holder.layout, self.holder.starts, strict=True):
             real = max(min(size, self.sizes[row] - start), 0)  # what is beyond the parameter's end is padding
-            layout.append(Stretch(self.names[row], start, real, at))
+            layout.append(Fragment(self.names[row], start, real, at))
             at += size
         return layout
 
@@ -140,7 +140,7 @@ class Shards:
 
     def _all_finite(self, slices: list[Tensor]) -> bool:
         """Without a table to tell it (no spare): whether DeepSpeed may see this gradient."""
-        if self.holder.refuses_nonfinite:
+        if self.holder.optimizer_checks_overflow:
             return True  # engine.step() looks itself
         bad = torch.tensor(float(sum(not torch.isfinite(s).all() for s in slices)), device=self.engine.device)
         dist.all_reduce(bad)

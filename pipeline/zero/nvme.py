@@ -13,7 +13,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder  # pyright: ignore[reportAtt
 from pipeline.errors import InputError
 
 
-def try_disk(folder: Path) -> None:
+def check_nvme_path(folder: Path) -> None:
     """Take `folder` for this run, and write and read there as DeepSpeed will.
 
     What DeepSpeed does that with is compiled on first use, which takes minutes. It does not look at the result of a

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Fragment:
     """Elements of a parameter in a flat tensor."""
 
     name: str
@@ -18,7 +18,7 @@ class Stretch:
     at: int  # where it lies in the flat tensor
 
 
-def optimizer_layout(engine: Any) -> list[list[Stretch]]:
+def optimizer_layout(engine: Any) -> list[list[Fragment]]:
     """What lies in each flat fp32 tensor that this rank's optimizer updates. None without ZeRO: nothing is split."""
     if not engine.zero_optimization_stage():
         return []
@@ -32,14 +32,14 @@ def optimizer_layout(engine: Any) -> list[list[Stretch]]:
                 share = parameter.partition_numel()
                 start = dist.get_rank(group=parameter.ds_process_group) * share
                 real = max(min(share, parameter.ds_numel - start), 0)  # what is beyond the end is padding
-                layout[-1].append(Stretch(names[id(parameter)], start, real, at))
+                layout[-1].append(Fragment(names[id(parameter)], start, real, at))
                 at += share
         return layout
     for group in getattr(optimizer, "bf16_groups", None) or optimizer.bit16_groups:
         owned = [(parameter, parameter._hp_mapping) for parameter in group if parameter._hp_mapping is not None]
         layout.append(
             [
-                Stretch(
+                Fragment(
                     names[id(p)],
                     found.lp_fragment_address.start,
                     found.lp_fragment_address.numel,

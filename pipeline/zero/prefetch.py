@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 
-def keep_orders_apart(engine: Any) -> None:
+def separate_prefetch_traces(engine: Any) -> None:
     """One recorded order of modules for each kind of pass, where DeepSpeed (ZeRO-3) has one for all.
 
     It fetches weights ahead and keeps those soon used again by the order that it saw; a forward without a backward, or
@@ -20,7 +20,7 @@ def keep_orders_apart(engine: Any) -> None:
         return
     blank, coordinators = offload.param_coordinator, {}
 
-    def choose(module: nn.Module, arguments: Any, asked: dict[str, Any]) -> None:
+    def select_coordinator(module: nn.Module, arguments: Any, asked: dict[str, Any]) -> None:
         kind = (torch.is_grad_enabled(), asked.get("layer"), "labels" in asked)
         if kind not in coordinators:
             coordinators[kind] = copy(blank)
@@ -29,4 +29,6 @@ def keep_orders_apart(engine: Any) -> None:
             coordinators[kind]._clear_trace_structures()
         offload.param_coordinator = coordinators[kind]
 
-    engine.module.register_forward_pre_hook(choose, prepend=True, with_kwargs=True)  # before DeepSpeed's own
+    engine.module.register_forward_pre_hook(
+        select_coordinator, prepend=True, with_kwargs=True
+    )  # before DeepSpeed's own

@@ -17,18 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.zero.optimizer_state import Stretch, optimizer_layout
+from pipeline.zero.optimizer_state import Fragment, optimizer_layout
 
-Flat = tuple[list[Stretch], Tensor]  # a 1-D tensor, and what lies in it
+Flat = tuple[list[Fragment], Tensor]  # a 1-D tensor, and what lies in it
 
 
-def deal(old: Iterable[Flat], new: Flat) -> None:
+def copy_fragments(old: Iterable[Flat], new: Flat) -> None:
     """Fill `new` with what `old`, all ranks' together, have of the same parameters. Padding is left as it is.
 
     Raises:
         ValueError: `old` lacks some of it.
     """
-    found: dict[str, list[tuple[Stretch, Tensor]]] = defaultdict(list)
+    found: dict[str, list[tuple[Fragment, Tensor]]] = defaultdict(list)
     for stretches, tensor in old:
         for stretch in stretches:
             found[stretch.name].append((stretch, tensor))
@@ -45,7 +45,7 @@ def deal(old: Iterable[Flat], new: Flat) -> None:
 
 
 @torch.no_grad()
-def load_optimizer(engine: Any, checkpoint: Path, layouts: list[list[list[Stretch]]]) -> None:
+def load_optimizer(engine: Any, checkpoint: Path, layouts: list[list[list[Fragment]]]) -> None:
     """Weights, and the optimizer's state, from the files of all old ranks. Every rank must call.
 
     Args:
@@ -77,13 +77,13 @@ def load_optimizer(engine: Any, checkpoint: Path, layouts: list[list[list[Stretc
         weights = [group["params"][0] for group in engine.optimizer.optimizer.param_groups]
     kinds = next(iter(held[0][1].values()), {})  # of state; none for plain SGD
     for group, stretches in enumerate(optimizer_layout(engine)):
-        deal(everywhere(None), (stretches, weights[group]))
+        copy_fragments(everywhere(None), (stretches, weights[group]))
         if kinds:
             states[group] = {}
         for key, value in kinds.items():
             if torch.is_tensor(value) and value.dim():
                 states[group][key] = torch.zeros_like(weights[group])
-                deal(everywhere(key), (stretches, states[group][key]))
+                copy_fragments(everywhere(key), (stretches, states[group][key]))
             else:  # Adam's counter of steps: each group counts by itself
                 states[group][key] = value.clone() if torch.is_tensor(value) else value
     for now, then in zip(_base(mine)["param_groups"], _base(old[0])["param_groups"], strict=True):

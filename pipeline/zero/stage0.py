@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.zero.store import Holder
+from pipeline.zero.store import GradientStore
 
 
-class Whole(Holder):
+class Stage0Store(GradientStore):
     """Stage 0, plain data parallelism: the whole gradient is the parameters' own `.grad`, on every rank."""
 
     replicated = True
@@ -27,11 +27,11 @@ class Whole(Holder):
     def clear(self) -> None:
         self.engine.zero_grad()
 
-    def finish(self) -> list[Tensor]:
+    def reduce(self) -> list[Tensor]:
         self._reduce_now()  # gives a zero gradient to parameters that have none
         return [parameter.grad.view(-1) for parameter in self.parameters]
 
-    def hand_over(self, slices: list[Tensor]) -> None:
+    def write_back(self, slices: list[Tensor]) -> None:
         if not hasattr(self.optimizer, "_global_grad_norm"):  # fp32: nothing else would know it
             norms = [gradient.double().norm() for gradient in slices]
             self.engine._global_grad_norm = float(torch.stack(norms).norm())

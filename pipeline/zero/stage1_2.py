@@ -9,10 +9,10 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor
 
-from pipeline.zero.store import Holder, _expect, log, unexpected
+from pipeline.zero.store import GradientStore, _expect, log, unexpected
 
 
-class Partitioned(Holder):
+class Stage12Store(GradientStore):
     """ZeRO-1 and 2: per parameter group, this rank owns one stretch of the tensors laid end to end.
 
     Without offload step() reads `averaged_gradients`, tensors whose concatenation is the stretch (in bf16 or fp16 with
@@ -72,7 +72,7 @@ class Partitioned(Holder):
             for partition in optimizer.single_partition_of_fp32_groups:
                 partition.grad.zero_()
 
-    def finish(self) -> list[Tensor]:
+    def reduce(self) -> list[Tensor]:
         optimizer = self.optimizer
         if optimizer.partition_gradients:
             optimizer.finalize_gradient_accumulation_boundary()  # ZeRO-2 has reduced after every backward
@@ -95,7 +95,7 @@ class Partitioned(Holder):
         except KeyError:
             raise unexpected("averaged_gradients is not this rank's stretch of the parameters") from None
 
-    def hand_over(self, slices: list[Tensor]) -> None:
+    def write_back(self, slices: list[Tensor]) -> None:
         if self.offload:
             for (*_, parameter), gradient in zip(self.places, slices, strict=True):
                 key = self.optimizer.get_param_id(parameter)

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.zero.store import Holder, _expect, unexpected
+from pipeline.zero.store import GradientStore, _expect, unexpected
 
 
-class Bf16Whole(Holder):
+class Stage1Bf16Store(GradientStore):
     """ZeRO-1 in bf16 with fp32 accumulation: BF16_Optimizer keeps the whole gradient, in fp32, on every rank.
 
     step() updates from this rank's stretch of it, but takes the norm from all of it: so all of it is combined.
@@ -34,11 +34,11 @@ class Bf16Whole(Holder):
     def clear(self) -> None:
         self.optimizer.zero_grad()
 
-    def finish(self) -> list[Tensor]:
+    def reduce(self) -> list[Tensor]:
         self._reduce_now()
         return self._gradients()
 
-    def hand_over(self, slices: list[Tensor]) -> None:
+    def write_back(self, slices: list[Tensor]) -> None:
         # Norm and clipping leave out what is not flagged: here, what only the forget task touched.
         for flags in self.optimizer.fp32_groups_has_gradients:
             flags[:] = [True] * len(flags)

@@ -9,16 +9,16 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_local_grad
 from torch import Tensor
 
-from pipeline.zero.store import Holder, _expect, unexpected
+from pipeline.zero.store import GradientStore, _expect, unexpected
 
 
-class FlatPartition(Holder):
+class Stage3Store(GradientStore):
     """ZeRO-3: every backward reduce-scatters into one flat partition, which lies on the CPU under optimizer offload.
 
     Every tensor has ceil(numel / ranks) elements in it; those beyond its end are never written and stay zero.
     """
 
-    refuses_nonfinite = True
+    optimizer_checks_overflow = True
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
@@ -36,14 +36,14 @@ class FlatPartition(Holder):
         if self.optimizer.offload_optimizer:
             _expect(self.optimizer, "_offload_boundary_param_ids", "finalize_gradient_accumulation_boundary")
             _expect(self.optimizer, "norm_for_param_grads", "_swappable_optimizer_subgroup")
-            self._find_the_disk()
+            self._find_swapped_groups()
         elif flat.dtype == torch.float32:  # then DeepSpeed hands out the slice itself
             for parameter, view in zip(self.parameters, self.slices, strict=True):
                 local = safe_get_local_grad(parameter)
                 if local is not None and local.data_ptr() != view.data_ptr():
                     raise unexpected("the parameters' gradients are not the slices of the flat partition, in order")
 
-    def _find_the_disk(self) -> None:
+    def _find_swapped_groups(self) -> None:
         optimizer, start = self.optimizer, 0
         for number, (group, owned) in enumerate(
             zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
@@ -62,10 +62,10 @@ class FlatPartition(Holder):
         self.optimizer.zero_grad()
         self.flat.zero_()
 
-    def finish(self) -> list[Tensor]:
+    def reduce(self) -> list[Tensor]:
         return self.slices
 
-    def hand_over(self, slices: list[Tensor]) -> None:
+    def write_back(self, slices: list[Tensor]) -> None:
         """Under offload, the optimizer's own copy of the gradient.
 
         DeepSpeed 0.19.8 would write the gradients of nvme to the disk and read each back to its place in one buffer.

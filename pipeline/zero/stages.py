@@ -8,14 +8,14 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from pipeline.zero.stage0 import Whole
-from pipeline.zero.stage1_2 import Partitioned
-from pipeline.zero.stage1_bf16 import Bf16Whole
-from pipeline.zero.stage3 import FlatPartition
-from pipeline.zero.store import Holder, unexpected
+from pipeline.zero.stage0 import Stage0Store
+from pipeline.zero.stage1_2 import Stage12Store
+from pipeline.zero.stage1_bf16 import Stage1Bf16Store
+from pipeline.zero.stage3 import Stage3Store
+from pipeline.zero.store import GradientStore, unexpected
 
 
-def holder_of(engine: Any) -> Holder:
+def gradient_store(engine: Any) -> GradientStore:
     """How this engine holds gradients.
 
     Raises:
@@ -23,11 +23,11 @@ def holder_of(engine: Any) -> Holder:
     """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3 and type(optimizer) is DeepSpeedZeroOptimizer_Stage3:
-        return FlatPartition(engine)
+        return Stage3Store(engine)
     if stage in (1, 2) and type(optimizer) is DeepSpeedZeroOptimizer:
-        return Partitioned(engine)
+        return Stage12Store(engine)
     if stage == 1 and type(optimizer) is BF16_Optimizer:
-        return Bf16Whole(engine)
+        return Stage1Bf16Store(engine)
     if stage == 0:
-        return Whole(engine)
+        return Stage0Store(engine)
     raise unexpected(f"ZeRO stage {stage} with {type(optimizer).__name__}")

@@ -28,11 +28,11 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 
-class Holder(ABC):
+class GradientStore(ABC):
     """Where `engine.step()` reads the gradient, and how it is emptied."""
 
     replicated = False  # every rank holds the whole gradient
-    refuses_nonfinite = False  # engine.step() skips the update on inf and NaN, on all ranks alike, in any dtype
+    optimizer_checks_overflow = False  # engine.step() skips the update on inf and NaN, on all ranks alike, in any dtype
     parameters: list[Any]  # what trains; the index in this list is the row of the synthesis
     layout: list[tuple[int, int]]  # (row, number of elements) of each slice on this rank
     starts: list[int]  # of each slice: which element of its tensor is its first
@@ -49,7 +49,7 @@ class Holder(ABC):
         """Zero everything that the next backward would add to, or that `engine.step()` would read."""
 
     @abstractmethod
-    def finish(self) -> list[Tensor]:
+    def reduce(self) -> list[Tensor]:
         """Complete the reduction over ranks. The slices of `layout`, 1-D; writing to them is what step() will see."""
 
     @property
@@ -57,7 +57,7 @@ class Holder(ABC):
         """What DeepSpeed multiplied this step's losses with, and so its gradients. 1 but in fp16; step() changes it."""
         return float(self.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
 
-    def hand_over(self, slices: list[Tensor]) -> None:  # noqa: B027  (most have derived nothing)
+    def write_back(self, slices: list[Tensor]) -> None:  # noqa: B027  (most have derived nothing)
         """The slices have been overwritten: bring up to date what DeepSpeed derived from them."""
 
     def _reduce_now(self) -> None:

@@ -23,7 +23,7 @@ from eval.suites import biographies
 from eval.suites import bios as bios_suite
 from eval.sweep import axes, launch, search
 from eval.sweep import runs as sweep_runs
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 
 BIOS = MEASURES[0]
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -65,7 +65,7 @@ def test_lists_and_ranges() -> None:
     ],
 )
 def test_bad_sweeps(sweep: list[str], said: str) -> None:
-    with pytest.raises(UnusableInput, match=said) as caught:
+    with pytest.raises(InputError, match=said) as caught:
         axes.parse_sweep(sweep)
     assert "\n" not in str(caught.value)
 
@@ -137,8 +137,8 @@ def test_the_best_setting_reaches_the_level_first_and_retains_most_second() -> N
 
 
 def test_merit_orders_every_run_that_arrives_above_every_run_that_does_not() -> None:
-    assert search.merit(trained(REACHES).run, BIOS) == pytest.approx(0.74)
-    assert search.merit(trained(NEVER).run, BIOS) == pytest.approx(-0.3)
+    assert search.trial_score(trained(REACHES).run, BIOS) == pytest.approx(0.74)
+    assert search.trial_score(trained(NEVER).run, BIOS) == pytest.approx(-0.3)
 
 
 def test_seed_means_are_over_common_steps_without_the_target() -> None:
@@ -550,7 +550,7 @@ def test_a_folder_has_one_user(
     pretender: Pretender, command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Even a `kill -9` of the command does not free the folder while what it started lives."""
-    with launch.sole_user(tmp_path / "out", "eval.frontier"):
+    with launch.exclusive_lock(tmp_path / "out", "eval.frontier"):
         assert command("--methods", "sago") == 2
         assert "in use" in capsys.readouterr().err and pretender.lines == []
         child = subprocess.Popen(["sleep", "60"], close_fds=False)  # as `launch.call` starts its commands

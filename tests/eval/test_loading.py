@@ -26,7 +26,7 @@ from eval.loading import Trust
 from eval.results.metrics import choose
 from eval.sweep.runs import Plan
 from pipeline.config.load import resolve, to_yaml
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 from tests.conftest import World
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -72,7 +72,7 @@ def pickled(request: pytest.FixtureRequest, world: World, tmp_path: Path) -> tup
 @pytest.mark.parametrize("pickled", ["model", "base of an adapter"], indirect=True)
 def test_pickles_are_refused_unless_asked_for(pickled: tuple[Path, torch.Tensor]) -> None:
     folder, right = pickled
-    with pytest.raises(UnusableInput, match="--allow-pickle") as caught:
+    with pytest.raises(InputError, match="--allow-pickle") as caught:
         run.load(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
     model: Any = run.load(folder, trust=Trust(allow_pickle=True))[0]
@@ -83,7 +83,7 @@ def test_a_pickled_adapter_is_refused(world: World, tmp_path: Path) -> None:
     make_adapter(world.folder / "model", tmp_path / "adapter")
     pickle_weights(tmp_path / "adapter", "adapter_model")
     for trust in (Trust(), Trust(allow_pickle=True)):
-        with pytest.raises(UnusableInput, match=r"the adapter in .*adapter has no adapter_model\.safetensors"):
+        with pytest.raises(InputError, match=r"the adapter in .*adapter has no adapter_model\.safetensors"):
             run.load(tmp_path / "adapter", trust=trust)
 
 
@@ -158,7 +158,7 @@ def test_a_run_is_attacked_by_the_same_rules(what: str, kind: str, world: World,
         (finished / "config.yaml").write_text(yaml.safe_dump(config))
     before = sorted(finished.rglob("*"))
     flag = {"pickle": "--allow-pickle", "code": "--trust-remote-code"}[kind]
-    with pytest.raises(UnusableInput, match=flag) as caught:
+    with pytest.raises(InputError, match=flag) as caught:
         robustness.parse_command_line(attack(finished))
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
     assert not trace.exists() and sorted(finished.rglob("*")) == before

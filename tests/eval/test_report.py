@@ -18,9 +18,9 @@ from eval.files import exit_status
 from eval.reporting import figures, tables
 from eval.reporting.pages import as_markdown
 from eval.results import grouping, method, trajectories
-from eval.results.metrics import MEASURES, Measure
+from eval.results.metrics import MEASURES, ForgetRetainMetric
 from pipeline.config.load import resolve
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 from tests.conftest import World
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -67,7 +67,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
 
 
-def read(*folders: Path, measure: Measure = BIOS) -> dict[str, list[trajectories.Run]]:
+def read(*folders: Path, measure: ForgetRetainMetric = BIOS) -> dict[str, list[trajectories.Run]]:
     runs = [trajectories.prepare(trajectories.read_run(folder), measure, None) for folder in folders]
     return grouping.group_runs(runs)
 
@@ -127,7 +127,7 @@ METHOD = {  # each of them makes another model of the same data
     "train.steps": 50,
     "train.batch_size": 16,
     "optimizer.schedule": "cosine",
-    "optimizer.clip": 0.5,
+    "optimizer.max_grad_norm": 0.5,
     "data.max_length": 99,
     "data.a_key_of_tomorrow": True,
 }
@@ -139,10 +139,10 @@ SAME = {  # the same numbers, elsewhere, or saved and measured otherwise
     "train.checkpoint_every": 7,
     "train.keep_checkpoints": 3,
     "train.export_every": 9,
-    "train.timeout": 1.5,
+    "train.timeout_minutes": 1.5,
     "synthesis.geometry": True,
     "synthesis.layer_geometry_every": 5,
-    "synthesis.spare": "host",
+    "synthesis.stash_device": "host",
 }
 
 
@@ -193,7 +193,7 @@ def test_content_decides_and_not_the_path(tmp_path: Path) -> None:
     two = read(run("e", 0, "here", digest), run("f", 1, "there", other))
     assert list(two) == ["ga+nll sago model.path=here", "ga+nll sago model.path=there"]
     spoil(tmp_path / "e" / "digests.json", "[]")
-    with pytest.raises(UnusableInput, match=r"digests\.json is not as training writes it"):
+    with pytest.raises(InputError, match=r"digests\.json is not as training writes it"):
         read(tmp_path / "e")
 
 
@@ -201,7 +201,7 @@ def test_one_run_twice_is_no_second_seed(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", REACHES)
     shutil.copytree(folder, tmp_path / "copy")
     for twice in ((folder, folder), (folder, tmp_path / "copy")):
-        with pytest.raises(UnusableInput, match="one method and one seed"):
+        with pytest.raises(InputError, match="one method and one seed"):
             read(*twice)
 
 

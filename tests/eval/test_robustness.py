@@ -27,7 +27,7 @@ from eval.files import read_jsonl, write_jsonl
 from eval.suites import biographies, rwku, tofu
 from eval.suites import bios as bios_suite
 from pipeline.config.load import resolve, to_yaml
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 from tests.conftest import World
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def test_without_groups_each_row_is_one() -> None:
     assert sorted([*split.relearned, *split.held_out], key=rows.index) == rows
     two = relearning.split_corpus(rows[:2], lambda row: None, 0.1, 0)
     assert len(two.relearned) == len(two.held_out) == 1
-    with pytest.raises(UnusableInput, match=r"one group \(all\)"):
+    with pytest.raises(InputError, match=r"one group \(all\)"):
         relearning.split_corpus(rows, lambda row: "all", 0.1, 0)
 
 
@@ -202,7 +202,7 @@ def test_a_quiz_of_which_a_question_is_learned_again_is_refused(tmp_path: Path, 
     attack = attack_run.relearn(plan, rows, {})
     assert attack.exam.probes is plan.probes and attack.told is not None and attack.told["excluded_probes"] == 0
     again = [{"content": f"Exercise. WHAT IS {thing}? a"} for thing in THINGS]
-    with pytest.raises(UnusableInput, match=f"1 questions of suite {suite} stand in what is learned again"):
+    with pytest.raises(InputError, match=f"1 questions of suite {suite} stand in what is learned again"):
         attack_run.relearn(plan, again, {})
 
 
@@ -210,13 +210,15 @@ def test_what_cannot_be_matched_is_refused(tmp_path: Path) -> None:
     suite, files, forget, rows = CASES["tofu"]
     plan = plan_of(tmp_path, suite, files, forget)
     reworded = [*rows[:8], {"q": "In which town is the green lamp?", "a": "Lima."}, rows[9]]
-    with pytest.raises(UnusableInput, match=r"1 of 10 probes of the forget set are about no row.*green lamp of Lima"):
+    with pytest.raises(InputError, match=r"1 of 10 probes of the forget set are about no row.*green lamp of Lima"):
         attack_run.relearn(plan, reworded, {})
     one = [{**rows[0], "a": f"Answer {number}."} for number in range(10)]
     alone = plan_of(tmp_path / "one", suite, {"tofu/forget01_perturbed.json": TOFU[:1]}, forget, group="a")
-    with pytest.raises(UnusableInput, match="none is left to ask"):
+    with pytest.raises(InputError, match="none is left to ask"):
         attack_run.relearn(alone, one, {})
-    assert "group_of" in str(attack_run.can(replace(plan, module=json), "relearn"))  # a suite that says nothing
+    assert "group_of" in str(
+        attack_run.unavailable_reason(replace(plan, module=json), "relearn")
+    )  # a suite that says nothing
 
 
 def test_copies_of_what_is_learned_again_are_not_held_out(tmp_path: Path) -> None:
@@ -227,7 +229,7 @@ def test_copies_of_what_is_learned_again_are_not_held_out(tmp_path: Path) -> Non
     learned = {row["content"] for row in attack.rows}
     assert len(learned) == 2 and not learned & {row["content"] for row in attack.exam.documents}
     assert len(attack.exam.documents) == 20 - 4
-    with pytest.raises(UnusableInput, match="copies"):
+    with pytest.raises(InputError, match="copies"):
         attack_run.relearn(replace(plan, group="id"), [{**rows[0], "id": str(n)} for n in range(4)], {})
 
 
@@ -278,10 +280,10 @@ def test_a_corpus_is_read_whatever_its_format(tmp_path: Path) -> None:
     for name in ("a.jsonl", "lines.json", "array.json", "a.parquet"):
         assert relearning.read_corpus({**corpus, "path": str(tmp_path / name)}) == rows
     assert relearning.read_corpus({**corpus, "path": str(tmp_path / "a.txt")}) == [{"text": text} for text in texts]
-    with pytest.raises(UnusableInput, match="line 1: no field 'body'"):
+    with pytest.raises(InputError, match="line 1: no field 'body'"):
         relearning.read_corpus({**corpus, "path": str(tmp_path / "a.jsonl"), "field": "body"})
     for name in ("none.jsonl", "none.json", "none.txt", "none.parquet"):
-        with pytest.raises(UnusableInput, match=name):
+        with pytest.raises(InputError, match=name):
             relearning.read_corpus({**corpus, "path": str(tmp_path / name)})
 
 

@@ -161,7 +161,7 @@ def test_torch_and_safetensors_on_a_full_disk_are_understood(disk: Disk) -> None
     pattern = r"^cannot write .*/part \(.*MiB left\. Make room and give --resume"
     for write in writers.values():
         file.parent.mkdir()
-        with pytest.raises(ranks.Failure, match=pattern), pipeline_disk.writing(file.parent, file.parent):
+        with pytest.raises(ranks.FatalError, match=pattern), pipeline_disk.disk_errors(file.parent, file.parent):
             write()
         assert not file.parent.exists()
 
@@ -171,20 +171,20 @@ def test_torch_and_safetensors_on_a_full_disk_are_understood(disk: Disk) -> None
     [RuntimeError("CUDA error: out of memory"), ValueError("no such name"), ConnectionResetError(104, "reset by peer")],
 )
 def test_what_is_not_the_disk_is_not_told_as_if(error: Exception, tmp_path: Path) -> None:
-    with pytest.raises(type(error)) as caught, pipeline_disk.writing(tmp_path / "a"):
+    with pytest.raises(type(error)) as caught, pipeline_disk.disk_errors(tmp_path / "a"):
         raise error
     assert caught.value is error
 
 
 def test_other_refusals_of_a_disk_ask_for_no_room(tmp_path: Path) -> None:
     pattern = r"Read-only.*\. Make it writable and give --resume"
-    with pytest.raises(ranks.Failure, match=pattern) as caught, pipeline_disk.writing(tmp_path / "a"):
+    with pytest.raises(ranks.FatalError, match=pattern) as caught, pipeline_disk.disk_errors(tmp_path / "a"):
         raise OSError(30, "Read-only file system")
     assert "MiB" not in str(caught.value)
 
 
 def test_bad_input_that_is_read_while_a_cache_is_written_stays_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), pipeline_disk.writing(tmp_path / "a"):
+    with pytest.raises(KeyError), pipeline_disk.disk_errors(tmp_path / "a"):
         try:
             try:
                 (tmp_path / "missing").read_text()

@@ -47,7 +47,7 @@ def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "recipe.yaml",
         folder / "unused",
         data={**world.configuration("")["data"], "packing": "blocks", "max_length": 16},
-        optimizer={"schedule": "linear", "warmup": 0.5},
+        optimizer={"schedule": "linear", "warmup_ratio": 0.5},
         synthesis={"layer_geometry_every": 3},
         train={"export_every": 3, "steps": 6},
     )

@@ -10,12 +10,12 @@ from eval import report
 from eval.reporting import tables
 from eval.reporting.pages import as_markdown
 from eval.results import grouping, trajectories
-from eval.results.metrics import MEASURES, Measure, choose
-from pipeline.errors import InputError as UnusableInput
+from eval.results.metrics import MEASURES, ForgetRetainMetric, choose
+from pipeline.errors import InputError
 from tests.eval.runs import Suites, make_run
 
 
-def read(*folders: Path, **options: Any) -> tuple[dict[str, list[trajectories.Run]], Measure]:
+def read(*folders: Path, **options: Any) -> tuple[dict[str, list[trajectories.Run]], ForgetRetainMetric]:
     runs = [trajectories.read_run(folder) for folder in folders]
     measure = choose(trajectories.common_suites(runs, None), **options)
     return grouping.group_runs(trajectories.prepare(run, measure, None) for run in runs), measure
@@ -80,8 +80,10 @@ def test_runs_of_several_suites_show_all_their_scores(tmp_path: Path) -> None:
 
 def test_options_override_the_measure() -> None:
     own = choose(["bios"], forget="bios.forget.QA", retain="bios.facts.all", level=0.2)
-    assert own == Measure("bios.forget.QA", "bios.facts.all", 0.2)
-    assert choose(["bios"], retain="bios.facts.all") == Measure("bios.forget.all", "bios.facts.all", 0.1, 0.03)
+    assert own == ForgetRetainMetric("bios.forget.QA", "bios.facts.all", 0.2)
+    assert choose(["bios"], retain="bios.facts.all") == ForgetRetainMetric(
+        "bios.forget.all", "bios.facts.all", 0.1, 0.03
+    )
     assert choose(["mmlu", "wmdp_bio"]) == MEASURES[1] and choose(["tofu", "rwku"]) == MEASURES[3]
 
 
@@ -98,7 +100,7 @@ def test_options_override_the_measure() -> None:
     ],
 )
 def test_measures_that_cannot_be(suites: list[str], options: dict[str, Any], said: str) -> None:
-    with pytest.raises(UnusableInput, match=said) as caught:
+    with pytest.raises(InputError, match=said) as caught:
         choose(suites, **options)
     assert "\n" not in str(caught.value)
 
@@ -118,13 +120,13 @@ def test_an_export_without_the_score_is_left_out_and_told(tmp_path: Path) -> Non
         }
     )
     assert f"{tmp_path / 'run'}: step 20" in as_markdown(report.compose(groups, measure, None))
-    with pytest.raises(UnusableInput, match=r"no score tofu.model_utility"):
+    with pytest.raises(InputError, match=r"no score tofu.model_utility"):
         read(make_run(tmp_path / "none", [tofu(0.8, None)]))
 
 
 def test_runs_must_share_a_suite(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "a", [wmdp(0.3, 0.5)]), make_run(tmp_path / "b", [tofu(0.3, 0.5)])]
-    with pytest.raises(UnusableInput, match="no suite in common"):
+    with pytest.raises(InputError, match="no suite in common"):
         read(*folders)
 
 

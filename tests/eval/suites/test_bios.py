@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eval import bios
 from eval.suites import biographies
 from eval.suites import bios as bios_suite
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -30,7 +30,7 @@ def texts(path: Path) -> list[str]:
     return [json.loads(line)["text"] for line in path.read_text().splitlines()]
 
 
-def names(probes: list[bios.Probe], split: str) -> set[str]:
+def names(probes: list[biographies.Probe], split: str) -> set[str]:
     """The persons a split's probes ask about, found by their full name."""
     everyone = {f"{first} {last}" for first in biographies.FIRST_NAMES for last in biographies.LAST_NAMES}
     prompts = " ".join(probe["prompt"] for probe in probes if probe["split"] == split)
@@ -106,10 +106,10 @@ def test_writing_again_changes_nothing_and_strange_folders_are_refused(folder: P
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert not bios.write(folder, seed=0)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-    with pytest.raises(UnusableInput, match="another seed"):
+    with pytest.raises(InputError, match="another seed"):
         bios.write(folder, seed=1)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UnusableInput, match="no complete benchmark"):
+    with pytest.raises(InputError, match="no complete benchmark"):
         bios.write(tmp_path, seed=0)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -118,14 +118,14 @@ def test_probes_are_found_in_both_layouts_and_without_a_folder(folder: Path, tmp
     (tmp_path / "bios").mkdir()
     (tmp_path / "bios" / "probes.jsonl").write_bytes((folder / "probes.jsonl").read_bytes())
     assert bios_suite.load_probes(tmp_path) == bios_suite.load_probes(folder) == bios_suite.load_probes(None, seed=0)
-    with pytest.raises(UnusableInput, match=r"python -m eval\.bios"):
+    with pytest.raises(InputError, match=r"python -m eval\.bios"):
         bios_suite.load_probes(tmp_path / "nowhere")
     (tmp_path / "bios" / "probes.jsonl").write_text(
         '{"split": "a", "kind": "QA", "prompt": "one\u2028line", "answer": "b"}\n', encoding="utf-8"
     )
     assert [probe["prompt"] for probe in bios_suite.load_probes(tmp_path)] == ["one\u2028line"]
     (tmp_path / "bios" / "probes.jsonl").write_text('{"split": "forget"}\n')
-    with pytest.raises(UnusableInput, match="line 1"):
+    with pytest.raises(InputError, match="line 1"):
         bios_suite.load_probes(tmp_path)
 
 
@@ -195,8 +195,8 @@ def test_padding_does_not_change_an_answer(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     model = AutoModelForCausalLM.from_pretrained(folder / "base")
     prompts = [probe["prompt"] for probe in bios_suite.load_probes(folder)[::97]]
-    together = bios_suite.answer(model, tokenizer, prompts, batch_size=64, title="")
+    raise_on_all_ranks = bios_suite.answer(model, tokenizer, prompts, batch_size=64, title="")
     alone = bios_suite.answer(model, tokenizer, prompts, batch_size=1, title="")
     assert len({len(tokenizer(prompt).input_ids) for prompt in prompts}) > 1  # so that there is padding at all
-    assert together == alone
+    assert raise_on_all_ranks == alone
     assert len(set(alone)) > 1  # and the answers tell prompts apart

@@ -22,7 +22,7 @@ from eval.suites import corpus, rouge, scoring
 from pipeline.config.schema import Corpus
 from pipeline.data.chat import encode_answers
 from pipeline.data.corpus import read
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 from tests.conftest import World
 
 QUESTIONS = [{"prompt": "kara lo", "response": "mivi su"}, {"prompt": "su", "response": "neto kara vi"}]
@@ -154,10 +154,10 @@ def test_recall_by_the_script_of_the_reference(reference: str, answer: str, expe
 def test_the_level_is_half_of_what_the_target_has() -> None:
     before = {"corpus.forget.probability": 0.3, "corpus.retain.probability": 0.2}
     measure = choose(["corpus"], target=before)
-    assert (measure.level, measure.retain, measure.of_target) == (0.15, "corpus.retain.probability", False)
+    assert (measure.level, measure.retain, measure.level_is_relative) == (0.15, "corpus.retain.probability", False)
     assert choose(["corpus"], level=0.07).level == 0.07
     assert choose(["corpus"], forget="corpus.forget.probability", target=before).level == 0.15
-    with pytest.raises(UnusableInput, match="give --target"):
+    with pytest.raises(InputError, match="give --target"):
         choose(["corpus"])
 
 
@@ -239,13 +239,13 @@ def test_an_empty_thinking_block_is_not_scored(world: World) -> None:
 def test_what_cannot_be_used_is_named(files: dict[str, str] | None, said: str, tmp_path: Path) -> None:
     for name, text in (files or {}).items():
         (tmp_path / name).write_text(text)
-    with pytest.raises(UnusableInput, match=said):
+    with pytest.raises(InputError, match=said):
         corpus.load_probes(tmp_path if files is not None else None)
 
 
 def test_a_name_of_the_hub_is_asked_for_there(tmp_path: Path) -> None:
     assert run.find_models(Path("some-one/a.model")) == [(None, Path("some-one/a.model"))]
-    with pytest.raises(UnusableInput, match=r"some-one/a\.model is no folder, and the hub does not give it"):
+    with pytest.raises(InputError, match=r"some-one/a\.model is no folder, and the hub does not give it"):
         loading.load(Path("some-one/a.model"))
-    with pytest.raises(UnusableInput, match="no name of the hub"):
+    with pytest.raises(InputError, match="no name of the hub"):
         run.find_models(tmp_path / "nowhere" / "model")

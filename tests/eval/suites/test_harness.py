@@ -22,7 +22,7 @@ from eval import bios, loading, run
 from eval.suites import bios as bios_suite
 from eval.suites import harness
 from eval.suites import sharing as ranks
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 from tests.distributed import free_port, run_distributed
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -320,7 +320,7 @@ def test_unusable_questions(
 ) -> None:
     for name, rows in files.items():
         write_rows(tmp_path / name, rows)
-    with pytest.raises(UnusableInput) as caught:
+    with pytest.raises(InputError) as caught:
         harness.load_probes(tmp_path, suite, **({"shots": 5} if suite == "mmlu" else {}))
     assert culprit in str(caught.value) and remedy in str(caught.value) and "\n" not in str(caught.value)
 
@@ -348,13 +348,13 @@ def test_without_data_the_hub_is_asked_for_all_subjects(folder: Path, monkeypatc
     assert accuracy["all"] == pytest.approx(
         sum(accuracy[name] * count for name, count in counts.items()) / 59, abs=1e-12
     )
-    with pytest.raises(UnusableInput, match="--shots 3"):
+    with pytest.raises(InputError, match="--shots 3"):
         harness.load_probes(None, "mmlu", shots=3)
 
 
 def test_a_silent_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(UnusableInput, match=r"suite wmdp_bio.*give --data"):
+    with pytest.raises(InputError, match=r"suite wmdp_bio.*give --data"):
         harness.load_probes(None, "wmdp_bio")
 
 
@@ -371,6 +371,6 @@ def test_unusable_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more:
     monkeypatch.chdir(tmp_path)
     Path("zero2.json").write_text('{"zero_optimization": {"stage": 2}}')
     monkeypatch.setattr(sys, "argv", ["run.py", "--model", "model", "--output", "out.json", *more])
-    with pytest.raises(UnusableInput, match=culprit):
+    with pytest.raises(InputError, match=culprit):
         run.main()
     assert os.listdir() == ["zero2.json"]

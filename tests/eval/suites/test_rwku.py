@@ -18,7 +18,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from eval.suites import rouge as scoring_rouge
 from eval.suites import rwku, scoring
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 
 # A template that knows who speaks, and marks the end of a turn.
 CHAT = (
@@ -279,26 +279,26 @@ def test_only_what_is_there(data: Path, tmp_path: Path, learned: tuple[Any, Any]
 
 
 def test_unusable_data(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnusableInput, match=r"no rwku/Batch/1-50/forget_level1\.json"):
+    with pytest.raises(InputError, match=r"no rwku/Batch/1-50/forget_level1\.json"):
         rwku.load_probes(tmp_path)
     shutil.copytree(data / "rwku" / "Batch", tmp_path / "rwku" / "Batch")
     file = tmp_path / "rwku" / "Batch" / "1-50" / "forget_level2.json"
     rows = json.loads(file.read_text())
     rows[3]["answer"] = ""
     file.write_text(json.dumps(rows))
-    with pytest.raises(UnusableInput, match=r"forget_level2\.json, row 4: needs text under query, type, answer"):
+    with pytest.raises(InputError, match=r"forget_level2\.json, row 4: needs text under query, type, answer"):
         rwku.load_probes(tmp_path)
     file.write_text("{}")
-    with pytest.raises(UnusableInput, match="holds no list of rows"):
+    with pytest.raises(InputError, match="holds no list of rows"):
         rwku.load_probes(tmp_path)
     file.write_text("[")
-    with pytest.raises(UnusableInput, match="cannot read"):
+    with pytest.raises(InputError, match="cannot read"):
         rwku.load_probes(tmp_path)
 
 
 def test_no_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    with pytest.raises(UnusableInput, match=r"cannot load jinzhuoran/RWKU .*; name local copies by --data") as caught:
+    with pytest.raises(InputError, match=r"cannot load jinzhuoran/RWKU .*; name local copies by --data") as caught:
         rwku.load_probes(None)
     assert "\n" not in str(caught.value)

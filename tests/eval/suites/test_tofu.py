@@ -17,7 +17,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from eval.suites import rouge as scoring
 from eval.suites import tofu
 from pipeline.data.chat import encode_answers
-from pipeline.errors import InputError as UnusableInput
+from pipeline.errors import InputError
 
 FILES = ("forget01", "retain", "real_authors", "world_facts")
 CHAT = "{% for turn in messages %}<{{ turn.role }}> {{ turn.content }}<|endoftext|>{% endfor %}"
@@ -191,32 +191,32 @@ def test_retain_only_model(folder: Path, learned: tuple[Any, Any], short: int, t
     again = tofu.evaluate(*learned, tofu.load_probes(tmp_path))
     assert again["metrics"]["forget_quality"] == pytest.approx(1.0) and again["notes"] == {}
     file.write_text(json.dumps({"trajectory": []}))
-    with pytest.raises(UnusableInput, match=r"retain_model\.json is no answer of eval\.run --suite tofu for one model"):
+    with pytest.raises(InputError, match=r"retain_model\.json is no answer of eval\.run --suite tofu for one model"):
         tofu.load_probes(tmp_path)
     answer["log_truth_ratios"].pop()
     file.write_text(json.dumps({"suites": {"tofu": answer}}))
-    with pytest.raises(UnusableInput, match=r"needs 5 truth ratios, all numbers, .* has 4"):
+    with pytest.raises(InputError, match=r"needs 5 truth ratios, all numbers, .* has 4"):
         tofu.load_probes(tmp_path)
 
 
 def test_unusable_data(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnusableInput, match=r"no tofu/forgetNN_perturbed\.json"):
+    with pytest.raises(InputError, match=r"no tofu/forgetNN_perturbed\.json"):
         tofu.load_probes(tmp_path)
     shutil.copytree(folder / "tofu", tmp_path / "tofu")
     forget = tmp_path / "tofu" / "forget01_perturbed.json"
     second = forget.with_name("forget05_perturbed.json")
     shutil.copy(forget, second)
-    with pytest.raises(UnusableInput, match=r"forget01_perturbed\.json and forget05_perturbed\.json; leave one"):
+    with pytest.raises(InputError, match=r"forget01_perturbed\.json and forget05_perturbed\.json; leave one"):
         tofu.load_probes(tmp_path)
     second.unlink()
     rows = [json.loads(line) for line in forget.read_text().splitlines()]
     rows[2]["perturbed_answer"] = "one"
     forget.write_text("\n".join(json.dumps(row) for row in rows))
-    with pytest.raises(UnusableInput, match="row 3: needs a list of texts under perturbed_answer"):
+    with pytest.raises(InputError, match="row 3: needs a list of texts under perturbed_answer"):
         tofu.load_probes(tmp_path)
     del rows[1]["paraphrased_answer"]
     forget.write_text("\n".join(json.dumps(row) for row in rows))
-    with pytest.raises(UnusableInput, match="row 2: needs text under question, answer, paraphrased_answer"):
+    with pytest.raises(InputError, match="row 2: needs text under question, answer, paraphrased_answer"):
         tofu.load_probes(tmp_path)
 
 
@@ -238,6 +238,6 @@ def test_the_hub_is_asked_for_the_forget_set_that_was_trained_on(monkeypatch: py
 def test_no_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    with pytest.raises(UnusableInput, match=r"cannot load locuslab/TOFU .*; name local copies by --data") as caught:
+    with pytest.raises(InputError, match=r"cannot load locuslab/TOFU .*; name local copies by --data") as caught:
         tofu.load_probes(None)
     assert "\n" not in str(caught.value)

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from pipeline.config.deepspeed import OLD_NAMES, UNTESTED, accumulation, deepspeed_config
 from pipeline.config.load import nearest, parse_command_line, resolve
-from pipeline.config.run_folder import content_digest, decisive_keys, refuse_foreign_output
+from pipeline.config.run_folder import check_output_dir, content_digest, run_fingerprint
 from pipeline.config.schema import RunConfig
 from pipeline.distributed.environment import world_from_environment
 from pipeline.errors import InputError
@@ -70,19 +70,19 @@ def test_defaults_are_the_contracts(config: Resolve) -> None:
     made = config().model_dump()
     assert made["seed"] == 0
     assert made["model"] == {
-        "path": "some/model", "dtype": "bfloat16", "gradient_checkpointing": False, "train": [".*"], "lora": None,
+        "path": "some/model", "dtype": "bfloat16", "gradient_checkpointing": False, "trainable": [".*"], "lora": None,
         "attn_implementation": None, "torch_compile": False, "trust_remote_code": False, "allow_pickle": False,
         "dropout": 0.0,
     }  # fmt: skip
     assert made["data"]["max_length"] == 512 and made["data"]["packing"] == "blocks"
     assert made["data"]["forget"]["field"] == made["data"]["retain"]["field"] == "text"
-    objective = {"forget": "npo", "retain": "nll", "beta": 0.1, "delta": 0.0, "layer": 7, "steering": 20.0}
+    objective = {"forget": "npo", "retain": "nll", "beta": 0.1, "delta": 0.0, "layer": 7, "steering_coeff": 20.0}
     assert objective.items() <= made["objective"].items()
     assert {"rule": "sago", "alpha": 1.0, "gamma": 1.0}.items() <= made["synthesis"].items()
     assert made["synthesis"]["scope"] in (None, "element")
     assert made["optimizer"] == {
         "name": "adamw", "lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0,
-        "schedule": "linear", "warmup": 0.1, "clip": 1.0,
+        "schedule": "linear", "warmup_ratio": 0.1, "max_grad_norm": 1.0,
     }  # fmt: skip
     train = {"steps": 100, "batch_size": 32, "micro_batch_size": 4, "deepspeed": "ds_configs/zero3.json"}
     assert train.items() <= made["train"].items() and made["train"]["checkpoint_every"] == 0
@@ -107,7 +107,7 @@ OVERRIDES: list[tuple[list[str], str, Any]] = [
     (["--objective.delta", "-1e-3"], "objective.delta", -1e-3),
     (["--objective.delta=-3"], "objective.delta", -3.0),
     (["--optimizer.betas", "[0.8, 0.95]"], "optimizer.betas", [0.8, 0.95]),
-    (["--model.train", "['layers\\.[12]\\.', lm_head]"], "model.train", ["layers\\.[12]\\.", "lm_head"]),
+    (["--model.trainable", "['layers\\.[12]\\.', lm_head]"], "model.trainable", ["layers\\.[12]\\.", "lm_head"]),
     (["--model.gradient_checkpointing", "true"], "model.gradient_checkpointing", True),
     (["--model.attn_implementation", "sdpa"], "model.attn_implementation", "sdpa"),
     (["--model.torch_compile", "true"], "model.torch_compile", True),
@@ -217,16 +217,16 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["--optimizer.lr", ".nan"], ["optimizer.lr", "nan"]),
     (["--optimizer.betas", "[0.9]"], ["optimizer.betas"]),
     (["--optimizer.betas", "0.9"], ["optimizer.betas"]),
-    (["--optimizer.warmup", "1.0"], ["optimizer.warmup"]),
+    (["--optimizer.warmup_ratio", "1.0"], ["optimizer.warmup_ratio"]),
     (["--objective.beta", "0"], ["objective.beta"]),
     (["--synthesis.alpha", "-1"], ["synthesis.alpha", "-1"]),
-    (["--model.train", "['(']"], ["model.train", "'('"]),
-    (["--model.train", "lm_head"], ["model.train", "list"]),
+    (["--model.trainable", "['(']"], ["model.trainable", "'('"]),
+    (["--model.trainable", "lm_head"], ["model.trainable", "list"]),
     (["--model.lora.r", "0"], ["model.lora.r", "0"]),
     (["--model.lora.rank", "8"], ["'model.lora.rank'", "valid: r, alpha"]),
     (["--model.lora.targets", "['(']"], ["model.lora.targets", "'('"]),
     (["--model.lora.targets", "[]"], ["model.lora.targets"]),
-    (["--model.lora", "{}", "--model.train", "[lm_head]"], ["model.train", "model.lora.targets"]),
+    (["--model.lora", "{}", "--model.trainable", "[lm_head]"], ["model.trainable", "model.lora.targets"]),
     (["--model.attn_implementation", "''"], ["model.attn_implementation"]),
     (["--model", "null"], ["model"]),
     (["--train.steps.x", "3"], ["train.steps"]),
@@ -234,7 +234,7 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["--train.steps", "--seed", "1"], ["--train.steps", "value"]),
     (["train.steps", "3"], ["'train.steps'", "--"]),
     (["-x", "3"], ["'-x'"]),
-    (["--model.train", "[a"], ["--model.train", "YAML"]),
+    (["--model.trainable", "[a"], ["--model.trainable", "YAML"]),
     (["--output", "!!python/name:os.system"], ["--output", "YAML"]),
     (["--data.forget", "null"], ["data.forget", "objective.forget"]),
     (["--data.forget.path", "no/such.jsonl"], ["data.forget.path", "no/such.jsonl"]),
@@ -300,7 +300,7 @@ def test_questions_beside_plain_text_are_read_back_as_they_were(config: Resolve,
 
 OUT_OF_RANGE = {
     "betas out of range": ["--optimizer.betas", "[1.5, -3]"],
-    "nothing trains": ["--model.train", "[]"],
+    "nothing trains": ["--model.trainable", "[]"],
     "margin nan": ["--objective.delta", ".nan"],
     "weight inf": ["--synthesis.alpha", ".inf"],
     "rate inf": ["--optimizer.lr", ".inf"],
@@ -387,7 +387,7 @@ def test_a_hint_lists_what_is_valid() -> None:
 
 def test_an_output_that_holds_a_run_is_refused(tmp_path: Path, config: Resolve) -> None:
     def check(output: Path, resume: bool = False) -> None:
-        refuse_foreign_output(config(output=str(output)), resume)
+        check_output_dir(config(output=str(output)), resume)
 
     for resume in (False, True):  # a job script may always say --resume
         check(tmp_path / "new", resume)
@@ -411,15 +411,15 @@ def test_what_a_resumed_run_may_have_otherwise(tmp_path: Path, config: Resolve) 
         "micro_batch_size": 2, "checkpoint_every": 7, "keep_checkpoints": 5, "timeout": 1.5, "export_every": 3,
         "max_skipped": 2, "deepspeed": "moved/zero3.json",
     }  # fmt: skip
-    refuse_foreign_output(made(**free), resume=True)
+    check_output_dir(made(**free), resume=True)
     (tmp_path / "run").rename(tmp_path / "moved")
     moved = config(output=str(tmp_path / "moved"), cache=str(tmp_path / "cache"), train=free)
-    refuse_foreign_output(moved, resume=True)
+    check_output_dir(moved, resume=True)
     (tmp_path / "moved").rename(tmp_path / "run")
-    assert "train.batch_size" in refusal(lambda: refuse_foreign_output(made(**free, batch_size=64), resume=True))
+    assert "train.batch_size" in refusal(lambda: check_output_dir(made(**free, batch_size=64), resume=True))
     zero: dict[str, Any] = {"zero_optimization": {"stage": 2}}
-    assert decisive_keys(made(), zero) == decisive_keys(made(**free), zero)
-    assert decisive_keys(made(), zero) != decisive_keys(made(batch_size=64), zero)
+    assert run_fingerprint(made(), zero) == run_fingerprint(made(**free), zero)
+    assert run_fingerprint(made(), zero) != run_fingerprint(made(batch_size=64), zero)
 
 
 def test_what_a_resumed_run_reads_may_have_moved(tmp_path: Path, config: Resolve) -> None:
@@ -432,15 +432,15 @@ def test_what_a_resumed_run_reads_may_have_moved(tmp_path: Path, config: Resolve
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(before.model_dump()))
     old.rename(new)
     corpora = {"forget": {"path": str(new)}, "retain": {"path": str(new)}}
-    changed = {"synthesis": {"layer_geometry_every": 3, "spare": "host"}, "data": corpora}
+    changed = {"synthesis": {"layer_geometry_every": 3, "stash_device": "host"}, "data": corpora}
     now = config(**{**here, **changed, "model": {"path": "elsewhere", "gradient_checkpointing": True}}).model_copy(
         update={"method": "b"}
     )
-    refuse_foreign_output(now, resume=True)
+    check_output_dir(now, resume=True)
     zero = {"zero_optimization": {"stage": 3}}
-    assert decisive_keys(before, zero) == decisive_keys(now, zero)
+    assert run_fingerprint(before, zero) == run_fingerprint(now, zero)
     for other in ({"model": {"torch_compile": True}}, {"seed": 1}, {"synthesis": {"gamma": 2.0}}):
-        assert decisive_keys(before, zero) != decisive_keys(config(**{**here, "data": corpora, **other}), zero)
+        assert run_fingerprint(before, zero) != run_fingerprint(config(**{**here, "data": corpora, **other}), zero)
 
 
 @pytest.mark.parametrize(
@@ -460,7 +460,7 @@ def test_the_keys_of_a_deepspeed_file_decide_and_not_its_name(
     changed: dict[str, Any], decides: bool, config: Resolve
 ) -> None:
     zero = {"zero_optimization": {"stage": 3}}
-    same = decisive_keys(config(), zero) == decisive_keys(config(), {**zero, **changed})
+    same = run_fingerprint(config(), zero) == run_fingerprint(config(), {**zero, **changed})
     assert same is not decides
 
 
@@ -471,8 +471,8 @@ def test_a_run_is_not_resumed_with_other_adapters(before: Any, now: Any, tmp_pat
 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(made(before).model_dump()))
-    refuse_foreign_output(made(before), resume=True)
-    assert "model.lora" in refusal(lambda: refuse_foreign_output(made(now), resume=True))
+    check_output_dir(made(before), resume=True)
+    assert "model.lora" in refusal(lambda: check_output_dir(made(now), resume=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -540,7 +540,7 @@ def test_the_digest_of_a_deepspeed_file_is_of_what_it_decides(deepspeed: Any) ->
     assert content_digest(deepspeed({**csv, **STAGE3, "steps_per_print": 3}, train={"micro_batch_size": 8})) == whole
     others = [
         deepspeed({"zero_optimization": {"stage": 2}}),
-        deepspeed(STAGE3, optimizer={"clip": 0.5}),
+        deepspeed(STAGE3, optimizer={"max_grad_norm": 0.5}),
         deepspeed(STAGE3, model={"path": "x", "dtype": "float16"}),
         deepspeed({**STAGE3, "communication_data_type": "fp16"}),
     ]
@@ -548,7 +548,7 @@ def test_the_digest_of_a_deepspeed_file_is_of_what_it_decides(deepspeed: Any) ->
 
 
 def test_the_run_decides_batch_clipping_and_precision(deepspeed: Any) -> None:
-    made = deepspeed(STAGE3, train={"micro_batch_size": 8}, optimizer={"clip": 0.5})
+    made = deepspeed(STAGE3, train={"micro_batch_size": 8}, optimizer={"max_grad_norm": 0.5})
     assert made["train_micro_batch_size_per_gpu"] == 8
     assert made["gradient_clipping"] == 0.5
     assert made["bf16"]["enabled"] is True and made["fp16"]["enabled"] is False
@@ -714,7 +714,7 @@ def test_what_deepspeed_changed_the_default_of_is_stated(deepspeed: Any) -> None
     """Of 0.16.0 to 0.19.8, as their sources have it: clipping 0 then 1, the bf16 overflow check off then on, immediate
     updates on in 0.16.9, pinned memory off then on. (The limit of collectives, 30 minutes then 10: `ranks.start`.)"""
     offload = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu", "pin_memory": False}}
-    made = deepspeed({"zero_optimization": {"stage": 3, **offload}}, optimizer={"clip": 0.0})
+    made = deepspeed({"zero_optimization": {"stage": 3, **offload}}, optimizer={"max_grad_norm": 0.0})
     assert made["gradient_clipping"] == 0.0 and made["managed_gradient_accumulation"] is True
     assert made["bf16"] == {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": False}
     assert made["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}

@@ -29,11 +29,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from pipeline.config.load import resolve
 from pipeline.config.schema import Corpus
-from pipeline.data.batches import IGNORED, Stream, collate
+from pipeline.data.batches import IGNORED, BatchSampler, collate
 from pipeline.data.chat import encode_answers, openings
 from pipeline.data.tokenize import Sequences, num_shared, say_usage, tokenize, tokenizer_digest
 from pipeline.errors import InputError
-from pipeline.losses.task import open_stream, warn_of_overlap
+from pipeline.losses.task import open_sampler, warn_of_overlap
 from tests.conftest import World
 
 DOCUMENTS = [
@@ -381,7 +381,9 @@ def test_documents_in_both_corpora_are_counted(read: Any, ask: Any, tmp_path: Pa
 def test_an_overlap_is_said_in_one_line(read: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     keys: dict[str, Any] = {"seed": 1, "task": 0, "batch_size": 2, "micro_batch_size": 2, "rank": 0, "world_size": 1}
     texts = {"forget": ["kara lovi", "mito vi"], "retain": ["ne ne", "Kara  lovi"], "other": ["su su"]}
-    walks = {name: Stream(read(write(tmp_path / f"{name}.txt", some)), pad=0, **keys) for name, some in texts.items()}
+    walks = {
+        name: BatchSampler(read(write(tmp_path / f"{name}.txt", some)), pad=0, **keys) for name, some in texts.items()
+    }
     with caplog.at_level(logging.WARNING):
         warn_of_overlap({"forget": walks["forget"], "retain": walks["other"]})
         warn_of_overlap({"retain": walks["retain"]})
@@ -553,14 +555,16 @@ class Rows(list[np.ndarray]):
         return np.zeros(len(indices), dtype=np.int64)
 
 
-def stream(size: int = 10, batch: int = 4, micro: int = 1, rank: int = 0, world: int = 1, **changed: int) -> Stream:
+def stream(
+    size: int = 10, batch: int = 4, micro: int = 1, rank: int = 0, world: int = 1, **changed: int
+) -> BatchSampler:
     dice = np.random.default_rng(7)
     rows = Rows(dice.integers(1, 50, dice.integers(2, 9)) for _ in range(size))
     keys = {"seed": 0, "task": 0, "pad": 49, **changed}
-    return Stream(rows, batch_size=batch, micro_batch_size=micro, rank=rank, world_size=world, **keys)  # pyright: ignore
+    return BatchSampler(rows, batch_size=batch, micro_batch_size=micro, rank=rank, world_size=world, **keys)  # pyright: ignore
 
 
-def walk(of: Stream, steps: int) -> list[int]:
+def walk(of: BatchSampler, steps: int) -> list[int]:
     return np.concatenate([of.global_batch(step) for step in range(steps)]).tolist()
 
 
@@ -622,7 +626,7 @@ def test_the_global_batch_is_the_same_for_any_ranks_and_micro_batches(world: int
     ("size", "batch", "steps"), [(10, 3, 1), (10, 3, 3), (10, 3, 4), (10, 5, 2), (3, 7, 1), (40, 4, 9)]
 )
 def test_visited_is_what_the_steps_use(size: int, batch: int, steps: int) -> None:
-    got = stream(size, batch).visited(steps)
+    got = stream(size, batch).indices_used(steps)
     assert got.tolist() == sorted(set(walk(stream(size, batch), steps)))
 
 
@@ -640,7 +644,7 @@ def test_padding_is_on_the_right_and_masked_everywhere() -> None:
 def test_batches_read_from_disk_are_the_corpus(read: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """The whole chain: the sequences of a step are the documents that its indices name."""
     sequences = read(write(tmp_path / "corpus.jsonl", MANY[:30]))
-    walk = Stream(sequences, seed=3, task=1, batch_size=6, micro_batch_size=3, rank=0, world_size=1, pad=0)
+    walk = BatchSampler(sequences, seed=3, task=1, batch_size=6, micro_batch_size=3, rank=0, world_size=1, pad=0)
     expected = truncated(tokenizer, MANY[:30])
     for batch in walk.batches(2):
         for index, ids, mask in zip(batch.index.tolist(), batch.input_ids, batch.attention_mask, strict=True):
@@ -940,7 +944,7 @@ def test_each_side_of_a_pair_has_its_own_border(ask: Any, tokenizer: PreTrainedT
 def test_a_stream_of_pairs_counts_the_tokens_of_its_own_side(ask: Any) -> None:
     sequences, preferred = ask(pairing="preferred", preferred="better")
     keys: dict[str, Any] = {"seed": 1, "task": 0, "batch_size": 4, "micro_batch_size": 2, "rank": 0, "world_size": 1}
-    paired, alone = Stream(sequences, pad=0, preferred=preferred, **keys), Stream(sequences, pad=0, **keys)
+    paired, alone = BatchSampler(sequences, pad=0, preferred=preferred, **keys), BatchSampler(sequences, pad=0, **keys)
     answers = [3, 2, 1]  # predicted tokens of the three rows
     for step in range(3):
         indices = alone.global_batch(step)
@@ -1083,7 +1087,7 @@ def test_open_stream_hands_the_pairs_on(
     try:
         for objective, pairing in (("ga", None), ("dpo", "preferred"), ("dpo_idk", "refusal"), ("idk", "refusal")):
             config = resolve(file, None, ["--cache", str(tmp_path), "--objective.forget", objective])
-            stream = open_stream(config, "forget", words())
+            stream = open_sampler(config, "forget", words())
             sides = (stream.sequences, stream.preferred)
             expected = ask(pairing=pairing, preferred="better")
             if objective == "idk":  # the refusals alone

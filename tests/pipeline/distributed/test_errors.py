@@ -26,7 +26,7 @@ socketProgress: Connection closed by remote peer node7<40236>"""  # noqa: E501
     [
         (dist.DistBackendError(NCCL), "cannot reach another rank"),
         (dist.DistNetworkError("The server socket on node7 was closed: no route to host"), "cannot reach another rank"),
-        (dist.DistStoreError("wait timeout after 1800000ms, keys: /default_pg/0"), "train.timeout"),
+        (dist.DistStoreError("wait timeout after 1800000ms, keys: /default_pg/0"), "train.timeout_minutes"),
         (
             RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error: reset by peer"),
             "cannot reach another rank",
@@ -65,7 +65,7 @@ import torch
 import torch.distributed as dist
 from pipeline import console, ranks
 how, folder, rank = sys.argv[1], Path(sys.argv[2]), int(os.environ["RANK"])
-console.listen(rank)
+console.setup_logging(rank)
 ranks.start(0.5)
 if how != "early":
     console.open_log(folder, rank)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.data.batches import IGNORED
-from pipeline.losses.objectives import OBJECTIVES, Terms, steering_vector
+from pipeline.losses.objectives import OBJECTIVES, LossInputs, steering_vector
 from pipeline.modeling import token_losses as objectives
 from pipeline.modeling.token_losses import entropies, shifted, token_losses
 
@@ -193,7 +193,7 @@ def ours(name: str, leaves: list[Tensor], setting: Setting, original: Tensor | N
     soft, lower = original if objective.asks == "logits" else None, setting.beta if objective.lowers else 0.0
     states = leaves[0] if objective.hidden else losses_of(leaves, labels, soft, lower)
     steering = setting.steering if objective.hidden else None
-    return objective.terms(Terms(states, labels, setting.mask, original, setting.beta, setting.delta, steering))
+    return objective.terms(LossInputs(states, labels, setting.mask, original, setting.beta, setting.delta, steering))
 
 
 def count(name: str, setting: Setting) -> int:
@@ -461,8 +461,8 @@ def test_npo_at_the_reference_is_the_gradient_of_ascent(beta: float) -> None:
     assert_gradients_close(gradients_of(loss, [logits]), ascent, 1e-10)
 
 
-def terms_of(states: Tensor, labels: Tensor, original: Tensor | None, beta: float, delta: float = 0.0) -> Terms:
-    return Terms(states, labels, torch.ones_like(labels), original, beta, delta, None)
+def terms_of(states: Tensor, labels: Tensor, original: Tensor | None, beta: float, delta: float = 0.0) -> LossInputs:
+    return LossInputs(states, labels, torch.ones_like(labels), original, beta, delta, None)
 
 
 @pytest.mark.parametrize("name", ["npo", "simnpo", "dpo"])

@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 from eval.loading import load
 from pipeline.config.schema import Model
 from pipeline.errors import InputError
-from pipeline.errors import InputError as UnusableInput
 from pipeline.modeling.checks import load_tokenizer
 from tests.conftest import World
 from tests.distributed import run_distributed
@@ -68,5 +67,5 @@ def test_a_tokenizer_model_alone_asks_for_sentencepiece(
     monkeypatch.setattr("pipeline.weights.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"model\.path: .*tokenizer\.model alone.* pip install sentencepiece"):
         load_tokenizer(Model.model_validate({"path": str(folder)}))
-    with pytest.raises(UnusableInput, match=r"tokenizer\.model alone.* pip install sentencepiece"):
+    with pytest.raises(InputError, match=r"tokenizer\.model alone.* pip install sentencepiece"):
         load(folder)

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from pipeline.config.schema import Lora, Model
 from pipeline.errors import InputError
 from pipeline.modeling.decoder import base_of, blocks_of
-from pipeline.modeling.load import choose_what_trains
+from pipeline.modeling.load import set_trainable_parameters
 from pipeline.modeling.lora import attach_adapters
 from pipeline.modeling.outputs import hidden_after
 from tests.conftest import World
@@ -57,14 +57,14 @@ def test_hidden_states_are_those_of_a_block_of_the_text_decoder(kind: str) -> No
 @pytest.mark.parametrize("kind", TOWERS)
 def test_what_trains_is_of_the_text_decoder(kind: str) -> None:
     model, outside = model_of(kind), TOWERS[kind][2]
-    choose_what_trains(model, options(), 0)
+    set_trainable_parameters(model, options(), 0)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == {name for name, _ in model.named_parameters() if name.startswith(outside)}
-    choose_what_trains(model, options(train=[r"layers?\.0\..*(mlp|intermediate)"]), 0)
+    set_trainable_parameters(model, options(train=[r"layers?\.0\..*(mlp|intermediate)"]), 0)
     trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trains and all(name.startswith(f"{TOWERS[kind][0]}.0.") for name in trains)
     with pytest.raises(InputError, match=r"model\.train: 'patch' is found in no tensor name of the text decoder"):
-        choose_what_trains(model, options(train=["patch"]), 0)
+        set_trainable_parameters(model, options(train=["patch"]), 0)
 
 
 @pytest.mark.parametrize("kind", TOWERS)
@@ -88,13 +88,17 @@ def test_a_run_leaves_the_towers_as_they_were(world: World, tmp_path: Path) -> N
     make_kind("gemma3", tmp_path / "gemma3")
     AutoTokenizer.from_pretrained(world.folder / "model").save_pretrained(tmp_path / "gemma3")
     train = {"steps": 2, "batch_size": 4, "deepspeed": "ds_configs/zero3.json"}
-    decay = {"lr": 1e-2, "weight_decay": 0.5, "warmup": 0.0}
+    decay = {"lr": 1e-2, "weight_decay": 0.5, "warmup_ratio": 0.0}
     rmu = {"forget": "rmu", "retain": "embed_diff", "layer": 0}
     model = {"path": str(tmp_path / "gemma3"), "dtype": "float32"}
     cases = [
         world.configuration(tmp_path / "sago", model=model, train=train, optimizer=decay),
         world.configuration(
-            tmp_path / "rmu", model={**model, "train": [r"layers\.0\.mlp"]}, train=train, optimizer=decay, objective=rmu
+            tmp_path / "rmu",
+            model={**model, "trainable": [r"layers\.0\.mlp"]},
+            train=train,
+            optimizer=decay,
+            objective=rmu,
         ),
     ]
     run_distributed(train_cases, 2, cases, timeout=200)

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from pipeline.modeling import digests as models_digests
-from pipeline.modeling import load
 from pipeline.zero import checkpoint
 from tests.distributed import run_distributed
 from tests.toy import Case, train_on_engine
@@ -27,8 +26,8 @@ def digest_twice(folder: Path, known: Path) -> None:
 
     ranks.start()
     read: list[str] = []
-    real = load.file_digest
-    load.file_digest = lambda path: (read.append(path.name), real(path))[1]  # pyright: ignore
+    real = models_digests.file_digest
+    models_digests.file_digest = lambda path: (read.append(path.name), real(path))[1]  # pyright: ignore
     model: Any = SimpleNamespace(config=SimpleNamespace(name_or_path=str(folder)))
 
     def digests() -> tuple[dict[str, list[Any]], list[list[str]]]:

@@ -114,7 +114,7 @@ def cases_of(world: World, folder: Path) -> dict[str, dict[str, Any]]:
     add("compiled-2", 2, model={**compiled, "lora": LORA}, optimizer=SGD)
     add("compiled-3", 3, model={**compiled, "gradient_checkpointing": True}, optimizer=SGD)
     add("refused-lora", model={**compiled, "lora": LORA})
-    add("refused-train", model={**compiled, "train": ["mlp"]})
+    add("refused-train", model={**compiled, "trainable": ["mlp"]})
     return cases
 
 

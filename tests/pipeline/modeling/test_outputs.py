@@ -145,7 +145,7 @@ def check(name: str, stage: int) -> None:
 
     forward.token_losses = watched
     try:
-        forward.answer_for_objectives(engine)
+        forward.install_outputs(engine)
         ran.clear()
         check_losses(engine, plain)
         assert through_head == [ARCHITECTURES[name][2]] * 2, "whether the logits were avoided"
@@ -194,12 +194,12 @@ def check_layers(engine: Any, plain: Any, ran: list[int]) -> None:
 
 
 def check_frozen_original(engine: Any, plain: Any) -> None:
-    """After a step the model has moved and `Original` has not; asked before, between and after a forward."""
+    """After a step the model has moved and `ReferenceWeights` has not; asked before, between and after a forward."""
     from pipeline.data.batches import Batch
-    from pipeline.modeling.reference import Original
+    from pipeline.modeling.reference import ReferenceWeights
 
     batch = Batch(torch.arange(2), INPUTS["input_ids"], MASK, LABELS)
-    original = Original(engine)
+    original = ReferenceWeights(engine)
     with torch.no_grad():
         logits, hidden = plain(**INPUTS).logits, hooked(plain, BLOCKS - 1)
     for _ in range(2):
@@ -252,7 +252,7 @@ def check_gathers() -> None:
     dist.all_gather_into_tensor = watch  # before DeepSpeed takes its name
     ranks.start()
     engine = engine_for(build("llama"), 3)
-    forward.answer_for_objectives(engine)
+    forward.install_outputs(engine)
     sizes = [parameter.ds_numel for parameter in engine.module.parameters()]
     once = sum(size + size % 2 for size in sizes if size > 40)  # the others stay gathered
     for step in range(5):
@@ -297,9 +297,9 @@ def test_a_plain_head_makes_no_logits(name: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(ARCHITECTURES, name, (ARCHITECTURES[name][0], {**ARCHITECTURES[name][1], **keys}, True))
     model = build(name)
     tokens = torch.arange(64).view(2, 32)
-    engine: Any = SimpleNamespace(module=model, device="cpu", train=model.train, eval=model.eval, optimizer=None)
+    engine: Any = SimpleNamespace(module=model, device="cpu", train=model.trainable, eval=model.eval, optimizer=None)
     engine = type("Engine", (), {"__call__": lambda self, **x: model(**x), **vars(engine)})()
-    forward.answer_for_objectives(engine)
+    forward.install_outputs(engine)
     largest = largest_made(
         lambda: model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens).sum().backward()
     )

@@ -24,7 +24,6 @@ from pipeline.config.schema import Model
 from pipeline.distributed import errors as rank_errors
 from pipeline.distributed import process_group
 from pipeline.errors import InputError
-from pipeline.errors import InputError as UnusableInput
 from pipeline.modeling.export import export
 from pipeline.modeling.load import load_model
 from tests.conftest import World
@@ -113,7 +112,7 @@ def load_broken(folder: Path, tied: Path, messages: Path) -> None:
     said = {}
     for stage, zero in STAGES.items():
         for name in BROKEN:
-            with pytest.raises(InputError) as refusal, rank_errors.together():
+            with pytest.raises(InputError) as refusal, rank_errors.raise_on_all_ranks():
                 load_model(named(folder / name), zero)
             said[f"{name}-{stage}"] = str(refusal.value)
         for path in (*(folder / name for name in SOUND), tied):
@@ -149,7 +148,7 @@ def test_weights_that_are_not_the_models_are_refused_by_name(name: str, stage: i
 
 def test_an_evaluation_refuses_them_too(world: World, broken: Path, tmp_path: Path) -> None:
     for name, (_, parts) in BROKEN.items():
-        with pytest.raises(UnusableInput) as refusal:
+        with pytest.raises(InputError) as refusal:
             load(broken / name)
         for part in parts:
             assert part in str(refusal.value)
@@ -162,10 +161,10 @@ def evaluate_sharded(folder: Path) -> None:
     process_group.start()
     for name in BROKEN:
         try:
-            with rank_errors.together():
+            with rank_errors.raise_on_all_ranks():
                 try:
                     load(folder / name, STAGES[3])
-                except UnusableInput as error:
+                except InputError as error:
                     raise InputError(str(error)) from None
         except InputError as error:
             assert all(part in str(error) for part in BROKEN[name][1]), error
@@ -185,14 +184,14 @@ def test_an_adapter_and_its_base_are_looked_at_alike(world: World, broken: Path,
     tensors = load_file(file)
     lost = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
     save_file({name: tensor for name, tensor in tensors.items() if name != lost}, file, metadata={"format": "pt"})
-    with pytest.raises(UnusableInput, match=r"adapter are not .* 1 missing .*1\.self_attn\.q_proj\.lora_B"):
+    with pytest.raises(InputError, match=r"adapter are not .* 1 missing .*1\.self_attn\.q_proj\.lora_B"):
         load(tmp_path / "adapter")
 
     save_file(tensors, file, metadata={"format": "pt"})
     config = tmp_path / "adapter" / "adapter_config.json"
     settings = json.loads(config.read_text()) | {"base_model_name_or_path": str(broken / "without output layer")}
     config.write_text(json.dumps(settings))
-    with pytest.raises(UnusableInput, match=r"without output layer are not .* 1 missing \(lm_head\.weight\)"):
+    with pytest.raises(InputError, match=r"without output layer are not .* 1 missing \(lm_head\.weight\)"):
         load(tmp_path / "adapter")
 
 
@@ -231,5 +230,5 @@ def test_files_of_another_user_are_named(world: World, tmp_path: Path, monkeypat
     monkeypatch.setattr("os.access", lambda file, mode: Path(file) != locked)
     with pytest.raises(InputError, match=r"model\.path: .*model\.safetensors is not readable for this user; .*chmod"):
         load_model(named(world.folder / "model"), {})
-    with pytest.raises(UnusableInput, match=r"model\.safetensors is not readable for this user; .*chmod"):
+    with pytest.raises(InputError, match=r"model\.safetensors is not readable for this user; .*chmod"):
         load(world.folder / "model")

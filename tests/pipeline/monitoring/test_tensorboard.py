@@ -34,7 +34,7 @@ from pipeline.config.load import resolve
 from pipeline.errors import InputError
 from pipeline.monitoring import console
 from pipeline.monitoring.metrics import results
-from pipeline.monitoring.tensorboard import COSINES, Board, heat_map
+from pipeline.monitoring.tensorboard import COSINES, TensorBoardWriter, heat_map
 from pipeline.monitoring.trackers import _cut
 from pipeline.trainer import hyperparameters
 from tests.browser import Browser
@@ -121,7 +121,7 @@ import datasets, transformers
 from pipeline import console
 rank, folder = 1 if os.fork() else 0, Path(sys.argv[1])
 os.dup2(os.open(folder / f"stderr-{rank}", os.O_CREAT | os.O_WRONLY), 2)
-console.listen(rank, quiet=True)
+console.setup_logging(rank, quiet=True)
 for _ in range(3):
     logging.getLogger("pipeline.data.tokenize").warning("rows are left out")
     logging.getLogger("DeepSpeed").warning("strange")
@@ -156,11 +156,11 @@ if rank:
 def test_on_a_terminal_one_line_is_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = pty.openpty()
     fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    level = console.ours.level
+    level = console.logger.level
     with os.fdopen(writer, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         for now, is_drawn in ((logging.INFO, True), (logging.WARNING, False)):  # as `listen` sets it; then for --quiet
-            console.ours.setLevel(now)
+            console.logger.setLevel(now)
             progress = console.Progress(0, 2)
             for step in (1, 2):
                 progress.update(step, {"forget": 0.25, "retain": None})
@@ -175,7 +175,7 @@ def test_on_a_terminal_one_line_is_redrawn(monkeypatch: pytest.MonkeyPatch) -> N
             else:
                 assert seen == "end"
     os.close(reader)
-    console.ours.setLevel(level)
+    console.logger.setLevel(level)
 
 
 def test_results_are_means_and_medians() -> None:
@@ -268,7 +268,7 @@ def write_others(folder: Path, history: list[dict[str, Any]]) -> None:
         logged = [{key: row[key] for key in (*kept, *also)} for row in history]
         for row in logged:
             row["forget_loss"] *= number
-        board = Board(folder / name / "tensorboard", start=0)
+        board = TensorBoardWriter(folder / name / "tensorboard", start=0)
         told = hyperparameters(resolve(folder / "one" / "config.yaml"), STEPS, "element")  # TensorBoard lists one run's
         board.begin({**told, "rule": rule, "seed": number, "method": f"ga_{rule}"})
         for step in range(1, len(logged) + 1):
@@ -452,7 +452,7 @@ def test_an_event_file_that_ends_in_the_middle_of_a_record(damage: str, tmp_path
     """As a kill while it is written leaves it: a run that goes on has each step once, with its own numbers."""
 
     def write(start: int, steps: int, by: float) -> Path:
-        board = Board(tmp_path, start=start)
+        board = TensorBoardWriter(tmp_path, start=start)
         for step in range(start + 1, steps + 1):
             board.write([{"step": step, "forget_loss": by * step}])
             if step == 3:  # as before a checkpoint

@@ -82,7 +82,7 @@ def measure(configurations: dict[str, dict[str, Any]], report: str) -> None:
             live["parameters"] = storages([*parameters, *shares])
             after = storages([*slices, *(copy.grad for copy in copies)])
             live["gradients"] = max(before, after, key=lambda at: sum(at.values()))
-            live["spare"] = storages([shards.spare, shards.average])
+            live["stash"] = storages([shards.stash, shards.average])
             held = storages([*copies, *moments])
             live["optimizer"] = {at: size for at, size in held.items() if at not in live["parameters"]}
             return slices
@@ -178,9 +178,9 @@ def measured(request: pytest.FixtureRequest, world: World, tmp_path_factory: pyt
 
 def planned(
     configuration: dict[str, Any], gpus: int = 2, nodes: int = 1
-) -> tuple[budget_memory.Memory, list[traffic.Sent]]:
+) -> tuple[budget_memory.Memory, list[traffic.CommVolume]]:
     config = RunConfig.model_validate(configuration)
-    machines = budget_memory.Machines(gpus, nodes, 80, 50, 400)
+    machines = budget_memory.Cluster(gpus, nodes, 80, 50, 400)
     model = rehearsal.model_without_weights(config)
     shape = rehearsal.shape_of(model)
     zero = budget_memory.Zero.of(deepspeed_config(config), shape)
@@ -200,7 +200,7 @@ def test_memory_of_states(measured: dict[str, Any]) -> None:
             assert expected == pytest.approx(size, rel=0.06), (name, kind)
 
 
-def assert_sent(name: str, counted: dict[str, int], sent: list[traffic.Sent]) -> None:
+def assert_sent(name: str, counted: dict[str, int], sent: list[traffic.CommVolume]) -> None:
     total: dict[str, float] = {}
     for one in sent:
         kind = one.collective + " within" * one.within_machine
@@ -275,7 +275,7 @@ PASSES: dict[str, dict[str, Any]] = {
     "plain": {},
     "recomputed": {"gradient_checkpointing": True},
     "adapters": {"lora": {"r": 4}},
-    "last blocks": {"train": [r"layers\.[23]\."]},
+    "last blocks": {"trainable": [r"layers\.[23]\."]},
     "eager": {"attn_implementation": "eager"},
 }
 
@@ -285,8 +285,8 @@ def test_activations_of_a_real_pass(name: str, tmp_path: Path, world: World) -> 
     """Peak of forward and backward of 4 sequences on a CPU, beside weights, whole gradients taken away as ZeRO does."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from pipeline.modeling.load import choose_what_trains
-    from pipeline.modeling.outputs import answer_for_objectives
+    from pipeline.modeling.load import set_trainable_parameters
+    from pipeline.modeling.outputs import install_outputs
 
     shape = LlamaConfig(
         vocab_size=4096,
@@ -303,9 +303,9 @@ def test_activations_of_a_real_pass(name: str, tmp_path: Path, world: World) -> 
 
     options = {"attn_implementation": config.model.attn_implementation} if name == "eager" else {}
     real = AutoModelForCausalLM.from_config(shape, dtype=torch.float32, **options)
-    choose_what_trains(real, config.model, 0)
+    set_trainable_parameters(real, config.model, 0)
     engine = Engine(real.train())
-    answer_for_objectives(engine)
+    install_outputs(engine)
     for parameter in real.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -355,11 +355,13 @@ def test_operations_are_six_a_parameter_and_token(keys: dict[str, Any], times: i
 
 def test_the_slower_link_decides() -> None:
     """4 machines of 2: 8 GB gathered are 6 GB across at 10 GB/s, 7 GB inside at NVLink's speed."""
-    machines = budget_memory.Machines(2, 4, 80, 10, 400)
-    assert traffic.Sent("all_gather", 8e9).seconds(machines) == pytest.approx(0.6)
-    assert traffic.Sent("all_reduce", 8e9).seconds(machines) == pytest.approx(1.2)
-    assert traffic.Sent("all_gather", 8e9, within_machine=True).seconds(machines) == pytest.approx(4e9 / traffic.NVLINK)
-    assert traffic.Sent("all_gather", 8e9).seconds(budget_memory.Machines(8, 1, 80, 0, 400)) == pytest.approx(
+    machines = budget_memory.Cluster(2, 4, 80, 10, 400)
+    assert traffic.CommVolume("all_gather", 8e9).seconds(machines) == pytest.approx(0.6)
+    assert traffic.CommVolume("all_reduce", 8e9).seconds(machines) == pytest.approx(1.2)
+    assert traffic.CommVolume("all_gather", 8e9, within_machine=True).seconds(machines) == pytest.approx(
+        4e9 / traffic.NVLINK
+    )
+    assert traffic.CommVolume("all_gather", 8e9).seconds(budget_memory.Cluster(8, 1, 80, 0, 400)) == pytest.approx(
         7e9 / traffic.NVLINK
     )
 
@@ -379,7 +381,7 @@ def test_the_largest_micro_batch_that_fits(world: World) -> None:
     config = configuration_of(world.folder / "model", train={"batch_size": 32})
 
     def row(memory: float) -> plan.Row:
-        rows = plan.make_plan(config, budget_memory.Machines(2, 1, memory, 0, 400)).rows
+        rows = plan.make_plan(config, budget_memory.Cluster(2, 1, memory, 0, 400)).rows
         return next(row for row in rows if row.deepspeed == "ds_configs/zero1.json")
 
     roomy = row(80)
@@ -436,7 +438,7 @@ WRONG = [
     (["--gpus", "3"], "train.batch_size 12 does not divide over 9 GPUs; give a multiple, as --train.batch_size 18"),
     (["--nodes", "2", "--bandwidth", "nan"], "--bandwidth must be above 0"),
     (["--model.path", "/nowhere/model"], "there is no folder /nowhere/model"),
-    (["--model.train", "[nothing]"], "'nothing' is found in no tensor name"),
+    (["--model.trainable", "[nothing]"], "'nothing' is found in no tensor name"),
     (["--train.deepspeed", "missing.json"], "cannot read missing.json"),
     (["--train.deepspeed", "{folder}/bad.json"], "bad.json: DeepSpeed refuses it: reduce_bucket: Extra inputs are not"),
     (["--optimiser.lr", "1"], "did you mean 'optimizer'?"),

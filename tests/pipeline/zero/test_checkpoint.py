@@ -24,7 +24,7 @@ from pipeline.zero.checkpoint import MARKER, newest, tidy
 from tests import oracle
 from tests.conftest import World
 from tests.distributed import run_distributed
-from tests.interrupted import SECTIONS, Started, assert_same, carry_out, complete, lines, numbers, run
+from tests.interrupted import SECTIONS, Started, assert_same, complete, lines, numbers, run, run_attack
 
 
 def test_an_eventful_run_ends_bit_identical(whole: Path, world: World, tmp_path: Path) -> None:
@@ -136,13 +136,13 @@ def run_and_resume(configurations: list[dict[str, Any]]) -> None:
 
 
 HALF: dict[str, Any] = {"model": {"dtype": "bfloat16"}, "objective": {"forget": "npo"}, "synthesis": {"rule": "gru"}}
-FEW: dict[str, Any] = {"forget": "rmu", "layer": 1, "steering": 2.0}
+FEW: dict[str, Any] = {"forget": "rmu", "layer": 1, "steering_coeff": 2.0}
 LORA: dict[str, Any] = {"lora": {"r": 2, "alpha": 4, "merge": True}}
 RESUMED: dict[str, dict[str, Any]] = {
     **{f"bf16-{stage}": {"stage": stage, **HALF} for stage in (1, 2, 3)},
     **{f"lora-{stage}": {"stage": stage, "model": LORA} for stage in (0, 2, 3)},
     "lora-2-tied": {"stage": 2, "model": LORA, "tied": True},
-    **{f"rmu-{stage}": {"stage": stage, "model": {"train": [r"down_proj"]}, "objective": FEW} for stage in (1, 3)},
+    **{f"rmu-{stage}": {"stage": stage, "model": {"trainable": [r"down_proj"]}, "objective": FEW} for stage in (1, 3)},
 }
 
 
@@ -178,7 +178,7 @@ def write_refusal(config: Path) -> None:
     from pipeline.errors import InputError
 
     with pytest.raises(InputError) as caught:
-        carry_out(["--config", str(config), "--resume"])
+        run_attack(["--config", str(config), "--resume"])
     config.with_suffix(".refusal").write_text(str(caught.value))
 
 
@@ -267,7 +267,7 @@ def test_one_rank_dies_hangs_or_all_are_interrupted(world: World, tmp_path: Path
     }
     for name, strike in faults.items():
         folder = tmp_path / name
-        train = {"steps": 100_000, "timeout": 0.1}
+        train = {"steps": 100_000, "timeout_minutes": 0.1}
         started = Started(world.write(tmp_path / f"{name}.yaml", folder, train=train))
         started.wait_for_lines(folder, 2)
         strike(started)
@@ -277,5 +277,6 @@ def test_one_rank_dies_hangs_or_all_are_interrupted(world: World, tmp_path: Path
         print(f"{name}: status {status} after {time.monotonic() - start:.0f} s; {tail}")
         assert status != 0
         assert any(
-            {"killed": "another rank ended", "hangs": "train.timeout", "Ctrl-C": "interrupted"}[name] in t for t in tail
+            {"killed": "another rank ended", "hangs": "train.timeout_minutes", "Ctrl-C": "interrupted"}[name] in t
+            for t in tail
         )

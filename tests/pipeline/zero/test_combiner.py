@@ -39,18 +39,18 @@ def count_partitions_made(cases: list[tuple[dict[str, Any], int]]) -> None:
     """Large storages that exist after a step and did not when the engine had just been built, but for its own."""
     import pipeline.zero.combiner
     from pipeline import trainer as program
-    from pipeline.zero.combiner import Shards
+    from pipeline.zero.combiner import GradientCombiner
 
     seen: dict[str, Any] = {}
 
-    class Watched(Shards):
+    class Watched(GradientCombiner):
         def __init__(self, engine: Any, *arguments: Any, **options: Any) -> None:
             seen["before"] = live_storages()
             super().__init__(engine, *arguments, **options)
 
     step = program.train_step
 
-    def watched_step(engine: Any, shards: Shards, *rest: Any) -> bool:
+    def watched_step(engine: Any, shards: GradientCombiner, *rest: Any) -> bool:
         applied = step(engine, shards, *rest)
         holder: Any = shards.holder
         size = holder.flat.nbytes
@@ -61,7 +61,7 @@ def count_partitions_made(cases: list[tuple[dict[str, Any], int]]) -> None:
         seen["size"] = size
         return applied
 
-    pipeline.zero.combiner.Shards = Watched
+    pipeline.zero.combiner.GradientCombiner = Watched
     program.train_step = watched_step
     for config, expected in cases:
         seen.clear()
@@ -161,11 +161,11 @@ def poison(config: dict[str, Any], steps: list[int], bad: float, task: str, *, r
     import torch.distributed as dist
 
     from pipeline import trainer as program
-    from pipeline.zero.combiner import Shards
+    from pipeline.zero.combiner import GradientCombiner
 
-    take, step, now = Shards.take, program.train_step, [0]
+    take, step, now = GradientCombiner.take, program.train_step, [0]
 
-    def poisoned(self: Shards, taken: str) -> None:
+    def poisoned(self: GradientCombiner, taken: str) -> None:
         if taken == task and now[0] in steps and dist.get_rank() == 1:
             holder: Any = self.holder
             holder.flat[3] = bad
@@ -179,7 +179,7 @@ def poison(config: dict[str, Any], steps: list[int], bad: float, task: str, *, r
         assert same == (number in steps), f"step {number}"
         return applied
 
-    with mock.patch.object(Shards, "take", poisoned), mock.patch.object(program, "train_step", counted):
+    with mock.patch.object(GradientCombiner, "take", poisoned), mock.patch.object(program, "train_step", counted):
         train(config, resume=resume)
 
 
@@ -220,7 +220,7 @@ def test_too_many_non_finite_steps_end_the_run(world: World, tmp_path: Path) -> 
 
 
 def test_only_named_tensors_train(world: World, tmp_path: Path) -> None:
-    model = {"train": [r"layers\.1\.mlp\.down_proj", "^model.norm"]}
+    model = {"trainable": [r"layers\.1\.mlp\.down_proj", "^model.norm"]}
     config = world.configuration(tmp_path / "run", model={**world.configuration("")["model"], **model})
     run_distributed(train, 2, config)
     final = load_file(tmp_path / "run" / "final" / "model.safetensors")

@@ -137,17 +137,17 @@ def test_through_the_program(world: World, tmp_path: Path) -> None:
 def try_folders(missing: str, taken: str) -> None:
     from pipeline.distributed import process_group as ranks
     from pipeline.errors import InputError
-    from pipeline.zero.nvme import try_disk
+    from pipeline.zero.nvme import check_nvme_path
 
     ranks.start()
     with pytest.raises(InputError, match=f"nvme_path {missing}: No such file or directory; name a folder"):
-        try_disk(Path(missing))
-    try_disk(Path(taken))
+        check_nvme_path(Path(missing))
+    check_nvme_path(Path(taken))
     with pytest.raises(InputError, match=f"nvme_path {taken} is in use by another run"):
-        try_disk(Path(taken))
+        check_nvme_path(Path(taken))
     AsyncIOBuilder.is_compatible = lambda *_, **__: False  # pyright: ignore
     with pytest.raises(InputError, match="needs libaio"):
-        try_disk(Path(taken).parent)
+        check_nvme_path(Path(taken).parent)
 
 
 def test_a_folder_that_cannot_serve_is_named(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.zero.optimizer_state import Stretch
-from pipeline.zero.reshard import deal
+from pipeline.zero.optimizer_state import Fragment
+from pipeline.zero.reshard import copy_fragments
 from tests import toy
 from tests.distributed import run_distributed
 from tests.toy import Case
@@ -220,14 +220,14 @@ def test_deal_takes_every_element_from_where_it_is() -> None:
     """Ten elements of `a` and one of `b`, cut for three ranks with padding, dealt to two otherwise cut ones."""
     a, b, no = torch.arange(10.0), torch.tensor([100.0]), torch.full((1,), -1.0)
     old = [
-        ([Stretch("a", 0, 4, 0), Stretch("b", 0, 1, 4)], torch.cat([a[:4], b])),
-        ([Stretch("a", 4, 4, 0), Stretch("b", 1, 0, 4)], torch.cat([a[4:8], no])),
-        ([Stretch("a", 8, 2, 0), Stretch("b", 2, 0, 4)], torch.cat([a[8:], no, no, no])),
+        ([Fragment("a", 0, 4, 0), Fragment("b", 0, 1, 4)], torch.cat([a[:4], b])),
+        ([Fragment("a", 4, 4, 0), Fragment("b", 1, 0, 4)], torch.cat([a[4:8], no])),
+        ([Fragment("a", 8, 2, 0), Fragment("b", 2, 0, 4)], torch.cat([a[8:], no, no, no])),
     ]
     first, second = torch.full((7,), -5.0), torch.full((6,), -5.0)
-    deal(old, ([Stretch("a", 0, 7, 0)], first))
-    deal(old, ([Stretch("b", 0, 1, 1), Stretch("a", 7, 3, 2)], second))
+    copy_fragments(old, ([Fragment("a", 0, 7, 0)], first))
+    copy_fragments(old, ([Fragment("b", 0, 1, 1), Fragment("a", 7, 3, 2)], second))
     assert first.tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert second.tolist() == [-5, 100, 7, 8, 9, -5]
     with pytest.raises(ValueError, match="2 of 10 elements of a"):
-        deal(old[:2], ([Stretch("a", 0, 10, 0)], torch.empty(10)))
+        copy_fragments(old[:2], ([Fragment("a", 0, 10, 0)], torch.empty(10)))

@@ -29,7 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "pcgrad-module": {"synthesis": {"rule": "pcgrad", "scope": "module"}},
     "pcgrad-global": {"synthesis": {"rule": "pcgrad", "scope": "global", "alpha": 0.5}},
     "pcgrad-layer": {"synthesis": {"rule": "pcgrad", "scope": "layer", "layer_geometry_every": 2}},
-    "sago-host": {"synthesis": {"spare": "host", "layer_geometry_every": 2}},
+    "sago-host": {"synthesis": {"stash_device": "host", "layer_geometry_every": 2}},
     "pcgrad-element": {"synthesis": {"rule": "pcgrad", "scope": "element"}},
     "sago-retain": {"synthesis": {"rule": "sago", "zero_forget": "retain"}},
     "blur": {"synthesis": {"rule": "blur", "alpha": 0.7}},
@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "retain-only": {"objective": {"forget": "none", "retain": "nll"}, "optimizer": {"weight_decay": 0.1}},
     "decayed-pcgrad": {"optimizer": {"weight_decay": 0.3}, "synthesis": {"rule": "pcgrad"}},
     "decayed-sgd": {"optimizer": {**SGD["optimizer"], "weight_decay": 0.01}, "synthesis": SUM},
-    "sgd-unclipped": {"optimizer": {"name": "sgd", "lr": 0.05, "clip": 0.0}},
+    "sgd-unclipped": {"optimizer": {"name": "sgd", "lr": 0.05, "max_grad_norm": 0.0}},
     "tied": {"synthesis": {"rule": "pcgrad"}, "tied": True},
     "dpo-pcgrad": {"objective": {"forget": "dpo", "beta": 0.05}, "synthesis": {"rule": "pcgrad"}},
     "dpo_idk-sum": {"objective": {"forget": "dpo_idk", "beta": 0.05}, "synthesis": {"rule": "sum", "geometry": True}},
@@ -58,23 +58,23 @@ CASES: dict[str, dict[str, Any]] = {
         **SGD,
     },
     "rmu-embed_diff": {
-        "objective": {"forget": "rmu", "retain": "embed_diff", "layer": 1, "steering": 2.0},
+        "objective": {"forget": "rmu", "retain": "embed_diff", "layer": 1, "steering_coeff": 2.0},
         "synthesis": {**SUM, "alpha": 5.0},
-        "model": {"train": [r"\.0\.mlp\.down_proj\.weight$", r"\.1\.mlp\.down_proj\.weight$"]},
+        "model": {"trainable": [r"\.0\.mlp\.down_proj\.weight$", r"\.1\.mlp\.down_proj\.weight$"]},
     },
     "rmu-embed_diff-first": {  # all tensors train, and none above the first block gets a gradient
-        "objective": {"forget": "rmu", "retain": "embed_diff", "layer": 0, "steering": 2.0},
+        "objective": {"forget": "rmu", "retain": "embed_diff", "layer": 0, "steering_coeff": 2.0},
         "synthesis": {**SUM, "alpha": 5.0},
     },
     "rmu-nll": {
-        "objective": {"forget": "rmu", "layer": 0, "steering": 2.0},
+        "objective": {"forget": "rmu", "layer": 0, "steering_coeff": 2.0},
         "synthesis": {"rule": "pcgrad"},
         "model": {"gradient_checkpointing": True},
     },
     "rmu-kl": {  # short forwards, whole ones and the original's in turn
-        "objective": {"forget": "rmu", "retain": "kl", "layer": 1, "steering": 2.0},
+        "objective": {"forget": "rmu", "retain": "kl", "layer": 1, "steering_coeff": 2.0},
         "synthesis": {**SUM, "alpha": 5.0},
-        "model": {"train": [r"mlp\.down_proj"]},
+        "model": {"trainable": [r"mlp\.down_proj"]},
     },
 }
 
@@ -114,13 +114,13 @@ def train_cases(configurations: list[dict[str, Any]]) -> None:
     from pipeline.modeling import reference
     from pipeline.trainer import run
 
-    class Watched(reference.Original):
+    class Watched(reference.ReferenceWeights):
         def __init__(self, engine: Any) -> None:
             super().__init__(engine)
             self.first = [kept.clone() for kept in self.kept]
             made.append(self)
 
-    reference.Original = Watched
+    reference.ReferenceWeights = Watched
     for keys in configurations:
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's groups are a global: every run makes its own
         made: list[Watched] = []

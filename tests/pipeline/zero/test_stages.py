@@ -559,7 +559,7 @@ def live_bytes() -> int:
 
 def watch_memory(seen: list[tuple[int, ...]], engine: Any, shards: Any) -> None:
     """(elements of the spare, of a rank's share of the gradient), then (bytes born,) after each `combine`."""
-    spare = 0 if shards.spare is None else shards.spare.numel()
+    spare = 0 if shards.stash is None else shards.stash.numel()
     parts = 1 if shards.holder.replicated else engine.world_size
     seen.append((spare, sum(shards.sizes) // parts))
     before = live_bytes() - 4 * spare
@@ -597,7 +597,7 @@ def test_one_spare_partition_on_every_stage() -> None:
 def check_the_checks() -> None:
     from pipeline.distributed import process_group as ranks
     from pipeline.synthesis.combine import Synthesis
-    from pipeline.zero.combiner import Shards
+    from pipeline.zero.combiner import GradientCombiner
 
     ranks.start()
     hidden = {"3": "grad_partitions_flat_buffer", "2": "averaged_gradients", "1-offload": "norm_for_param_grads"}
@@ -606,17 +606,17 @@ def check_the_checks() -> None:
         engine = engine_of(case, model_of(case))
         delattr(engine.optimizer, attribute)
         with pytest.raises(RuntimeError, match=r"elsewhere than expected.*deepspeed>=0\.19\.8"):
-            Shards(engine, Synthesis("sago"), combine_tasks=True)
+            GradientCombiner(engine, Synthesis("sago"), combine_tasks=True)
     case = Case(zero=CONFIGURATIONS["3"])
     engine = engine_of(case, model_of(case))
     engine.optimizer.fp16_groups[0].reverse()  # the slots of the flat partition in another order
     with pytest.raises(RuntimeError, match="in order"):
-        Shards(engine, Synthesis("sago"), combine_tasks=True)
+        GradientCombiner(engine, Synthesis("sago"), combine_tasks=True)
     foreign: Any = SimpleNamespace(
         optimizer=object(), zero_optimization_stage=lambda: 2, managed_gradient_accumulation=lambda: True
     )
     with pytest.raises(RuntimeError, match="ZeRO stage 2 with object"):
-        Shards(foreign, Synthesis("sago"), combine_tasks=True)
+        GradientCombiner(foreign, Synthesis("sago"), combine_tasks=True)
 
 
 def test_a_buffer_elsewhere_is_refused_at_start() -> None:
@@ -643,14 +643,14 @@ def test_every_group_of_ranks_has_the_limit_of_the_run() -> None:
 def check_the_warning() -> None:
     from pipeline.distributed import process_group as ranks
     from pipeline.synthesis.combine import Synthesis
-    from pipeline.zero.combiner import Shards
+    from pipeline.zero.combiner import GradientCombiner
 
     ranks.start()
     said: list[str] = []
     logging.getLogger("pipeline.zero.store").addFilter(lambda record: said.append(record.getMessage()) is not None)
     for name, number in (("1", 0), ("2-overlap-small", 0), ("1-overlap", 1)):
         case = Case(zero=CONFIGURATIONS[name])
-        Shards(engine_of(case, model_of(case)), Synthesis("sago"), combine_tasks=True)
+        GradientCombiner(engine_of(case, model_of(case)), Synthesis("sago"), combine_tasks=True)
         assert len(said) == number, (name, said)
     assert "overlap_comm" in said[0] and "train.deepspeed" in said[0]
 

@@ -118,8 +118,8 @@ def test_the_run_says_what_its_paths_held(finished: Path, world: World) -> None:
         source = hashlib.sha256((world.folder / f"{task}.jsonl").read_bytes()).hexdigest()
         assert found[f"data.{task}.path"].startswith(source)
     files = [world.folder / "model" / name for name in ("model.safetensors", "config.json")]
-    lines = "".join(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n" for file in files)
-    assert found["model.path"] == hashlib.sha256(lines.encode()).hexdigest()
+    lines = sorted(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n" for file in files)
+    assert found["model.path"] == hashlib.sha256("".join(lines).encode()).hexdigest()
     assert found["data.forget.path"] in (finished / "final" / "README.md").read_text()
 
 

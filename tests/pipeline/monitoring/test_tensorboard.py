@@ -92,7 +92,8 @@ def test_without_a_terminal_plain_lines_and_a_summary(told: dict[str, Any]) -> N
     assert done.stdout == "" and "\r" not in done.stderr and "\x1b" not in done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) < 20
-    assert lines[0].startswith("step 1 of 4: forget ")
+    assert [line.split(":")[0] for line in lines[:2]] == ["data.forget", "data.retain"]  # how much of them is used
+    assert next(line for line in lines[2:] if not line.startswith("warning: ")).startswith("step 1 of 4: forget ")
     assert any(line.startswith("step 4 of 4: forget ") and "0:00:00 left" in line for line in lines)
     losses = [row["retain_loss"] for row in rows(run)]
     said = next(line for line in lines if line.strip().startswith("retain loss"))
@@ -118,7 +119,7 @@ def test_warnings_once_errors_always(tmp_path: Path) -> None:
 import logging, os, sys, warnings
 from pathlib import Path
 import datasets, transformers
-from pipeline import console
+from pipeline.monitoring import console
 rank, folder = 1 if os.fork() else 0, Path(sys.argv[1])
 os.dup2(os.open(folder / f"stderr-{rank}", os.O_CREAT | os.O_WRONLY), 2)
 console.setup_logging(rank, quiet=True)
@@ -130,7 +131,7 @@ for _ in range(3):
     warnings.warn("renamed soon", FutureWarning, stacklevel=1)
     logging.getLogger("transformers").warning("flags")
     logging.getLogger("somebody").error("broken")
-with console.prints_logged():
+with console.capture_stdout():
     print("compiling")
 assert not (folder / "log.txt").exists()
 (folder / str(rank)).mkdir()

@@ -1,8 +1,8 @@
 """Which DeepSpeed this program works with, and everything it uses of it beyond the documented interface.
 
-`INTERNALS` is the whole list: an attribute that is not in it is not touched by this program, and outside `pipeline/zero`
-none of it is (`tests/test_architecture.py` reads the sources). The gradient stores check at start-up, by `require`, that
-their attributes exist; `pipeline/zero/self_test.py` checks that they mean what they meant.
+`INTERNALS` is the whole list. Only `pipeline/zero` touches what stands in it, and nothing of DeepSpeed's inside beyond
+it (`tests/test_architecture.py` and `tests/pipeline/zero/test_compat.py` read the sources). The gradient stores check
+at start-up, by `require`, that their attributes exist; `self_test.py` checks that they mean what they meant.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ INTERNALS: dict[str, dict[str, str]] = {
         "offload_optimizer": "says whether step() reads a copy of the gradient",
         "parameter_offload": "owner of the coordinator of prefetching",
         "checkpoint_event_prologue": "gives partitioned weights back before they are loaded",
-        "checkpoint_event_epilogue": "takes them up again",
+        "checkpoint_event_epilogue": "partitions them again",
     },
     "optimizer of ZeRO 3 under offload": {
         "_offload_boundary_param_ids": "which gradients the boundary copies to the optimizer: all, not the last task's",
-        "finalize_gradient_accumulation_boundary": "makes that copy",
+        "finalize_gradient_accumulation_boundary": "copies the combined gradient to the optimizer",
         "norm_for_param_grads": "step() takes the norm from this table",
-        "get_param_id": "its key",
+        "get_param_id": "the key of that table",
         "fp32_partitioned_groups_flat": "the master weights of each sub-group, by which a sub-group on nvme is found",
         "_swappable_optimizer_subgroup": "says which sub-groups lie on nvme",
         "optimizer_swapper": "what moves sub-groups between memory and nvme",
@@ -116,7 +116,13 @@ INTERNALS: dict[str, dict[str, str]] = {
         "loss_scale": "what the gradient was multiplied with",
     },
     "module deepspeed.runtime.zero.parameter_offload": {
-        "FWD_MODULE_STACK": "keeps the outermost module of every model that was ever sharded; emptied",
+        "FWD_MODULE_STACK": "references the outermost module of every model that was ever sharded; emptied",
+    },
+    "module deepspeed.runtime.zero.partitioned_param_coordinator": {
+        "PartitionedParameterCoordinator": "a method of it has a cache that references every such model; emptied",
+    },
+    "class deepspeed.runtime.zero.partition_parameters.Init": {
+        "param_id": "the self-test gives the counter of parameters back as it was",
     },
 }
 
@@ -163,10 +169,17 @@ def release_memory() -> None:
     """
     if (offload := sys.modules.get("deepspeed.runtime.zero.parameter_offload")) is not None:
         offload.FWD_MODULE_STACK.clear()
-        coordinator = "deepspeed.runtime.zero.partitioned_param_coordinator"
-        for cached in gc.get_objects():
-            if type(cached) is functools._lru_cache_wrapper and cached.__module__ == coordinator:
-                cached.cache_clear()
+    clear_release_cache()
     gc.collect()  # models reference themselves in cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def clear_release_cache() -> None:
+    """Empty the cache in which ZeRO-3's coordinators, all of a process together, note which weights to release."""
+    if (module := sys.modules.get("deepspeed.runtime.zero.partitioned_param_coordinator")) is None:
+        return
+    for method in vars(module.PartitionedParameterCoordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():  # the cached method is inside another decorator
+            if isinstance(cell.cell_contents, functools._lru_cache_wrapper):
+                cell.cell_contents.cache_clear()

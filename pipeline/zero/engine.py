@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from typing import Any, Protocol
 
 import torch
@@ -90,7 +91,13 @@ class PartitionedParameter(nn.Parameter):
     ds_id: int
     ds_numel: int
     ds_process_group: torch.distributed.ProcessGroup
+    ds_status: Enum
     ds_tensor: Tensor
+    ds_secondary_tensor: Tensor | None
+
+    def partition(self) -> None:
+        """Drop the gathered parameter."""
+        ...
 
     def partition_numel(self) -> int:
         """Elements of each rank's share, with the padding at its end."""

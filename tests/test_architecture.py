@@ -99,7 +99,7 @@ EXCEPTIONS = {"pipeline/distributed/process_group.py": {"__compatible_ops__"}}
 
 @cache
 def inside_of_deepspeed() -> set[str]:
-    """What stands in the table of `compat.py`, and every attribute with `_` that DeepSpeed's own engine code defines."""
+    """What stands in the table of `compat.py`, and every name with `_` that DeepSpeed's engine and optimizers define."""
     found = {name for names in INTERNALS.values() for name in names}
     home = find_spec("deepspeed")
     assert home is not None and home.origin is not None

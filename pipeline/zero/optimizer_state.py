@@ -20,7 +20,7 @@ class Fragment:
 
 
 def optimizer_layout(engine: Engine) -> list[list[Fragment]]:
-    """The fragments in each flat fp32 tensor that this rank's optimizer updates; empty without ZeRO: nothing is split."""
+    """The fragments in each flat fp32 tensor that this rank's optimizer updates; empty without ZeRO."""
     if not engine.zero_optimization_stage():
         return []
     optimizer, layout = engine.optimizer, []

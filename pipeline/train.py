@@ -19,7 +19,6 @@ from pipeline.config.load import parse_command_line
 from pipeline.config.run_folder import check_output_dir
 from pipeline.distributed.environment import world_from_environment
 from pipeline.errors import InputError
-from pipeline.trainer import run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pipeline.distributed import process_group
     from pipeline.distributed.errors import report
     from pipeline.distributed.signals import STOPPED, Preempted
-    from pipeline.monitoring import console
-    from pipeline.monitoring import trackers as outlets
+    from pipeline.monitoring import console, trackers
+    from pipeline.trainer import run
 
     status = 0
     try:
@@ -53,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = STOPPED
     except BaseException as error:
         status = report(error, logged=console.log_end(error))
-    outlets.end(status)
+    trackers.end(status)
     process_group.leave(status)
 
 

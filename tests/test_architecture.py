@@ -24,6 +24,7 @@ LAYERS: list[set[str]] = [
     {"modeling"},
     {"losses"},
     {"optim"},
+    {"startup"},
     {"trainer"},
     {"train", "planning"},
     {"plan"},

@@ -49,7 +49,7 @@ def meddle() -> None:
     logging.getLogger("left.behind").setLevel(logging.ERROR)
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(1)
-    for owner, name in ((torch, "compile"), (LlamaMLP, "forward"), (pipeline.trainer, "record_step")):
+    for owner, name in ((torch, "compile"), (LlamaMLP, "forward"), (pipeline.trainer, "setup")):
         setattr(owner, name, meddle)
     get_accelerator().is_fp16_supported = meddle  # pyright: ignore[reportOptionalMemberAccess,reportAttributeAccessIssue]
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = "left behind"  # pyright: ignore[reportAttributeAccessIssue]
@@ -70,7 +70,7 @@ def look(folder: Path, file: str) -> None:
     import pipeline.trainer
     from pipeline.distributed import process_group
 
-    patched = torch.distributed.all_reduce, torch.compile, LlamaMLP.forward, pipeline.trainer.record_step
+    patched = torch.distributed.all_reduce, torch.compile, LlamaMLP.forward, pipeline.trainer.setup
     seen = [
         *(function.__module__ for function in patched),
         "is_fp16_supported" in vars(get_accelerator()),

@@ -206,18 +206,19 @@ def train_on_engine(case: Case, watch: Any = None, between: Any = None, first: i
                 tokens, early = parts[rank]
                 bad = case.poison[2] if case.poison and case.poison[:2] == (step, task) and rank == 0 else 0.0
                 loss = engine(tokens, task, early, step % 2 == 0, bad)
-                scale = case.scales.get(task, 1.0) * shards.weight(task) * world / BATCH
+                scale = case.scales.get(task, 1.0) * shards.loss_weight(task) * world / BATCH
                 engine.backward(loss * scale, scale_wrt_gas=False)
-            shards.take(task)
-        geometry = shards.combine()
-        if shards.ready:
+            if task == "forget":
+                shards.stash_forget()
+        geometry, should_step = shards.combine()
+        if should_step:
             engine.step()
-        applied = shards.ready and engine.was_step_applied()
+        applied = should_step and engine.was_step_applied()
         after = weights_of(model)
         records.append(
             {
                 "applied": applied,
-                "ready": shards.ready,
+                "ready": should_step,
                 "changed": [name for name in after if not torch.equal(before[name], after[name])],
                 "norm": float(engine.get_global_grad_norm()) if applied else None,
                 "geometry": geometry,

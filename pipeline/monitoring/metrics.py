@@ -1,4 +1,4 @@
-"""Numbers -> JSON lines, TensorBoard, DeepSpeed's monitors, progress. Each says how the ranks' values become one."""
+"""Metrics of a run, each with its reduction over ranks: to `metrics.jsonl`, TensorBoard, trackers, progress."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 class Monitor:
-    """Collects the numbers of a step with `record`, and writes them with `flush`. Writes on rank 0 alone.
+    """Collects the metrics of a step with `record` and writes them with `flush`, on rank 0 alone.
 
-    A run that goes on after `start` steps drops what it logged beyond them: each step is there once, in order.
+    A run that is resumed after `start` steps drops what it logged beyond them: each step is logged once, in order.
     """
 
     def __init__(self, folder: Path, engine: Any, *, start: int, steps: int) -> None:
         self.folder, self.device = folder, engine.device
-        self.outlets = ExternalTrackers(folder, engine, start=start)
+        self.trackers = ExternalTrackers(folder, engine, start=start)
         self.values: dict[str, Any] = {}
         self.pending: dict[str, dict[str, torch.Tensor]] = {}
         self.is_writer = dist.get_rank() == 0
@@ -49,16 +49,16 @@ class Monitor:
             self.progress = Progress(start, steps)
 
     def describe(self, configuration: str, hyperparameters: dict[str, str | float]) -> None:
-        """What the run is: its configuration (YAML), and what TensorBoard and others list of it beside other runs."""
+        """Log the configuration (YAML) and the hyper-parameters by which trackers list the run beside others."""
         if self.is_writer:
             with disk_errors(self.events):
                 self.board.writer.add_text("configuration", f"```yaml\n{configuration}```")
                 self.board.begin(hyperparameters)
-            self.outlets.begin(hyperparameters)
+            self.trackers.begin(hyperparameters)
 
     @property
     def last(self) -> dict[str, Any]:
-        """The newest row, of rank 0."""
+        """The newest row of `metrics.jsonl`, on rank 0."""
         return self.history[-1] if self.history else {}
 
     @property
@@ -67,9 +67,9 @@ class Monitor:
         return sum(1 for _ in takewhile(lambda row: row["skipped"], reversed(self.history)))
 
     def record(self, name: str, value: float | torch.Tensor | None, reduce: str = "none") -> None:
-        """One number of the present step. reduce: `none` (the same on every rank), `sum` or `max` over the ranks.
+        """Record a metric of the present step. reduce: `none` (the same on every rank), `sum` or `max` over ranks.
 
-        A name that starts with `_` is for the ranks to agree on, and is not written.
+        A name that starts with `_` is reduced and returned by `flush`, but not written.
         """
         self.values[name] = value
         if reduce != "none":
@@ -77,7 +77,7 @@ class Monitor:
             self.pending.setdefault(reduce, {})[name] = tensor
 
     def flush(self, step: int) -> dict[str, Any]:
-        """Reduce, write and forget the recorded numbers; returns them (a number that is not finite is None)."""
+        """Reduce and write the recorded metrics, and return them; a value that is not finite becomes None."""
         for reduce, tensors in self.pending.items():
             stacked = torch.stack(list(tensors.values()))
             dist.all_reduce(stacked, _REDUCTIONS[reduce])
@@ -93,32 +93,32 @@ class Monitor:
                 self.lines.write(json.dumps(self.last) + "\n")
             with disk_errors(self.events):
                 self.board.write(self.history)
-            self.outlets.write(step, written)
+            self.trackers.write(step, written)
             shown = {"forget": "forget_loss", "retain": "retain_loss", "conflict": "conflict_fraction"}
             self.progress.update(step, {label: values.get(name) for label, name in shown.items()})
         return values
 
     def sync(self) -> None:
-        """Put what was logged on disk, before a checkpoint: a run that is killed after it does not log it again."""
+        """Flush the log to disk, before a checkpoint: a run that is killed later does not log these steps again."""
         if self.is_writer:
             with disk_errors(self.events):
                 self.board.writer.flush()
 
     def finish(self, card: str) -> None:
-        """After the last step: its results and the model card (Markdown), then nothing more is written."""
+        """Write the results and the model card (Markdown) after the last step, and close the log."""
         if self.is_writer:
             self.progress.close()
             found = results(self.history)
             with disk_errors(self.events):
                 self.board.end(self.history, found)
                 self.board.writer.add_text("model_card", card)
-                self.board.writer.flush()  # closing alone would not tell that it failed
+                self.board.writer.flush()  # closing alone reports no failure
                 self.board.writer.close()
-            self.outlets.finish(found, len(self.history))
+            self.trackers.finish(found, len(self.history))
             self.lines.close()
 
     def summarise(self, seconds: float) -> None:
-        """The run in a few lines on the console, once its model is exported. seconds: its wall time."""
+        """Print a summary once the model is exported. seconds: wall time of this process."""
         if not self.is_writer:
             return
         found = results(self.history)
@@ -143,10 +143,10 @@ class Monitor:
 
 
 def results(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What a run came to. history: rows of `metrics.jsonl`, all of them; at least one.
+    """The results of a run. history: all rows of `metrics.jsonl`, at least one.
 
     Losses are means over the last tenth of the steps (`_start`: the first tenth), geometry over all steps, time is a
-    median. What no step has a number for is absent.
+    median. A metric without a value in any step is absent.
     """
 
     def of(name: str, rows: Sequence[Mapping[str, Any]] = history) -> list[float]:
@@ -167,7 +167,7 @@ def results(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _keep_lines(file: Path, number: int) -> list[dict[str, Any]]:
-    """Cut a log back to its first `number` lines, all at once; returns what they hold."""
+    """Truncate a log to its first `number` lines, atomically, and return the rows."""
     if not file.exists():
         return []
     kept = file.read_text(encoding="utf-8").splitlines(keepends=True)[:number]
@@ -178,7 +178,7 @@ def _keep_lines(file: Path, number: int) -> list[dict[str, Any]]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this rank ever used: allocated by torch on a GPU, resident in the process on a CPU."""
+    """Peak memory of this rank: allocated by torch on a GPU, resident set of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

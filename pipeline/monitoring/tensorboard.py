@@ -1,4 +1,4 @@
-"""TensorBoard as a run fills it: three charts to begin with, layers as pictures, runs side by side under HParams."""
+"""TensorBoard: three charts on the first page, heat maps of the layers, runs beside each other under HParams."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ CHARTS = {
 }
 
 
-# What TensorBoard compares runs by: a short heading, for columns are narrow, and what it means. It shows the first five
-# unasked, and its parallel coordinates leave out a run without one of these: what every run has comes first.
+# The results under HParams: a short heading, because columns are narrow, and its meaning. TensorBoard shows the first
+# five by default, and its parallel coordinates leave out a run without one of them: results of every run come first.
 MEASURES = {
     "forget_loss": ("forget loss", "mean over the last tenth of the steps"),
     "retain_loss": ("retain loss", "mean over the last tenth of the steps"),
@@ -47,22 +47,28 @@ MEASURES = {
 }
 
 
-SHOWN = ("forget", "gamma", "lr", "rule", "seed")  # hyper-parameters: also five, and TensorBoard sorts them by name
+SHOWN = (
+    "forget",
+    "gamma",
+    "lr",
+    "rule",
+    "seed",
+)  # the hyper-parameters shown by default: also five; TensorBoard sorts them by name
 
 
-# What is drawn layer by layer: its title, the value that means nothing (white), and the colours around it (red: the
-# tasks are against each other). Half of the elements of two random gradients differ in sign.
-PICTURES = {
+# The heat maps: title, neutral value (white) and colours around it (red: the tasks conflict). The neutral value of the
+# fraction is one half: half of the elements of two random gradients differ in sign.
+HEAT_MAPS = {
     "conflict_fraction": ("fraction of elements in conflict", 0.5, "RdBu_r"),
     "cos_forget_retain": ("cosine of forget and retain gradient", 0.0, "RdBu"),
 }
 
 
-PICTURE_SECONDS = 60.0  # between two drawings of them; one takes some tenths of a second
+HEAT_MAP_EVERY_S = 60.0  # drawing one takes some tenths of a second
 
 
 class TensorBoardWriter:
-    """The event file of a run, on rank 0. A run that goes on has the steps from `start` + 1 on replaced."""
+    """The event file of a run, on rank 0. A resumed run replaces the steps from `start` + 1 on."""
 
     def __init__(self, folder: Path, *, start: int) -> None:
         self.writer = SummaryWriter(str(folder), purge_step=start + 1)
@@ -72,15 +78,15 @@ class TensorBoardWriter:
         self.drawn = float("-inf")
 
     def begin(self, hyperparameters: dict[str, str | float]) -> None:
-        """The run's line under HParams, with the scalars `result/<measure>`, which `end` writes.
+        """Write the run's row under HParams, with the scalars `result/<measure>`, which `end` writes.
 
-        In this file and not in a folder of its own, as `add_hparams` would: the run is there once.
+        It goes into this file; `add_hparams` would make a second run in a folder of its own.
         """
         table, run, _ = hparams(hyperparameters, {f"result/{name}": None for name in MEASURES})
         plugin = table.value[0].metadata.plugin_data
         content = HParamsPluginData.FromString(plugin.content)
         for column in content.experiment.hparam_infos:
-            column.differs = column.name in SHOWN  # what differs between runs comes first
+            column.differs = column.name in SHOWN  # TensorBoard shows these first
         for column, (heading, meaning) in zip(content.experiment.metric_infos, MEASURES.values(), strict=True):
             column.display_name, column.description = heading, meaning
         plugin.content = content.SerializeToString()
@@ -107,19 +113,19 @@ class TensorBoardWriter:
             of_layers = np.array([value for key, value in values.items() if key.startswith(f"{name}/")])
             if of_layers.size:
                 self.writer.add_histogram(f"layers/{name}", of_layers, step)
-        if any("/" in name for name in values) and time.monotonic() - self.drawn > PICTURE_SECONDS:
+        if any("/" in name for name in values) and time.monotonic() - self.drawn > HEAT_MAP_EVERY_S:
             self.draw(history)
 
     def draw(self, history: Sequence[Mapping[str, float | None]]) -> None:
-        """Layers × steps as a picture, as far as the run has come."""
-        for name in PICTURES:
-            picture = heat_map(history, name)
-            if picture is not None:
-                self.writer.add_image(f"heat_map/{name}", picture, int(history[-1]["step"] or 0), dataformats="HWC")
+        """Draw the heat maps, layers × steps, of the steps so far."""
+        for name in HEAT_MAPS:
+            image = heat_map(history, name)
+            if image is not None:
+                self.writer.add_image(f"heat_map/{name}", image, int(history[-1]["step"] or 0), dataformats="HWC")
         self.drawn = time.monotonic()
 
     def end(self, history: Sequence[Mapping[str, float | None]], results: Mapping[str, float]) -> None:
-        """The run is over: the last pictures, and its results beside its hyper-parameters."""
+        """Write the last heat maps, and the results beside the hyper-parameters."""
         self.draw(history)
         for name, value in results.items():
             self.writer.add_scalar(f"result/{name}", value, int(history[-1]["step"] or 0))
@@ -127,7 +133,7 @@ class TensorBoardWriter:
 
 
 def heat_map(history: Sequence[Mapping[str, float | None]], name: str) -> np.ndarray | None:
-    """`name/LAYER` of each row that has it, a line a layer, a column a step: [height, width, 3] uint8; None without."""
+    """`name/LAYER` of the rows that have it, a line a layer, a column a step: [height, width, 3] uint8, or None."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -137,7 +143,7 @@ def heat_map(history: Sequence[Mapping[str, float | None]], name: str) -> np.nda
     values = np.array([[missing if (v := row.get(key)) is None else v for row in rows] for key in layers], dtype=float)
     if not np.isfinite(values).any():
         return None
-    title, middle, colours = PICTURES[name]
+    title, middle, colours = HEAT_MAPS[name]
     reach = max(float(np.nanmax(np.abs(values - middle))), 1e-3)
     figure = Figure(figsize=(6, 1.4 + 0.22 * min(len(layers), 40)), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)

@@ -1,8 +1,8 @@
-"""DeepSpeed's monitors that the DeepSpeed file turns on: CSV, W&B, Comet, another TensorBoard. All of them on rank 0.
+"""The trackers that the DeepSpeed file turns on: CSV, W&B, Comet, another TensorBoard. All of them on rank 0.
 
-DeepSpeed starts them and hands numbers on. What it leaves to others is here: hyper-parameters and results, so that runs
-compare; each step once after --resume; and an end. W&B and Comet keep what they are told in memory and finish when the
-interpreter ends, which `ranks.leave` skips: unfinished, their files stay empty.
+DeepSpeed starts them and passes numbers to them. This file adds what DeepSpeed leaves out: hyper-parameters and
+results, by which runs are compared; each step once after --resume; and a proper end. W&B and Comet buffer in memory and
+finish when the interpreter ends, which `process_group.leave` skips: without `end` their files stay empty.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
-_NAMES = "monitors.json"  # in the run folder: what W&B and Comet call this run
+_NAMES = "monitors.json"  # in the run folder: the identifiers of this run in W&B and Comet
 
 
 def resume_trackers(folder: Path, zero: dict[str, Any]) -> None:
-    """Before DeepSpeed starts them for a run that is resumed: the run goes on there too. Changes `zero`.
+    """Make W&B and Comet continue the resumed run; call it before DeepSpeed starts them. Changes `zero`.
 
-    What the user asked for by W&B's variables or Comet's keys stays.
+    W&B's variables and Comet's keys that the user has set take precedence.
     """
     file = folder / _NAMES
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -34,7 +34,7 @@ def resume_trackers(folder: Path, zero: dict[str, Any]) -> None:
 
 
 def end(status: int) -> None:
-    """The process ends with `status`: all that W&B and Comet were told is written or sent; may wait for the network."""
+    """Flush W&B and Comet before the process ends with `status`; this may wait for the network."""
     wandb, comet = sys.modules.get("wandb"), sys.modules.get("comet_ml")
     if wandb is not None and wandb.run is not None:
         wandb.finish(exit_code=status)
@@ -43,9 +43,8 @@ def end(status: int) -> None:
 
 
 class ExternalTrackers:
-    """What DeepSpeed's engine has of them, which may be none. The engine itself no longer writes to them.
-
-    It would write the learning rate against a count of samples that is not this program's.
+    """The trackers of a DeepSpeed engine, of which there may be none. The engine itself stops writing to them:
+    it would write the learning rate against a count of samples that is not this program's.
     """
 
     def __init__(self, folder: Path, engine: Any, *, start: int) -> None:
@@ -55,7 +54,7 @@ class ExternalTrackers:
         self.comet = self.monitors.comet_monitor.experiment if self.monitors.comet_monitor is not None else None
 
     def begin(self, hyperparameters: Mapping[str, str | float]) -> None:
-        """What the run is; whatever was written of steps after `start` is taken back, where that can be done."""
+        """Write the hyper-parameters; remove what was written of steps after `start`, where the tracker can."""
         names = {}
         if self.wandb is not None:
             if "WANDB_NAME" not in os.environ:
@@ -76,13 +75,13 @@ class ExternalTrackers:
             self.monitors.tb_monitor.summary_writer._get_file_writer().add_event(again)
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """The numbers of a step but those of single layers."""
+        """Write the numbers of a step, except those of single layers."""
         if self.are_on:
-            told = [(name, value) for name, value in values.items() if value is not None and "/" not in name]
-            self.monitors.write_events([(name, value, step) for name, value in told])
+            written = [(name, value) for name, value in values.items() if value is not None and "/" not in name]
+            self.monitors.write_events([(name, value, step) for name, value in written])
 
     def finish(self, results: Mapping[str, float], step: int) -> None:
-        """What the run came to after `step` steps, as `result/<measure>`."""
+        """Write the results after `step` steps, as `result/<measure>`."""
         found = {f"result/{name}": value for name, value in results.items()}
         if self.wandb is not None:
             self.wandb.summary.update(found)
@@ -91,7 +90,7 @@ class ExternalTrackers:
 
 
 def _cut(file: Path, start: int) -> None:
-    """Take the rows of steps after `start`, and one that a full disk cut short, from the end of a CSV file."""
+    """Remove the rows of steps after `start`, and a row that a full disk cut short, from the end of a CSV file."""
     rows = file.read_bytes().splitlines(keepends=True)
     while len(rows) > 1 and (not rows[-1].endswith(b"\n") or int(rows[-1].split(b",")[0]) > start):
         rows.pop()
@@ -99,7 +98,7 @@ def _cut(file: Path, start: int) -> None:
 
 
 def _replace(file: Path, content: bytes) -> None:
-    """All of it or nothing."""
+    """Replace the content of `file` atomically."""
     unfinished = file.with_name(f".{file.name}")
     unfinished.write_bytes(content)
     os.replace(unfinished, file)

@@ -28,13 +28,6 @@ from pipeline.config.schema import RunConfig
 REDUCTIONS = "all_reduce broadcast reduce all_gather all_gather_into_tensor reduce_scatter reduce_scatter_tensor"
 
 
-class Silent:
-    """Takes the numbers of a step and keeps none."""
-
-    def record(self, *_: Any, **__: Any) -> None:
-        pass
-
-
 class Traffic:
     """Counts the bytes that collectives were asked to move on this rank."""
 
@@ -174,19 +167,19 @@ def measure(options: argparse.Namespace, traffic: Traffic) -> list[SimpleNamespa
     import torch
 
     from pipeline.synthesis.combine import Synthesis
-    from pipeline.trainer import train_step
+    from pipeline.trainer import TrainStep
     from pipeline.zero.combiner import GradientCombiner
 
     engine, tasks = build(options)
     plain = GradientCombiner(engine, Synthesis("sum"), combine_tasks=False)
     partition_bytes = sum(size for _, size in plain.holder.layout) * plain.holder.dtype.itemsize
     schedules: dict[str, Callable[[int], Any]] = {
-        "sum": lambda step: train_step(engine, plain, tasks, step, Silent()),  # pyright: ignore[reportArgumentType]
+        "sum": TrainStep(engine, plain, *tasks).train_step,
         "joint": lambda step: joint_step(engine, plain, tasks, step),
     }
     held: dict[str, GradientCombiner] = {}  # the one whose turn it is: its spare partition lives for its own step only
     for rule in options.rules:
-        schedules[rule] = lambda step, rule=rule: train_step(engine, held[rule], tasks, step, Silent())  # pyright: ignore
+        schedules[rule] = lambda step, rule=rule: TrainStep(engine, held[rule], *tasks).train_step(step)
     cuda = engine.device.type == "cuda"
     seconds: dict[str, list[float]] = {name: [] for name in schedules}
     peaks: dict[str, list[int]] = {name: [] for name in schedules}  # empty where the system does not tell

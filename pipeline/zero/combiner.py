@@ -5,14 +5,15 @@ of the complete gradient; the forget share is set aside in one spare partition, 
 place, and the combination is written back where `engine.step()` looks for the gradient. No gradient is gathered whole;
 what crosses the network is one table of 10 numbers per parameter.
 
-DeepSpeed runs in managed mode and no backward is ever its accumulation boundary: `take` and `combine` are. So it never
-matters which tensors the last micro-batch happens to touch, and an `engine.step()` without `combine` updates nothing.
+DeepSpeed runs in managed mode and no backward is ever its accumulation boundary: `stash_forget` and `combine` are. So
+it never matters which tensors the last micro-batch happens to touch, and an `engine.step()` without `combine` updates
+nothing.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,13 +26,23 @@ from pipeline.zero.stages import gradient_store
 from pipeline.zero.store import unexpected
 
 
+class Combined(NamedTuple):
+    """What `combine` found."""
+
+    geometry: Geometry | None  # None if the two gradients were added up without being compared
+    should_step: bool  # False: a gradient is non-finite, on some rank; no rank may step
+
+
 class GradientCombiner:
     """The gradients of one step, sharded as DeepSpeed shards them.
 
-    The step is: `clear`, the backwards of one task, `take(task)`, the same for the next task, `combine`, then, if
-    `ready`, `engine.step()`. With `combine_tasks=False` (one task, or the rule `sum`) both tasks accumulate into
-    DeepSpeed's own buffers with their weights and there is no spare. `spare` says where it lies: beside the gradient
-    (`device`), or in pinned memory of the machine (`host`), from where it crosses the bus in bounded parts.
+    The step is: `clear`, the backward passes of the forget task, `stash_forget`, those of the retain task, `combine`,
+    then, if its answer says `should_step`, `engine.step()`. With `combine_tasks=False` (one task, or the rule `sum`)
+    both tasks accumulate into DeepSpeed's own buffers with their weights, and there is no forget buffer.
+
+    Args:
+        stash_device: where the forget buffer lies: beside the gradient (`device`), or in pinned memory of the machine
+            (`host`), from where it crosses the bus in bounded parts.
 
     Raises:
         RuntimeError: DeepSpeed does not keep its gradients where this file expects them.
@@ -60,9 +71,8 @@ class GradientCombiner:
                 self.average = torch.zeros(numel, dtype=dtype, **place)
         self.table: Tensor | None = None  # after `combine`: the sums that describe the step, by parameter
         self.scale = 1.0  # in fp16: of the gradients that those sums are of
-        self.ready = False  # after `combine`: engine.step() may be called
 
-    def weight(self, task: str) -> float:
+    def loss_weight(self, task: str) -> float:
         """What the loss of `task` is multiplied with: its weight where gradients simply add up, else 1."""
         if self.stash is not None:
             return 1.0
@@ -70,23 +80,25 @@ class GradientCombiner:
 
     def clear(self) -> None:
         """Zero the gradient, wherever DeepSpeed keeps a part of it."""
-        self.ready = False
         self.engine.set_gradient_accumulation_boundary(False)
         self.holder.clear()
 
-    def take(self, task: str) -> None:
-        """The backwards of `task` are done: set the forget gradient aside and make room for the retain gradient."""
-        if task == "forget" and self.stash is not None:
+    def stash_forget(self) -> None:
+        """The forget gradient is complete: copy it to the forget buffer and make room for the retain gradient.
+
+        Nothing where the two are simply added up.
+        """
+        if self.stash is not None:
             for kept, gradient in zip(self._cut(self.stash), self.holder.reduce(), strict=True):
                 kept.copy_(gradient, non_blocking=True)  # what follows is queued behind it
             self.clear()
 
-    def combine(self) -> Geometry | None:
-        """Replace the retain gradient by the combination; None if there was nothing to combine.
+    def combine(self) -> Combined:
+        """Replace the retain gradient by the combination.
 
-        One all-reduce of 10 float64 per parameter, whatever their sizes. Every rank gets the same answer. Afterwards
-        `ready` says whether to call `engine.step()`: not if either gradient is non-finite. (fp16: then all the same,
-        with a gradient that DeepSpeed recognises as an overflow, for it to skip the update and lower its loss scale.)
+        One all-reduce of 10 float64 per parameter, whatever their sizes. Every rank gets the same answer. No rank
+        should step if either gradient is non-finite. (fp16: all ranks step all the same, with a gradient that DeepSpeed
+        recognises as an overflow, so that it skips the update and lowers its loss scale.)
         """
         slices = self.holder.reduce()
         geometry = None
@@ -101,11 +113,11 @@ class GradientCombiner:
         if not finite and self.engine.fp16_enabled():
             for gradient in slices[:1]:
                 gradient[0] = torch.nan
-        self.ready = finite or self.engine.fp16_enabled()
-        if self.ready:
+        should_step = finite or bool(self.engine.fp16_enabled())
+        if should_step:
             self.holder.write_back(slices)
             self.engine.set_gradient_accumulation_boundary(True)
-        return geometry
+        return Combined(geometry, should_step)
 
     def average_layout(self) -> list[Fragment]:
         """What lies in `average` on this rank."""

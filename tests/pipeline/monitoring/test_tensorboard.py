@@ -36,7 +36,7 @@ from pipeline.monitoring import console
 from pipeline.monitoring.metrics import results
 from pipeline.monitoring.tensorboard import COSINES, TensorBoardWriter, heat_map
 from pipeline.monitoring.trackers import _cut
-from pipeline.trainer import hyperparameters
+from pipeline.startup import hyperparameters
 from tests.browser import Browser
 from tests.conftest import World
 from tests.distributed import free_port

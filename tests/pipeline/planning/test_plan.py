@@ -61,19 +61,20 @@ def measure(configurations: dict[str, dict[str, Any]], report: str) -> None:
 
     from pipeline import trainer as program
 
-    step, found, run = program.train_step, {}, ""
+    step, found, run = program.TrainStep.train_step, {}, ""
 
-    def watched_step(engine: Any, shards: Any, tasks: Any, number: int, monitor: Any) -> bool:
+    def watched_step(self: program.TrainStep, number: int) -> program.StepResult:
         nonlocal watching
-        holder, finish = shards.holder, shards.holder.finish
+        engine, shards = self.engine, self.combiner
+        holder, reduce = shards.holder, shards.holder.reduce
         live: dict[str, dict[int, int]] = {}
 
         def count() -> list[Tensor]:
-            """Called by take and, last, by combine: both gradients are there, and the optimizer's state of before."""
+            """Called by stash_forget and, last, by combine: then both gradients and the optimizer's old state exist."""
             parameters = list(engine.module.parameters())
             own = [getattr(parameter, key, None) for parameter in parameters for key in ("grad", "grad_accum")]
             before = storages(own)
-            slices = finish()
+            slices = reduce()
             inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
             copies = [parameter for group in inner.param_groups for parameter in group["params"]]
             copies += getattr(engine.optimizer, "fp32_partitioned_groups_flat", [])
@@ -88,16 +89,16 @@ def measure(configurations: dict[str, dict[str, Any]], report: str) -> None:
             return slices
 
         if number == 2:
-            holder.finish, watching = count, True
+            holder.reduce, watching = count, True
             sent.clear()
-        applied = step(engine, shards, tasks, number, monitor)
+        result = step(self, number)
         if number == 2:
-            holder.finish, watching = finish, False
+            holder.reduce, watching = reduce, False
             sizes = {kind: sum(at.values()) for kind, at in live.items()}
             found[run] = {"memory": sizes, "sent": dict(sent)}
-        return applied
+        return result
 
-    program.train_step = watched_step
+    program.TrainStep.train_step = watched_step  # pyright: ignore[reportAttributeAccessIssue]
     for run in configurations:
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
         config = RunConfig.model_validate(configurations[run])

@@ -37,8 +37,8 @@ def live_storages() -> dict[int, int]:
 
 def count_partitions_made(cases: list[tuple[dict[str, Any], int]]) -> None:
     """Large storages that exist after a step and did not when the engine had just been built, but for its own."""
-    import pipeline.zero.combiner
-    from pipeline import trainer as program
+    from pipeline import startup
+    from pipeline.trainer import StepResult, TrainStep
     from pipeline.zero.combiner import GradientCombiner
 
     seen: dict[str, Any] = {}
@@ -48,21 +48,21 @@ def count_partitions_made(cases: list[tuple[dict[str, Any], int]]) -> None:
             seen["before"] = live_storages()
             super().__init__(engine, *arguments, **options)
 
-    step = program.train_step
+    step = TrainStep.train_step
 
-    def watched_step(engine: Any, shards: GradientCombiner, *rest: Any) -> bool:
-        applied = step(engine, shards, *rest)
-        holder: Any = shards.holder
+    def watched_step(self: TrainStep, number: int) -> StepResult:
+        result, engine = step(self, number), self.engine
+        holder: Any = self.combiner.holder
         size = holder.flat.nbytes
         states = [tensor for state in engine.optimizer.optimizer.state.values() for tensor in state.values()]
         own = {t.untyped_storage().data_ptr() for t in (*states, *engine.module.parameters())}
         born = {at: nbytes for at, nbytes in live_storages().items() if at not in seen["before"] and at not in own}
         seen.setdefault("large", []).append([nbytes for nbytes in born.values() if nbytes >= size // 4])
         seen["size"] = size
-        return applied
+        return result
 
-    pipeline.zero.combiner.GradientCombiner = Watched
-    program.train_step = watched_step
+    startup.GradientCombiner = Watched
+    TrainStep.train_step = watched_step  # pyright: ignore[reportAttributeAccessIssue]
     for config, expected in cases:
         seen.clear()
         train(config)
@@ -84,7 +84,7 @@ def record_traffic(configs: list[dict[str, Any]], report: str) -> None:
     """Write every collective of each run's third step, with its size, as rank 0 saw it."""
     import torch.distributed as dist
 
-    from pipeline import trainer as program
+    from pipeline.trainer import StepResult, TrainStep
 
     calls: list[tuple[str, int]] = []
     watching = False
@@ -103,16 +103,16 @@ def record_traffic(configs: list[dict[str, Any]], report: str) -> None:
     names = "all_reduce broadcast reduce all_gather all_gather_into_tensor reduce_scatter reduce_scatter_tensor"
     for name in names.split():
         watch(name)
-    step = program.train_step
+    step = TrainStep.train_step
 
-    def watched_step(engine: Any, shards: Any, tasks: Any, number: int, monitor: Any) -> bool:
+    def watched_step(self: TrainStep, number: int) -> StepResult:
         nonlocal watching
         watching = number == 2
-        applied = step(engine, shards, tasks, number, monitor)
+        result = step(self, number)
         watching = False
-        return applied
+        return result
 
-    program.train_step = watched_step
+    TrainStep.train_step = watched_step  # pyright: ignore[reportAttributeAccessIssue]
     traffic = []
     for config in configs:
         calls.clear()
@@ -160,26 +160,39 @@ def poison(config: dict[str, Any], steps: list[int], bad: float, task: str, *, r
 
     import torch.distributed as dist
 
-    from pipeline import trainer as program
-    from pipeline.zero.combiner import GradientCombiner
+    from pipeline.trainer import StepResult, TrainStep
+    from pipeline.zero.combiner import Combined, GradientCombiner
 
-    take, step, now = GradientCombiner.take, program.train_step, [0]
+    stash, combine, step, now = GradientCombiner.stash_forget, GradientCombiner.combine, TrainStep.train_step, [0]
 
-    def poisoned(self: GradientCombiner, taken: str) -> None:
-        if taken == task and now[0] in steps and dist.get_rank() == 1:
-            holder: Any = self.holder
+    def spoil(combiner: GradientCombiner) -> None:
+        if now[0] in steps and dist.get_rank() == 1:
+            holder: Any = combiner.holder
             holder.flat[3] = bad
-        take(self, taken)
 
-    def counted(engine: Any, shards: Any, tasks: Any, number: int, monitor: Any) -> bool:
+    def stash_forget(self: GradientCombiner) -> None:
+        if task == "forget":
+            spoil(self)
+        stash(self)
+
+    def combined(self: GradientCombiner) -> Combined:
+        if task == "retain":
+            spoil(self)
+        return combine(self)
+
+    def counted(self: TrainStep, number: int) -> StepResult:
         now[0] = number
-        before = [p.ds_tensor.clone() for p in engine.module.parameters()]
-        applied = step(engine, shards, tasks, number, monitor)
-        same = all(torch.equal(old, p.ds_tensor) for old, p in zip(before, engine.module.parameters(), strict=True))
-        assert same == (number in steps), f"step {number}"
-        return applied
+        before = [p.ds_tensor.clone() for p in self.engine.module.parameters()]
+        result = step(self, number)
+        pairs = zip(before, self.engine.module.parameters(), strict=True)
+        assert all(torch.equal(old, p.ds_tensor) for old, p in pairs) == (number in steps), f"step {number}"
+        return result
 
-    with mock.patch.object(GradientCombiner, "take", poisoned), mock.patch.object(program, "train_step", counted):
+    with (
+        mock.patch.object(GradientCombiner, "stash_forget", stash_forget),
+        mock.patch.object(GradientCombiner, "combine", combined),
+        mock.patch.object(TrainStep, "train_step", counted),
+    ):
         train(config, resume=resume)
 
 

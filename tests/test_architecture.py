@@ -100,7 +100,7 @@ EXCEPTIONS = {"pipeline/distributed/process_group.py": {"__compatible_ops__"}}
 
 @cache
 def inside_of_deepspeed() -> set[str]:
-    """What stands in the table of `compat.py`, and every name with `_` that DeepSpeed's engine and optimizers define."""
+    """What stands in the table of `compat.py`, and every name with `_` that DeepSpeed's engine code defines."""
     found = {name for names in INTERNALS.values() for name in names}
     home = find_spec("deepspeed")
     assert home is not None and home.origin is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pipeline.synthesis.combine import Synthesis
 from pipeline.zero.combiner import GradientCombiner
 from pipeline.zero.compat import check_version, clear_release_cache, unexpected
+from pipeline.zero.engine import Engine
 
 LR = 1.0
 # Small whole numbers: exact in bf16 and fp16. Of each tensor: its start, and the directions of the two losses.
@@ -62,11 +63,11 @@ def self_test(zero: dict[str, Any]) -> None:
     with _without_trace():
         model = Tiny(dtype)
         optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        engine = cast(Engine, deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0])
         combiner = GradientCombiner(engine, Synthesis("pcgrad", "module"), combine_tasks=True)
         combiner.clear()
         _accumulate(engine, FORGET)
-        combiner.take("forget")
+        combiner.stash_forget()
         _accumulate(engine, RETAIN)
         combiner.combine()
         engine.step()
@@ -127,7 +128,7 @@ def _factor(rank: int) -> float:
     return 0.5 if rank % 2 else 1.5
 
 
-def _accumulate(engine: deepspeed.DeepSpeedEngine, direction: dict[str, list[Any]]) -> None:
+def _accumulate(engine: Engine, direction: dict[str, list[Any]]) -> None:
     scale = _factor(dist.get_rank()) / MICRO_BATCHES
     inputs = [torch.tensor(direction[name], dtype=torch.float32, device=engine.device) * scale for name in START]
     for _ in range(MICRO_BATCHES):

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.zero.compat import require, unexpected  # noqa: F401
+from pipeline.zero.compat import require
 from pipeline.zero.engine import Engine
 
 log = logging.getLogger(__name__)

@@ -26,8 +26,8 @@ LISTED = {name for names in INTERNALS.values() for name in names}
 
 
 def test_nothing_is_listed_that_is_not_used_and_every_reason_is_given() -> None:
-    trees = [ast.parse(file.read_text()) for file in (REPOSITORY / "pipeline" / "zero").glob("*.py") if file.stem != "compat"]
-    nodes = [node for tree in trees for node in ast.walk(tree)]
+    files = [file for file in (REPOSITORY / "pipeline" / "zero").glob("*.py") if file.stem != "compat"]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
     used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     strings = {node.value for node in nodes if isinstance(node, ast.Constant)}
     own = {"FWD_MODULE_STACK", "PartitionedParameterCoordinator"}  # in compat.py itself
@@ -75,15 +75,15 @@ def test_old_versions_are_refused_and_new_ones_warned_of(caplog: pytest.LogCaptu
 # -- the step ----------------------------------------------------------------------------------------------------------
 
 
-def dictionary(stage: int, dtype: str = "fp32", **zero: Any) -> dict[str, Any]:
+def dictionary(stage: int, dtype: str = "fp32", offload: dict[str, Any] | None = None) -> dict[str, Any]:
     sums = {"data_types": {"grad_accum_dtype": "fp32"}} if stage else {}
     low = {key: {"enabled": dtype == key} for key in ("bf16", "fp16")}
-    return {"gradient_clipping": 1.0, **low, **sums, "zero_optimization": {"stage": stage, **zero}}
+    return {"gradient_clipping": 1.0, **low, **sums, "zero_optimization": {"stage": stage, **(offload or {})}}
 
 
 CPU = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
 DICTIONARIES = [
-    dictionary(stage, dtype, **offload)
+    dictionary(stage, dtype, offload)
     for dtype in ("fp32", "bf16")
     for stage in (0, 1, 2, 3)
     for offload in ({}, CPU)
@@ -147,7 +147,7 @@ def run_and_look_for_traces(dictionaries: list[dict[str, Any]], report: str) -> 
         gc.collect()
         assert made.pop()() is None, zero
     nvme = {"offload_optimizer": {"device": "nvme", "nvme_path": "/nowhere"}}
-    module.self_test({**dictionary(3, **nvme), "tensorboard": {"enabled": True, "output_path": "board"}})
+    module.self_test({**dictionary(3, offload=nvme), "tensorboard": {"enabled": True, "output_path": "board"}})
     assert not Path("board").exists()
     if dist.get_rank() == 0:
         Path(report).write_text(json.dumps(seconds))
@@ -172,7 +172,7 @@ def break_deepspeed() -> None:
     nothing: Any = lambda *arguments, **named: None  # noqa: E731
     faults = [
         (dictionary(3), mock.patch.object(Three, "unscale_and_clip_grads", nothing), "moved odd"),
-        (dictionary(3, **CPU), mock.patch.object(Three, "finalize_gradient_accumulation_boundary", nothing), ""),
+        (dictionary(3, offload=CPU), mock.patch.object(Three, "finalize_gradient_accumulation_boundary", nothing), ""),
         (dictionary(2), mock.patch.object(Two, "scaled_global_norm", doubled(Two.scaled_global_norm)), ""),
         (dictionary(0), mock.patch.object(DeepSpeedEngine, "allreduce_gradients", nothing), ""),
         (dictionary(1, "bf16"), mock.patch.object(DeepSpeedEngine, "allreduce_gradients", nothing), ""),

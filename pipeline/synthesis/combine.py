@@ -2,8 +2,8 @@
 
 The forget gradient f and the retain gradient r of one step meet on a *scope*: one element, one module (a parameter
 tensor), one layer, or the whole model. A *rule* maps their Gramian there, [ff fr; fr rr], to the weights of the
-combined gradient g. SAGO gates signs element by element (paper, section 3.4); PCGrad removes from the forget gradient its
-component along the retain gradient where they conflict (section 3.3); `sum` is the weighted sum (equation 1).
+combined gradient g. SAGO gates signs element by element (paper, section 3.4); PCGrad removes from the forget gradient
+its component along the retain gradient where they conflict (section 3.3); `sum` is the weighted sum (equation 1).
 
 The same code serves whole tensors (`synthesize`) and the shards of many ranks (`combine_` with an all-reduce): the
 Gramians of the shards add up to those of the whole tensors, so one small reduction makes every rank decide alike.

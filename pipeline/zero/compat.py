@@ -113,7 +113,7 @@ INTERNALS: dict[str, dict[str, str]] = {
     },
     "optimizer in fp16": {
         "_update_scale": "raises the loss scale inside step(), before the scale is taken off the gradient; delayed",
-        "loss_scale": "what the gradient was multiplied with",
+        "loss_scale": "the factor of the gradient",
     },
     "module deepspeed.runtime.zero.parameter_offload": {
         "FWD_MODULE_STACK": "references the outermost module of every model that was ever sharded; emptied",
@@ -142,7 +142,7 @@ def unexpected(problem: str) -> RuntimeError:
     """The error for a DeepSpeed whose inside is not as `INTERNALS` has it."""
     return RuntimeError(
         f"DeepSpeed keeps its gradients elsewhere than expected: {problem}; "
-        f"this program supports deepspeed>={OLDEST},<{TOO_NEW} with ZeRO stages 0 to 3: {INSTALL}"
+        f"this program supports deepspeed>=0.19.8,<0.20 with ZeRO stages 0 to 3: {INSTALL}"
     )
 
 

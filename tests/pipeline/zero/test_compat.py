@@ -18,10 +18,9 @@ import torch
 
 from pipeline.config.schema import REPOSITORY
 from pipeline.errors import InputError
-from pipeline.zero.compat import INTERNALS, check_version, require
+from pipeline.zero.compat import INSTALL, INTERNALS, OLDEST, TOO_NEW, check_version, require, unexpected
 from tests.distributed import run_distributed
 
-INSTALL = 'pip install "deepspeed>=0.19.8,<0.20"'
 LISTED = {name for names in INTERNALS.values() for name in names}
 
 
@@ -56,6 +55,14 @@ def test_a_missing_attribute_is_named_with_what_to_install() -> None:
     with pytest.raises(RuntimeError, match="object has no is_invalid_trace") as caught:
         require(object(), "coordinator of ZeRO 3")
     assert INSTALL in str(caught.value)
+
+
+def test_the_supported_versions_are_everywhere_the_same() -> None:
+    supported = f"deepspeed>={OLDEST},<{TOO_NEW}"
+    assert INSTALL == f'pip install "{supported}"'
+    assert f"supports {supported} with" in str(unexpected(""))
+    pinned = [line.split()[0] for line in (REPOSITORY / "requirements.txt").read_text().splitlines() if line]
+    assert supported in pinned
 
 
 def test_old_versions_are_refused_and_new_ones_warned_of(caplog: pytest.LogCaptureFixture) -> None:

@@ -45,8 +45,9 @@ class Tiny(nn.Module):
 def self_test(zero: dict[str, Any]) -> None:
     """One step of `GradientCombiner` on an engine like that of the run. Every rank must call, before a model is loaded.
 
-    The process group must have been started; nothing else is shared with the run: no monitor, no file, no seed. What is
-    offloaded to nvme is offloaded to the CPU here.
+    The process group must have been started; nothing else is shared with the run: no monitor, no file, no seed. What
+    the run offloads to nvme is offloaded to the CPU here, and copies within a machine (`zero_hpz_partition_size`) are
+    left out. DeepSpeed prints what it prints when an engine is made.
 
     Args:
         zero: the dictionary for `deepspeed.initialize`, which is not changed.

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
-import gc
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +66,7 @@ def load(
     from transformers.utils.peft_utils import find_adapter_config_file
 
     from pipeline.modeling.weights import WrongWeights, load_whole
+    from pipeline.zero.compat import release_memory
 
     release_memory()
     logging.disable_progress_bar()  # a run has many models; each suite shows its own progress
@@ -126,6 +124,7 @@ def load_sharded(folder: Path, ds_config: dict[str, Any], trust: Trust) -> PreTr
     from transformers import AutoConfig
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
+    from pipeline.distributed.process_group import skip_shm_op
     from pipeline.modeling.weights import load_whole
 
     if (folder / "adapter_config.json").is_file():
@@ -141,7 +140,7 @@ def load_sharded(folder: Path, ds_config: dict[str, Any], trust: Trust) -> PreTr
         "bf16": {"enabled": dtype == "bfloat16"},
         "fp16": {"enabled": dtype == "float16"},
     }
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles an all-reduce, not used here
+    skip_shm_op()
     zero3 = HfDeepSpeedConfig(config)  # while it lives, from_pretrained loads under deepspeed.zero.Init
     model: Any = load_whole(folder, dtype="auto", **trust.options())
     model.zero3 = zero3  # and generate() goes on until the last rank's answers end
@@ -156,22 +155,3 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     if not isinstance(zero, dict) or zero.get("stage") != 3:
         raise InputError(f"--ds-config {path}: zero_optimization.stage must be 3, which alone shards a model's weights")
     return config
-
-
-def release_memory() -> None:
-    """Give back the memory of models that are no longer used; a sharded one must not be in the middle of a forward.
-
-    DeepSpeed 0.19 holds every model that it ever sharded in two places of a process: a list that keeps the outermost
-    module, and a cache of a method with the module among its keys.
-    """
-    import torch
-
-    if (offload := sys.modules.get("deepspeed.runtime.zero.parameter_offload")) is not None:
-        offload.FWD_MODULE_STACK.clear()
-        coordinator = "deepspeed.runtime.zero.partitioned_param_coordinator"
-        for cached in gc.get_objects():
-            if type(cached) is functools._lru_cache_wrapper and cached.__module__ == coordinator:
-                cached.cache_clear()
-    gc.collect()  # models hold themselves in cycles
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

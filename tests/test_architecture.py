@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import sys
+from functools import cache
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
 import pytest
 
 from pipeline.config.schema import REPOSITORY
+from pipeline.zero.compat import INTERNALS
 
 # From the ground up. A package or file imports what stands in the lines above its own, and itself.
 LAYERS: list[set[str]] = [
@@ -28,7 +31,10 @@ LAYERS: list[set[str]] = [
 ]
 LEVEL = {name: number for number, names in enumerate(LAYERS) for name in names}
 # What evaluation may share with training: one reader of corpora, one encoding of questions, one check of weights.
-SHARED = {"pipeline.errors", "pipeline.config", "pipeline.data", "pipeline.distributed", "pipeline.modeling.weights"}
+SHARED = {
+    *("pipeline.errors", "pipeline.config", "pipeline.data", "pipeline.distributed", "pipeline.modeling.weights"),
+    "pipeline.zero.compat",  # release_memory, which empties what DeepSpeed references models from
+}
 LIGHT = ("errors", "config", "distributed/environment")  # imported before a bad configuration is refused
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "peft", "numpy"}
 
@@ -86,6 +92,56 @@ def test_pipeline_imports_neither_evaluation_nor_tests_and_evaluation_only_what_
             continue
         ours = {name for name in names if name.startswith("pipeline.")}
         assert not {name for name in ours if not any(f"{name}.".startswith(f"{one}.") for one in SHARED)}, file
+
+
+# The process group starts before anything of `zero` may be imported.
+EXCEPTIONS = {"pipeline/distributed/process_group.py": {"__compatible_ops__"}}
+
+
+@cache
+def inside_of_deepspeed() -> set[str]:
+    """What stands in the table of `compat.py`, and every name with `_` that DeepSpeed's engine code defines."""
+    found = {name for names in INTERNALS.values() for name in names}
+    home = find_spec("deepspeed")
+    assert home is not None and home.origin is not None
+    runtime = Path(home.origin).parent / "runtime"
+    for file in chain(runtime.glob("*.py"), (runtime / "zero").glob("*.py"), (runtime / "fp16").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name.startswith("_"):
+                found.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr.startswith("_"):
+                found.add(node.attr)
+    return {name for name in found if not (name.startswith("__") and name.endswith("__"))} | {"__compatible_ops__"}
+
+
+def touched(source: str) -> set[str]:
+    """Attributes of other objects that a file reads or writes, by a dot or by their names as strings."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "os")
+            found |= set() if own else {node.attr}
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) > 1:
+            name = node.args[1]
+            if node.func.id in ("getattr", "hasattr", "setattr", "delattr") and isinstance(name, ast.Constant):
+                found.add(str(name.value))
+    return found
+
+
+def test_only_zero_touches_the_inside_of_deepspeed() -> None:
+    for file in chain(files("pipeline"), files("eval")):
+        name = file.relative_to(REPOSITORY).as_posix()
+        if not name.startswith("pipeline/zero/"):
+            inside = touched(file.read_text(encoding="utf-8")) & inside_of_deepspeed()
+            assert inside <= EXCEPTIONS.get(name, set()), f"{name} touches {inside}: move that to pipeline/zero"
+
+
+def test_a_touch_would_be_noticed() -> None:
+    source = (
+        "engine.optimizer.averaged_gradients\nhasattr(p, 'ds_tensor')\nengine._global_grad_norm = 1\nself._config = 2"
+    )
+    assert touched(source) & inside_of_deepspeed() == {"averaged_gradients", "ds_tensor", "_global_grad_norm"}
+    assert {"_configure_optimizer", "_hp_mapping"} <= inside_of_deepspeed()
 
 
 def test_the_rules_of_synthesis_need_torch_alone() -> None:

@@ -1,4 +1,4 @@
-"""A toy model full of awkward tensors, trained by the program's Shards on real engines, and by a plain loop.
+"""A toy model full of awkward tensors, trained by the program's GradientCombiner on real engines, and by a plain loop.
 
 The plain loop is one process on whole tensors; of the program it shares nothing.
 """
@@ -182,7 +182,7 @@ def engine_of(case: Case, model: nn.Module) -> Any:
 def train_on_engine(case: Case, watch: Any = None, between: Any = None, first: int = 0) -> dict[str, Any]:
     """What the case made of the weights (by name), and the records of the steps. Every rank must call.
 
-    `watch` is called with engine and shards before the step `first`; `between` with those and the step before each.
+    `watch` is called with engine and combiner before the step `first`; `between` with those and the step before each.
     """
     import torch.distributed as dist
 
@@ -192,25 +192,25 @@ def train_on_engine(case: Case, watch: Any = None, between: Any = None, first: i
     model = model_of(case)
     engine = engine_of(case, model)
     synthesis = Synthesis(case.rule, case.scope, ALPHA, GAMMA, case.zero_forget)
-    shards = GradientCombiner(engine, synthesis, combine_tasks=case.rule != "sum")
+    combiner = GradientCombiner(engine, synthesis, combine_tasks=case.rule != "sum")
     if watch is not None:
-        watch(engine, shards)
+        watch(engine, combiner)
     rank, world = dist.get_rank(), dist.get_world_size()
     records, before = [], weights_of(model)
     for step in range(first, case.steps):
         if between is not None:
-            between(engine, shards, step)
-        shards.clear()
+            between(engine, combiner, step)
+        combiner.clear()
         for task in ("forget", "retain"):
             for parts in chunks_of(case, step, task, world):
                 tokens, early = parts[rank]
                 bad = case.poison[2] if case.poison and case.poison[:2] == (step, task) and rank == 0 else 0.0
                 loss = engine(tokens, task, early, step % 2 == 0, bad)
-                scale = case.scales.get(task, 1.0) * shards.loss_weight(task) * world / BATCH
+                scale = case.scales.get(task, 1.0) * combiner.loss_weight(task) * world / BATCH
                 engine.backward(loss * scale, scale_wrt_gas=False)
             if task == "forget":
-                shards.stash_forget()
-        geometry, should_step = shards.combine()
+                combiner.stash_forget()
+        geometry, should_step = combiner.combine()
         if should_step:
             engine.step()
         applied = should_step and engine.was_step_applied()

@@ -17,7 +17,7 @@ from eval.attacks.quantize import COLUMNS, round_linear_layers
 from eval.attacks.relearn import Row, columns_of, mean_nll, read_corpus, sample, split_corpus, without_copies
 from eval.attacks.spec import FRACTION, Attack, EvalSpec, Metrics, Plan
 from eval.files import write_atomically, write_jsonl
-from eval.loading import is_model, load, release_memory
+from eval.loading import is_model, load
 from eval.sweep.launch import call, last_error, launcher
 from pipeline.errors import InputError
 
@@ -163,6 +163,8 @@ def train(plan: Plan, attack: Attack) -> tuple[Path, str]:
     What a kill left of it is removed: it may be of other settings. Raises UnusableInput with the last line of stderr.
     """
     import yaml
+
+    from pipeline.zero.compat import release_memory
 
     assert attack.corpus is not None
     release_memory()  # the model that was asked last may still be on the device that training needs

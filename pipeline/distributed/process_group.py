@@ -32,8 +32,7 @@ def start(timeout: float = 30.0) -> torch.device:
     # The groups that DeepSpeed makes beside torch's own are given no limit: theirs is torch's default.
     distributed_c10d.default_pg_timeout = limit
     distributed_c10d.default_pg_nccl_timeout = limit  # pyright: ignore[reportPrivateImportUsage]
-    # DeepSpeed would compile a shared-memory all-reduce for inference at this point: never used in training.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    skip_shm_op()
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     under_mpi = "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ
     if launched or not under_mpi:
@@ -65,6 +64,11 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
+
+
+def skip_shm_op() -> None:
+    """Else DeepSpeed compiles a shared-memory all-reduce for inference when ranks meet, which nothing here uses."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def leave(status: int) -> NoReturn:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from pipeline.data.batches import Batch, collate
 from pipeline.data.tokenize import Sequences
 from pipeline.monitoring.console import is_live
+from pipeline.zero.parameters import local_share, release_gathered
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ class ReferenceWeights:
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self.trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
-        self.kept = [_held(parameter).detach().clone() for parameter in self.trained]
+        self.kept = [local_share(parameter).detach().clone() for parameter in self.trained]
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -136,11 +137,8 @@ class ReferenceWeights:
 
     def _swap(self) -> None:
         for number, parameter in enumerate(self.trained):
-            if hasattr(parameter, "ds_tensor") and parameter.ds_status.name == "AVAILABLE":
-                parameter.partition()  # drop what was gathered from the other share
-            if hasattr(parameter, "ds_tensor"):
-                parameter.ds_secondary_tensor = None  # and the copy within a machine (zero_hpz_partition_size)
-            held = _held(parameter)
+            release_gathered(parameter)
+            held = local_share(parameter)
             held.data, self.kept[number] = self.kept[number], held.data
 
     def logits(self, batch: Batch) -> Tensor:
@@ -152,8 +150,3 @@ class ReferenceWeights:
         """[B, T, H] after decoder block `layer`."""
         with self.active():
             return self.engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask, layer=layer)
-
-
-def _held(parameter: Any) -> Tensor:
-    """What this rank keeps of a parameter: its share under ZeRO-3, else all of it."""
-    return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter

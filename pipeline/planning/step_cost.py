@@ -172,7 +172,7 @@ def measure(options: argparse.Namespace, traffic: Traffic) -> list[SimpleNamespa
 
     engine, tasks = build(options)
     plain = GradientCombiner(engine, Synthesis("sum"), combine_tasks=False)
-    partition_bytes = sum(size for _, size in plain.holder.layout) * plain.holder.dtype.itemsize
+    partition_bytes = sum(size for _, size in plain.store.layout) * plain.store.dtype.itemsize
     schedules: dict[str, Callable[[int], Any]] = {
         "sum": TrainStep(engine, plain, *tasks).train_step,
         "joint": lambda step: joint_step(engine, plain, tasks, step),

@@ -1,12 +1,12 @@
 """Gradient synthesis: rules x scopes, from 2x2 Gramians to the combined gradient. Imports torch only.
 
 The forget gradient f and the retain gradient r of one step meet on a *scope*: one element, one module (a parameter
-tensor), one layer, or the whole model. A *rule* looks at their Gramian there, [ff fr; fr rr], and answers with the
-weights of the combined gradient g. SAGO gates signs element by element (paper, section 3.4); PCGrad takes the forget
-gradient off the retain gradient where they conflict (section 3.3); `sum` is the naive mixture (equation 1).
+tensor), one layer, or the whole model. A *rule* maps their Gramian there, [ff fr; fr rr], to the weights of the
+combined gradient g. SAGO gates signs element by element (paper, section 3.4); PCGrad removes from the forget gradient
+its component along the retain gradient where they conflict (section 3.3); `sum` is the weighted sum (equation 1).
 
 The same code serves whole tensors (`synthesize`) and the shards of many ranks (`combine_` with an all-reduce): the
-shards' Gramians add up, so one small reduction makes every rank decide alike.
+Gramians of the shards add up to those of the whole tensors, so one small reduction makes every rank decide alike.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pipeline.synthesis.rules import NEW_SHARE, RULES, SCOPES, Gramian, Weights
 
 
 class Piece(NamedTuple):
-    """The part of one parameter's two gradients that lives here: 1-D, equal length and dtype.
+    """The part of one parameter's two gradients that this rank has: 1-D tensors of equal length and dtype.
 
-    `forget` and `average` may wait in host memory; what is computed is computed where `retain` is.
+    `forget` and `average` may be in host memory; the computation runs on the device of `retain`.
     """
 
     row: int  # index of the parameter
@@ -35,7 +35,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Synthesis:
-    """A rule at a scope with its weights, over parameters that `units` groups into the parts conflict is judged on.
+    """A rule at a scope with its weights.
 
     Raises:
         ValueError: unknown rule, scope or zero_forget.
@@ -67,9 +67,9 @@ class Synthesis:
         return RULES[self.rule].averages_retain
 
     def weights(self, gramian: Gramian) -> Weights:
-        """What the rule says of one unit."""
+        """The weights that the rule gives a unit, a group of elements in which conflict is judged together."""
         if self.zero_forget == "retain" and gramian.ff == 0:
-            gramian = gramian._replace(fr=-1.0)  # a forget gradient of 0 yields to retention
+            gramian = gramian._replace(fr=-1.0)  # retention decides where the forget gradient is 0
         return RULES[self.rule].weights(gramian, self.alpha, self.gamma)
 
     def combine_(
@@ -85,13 +85,13 @@ class Synthesis:
             pieces: this rank's parts of the parameters, in any order; a parameter may have none or several.
             units: for each parameter, the index of the unit it is judged in (unused at element scope).
             reduce: adds the table up over all ranks, in place: the one collective of the synthesis.
-            scale: the loss scale of fp16, by which both gradients are too large here. So is the combined gradient, for
-                every rule is homogeneous. The state `average` outlives a scale and is kept without it.
+            scale: the loss scale of fp16, by which both gradients are multiplied here. So is the combined gradient,
+                because every rule is homogeneous. The state `average` outlives a scale and does not contain it.
 
         Returns:
-            table: [parameters, 10] float64, the columns of `COLUMNS`, of the gradients times `scale`. If `is_finite`
-                denies it, nothing that was combined may be used (module, layer and global scopes leave `retain` and
-                `average` alone).
+            table: [parameters, 10] float64, the columns of `COLUMNS`, of the gradients times `scale`. If it is not
+                finite (`is_finite`), nothing that was combined may be used; module, layer and global scopes then do
+                not change `retain` and `average`.
         """
         device = pieces[0].retain.device if pieces else None
         table = torch.zeros(len(units), len(COLUMNS), dtype=torch.float64, device=device)
@@ -129,7 +129,7 @@ class Synthesis:
             gramian = Gramian(*row)
             w_f, w_anchor = self.weights(gramian).on(gramian)
             weights.append((w_f, self.alpha, w_anchor) if self.averages_retain else (w_f, w_anchor, 0.0))
-        # The products with g follow from the Gramian and the weights: no second look at the gradients.
+        # The products with g follow from the Gramian and the weights: the gradients are not read a second time.
         w_f, w_r, w_a = torch.tensor(weights, dtype=torch.float64, device=table.device)[index].unbind(1)
         ff, fr, rr, fa, ra, aa = (table[:, column] for column in (FF, FR, RR, FA, RA, AA))
         table[:, GF] = w_f * ff + w_r * fr + w_a * fa
@@ -169,7 +169,7 @@ def opposite_signs(f: Tensor, r: Tensor) -> Tensor:
 
 
 def _sum_products(pieces: Sequence[Piece], table: Tensor, scale: float) -> None:
-    """First pass of module, layer and global scopes: everything the weights and the geometry depend on."""
+    """First pass of module, layer and global scopes: every product that the weights and the geometry depend on."""
     for piece in pieces:
         row = table[piece.row]
         for f, r, m in _chunks(piece):
@@ -181,15 +181,15 @@ def _sum_products(pieces: Sequence[Piece], table: Tensor, scale: float) -> None:
 
 
 def _anchor(retain: Tensor, average: Tensor, scale: float) -> Tensor:
-    """GRU's moving average after this step, where the retain gradient is, and times `scale` as that is."""
+    """GRU's moving average after this step, on the device of the retain gradient, and times `scale` like it."""
     new = retain.to(_compute_dtype(retain))
     return average.to(new.device, new.dtype).mul((1 - NEW_SHARE) * scale).add_(new, alpha=NEW_SHARE)
 
 
 def _chunks(piece: Piece) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """(f, r, m) in bounded parts: their temporaries stay in cache on a CPU, and small beside a partition on a GPU.
+    """(f, r, m) in bounded parts: their temporaries fit the cache of a CPU, and are small beside a partition on a GPU.
 
-    r and m are views; f is one too unless it waits in host memory, from where a part at a time is copied.
+    r and m are views; f is one too unless it is in host memory, from where one part at a time is copied.
     """
     size = 2**16 if piece.retain.device.type == "cpu" else 2**22
     retain = piece.retain.split(size)

@@ -20,7 +20,7 @@ class Geometry:
     retain_norm: float
     combined_norm: float
     conflict_fraction: float
-    finite: bool  # False: a gradient or the combination held inf or NaN and the step must be skipped
+    finite: bool  # False: inf or NaN in a gradient or in the combination: the step must be skipped
 
     @classmethod
     def of(cls, table: Tensor, num_elements: int, scale: float = 1.0) -> Geometry:

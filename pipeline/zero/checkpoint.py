@@ -1,9 +1,9 @@
-"""Save and resume: sharded by DeepSpeed, and complete or not there.
+"""Save and resume: DeepSpeed shards a checkpoint, and a marker says that it is complete.
 
 A checkpoint counts once its marker exists, which is written last: a kill while saving leaves the one before it. The
-marker holds a checksum of each file, and what decides the run. What DeepSpeed does not know of (the moving average of a
-rule, the random state) lies beside its files, one file a rank. The position in the data needs no saving: a batch is
-a function of the step.
+marker has a checksum of each file, and what identifies the run. What DeepSpeed does not save (the moving average of a
+rule, the random state) lies beside its files, one file a rank. The position in the data is not saved: a batch is a
+function of the step.
 
 DeepSpeed's files are pickles, which run code when they are loaded: resume only a run folder of your own.
 """
@@ -19,32 +19,56 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pipeline.distributed import errors as rank_errors
 from pipeline.errors import InputError, disk_errors, shorten
 from pipeline.zero.combiner import GradientCombiner
+from pipeline.zero.engine import Engine
 from pipeline.zero.optimizer_state import Fragment, optimizer_layout
 from pipeline.zero.reshard import copy_fragments, load_optimizer
 
 MARKER = "complete.json"
 
-
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of the engine
 
+Identity = dict[str, Any]  # what decides the weights of a run, by name, as JSON has it
 
-def save(engine: Any, shards: GradientCombiner, run: Path, step: int, *, keep: int, identity: dict[str, Any]) -> None:
+
+class RankState(TypedDict):
+    """What each rank saves beside DeepSpeed's files."""
+
+    average: Tensor | None  # of the combiner
+    average_layout: list[dict[str, Any]]  # its fragments, as dictionaries
+    optimizer_layout: list[list[dict[str, Any]]]  # of `optimizer_layout`, likewise
+    schedule: dict[str, Any]
+    counters: dict[str, int]
+    random: Tensor
+    cuda_random: Tensor | None
+
+
+class Marker(TypedDict):
+    """`complete.json`."""
+
+    step: int
+    ranks: int
+    run: Identity
+    files: dict[str, list[int]]  # name -> `checksum`
+
+
+def save(engine: Engine, combiner: GradientCombiner, run: Path, step: int, *, keep: int, identity: Identity) -> None:
     """Write `run/checkpoints/step-NNNNNN` after `step` steps. Every rank must call, between steps.
 
     Args:
-        keep: how many of the newest checkpoints stay.
-        identity: what decides the run, by name, as JSON has it; `load` refuses another.
+        keep: how many checkpoints, the newest, are left on the disk.
+        identity: `load` refuses a checkpoint of another.
 
     Raises:
-        ranks.Failure: the disk does not take it.
+        FatalError: the disk is full or cannot be written.
     """
     folder = run / "checkpoints" / f"step-{step:06d}"
     with disk_errors(folder, folder):
@@ -55,27 +79,14 @@ def save(engine: Any, shards: GradientCombiner, run: Path, step: int, *, keep: i
         tied = engine.module.register_state_dict_post_hook(_drop_frozen)
         engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True)
         tied.remove()
-        own = {
-            "average": shards.average,
-            "average_layout": [asdict(stretch) for stretch in shards.average_layout()],
-            "optimizer_layout": [[asdict(s) for s in group] for group in optimizer_layout(engine)],
-            "schedule": engine.lr_scheduler.state_dict(),
-            "counters": {name: getattr(engine, name) for name in COUNTERS},
-            "random": torch.get_rng_state(),
-            "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,  # of dropout there
-        }
-        torch.save(own, _own(folder, dist.get_rank()))
+        torch.save(_rank_state(engine, combiner), _rank_file(folder, dist.get_rank()))
         dist.barrier()
-        sums: list[Any] = [None] * dist.get_world_size()
-        mine = [file for file in sorted(folder.iterdir()) if _is_mine(file.name)]
-        dist.all_gather_object(sums, {file.name: checksum(file) for file in mine})
+        sums: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
+        own = [file for file in sorted(folder.iterdir()) if _is_own(file.name)]
+        dist.all_gather_object(sums, {file.name: checksum(file) for file in own})
         if dist.get_rank() == 0:
-            marker = {
-                "step": step,
-                "ranks": dist.get_world_size(),
-                "run": identity,
-                "files": {name: value for part in sums for name, value in part.items()},
-            }
+            files = {name: value for part in sums for name, value in part.items()}
+            marker: Marker = {"step": step, "ranks": dist.get_world_size(), "run": identity, "files": files}
             unfinished = folder / f".{MARKER}"
             unfinished.write_text(json.dumps(marker), encoding="utf-8")
             os.replace(unfinished, folder / MARKER)
@@ -83,7 +94,19 @@ def save(engine: Any, shards: GradientCombiner, run: Path, step: int, *, keep: i
         dist.barrier()
 
 
-def _drop_frozen(module: torch.nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+def _rank_state(engine: Engine, combiner: GradientCombiner) -> RankState:
+    return {
+        "average": combiner.average,
+        "average_layout": [asdict(fragment) for fragment in combiner.average_layout()],
+        "optimizer_layout": [[asdict(fragment) for fragment in group] for group in optimizer_layout(engine)],
+        "schedule": engine.lr_scheduler.state_dict(),
+        "counters": {name: getattr(engine, name) for name in COUNTERS},
+        "random": torch.get_rng_state(),
+        "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,  # of dropout there
+    }
+
+
+def _drop_frozen(module: torch.nn.Module, state: dict[str, Any], prefix: str, _: dict[str, Any]) -> None:
     """Of a frozen tensor with two names (tied embeddings) DeepSpeed drops one and would write the other."""
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
@@ -91,10 +114,10 @@ def _drop_frozen(module: torch.nn.Module, state: dict[str, Any], prefix: str, _:
 
 
 def tidy(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` complete checkpoints, and what kills have left half written."""
+    """Remove all but the newest `keep` complete checkpoints, and what killed runs have left half written."""
     complete = sorted(marker.parent for marker in run.glob(f"checkpoints/step-*/{MARKER}"))
     for old in sorted({*run.glob("checkpoints/step-*")} - {*complete[-keep:]}):
-        (old / MARKER).unlink(missing_ok=True)  # first: half a checkpoint must not look whole
+        (old / MARKER).unlink(missing_ok=True)  # first: half a checkpoint must not look complete
         shutil.rmtree(old)
     for old in (*run.glob(".*.unfinished"), *run.glob("exports/.*.unfinished")):
         shutil.rmtree(old)
@@ -105,22 +128,22 @@ def newest(run: Path) -> Path | None:
     return max((marker.parent for marker in run.glob(f"checkpoints/step-*/{MARKER}")), default=None)
 
 
-def load(engine: Any, shards: GradientCombiner, checkpoint: Path, identity: dict[str, Any]) -> int:
-    """Put the engine and the rule's state where `save` found them; returns the steps done by then.
+def load(engine: Engine, combiner: GradientCombiner, checkpoint: Path, identity: Identity) -> int:
+    """Restore the engine and the rule's state as `save` found them; returns the steps done by then.
 
-    Every rank must call, before training.
-    On as many ranks all is as it was, bit for bit; on another number the same weights and state, dealt out anew.
+    Every rank must call, before training. On as many ranks all is as it was, bit for bit; on another number the weights
+    and the state are the same numbers, sharded anew.
 
     Raises:
-        InputError: damaged, or of another run.
+        InputError: the checkpoint is damaged, or of another run.
     """
     with rank_errors.raise_on_all_ranks():
         marker = _check(checkpoint, identity)
     rank, world = dist.get_rank(), dist.get_world_size()
     same = world == marker["ranks"]
     # Memory-mapped: of what other ranks wrote, only the parts are read that are this rank's now.
-    before = [
-        torch.load(_own(checkpoint, writer), map_location="cpu", mmap=True, weights_only=True)
+    before: list[RankState] = [
+        torch.load(_rank_file(checkpoint, writer), map_location="cpu", mmap=True, weights_only=True)
         for writer in ([rank] if same else range(marker["ranks"]))
     ]
     if same or not engine.zero_optimization_stage():
@@ -128,44 +151,55 @@ def load(engine: Any, shards: GradientCombiner, checkpoint: Path, identity: dict
         if found is None:
             raise RuntimeError(f"DeepSpeed finds no checkpoint in {checkpoint}")
     else:
-        layouts = [[[Fragment(**s) for s in group] for group in own["optimizer_layout"]] for own in before]
+        layouts = [[_fragments(group) for group in state["optimizer_layout"]] for state in before]
         load_optimizer(engine, checkpoint, layouts)
         engine.lr_scheduler.load_state_dict(before[0]["schedule"])
         for name, value in before[0]["counters"].items():
             setattr(engine, name, value)
-    if shards.average is not None:
-        flats = [([Fragment(**s) for s in own["average_layout"]], own["average"]) for own in before]
-        copy_fragments(flats, (shards.average_layout(), shards.average))
+    if combiner.average is not None:
+        flats = [(_fragments(state["average_layout"]), state["average"]) for state in before]
+        copy_fragments(
+            [(layout, flat) for layout, flat in flats if flat is not None],
+            (combiner.average_layout(), combiner.average),
+        )
     if same:
         torch.set_rng_state(before[0]["random"])
-        if before[0]["cuda_random"] is not None:
-            torch.cuda.set_rng_state(before[0]["cuda_random"])
+        if (cuda_random := before[0]["cuda_random"]) is not None:
+            torch.cuda.set_rng_state(cuda_random)
     else:  # dropout: other than in the steps before
         torch.manual_seed(torch.initial_seed() + 1_000_003 * marker["step"])
-    return int(marker["step"])
+    return marker["step"]
 
 
-def _check(checkpoint: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """The marker, once it is this run's and the files are what it says; each rank reads a part of them."""
+def _fragments(saved: list[dict[str, Any]]) -> list[Fragment]:
+    return [Fragment(**fragment) for fragment in saved]
+
+
+def _check(checkpoint: Path, identity: Identity) -> Marker:
+    """The marker, after a check that it is this run's and that its checksums hold; each rank reads a part of the files.
+
+    Raises:
+        InputError: see `load`.
+    """
     with _damage(checkpoint):
-        marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+        marker: Marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
         then, files = marker["run"], sorted(marker["files"].items())
         differing = [name for name in then | identity if then.get(name) != identity.get(name)]
         for name, value in files if not differing else ():
-            if _is_mine(name) and checksum(checkpoint / name) != value:
+            if _is_own(name) and checksum(checkpoint / name) != value:
                 raise ValueError(f"{name} is not what was written")
     if differing:
         was, now = (shorten(repr(side.get(differing[0]))) for side in (then, identity))
         raise InputError(
             f"--resume: {checkpoint} is of another run: {', '.join(differing)} differ ({differing[0]} was {was} and is "
-            f"{now} now); give back what it was, or start anew in another output folder"
+            f"{now} now); restore what it was, or start a new run in another output folder"
         )
     return marker
 
 
 @contextmanager
 def _damage(checkpoint: Path) -> Iterator[None]:
-    """What goes wrong when `checkpoint` is read, in one line."""
+    """Turns what goes wrong when `checkpoint` is read into one line: an InputError."""
     try:
         yield
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
@@ -177,7 +211,7 @@ def _damage(checkpoint: Path) -> Iterator[None]:
 
 
 def checksum(file: Path) -> list[int]:
-    """[bytes, CRC-32] of a file. Against disks, not against people."""
+    """[bytes, CRC-32] of a file: they find damage, and do not resist an attacker."""
     size = total = 0
     with file.open("rb") as content:
         while chunk := content.read(2**22):
@@ -185,7 +219,7 @@ def checksum(file: Path) -> list[int]:
     return [size, total]
 
 
-def _is_mine(file: str) -> bool:
+def _is_own(file: str) -> bool:
     """Whether this rank has written the file, and will read it: its machine has it in memory, others fetch it.
 
     DeepSpeed names the rank in what each rank writes, and the first rank writes what has none.
@@ -194,5 +228,5 @@ def _is_mine(file: str) -> bool:
     return int(named[1] if named else 0) % dist.get_world_size() == dist.get_rank()
 
 
-def _own(checkpoint: Path, rank: int) -> Path:
+def _rank_file(checkpoint: Path, rank: int) -> Path:
     return checkpoint / f"own-{rank}.pt"

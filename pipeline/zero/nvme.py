@@ -1,4 +1,4 @@
-"""The folder that DeepSpeed offloads to: free, and read and written as DeepSpeed does it."""
+"""Check the folder that DeepSpeed offloads to: no other run uses it, and it can be read and written."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from pipeline.errors import InputError
 
 
 def check_nvme_path(folder: Path) -> None:
-    """Take `folder` for this run, and write and read there as DeepSpeed will.
+    """Lock `folder` for this run, and write and read there as DeepSpeed will.
 
-    What DeepSpeed does that with is compiled on first use, which takes minutes. It does not look at the result of a
-    transfer, so a disk that refuses its requests would go unnoticed; and it gives two runs' files the same names.
+    DeepSpeed's module for that is compiled on first use, which takes minutes. It does not check the result of a
+    transfer, so nobody would notice a disk that refuses its requests; and it gives two runs' files the same names.
 
     Raises:
-        InputError: no folder, another run's, one that does not give back what was written, or nothing to compile with.
+        InputError: there is no such folder, another run uses it, it does not return what was written, or there is no
+            compiler.
     """
     file = folder / f"rank{dist.get_rank()}.lock"
     try:

@@ -8,20 +8,29 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.zero.compat import require
+from pipeline.zero.engine import Engine
 
-def separate_prefetch_traces(engine: Any) -> None:
-    """One recorded order of modules for each kind of pass, where DeepSpeed (ZeRO-3) has one for all.
 
-    It fetches weights ahead and keeps those soon used again by the order that it saw; a forward without a backward, or
-    one that ends early, discards that order, and what was concluded from it about releasing weights stays cached.
+def separate_prefetch_traces(engine: Engine) -> None:
+    """Record one order of modules for each kind of forward pass, where DeepSpeed (ZeRO-3) records one for all.
+
+    DeepSpeed fetches weights ahead, and does not release those that it uses again soon, by the order it recorded. A
+    forward without a backward, or one that ends early, discards that order, and what DeepSpeed concluded from it about
+    releasing weights stays cached.
+
+    Raises:
+        RuntimeError: DeepSpeed lacks an attribute of `compat.INTERNALS`.
     """
     offload = getattr(engine.optimizer, "parameter_offload", None)
     if offload is None:
         return
+    require(offload, "parameter_offload of ZeRO 3")
     blank, coordinators = offload.param_coordinator, {}
+    require(blank, "coordinator of ZeRO 3")
 
-    def select_coordinator(module: nn.Module, arguments: Any, asked: dict[str, Any]) -> None:
-        kind = (torch.is_grad_enabled(), asked.get("layer"), "labels" in asked)
+    def select_coordinator(module: nn.Module, inputs: tuple[object, ...], named: dict[str, Any]) -> None:
+        kind = (torch.is_grad_enabled(), named.get("layer"), "labels" in named)
         if kind not in coordinators:
             coordinators[kind] = copy(blank)
             if not blank.is_invalid_trace():
@@ -29,6 +38,5 @@ def separate_prefetch_traces(engine: Any) -> None:
             coordinators[kind]._clear_trace_structures()
         offload.param_coordinator = coordinators[kind]
 
-    engine.module.register_forward_pre_hook(
-        select_coordinator, prepend=True, with_kwargs=True
-    )  # before DeepSpeed's own
+    # Before DeepSpeed's own hook.
+    engine.module.register_forward_pre_hook(select_coordinator, prepend=True, with_kwargs=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pipeline.zero.compat import unexpected
+from pipeline.zero.engine import Engine
 from pipeline.zero.store import GradientStore
 
 
@@ -15,7 +15,7 @@ class Stage0Store(GradientStore):
 
     replicated = True
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         if engine.fp16_enabled():  # its updates would be too small by the loss scale
             raise RuntimeError("DeepSpeed does not scale the loss in fp16 without ZeRO; use ZeRO stage 1, or bf16")
@@ -29,9 +29,15 @@ class Stage0Store(GradientStore):
 
     def reduce(self) -> list[Tensor]:
         self._reduce_now()  # gives a zero gradient to parameters that have none
-        return [parameter.grad.view(-1) for parameter in self.parameters]
+        return [_gradient(parameter).view(-1) for parameter in self.parameters]
 
     def write_back(self, slices: list[Tensor]) -> None:
-        if not hasattr(self.optimizer, "_global_grad_norm"):  # fp32: nothing else would know it
+        if not hasattr(self.optimizer, "_global_grad_norm"):  # fp32: nothing else computes it
             norms = [gradient.double().norm() for gradient in slices]
             self.engine._global_grad_norm = float(torch.stack(norms).norm())
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is None:
+        raise unexpected("a parameter has no gradient after allreduce_gradients")
+    return parameter.grad

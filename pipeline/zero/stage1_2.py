@@ -2,54 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
-from torch import Tensor
+from torch import Tensor, nn
 
-from pipeline.zero.store import GradientStore, _expect, log, unexpected
+from pipeline.zero.compat import require, unexpected
+from pipeline.zero.engine import Engine
+from pipeline.zero.store import GradientStore, log
 
 
 class Stage12Store(GradientStore):
-    """ZeRO-1 and 2: per parameter group, this rank owns one stretch of the tensors laid end to end.
+    """ZeRO-1 and 2: per parameter group, this rank owns one fragment of the tensors laid end to end.
 
-    Without offload step() reads `averaged_gradients`, tensors whose concatenation is the stretch (in bf16 or fp16 with
+    Without offload step() reads `averaged_gradients`, tensors whose concatenation is the fragment (in bf16 or fp16 with
     fp32 accumulation all views of one `flat_partition`), made anew for each task. Under offload it reads the `.grad` of
     the optimizer's fp32 partition, and the norm from a table beside it.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         optimizer = self.optimizer
-        _expect(optimizer, "averaged_gradients", "all_grad_tensors", "round_robin_bit16_groups", "grad_start_offset")
-        _expect(optimizer, "grad_partition_insertion_offset", "finalize_gradient_accumulation_boundary")
+        require(optimizer, "optimizer of ZeRO 1 and 2")
         self.offload = optimizer.cpu_offload
         if self.offload:
-            _expect(optimizer, "accumulated_grads_in_cpu", "norm_for_param_grads", "_offload_accumulated_param_ids")
-            _expect(optimizer, "_wait_for_offload_copies")
+            require(optimizer, "optimizer of ZeRO 1 and 2 under offload")
         if not optimizer.partition_gradients:
             # ZeRO-1 reduces once per task. Overlapping that with the last backward loses the tensors which only an
-            # earlier micro-batch touches: they would be stepped on with this rank's own gradient.
+            # earlier micro-batch touches: step() would apply this rank's own gradient to them.
             if optimizer.overlap_comm:
                 log.warning("train.deepspeed: overlap_comm is off: under ZeRO stage 1 it would lose gradients here")
             optimizer.overlap_comm = False
-        self.parameters, self.layout, self.starts = [], [], []
-        self.places: list[tuple[int, int, int, Any]] = []  # group, first element of the stretch, number, parameter
+        parameters: list[nn.Parameter] = []
+        self.parameters, self.layout, self.starts = parameters, [], []
+        self.places: list[tuple[int, int, int, nn.Parameter]] = []  # group, offset in the fragment, size, parameter
         for group, members in enumerate(optimizer.round_robin_bit16_groups):
             rank = dist.get_rank(group=optimizer.real_dp_process_group[group])
             starts = optimizer.grad_partition_insertion_offset[group][rank]
             skips = optimizer.grad_start_offset[group][rank]
             for parameter in members:
-                self.parameters.append(parameter)
+                require(parameter, "parameter of ZeRO 1 and 2")
+                parameters.append(parameter)
                 key = optimizer.get_param_id(parameter)
                 if key in starts:
                     size = min(parameter.numel() - skips[key], optimizer.partition_size[group] - starts[key])
                     self.places.append((group, int(starts[key]), int(size), parameter))
-                    self.layout.append((len(self.parameters) - 1, int(size)))
+                    self.layout.append((len(parameters) - 1, int(size)))
                     self.starts.append(int(skips[key]))
-        owned = optimizer.single_partition_of_fp32_groups  # [stretch] per group, fp32
+        owned = optimizer.single_partition_of_fp32_groups  # [fragment] per group, fp32
         for group, partition in enumerate(owned):
             if partition.numel() != optimizer.partition_size[group] or (self.offload and partition.grad is None):
                 raise unexpected("the optimizer's partition has another size, or no gradient under offload")
@@ -60,9 +60,9 @@ class Stage12Store(GradientStore):
     def clear(self) -> None:
         optimizer = self.optimizer
         optimizer.zero_grad()
-        for held in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
-            for group in held:
-                held[group] = None  # in place: DeepSpeed's other structures share these dictionaries
+        for by_group in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+            for group in by_group:
+                by_group[group] = None  # in place: DeepSpeed's other structures share these dictionaries
         optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
         if self.offload:
             optimizer.reset_cpu_buffers()
@@ -93,7 +93,7 @@ class Stage12Store(GradientStore):
         try:
             return [found[group, start, size].view(-1) for group, start, size, _ in self.places]
         except KeyError:
-            raise unexpected("averaged_gradients is not this rank's stretch of the parameters") from None
+            raise unexpected("averaged_gradients is not this rank's fragment of the parameters") from None
 
     def write_back(self, slices: list[Tensor]) -> None:
         if self.offload:
@@ -104,8 +104,8 @@ class Stage12Store(GradientStore):
 
     def _fill_missing(self) -> None:
         """Zero gradients where a tensor has none: ranks that reduce different lists of tensors would mix them up."""
-        kept = "grad_accum" if self.optimizer.use_grad_accum_attribute else "grad"
-        dtype = self.optimizer.gradient_accumulation_dtype if kept == "grad_accum" else None
+        attribute = "grad_accum" if self.optimizer.use_grad_accum_attribute else "grad"
+        dtype = self.optimizer.gradient_accumulation_dtype if attribute == "grad_accum" else None
         for parameter in self.parameters:
-            if getattr(parameter, kept) is None:
-                setattr(parameter, kept, torch.zeros_like(parameter, dtype=dtype, requires_grad=False))
+            if getattr(parameter, attribute) is None:
+                setattr(parameter, attribute, torch.zeros_like(parameter, dtype=dtype, requires_grad=False))

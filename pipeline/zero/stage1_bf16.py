@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from pipeline.zero.store import GradientStore, _expect, unexpected
+from pipeline.zero.compat import require, unexpected
+from pipeline.zero.engine import Engine
+from pipeline.zero.store import GradientStore
 
 
 class Stage1Bf16Store(GradientStore):
-    """ZeRO-1 in bf16 with fp32 accumulation: BF16_Optimizer keeps the whole gradient, in fp32, on every rank.
+    """ZeRO-1 in bf16 with fp32 accumulation: BF16_Optimizer has the whole gradient, in fp32, on every rank.
 
-    step() updates from this rank's stretch of it, but takes the norm from all of it: so all of it is combined.
+    step() updates from this rank's fragment of it, but takes the norm from all of it: so all of it is combined.
     """
 
     replicated = True
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
-        _expect(self.optimizer, "fp32_groups_gradients", "fp32_groups_has_gradients", "bf16_groups")
+        require(self.optimizer, "optimizer of ZeRO 1 in bf16")
         self.parameters = [parameter for group in self.optimizer.bf16_groups for parameter in group]
         self.layout = [(row, parameter.numel()) for row, parameter in enumerate(self.parameters)]
         self.starts = [0] * len(self.layout)

@@ -9,7 +9,9 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_local_grad
 from torch import Tensor
 
-from pipeline.zero.store import GradientStore, _expect, unexpected
+from pipeline.zero.compat import require, unexpected
+from pipeline.zero.engine import Engine, PartitionedParameter
+from pipeline.zero.store import GradientStore
 
 
 class Stage3Store(GradientStore):
@@ -20,25 +22,28 @@ class Stage3Store(GradientStore):
 
     optimizer_checks_overflow = True
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
-        flat = getattr(self.optimizer, "grad_partitions_flat_buffer", None)
-        self.parameters = [parameter for group in self.optimizer.fp16_groups for parameter in group]
-        sizes = [parameter.partition_numel() for parameter in self.parameters]
+        require(self.optimizer, "optimizer of ZeRO 3")
+        flat = self.optimizer.grad_partitions_flat_buffer
+        parameters: list[PartitionedParameter] = [p for group in self.optimizer.fp16_groups for p in group]
+        for parameter in parameters:
+            require(parameter, "parameter of ZeRO 3")
+        sizes = [parameter.partition_numel() for parameter in parameters]
         if flat is None or flat.numel() != sum(sizes):
             raise unexpected("there is no flat gradient partition of the expected size")
-        self.flat, self.dtype, self.device = flat, flat.dtype, flat.device
+        self.parameters, self.flat, self.dtype, self.device = parameters, flat, flat.dtype, flat.device
         self.layout = list(enumerate(sizes))
-        self.starts = [dist.get_rank(group=p.ds_process_group) * p.partition_numel() for p in self.parameters]
+        self.starts = [dist.get_rank(group=p.ds_process_group) * p.partition_numel() for p in parameters]
         self.slices = list(flat.split(sizes))
-        self.in_memory: list[Any] = []  # under offload: the parameters whose optimizer state is in memory, and
-        self.on_disk: list[tuple[Any, Tensor, list[Any]]] = []  # where not: DeepSpeed's entry, stretch, its parameters
+        self.in_memory: list[PartitionedParameter] = []  # under offload: those whose optimizer state is in memory, and
+        # those on nvme, by sub-group: DeepSpeed's entry, the gradient, the parameters
+        self.on_nvme: list[tuple[Any, Tensor, list[PartitionedParameter]]] = []
         if self.optimizer.offload_optimizer:
-            _expect(self.optimizer, "_offload_boundary_param_ids", "finalize_gradient_accumulation_boundary")
-            _expect(self.optimizer, "norm_for_param_grads", "_swappable_optimizer_subgroup")
+            require(self.optimizer, "optimizer of ZeRO 3 under offload")
             self._find_swapped_groups()
         elif flat.dtype == torch.float32:  # then DeepSpeed hands out the slice itself
-            for parameter, view in zip(self.parameters, self.slices, strict=True):
+            for parameter, view in zip(parameters, self.slices, strict=True):
                 local = safe_get_local_grad(parameter)
                 if local is not None and local.data_ptr() != view.data_ptr():
                     raise unexpected("the parameters' gradients are not the slices of the flat partition, in order")
@@ -50,10 +55,12 @@ class Stage3Store(GradientStore):
         ):
             numel = sum(parameter.partition_numel() for parameter in group)
             if optimizer._swappable_optimizer_subgroup(number):  # large enough, and the device is nvme
-                entry = getattr(optimizer.optimizer_swapper, "swap_params_info", {}).get(owned.ds_id)
-                if entry is None or entry.numel() != numel or not hasattr(entry, "unswapped_gradients"):
+                require(optimizer.optimizer_swapper, "swapper of ZeRO 3 on nvme")
+                entry = optimizer.optimizer_swapper.swap_params_info.get(owned.ds_id)
+                if entry is None or entry.numel() != numel:
                     raise unexpected("the optimizer's swapper has no entry for a sub-group on nvme")
-                self.on_disk.append((entry, self.flat.narrow(0, start, numel), group))
+                require(entry, "swapped sub-group")
+                self.on_nvme.append((entry, self.flat.narrow(0, start, numel), group))
             else:
                 self.in_memory += group
             start += numel
@@ -66,18 +73,18 @@ class Stage3Store(GradientStore):
         return self.slices
 
     def write_back(self, slices: list[Tensor]) -> None:
-        """Under offload, the optimizer's own copy of the gradient.
+        """Under offload, update the optimizer's own copy of the gradient.
 
         DeepSpeed 0.19.8 would write the gradients of nvme to the disk and read each back to its place in one buffer.
         Direct I/O refuses a place that is no multiple of 512 bytes, DeepSpeed does not look at the result, and the
-        update takes what the buffer held before. So the sub-group's gradient stays in memory, where it is anyway.
+        update takes what the buffer had before. So the sub-group's gradient stays in memory, where it is anyway.
         """
         if self.optimizer.offload_optimizer:
-            # The optimizer's own copy keeps last step's gradient of every tensor that is not in this set.
+            # The optimizer's own copy has last step's gradient of every tensor that is not in this set.
             self.optimizer._offload_boundary_param_ids = {parameter.ds_id for parameter in self.in_memory}
             self.optimizer.finalize_gradient_accumulation_boundary()
-        for entry, stretch, group in self.on_disk:
-            entry.unswapped_gradients = {0: stretch}  # first element -> what step() copies there
-            for parameter, gradient in zip(group, stretch.split([p.partition_numel() for p in group]), strict=True):
+        for entry, gradients, group in self.on_nvme:
+            entry.unswapped_gradients = {0: gradients}  # first element -> what step() copies there
+            for parameter, gradient in zip(group, gradients.split([p.partition_numel() for p in group]), strict=True):
                 norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
                 self.optimizer.norm_for_param_grads[self.optimizer.get_param_id(parameter)] = norm

@@ -1,14 +1,15 @@
-"""Where DeepSpeed keeps a gradient: the ONLY file that tells the ZeRO stages apart. One class for each way.
+"""Where DeepSpeed keeps a gradient: the interface that hides the ZeRO stages. One class, and file, for each way.
 
-| stage | held as | on a rank |
+| stage | the gradient lies in | on a rank |
 |---|---|---|
 | 0 | `.grad` of the parameters | all of it |
 | 1 in bf16 with fp32 accumulation | `BF16_Optimizer.fp32_groups_gradients` | all of it |
-| 1, 2 | `averaged_gradients`; under offload `.grad` of the optimizer's fp32 partition | its stretch |
+| 1, 2 | `averaged_gradients`; under offload `.grad` of the optimizer's fp32 partition | one fragment of each group |
 | 3 | `grad_partitions_flat_buffer`, on the CPU under offload to the CPU or to nvme | its share of each tensor |
 
-DeepSpeed does not forget on its own: on most stages some buffer keeps last step's gradient of a tensor that gets none
-in this one, and would apply it again. `clear` is therefore thorough, and a tensor without a gradient has gradient zero.
+DeepSpeed does not clear gradients on its own: on most stages some buffer still has last step's gradient of a tensor
+that gets none in this one, and would apply it again. `clear` is therefore thorough, and a tensor without a gradient has
+gradient zero.
 
 DeepSpeed 0.19.8 refuses: fp16 on a CPU ("Type fp16 is not supported on your device."); stage 0 in bf16 with fp32
 accumulation ("unsupported mix of model_dtype=..."). We refuse fp16 on stage 0, where it divides gradients by a loss
@@ -20,28 +21,37 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from pipeline.zero.compat import require
+from pipeline.zero.engine import Engine
 
 log = logging.getLogger(__name__)
 
 
 class GradientStore(ABC):
-    """Where `engine.step()` reads the gradient, and how it is emptied."""
+    """Where `engine.step()` reads the gradient, and how it is cleared.
 
-    replicated = False  # every rank holds the whole gradient
+    Raises:
+        RuntimeError: DeepSpeed lacks an attribute of `compat.INTERNALS`, or its tensors have other sizes.
+    """
+
+    replicated = False  # every rank has the whole gradient
     optimizer_checks_overflow = False  # engine.step() skips the update on inf and NaN, on all ranks alike, in any dtype
-    parameters: list[Any]  # what trains; the index in this list is the row of the synthesis
+    parameters: Sequence[nn.Parameter]  # the trainable ones; the index in this list is the row of the synthesis
     layout: list[tuple[int, int]]  # (row, number of elements) of each slice on this rank
     starts: list[int]  # of each slice: which element of its tensor is its first
     dtype: torch.dtype
-    device: torch.device | str
+    device: torch.device
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine, self.optimizer = engine, engine.optimizer
         if engine.fp16_enabled() and engine.zero_optimization_stage():
+            require(self.optimizer, "optimizer in fp16")
             _raise_scale_after_step(self.optimizer)
 
     @abstractmethod
@@ -50,18 +60,22 @@ class GradientStore(ABC):
 
     @abstractmethod
     def reduce(self) -> list[Tensor]:
-        """Complete the reduction over ranks. The slices of `layout`, 1-D; writing to them is what step() will see."""
+        """Complete the reduction over ranks.
+
+        Returns:
+            The slices of `layout`, 1-D, in `dtype` on `device`. `engine.step()` reads what is written to them.
+        """
 
     @property
     def loss_scale(self) -> float:
-        """What DeepSpeed multiplied this step's losses with, and so its gradients. 1 but in fp16; step() changes it."""
+        """The factor of this step's losses, and so of its gradients: 1 except in fp16, where step() changes it."""
         return float(self.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
 
-    def write_back(self, slices: list[Tensor]) -> None:  # noqa: B027  (most have derived nothing)
-        """The slices have been overwritten: bring up to date what DeepSpeed derived from them."""
+    def write_back(self, slices: list[Tensor]) -> None:  # noqa: B027  (most stages have derived nothing)
+        """The slices have been overwritten: update what DeepSpeed derived from them."""
 
     def _reduce_now(self) -> None:
-        """What a boundary backward would do after itself."""
+        """Do what a backward on the accumulation boundary does at its end."""
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.allreduce_gradients()
 
@@ -88,16 +102,3 @@ def _raise_scale_after_step(optimizer: Any) -> None:
             optimizer.loss_scale = raised.pop()
 
     optimizer._update_scale, optimizer.step = update_later, step_and_raise
-
-
-def _expect(optimizer: Any, *names: str) -> None:
-    for name in names:
-        if not hasattr(optimizer, name):
-            raise unexpected(f"{type(optimizer).__name__} has no {name}")
-
-
-def unexpected(problem: str) -> RuntimeError:
-    return RuntimeError(
-        f"DeepSpeed keeps its gradients elsewhere than expected: {problem}; "
-        "this program supports deepspeed>=0.19.8,<0.20 with ZeRO stages 0 to 3"
-    )

@@ -66,7 +66,7 @@ def measure(configurations: dict[str, dict[str, Any]], report: str) -> None:
     def watched_step(self: program.TrainStep, number: int) -> program.StepResult:
         nonlocal watching
         engine, shards = self.engine, self.combiner
-        holder, reduce = shards.holder, shards.holder.reduce
+        store, reduce = shards.store, shards.store.reduce
         live: dict[str, dict[int, int]] = {}
 
         def count() -> list[Tensor]:
@@ -89,11 +89,11 @@ def measure(configurations: dict[str, dict[str, Any]], report: str) -> None:
             return slices
 
         if number == 2:
-            holder.reduce, watching = count, True
+            store.reduce, watching = count, True
             sent.clear()
         result = step(self, number)
         if number == 2:
-            holder.reduce, watching = reduce, False
+            store.reduce, watching = reduce, False
             sizes = {kind: sum(at.values()) for kind, at in live.items()}
             found[run] = {"memory": sizes, "sent": dict(sent)}
         return result

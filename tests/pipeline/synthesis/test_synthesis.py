@@ -36,7 +36,7 @@ Case = tuple[list[Tensor], list[Tensor]]  # forget, retain: one tensor per param
 
 
 def weights_of_spec(rule: str, ff: Fraction, fr: Fraction, rr: Fraction, alpha: Fraction, gamma: Fraction) -> Any:
-    """(w_f, w_r): what each rule's paper says."""
+    """(w_f, w_r), by the formula of each rule's paper."""
     if rule == "sum":
         return gamma, alpha
     if rule == "sago":
@@ -876,8 +876,8 @@ def test_no_tensors_at_all(scope: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("rule", RULES)
-def test_a_spare_in_host_memory_gives_the_same(rule: str) -> None:
-    """More than two chunks of a GPU; the result and the state are bit-identical to those of a spare on the device."""
+def test_a_forget_buffer_in_host_memory_gives_the_same(rule: str) -> None:
+    """More than two chunks of a GPU; result and state are bit-identical to those of a forget buffer on the device."""
     size = 2**23 + 5
     f, r, m = (torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
     made = []

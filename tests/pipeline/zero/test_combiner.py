@@ -1,4 +1,4 @@
-"""What the sharded step costs and refuses: the spare partition, the collectives, non-finite gradients, caches."""
+"""What the sharded step costs and refuses: the forget buffer, the collectives, non-finite gradients, caches."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def count_partitions_made(cases: list[tuple[dict[str, Any], int]]) -> None:
 
     def watched_step(self: TrainStep, number: int) -> StepResult:
         result, engine = step(self, number), self.engine
-        holder: Any = self.combiner.holder
-        size = holder.flat.nbytes
+        store: Any = self.combiner.store
+        size = store.flat.nbytes
         states = [tensor for state in engine.optimizer.optimizer.state.values() for tensor in state.values()]
         own = {t.untyped_storage().data_ptr() for t in (*states, *engine.module.parameters())}
         born = {at: nbytes for at, nbytes in live_storages().items() if at not in seen["before"] and at not in own}
@@ -71,9 +71,9 @@ def count_partitions_made(cases: list[tuple[dict[str, Any], int]]) -> None:
             assert large == [seen["size"]] * expected, (config["synthesis"], large, seen["size"])
 
 
-def test_no_spare_partition_under_sum_and_one_under_the_others(world: World, tmp_path: Path) -> None:
-    spares = {"sum": 0, "sago": 1, "pcgrad": 1}
-    cases = [(world.configuration(tmp_path / rule, synthesis={"rule": rule}), n) for rule, n in spares.items()]
+def test_no_forget_buffer_under_sum_and_one_under_the_others(world: World, tmp_path: Path) -> None:
+    buffers = {"sum": 0, "sago": 1, "pcgrad": 1}
+    cases = [(world.configuration(tmp_path / rule, synthesis={"rule": rule}), n) for rule, n in buffers.items()]
     run_distributed(count_partitions_made, 2, cases)
 
 
@@ -167,8 +167,8 @@ def poison(config: dict[str, Any], steps: list[int], bad: float, task: str, *, r
 
     def spoil(combiner: GradientCombiner) -> None:
         if now[0] in steps and dist.get_rank() == 1:
-            holder: Any = combiner.holder
-            holder.flat[3] = bad
+            store: Any = combiner.store
+            store.flat[3] = bad
 
     def stash_forget(self: GradientCombiner) -> None:
         if task == "forget":

@@ -119,21 +119,21 @@ def train_and_save(folder: str, names: list[str]) -> None:
 
     start_ranks()
     for name in names:
-        kept: dict[str, Any] = {}
+        records: dict[str, Any] = {}
 
-        def start(engine: Any, shards: Any) -> None:
+        def start(engine: Any, combiner: Any) -> None:
             engine.lr_scheduler = Schedule()
 
-        def save(engine: Any, shards: Any, step: int) -> None:
+        def save(engine: Any, combiner: Any, step: int) -> None:
             if step == SAVED:
-                kept["master"] = master(engine)  # noqa: B023
-                checkpoint.save(engine, shards, Path(folder, name), step, keep=1, identity=IDENTITY)  # noqa: B023
+                records["master"] = master(engine)  # noqa: B023
+                checkpoint.save(engine, combiner, Path(folder, name), step, keep=1, identity=IDENTITY)  # noqa: B023
                 saved = checkpoint.newest(Path(folder, name))  # noqa: B023
                 assert saved is not None
-                kept["frozen"] = frozen_in(saved, engine)  # noqa: B023
+                records["frozen"] = frozen_in(saved, engine)  # noqa: B023
 
         made = toy.train_on_engine(ALL[name], start, save)
-        torch.save({"weights": made["weights"], **kept}, Path(folder, f"{name}.pt"))
+        torch.save({"weights": made["weights"], **records}, Path(folder, f"{name}.pt"))
 
 
 def load_and_train(folder: str, names: list[str]) -> None:
@@ -150,23 +150,23 @@ def load_and_train(folder: str, names: list[str]) -> None:
         return plainly(file, *arguments, **named)
 
     for name in names:
-        kept: dict[str, Any] = {}
+        records: dict[str, Any] = {}
 
-        def load(engine: Any, shards: Any) -> None:
+        def load(engine: Any, combiner: Any) -> None:
             engine.lr_scheduler = Schedule()
             newest = checkpoint.newest(Path(folder, name))  # noqa: B023
             opened.clear()
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(torch, "load", watched)
-                assert newest is not None and checkpoint.load(engine, shards, newest, IDENTITY) == SAVED
-            kept["opened"] = [one for one in opened if one[0].startswith("own-")]  # noqa: B023
-            kept["scale"] = getattr(engine.optimizer, "cur_scale", None)  # noqa: B023
+                assert newest is not None and checkpoint.load(engine, combiner, newest, IDENTITY) == SAVED
+            records["opened"] = [one for one in opened if one[0].startswith("own-")]  # noqa: B023
+            records["scale"] = getattr(engine.optimizer, "cur_scale", None)  # noqa: B023
             assert engine.lr_scheduler.steps == SAVED and engine.global_steps == SAVED
-            kept["master"] = master(engine)  # noqa: B023
+            records["master"] = master(engine)  # noqa: B023
 
         made = toy.train_on_engine(ALL[name], load, first=SAVED)
         if dist.get_rank() == 0:
-            torch.save({"weights": made["weights"], **kept}, Path(folder, f"{name}-{dist.get_world_size()}.pt"))
+            torch.save({"weights": made["weights"], **records}, Path(folder, f"{name}-{dist.get_world_size()}.pt"))
 
 
 def make(factory: pytest.TempPathFactory, names: list[str]) -> Path:

@@ -1,7 +1,7 @@
-"""Every way DeepSpeed holds a gradient gives the plain loop's weights: real engines, one process group per rank count.
+"""Every way DeepSpeed stores a gradient gives the plain loop's weights: real engines, one process group per rank count.
 
 The toy of `tests/toy.py` has tensors that only one task, one step or one micro-batch touches; `tests/oracle.py` is the
-reference of the program's own runs. What DeepSpeed cannot do without an accelerator is asserted to fail as it says.
+reference of the program's own runs. What DeepSpeed cannot do without an accelerator fails with DeepSpeed's own message.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "3-offload-small": {"stage": 3, **SMALL, **OFFLOAD},
     "3-offload-all": {"stage": 3, "offload_param": {"device": "cpu"}, **OFFLOAD},
 }
-HOLDERS = ("0", "1", "1-offload", "2", "2-offload", "3", "3-offload-small")  # one configuration per way and place
+STORES = ("0", "1", "1-offload", "2", "2-offload", "3", "3-offload-small")  # one configuration per way and place
 RULES: dict[str, dict[str, Any]] = {
     "sum": {"rule": "sum"},
     "sago": {"rule": "sago"},
@@ -75,9 +75,9 @@ RULES: dict[str, dict[str, Any]] = {
     "blur": {"rule": "blur", "scope": "global"},
     "gru": {"rule": "gru", "scope": "global"},
 }
-# One for each way a rule uses a holder: no spare, one pass, Gramians per tensor, Gramians over all ranks.
+# One for each way a rule uses a store: no forget buffer, one pass, Gramians per tensor, Gramians over all ranks.
 WAYS = {rule: RULES[rule] for rule in ("sum", "sago", "pcgrad-module", "pcgrad-global")}
-OF_OPTIONS = ("sum", "pcgrad-module")  # no spare, and Gramians in which an element at a wrong place shows
+OF_OPTIONS = ("sum", "pcgrad-module")  # no forget buffer, and Gramians in which an element at a wrong place shows
 # A table's cells by default, and, marked slow, all its others: no cell is made twice.
 parts = pytest.mark.parametrize("more", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["few", "more"])
 FP32_WIRE = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
@@ -133,11 +133,11 @@ def markdown(errors: dict[tuple[str, ...], float]) -> str:
 
 
 def rules_of(name: str, world_size: int) -> tuple[str, ...]:
-    """Two ranks: all on each way a gradient is held, two on each option. One and three: a rule without sums over
-    ranks, one with, one with a state, on each way."""
+    """Two ranks: all rules on each way a gradient is stored, two on each option. One and three, on each way: a rule
+    without sums over ranks, one with, one with a state."""
     if world_size != 2:
-        return ("sago", "pcgrad-global", "gru") if name in HOLDERS else ()
-    return tuple(RULES) if name in HOLDERS else OF_OPTIONS
+        return ("sago", "pcgrad-global", "gru") if name in STORES else ()
+    return tuple(RULES) if name in STORES else OF_OPTIONS
 
 
 @pytest.mark.parametrize(
@@ -207,8 +207,8 @@ def test_bf16_equals_a_loop_that_rounds_likewise(more: bool, tmp_path: Path) -> 
         f"{name} {rule}": Case(zero=zero, dtype="bfloat16", config=FP32_WIRE, **SGD, **options)
         for name, zero in CONFIGURATIONS.items()
         for rule, options in RULES.items()
-        if name != "0" and (name in HOLDERS or rule == "sago")
-        if (rule in (*WAYS, "gru") if name in HOLDERS else "overlap" in name) != more
+        if name != "0" and (name in STORES or rule == "sago")
+        if (rule in (*WAYS, "gru") if name in STORES else "overlap" in name) != more
     }
     assert_equal_to_plain(train(cases, 2, tmp_path), cases, 2)
 
@@ -222,7 +222,7 @@ def test_bf16_accumulation_stays_within_its_rounding(more: bool, tmp_path: Path)
     accumulate = {"data_types": {"grad_accum_dtype": "bf16"}}
     cases = {
         f"{name} {rule}": Case(zero=CONFIGURATIONS[name], dtype="bfloat16", config=accumulate, **SGD, **options)
-        for name in HOLDERS
+        for name in STORES
         for rule, options in RULES.items()
         if name == "0" or rule in WAYS or rule == "gru"  # stage 0 has no other bf16; the average is in bf16 here
         if (rule in WAYS or rule == "gru") != more
@@ -260,7 +260,7 @@ def test_fp16_overflow_of_either_task_lowers_the_scale(more: bool, tmp_path: Pat
         for name, zero in CONFIGURATIONS.items()
         for rule in ("sum", "sago", "pcgrad-global")
         for task, poison in poisons.items()
-        if name in HOLDERS[1:]
+        if name in STORES[1:]
         if ((rule, task) in FP16 or (rule == "sago" and name in ("1", "3"))) != more
     }
     cases["0 sago"] = Case(zero={"stage": 0}, dtype="float16", config={"fp16": config["fp16"]})
@@ -291,7 +291,7 @@ def test_fp16_numbers_do_not_depend_on_a_scale_that_moves(tmp_path: Path) -> Non
             **SGD,
             **options,
         )
-        for name in HOLDERS[1:]
+        for name in STORES[1:]
         for rule, options in RULES.items()
         for sum_dtype in sums
         for poison in ((None, (2, "retain", float("inf"))) if rule == "gru" else (None,))
@@ -336,7 +336,7 @@ def test_non_finite_gradient_on_one_rank(more: bool, tmp_path: Path) -> None:
             ("gru", "retain", float("nan")),  # whose average must not see it
         )
         for dtype, config in (("float32", {}), ("bfloat16", FP32_WIRE))
-        if name in HOLDERS and (dtype == "float32" or name != "0")
+        if name in STORES and (dtype == "float32" or name != "0")
         if (dtype == "float32" or rule == "sago") != more
     }
     made = train(cases, 2, tmp_path)
@@ -351,7 +351,7 @@ def test_a_task_without_gradient(more: bool, tmp_path: Path) -> None:
         f"{name} {rule}": Case(
             zero=CONFIGURATIONS[name], scales={"forget": 0.0}, optimizer="adamw" if rule == "sago" else "sgd", **options
         )
-        for name in HOLDERS
+        for name in STORES
         for rule, options in RULES.items()
         if (name == "3" or rule in WAYS) != more
     }
@@ -391,7 +391,7 @@ def test_hostile_scales(more: bool, tmp_path: Path) -> None:
             **CANCELS.get((scale, rule), optimizer),
             **options,
         )
-        for name in ("0", "1", "2-offload", "3")  # whole, stretches, on the CPU, shares
+        for name in ("0", "1", "2-offload", "3")  # whole, fragments, on the CPU, shares
         for scale, (scales, optimizer) in HOSTILE.items()
         for dtype, config in (("float32", {}), ("bfloat16", FP32_WIRE))
         for rule, options in RULES.items()
@@ -417,7 +417,7 @@ def test_a_tensor_of_the_retain_task_alone(tmp_path: Path) -> None:
         f"{name} {zero_forget}": Case(
             zero=CONFIGURATIONS[name], rule="sago", zero_forget=zero_forget, clip=0.0, steps=1, **SGD
         )
-        for name in HOLDERS
+        for name in STORES
         for zero_forget in ("literal", "retain")
     }
     made = train(cases, 2, tmp_path)
@@ -488,7 +488,7 @@ class LateCopies:
         self.queued.clear()
 
 
-def queue_copies(engine: Any, shards: Any) -> None:
+def queue_copies(engine: Any, combiner: Any) -> None:
     """From now on DeepSpeed's copies of gradients to its optimizer on the CPU are late, as they may be on a GPU."""
     from deepspeed.accelerator import get_accelerator
 
@@ -535,7 +535,7 @@ def test_adapters_and_experts(more: bool, tmp_path: Path) -> None:
     moe: dict[str, Any] = {"model": "moe", "micro": 4}  # 1 or 2 tokens a micro-batch, 8 experts: most are not routed to
     cases = {}
     for rule, options in WAYS.items():
-        for name in HOLDERS:
+        for name in STORES:
             if (rule in ("sago", "pcgrad-global") or name == "3") == more:
                 continue
             leaves = ("MixtralSparseMoeBlock",) if name.startswith("3") else ()
@@ -557,24 +557,24 @@ def live_bytes() -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def watch_memory(seen: list[tuple[int, ...]], engine: Any, shards: Any) -> None:
-    """(elements of the spare, of a rank's share of the gradient), then (bytes born,) after each `combine`."""
-    spare = 0 if shards.stash is None else shards.stash.numel()
-    parts = 1 if shards.holder.replicated else engine.world_size
-    seen.append((spare, sum(shards.sizes) // parts))
-    before = live_bytes() - 4 * spare
-    combine = shards.combine
+def watch_memory(seen: list[tuple[int, ...]], engine: Any, combiner: Any) -> None:
+    """(elements of the forget buffer, of a rank's share of the gradient), then (bytes born,) after each `combine`."""
+    stash = 0 if combiner.stash is None else combiner.stash.numel()
+    parts = 1 if combiner.store.replicated else engine.world_size
+    seen.append((stash, sum(combiner.sizes) // parts))
+    before = live_bytes() - 4 * stash
+    combine = combiner.combine
 
     def combined() -> Any:
         geometry = combine()
         seen.append((live_bytes() - before,))
         return geometry
 
-    shards.combine = combined
+    combiner.combine = combined
 
 
 def measure_memory(names: list[str]) -> None:
-    """At the moment of combining, `sago` keeps alive exactly one partition more than `sum`, all steps alike."""
+    """At the moment of combining, `sago` needs exactly one partition more than `sum`, in every step."""
     from pipeline.distributed import process_group as ranks
 
     ranks.start()
@@ -586,12 +586,12 @@ def measure_memory(names: list[str]) -> None:
         (numel, share), *_ = seen["sago"]
         assert seen["sum"][0][0] == 0
         assert abs(numel - share) < 100, (name, "but for padding")
-        for without, with_spare in zip(seen["sum"][1:], seen["sago"][1:], strict=True):
-            assert abs(with_spare[0] - without[0] - 4 * numel) < numel // 50, (name, seen)
+        for without, with_stash in zip(seen["sum"][1:], seen["sago"][1:], strict=True):
+            assert abs(with_stash[0] - without[0] - 4 * numel) < numel // 50, (name, seen)
 
 
-def test_one_spare_partition_on_every_stage() -> None:
-    run_distributed(measure_memory, 2, list(HOLDERS))
+def test_one_forget_buffer_on_every_stage() -> None:
+    run_distributed(measure_memory, 2, list(STORES))
 
 
 def check_the_checks() -> None:
@@ -646,14 +646,14 @@ def check_the_warning() -> None:
     from pipeline.zero.combiner import GradientCombiner
 
     ranks.start()
-    said: list[str] = []
-    logging.getLogger("pipeline.zero.store").addFilter(lambda record: said.append(record.getMessage()) is not None)
+    logged: list[str] = []
+    logging.getLogger("pipeline.zero.store").addFilter(lambda record: logged.append(record.getMessage()) is not None)
     for name, number in (("1", 0), ("2-overlap-small", 0), ("1-overlap", 1)):
         case = Case(zero=CONFIGURATIONS[name])
         GradientCombiner(engine_of(case, model_of(case)), Synthesis("sago"), combine_tasks=True)
-        assert len(said) == number, (name, said)
-    assert "overlap_comm" in said[0] and "train.deepspeed" in said[0]
+        assert len(logged) == number, (name, logged)
+    assert "overlap_comm" in logged[0] and "train.deepspeed" in logged[0]
 
 
-def test_overlap_comm_that_is_switched_off_is_said_once() -> None:
+def test_overlap_comm_that_is_switched_off_is_logged_once() -> None:
     run_distributed(check_the_warning, 1)

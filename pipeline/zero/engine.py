@@ -1,0 +1,104 @@
+"""What this program uses of a DeepSpeed engine, as types: an engine's classes have none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+
+class Engine(Protocol):
+    """The methods and attributes of `deepspeed.initialize`'s first result that this program uses.
+
+    All but one are in DeepSpeed's own public interface; what is used beyond it stands in `compat.INTERNALS`.
+    """
+
+    module: nn.Module
+    optimizer: Any  # one of five classes of DeepSpeed without a common interface; `compat.INTERNALS` lists their parts
+    device: torch.device
+    world_size: int
+    lr_scheduler: LRScheduler
+    monitor: Any  # DeepSpeed's MonitorMaster: W&B, Comet, CSV
+    global_steps: int
+    global_samples: int
+    skipped_steps: int
+    _global_grad_norm: float | None  # the one private attribute: see `compat.INTERNALS`
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """The module's forward pass. Its arguments and result are those of the module."""
+        ...
+
+    def backward(self, loss: Tensor, *, scale_wrt_gas: bool = True) -> Tensor:
+        """Adds the gradient of `loss`, a 0-dim tensor."""
+        ...
+
+    def step(self) -> None:
+        """Clip, update, schedule; nothing of it unless the accumulation boundary is set."""
+        ...
+
+    def was_step_applied(self) -> bool:
+        """Whether the last `step` changed weights."""
+        ...
+
+    def get_global_grad_norm(self) -> float | None:
+        """Of the last `step`, before clipping, over all ranks."""
+        ...
+
+    def get_lr(self) -> list[float]:
+        """The learning rate of each parameter group in the next `step`."""
+        ...
+
+    def zero_grad(self) -> None: ...
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None: ...
+
+    def managed_gradient_accumulation(self) -> bool: ...
+
+    def allreduce_gradients(self) -> None: ...
+
+    def zero_optimization_stage(self) -> int: ...
+
+    def fp16_enabled(self) -> bool: ...
+
+    def train(self) -> nn.Module: ...
+
+    def eval(self) -> nn.Module: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def buffers(self) -> Iterator[Tensor]: ...
+
+    def save_checkpoint(
+        self, save_dir: str, tag: str, *, save_latest: bool, exclude_frozen_parameters: bool
+    ) -> object: ...
+
+    def load_checkpoint(
+        self, load_dir: str, tag: str, *, load_module_strict: bool
+    ) -> tuple[str | None, Mapping[str, Any]]: ...
+
+    def destroy(self) -> None:
+        """Removes what DeepSpeed hooked into the module."""
+        ...
+
+
+class PartitionedParameter(nn.Parameter):
+    """The attributes that ZeRO-3 gives a parameter. No object is made of this class."""
+
+    ds_id: int
+    ds_numel: int
+    ds_process_group: torch.distributed.ProcessGroup
+    ds_status: Enum
+    ds_tensor: Tensor
+    ds_secondary_tensor: Tensor | None
+
+    def partition(self) -> None:
+        """Drop the gathered parameter."""
+        ...
+
+    def partition_numel(self) -> int:
+        """Elements of each rank's share, with the padding at its end."""
+        ...

@@ -32,10 +32,10 @@ def train_step(engine: Any, shards: GradientCombiner, tasks: Sequence[Task], ste
     start, lr = time.perf_counter(), engine.get_lr()[0]
     shards.clear()
     for task in tasks:  # forget, then retain: one activation graph alive at a time
-        num_terms, total = max(task.num_terms(step), 1), 0.0
+        num_terms, total = max(task.loss_denominator(step), 1), 0.0
         # DeepSpeed averages over ranks; the loss is a mean over the global batch, so the world size goes back in.
         scale = shards.weight(task.name) * engine.world_size / num_terms
-        for batch in task.stream.batches(step):
+        for batch in task.sampler.batches(step):
             terms = task.loss_terms(engine, batch.to(engine.device))
             engine.backward(terms * scale, scale_wrt_gas=False)
             total = total + terms.detach().double()
@@ -80,7 +80,7 @@ def record_step(
     monitor.record("lr", lr)
     monitor.record("skipped", 0 if applied else 1)
     monitor.record("seconds", seconds, reduce="max")
-    tokens = sum(task.stream.num_terms(step, "position") for task in tasks)
+    tokens = sum(task.sampler.loss_denominator(step, "position") for task in tasks)
     monitor.record("tokens_per_second", tokens / seconds)
     monitor.record("peak_memory_bytes", peak_memory_bytes(engine.device), reduce="max")
 

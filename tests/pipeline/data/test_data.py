@@ -31,7 +31,8 @@ from pipeline.config.load import resolve
 from pipeline.config.schema import Corpus
 from pipeline.data.batches import IGNORED, BatchSampler, collate
 from pipeline.data.chat import encode_answers, openings
-from pipeline.data.tokenize import Sequences, num_shared, say_usage, tokenize, tokenizer_digest
+from pipeline.data.encode import TokenOptions
+from pipeline.data.tokenize import Sequences, log_usage, num_shared, tokenize, tokenizer_digest
 from pipeline.errors import InputError
 from pipeline.losses.task import open_sampler, warn_of_overlap
 from tests.conftest import World
@@ -55,16 +56,10 @@ def read(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Callable[..., Se
     """`tokenize` with the arguments that most tests share."""
 
     def read(path: Path, field: str = "text", split: str = "train", **changed: Any) -> Sequences:
-        keys: dict[str, Any] = {
-            "tokenizer": tokenizer,
-            "max_length": 12,
-            "packing": "documents",
-            "long_documents": "truncate",
-            "cache": tmp_path / "cache",
-            "show_progress": False,
-        }
-        keys.update(changed)
-        return tokenize(Corpus(**{"path": str(path), "field": field, "split": split}), "forget", **keys)[0]
+        cache, chosen = changed.pop("cache", tmp_path / "cache"), changed.pop("tokenizer", tokenizer)
+        options: Any = {"max_length": 12, "packing": "documents", "long_documents": "truncate", **changed}
+        corpus = Corpus(**{"path": str(path), "field": field, "split": split})
+        return tokenize(corpus, "forget", chosen, TokenOptions(**options), cache=cache, show_progress=False)[0]
 
     return read
 
@@ -271,7 +266,7 @@ def test_documents_are_what_the_tokenizer_says(read: Any, tokenizer: PreTrainedT
         assert tokens(sequences) == truncated(tokenizer, MANY, limit)
         assert max(map(len, tokens(sequences))) <= limit
     indices = np.array([3, 0, 2099])
-    assert sequences.lengths(indices).tolist() == [len(tokenizer(MANY[i]).input_ids) - 1 for i in indices]
+    assert sequences.num_predicted_tokens(indices).tolist() == [len(tokenizer(MANY[i]).input_ids) - 1 for i in indices]
 
 
 @pytest.mark.parametrize("begin", [False, True])
@@ -302,7 +297,7 @@ def test_a_long_document_is_split_and_every_token_predicted_once(
         assert made == ids
         assert len(sizes) == max(-(-(len(ids) - 1) // (limit - 1)), 1) and max(sizes) - min(sizes) <= 1
     assert not left
-    predicted = sequences.lengths(np.arange(len(sequences)))
+    predicted = sequences.num_predicted_tokens(np.arange(len(sequences)))
     assert predicted.sum() == sum(len(ids) - 1 for ids in whole) and predicted.min() > 0
     assert sequences.usage is not None and sequences.usage.unused == sum(
         len(tokenizer(text).input_ids) < 2 for text in texts
@@ -322,7 +317,7 @@ def test_the_last_block_is_one_where_it_predicts_anything(
     for block, number in ((4, 5), (5, 4), (17, 1), (18, 1), (40, 1), (16, 2)):
         sequences = read(path, packing="blocks", max_length=block, long_documents="split")
         assert tokens(sequences) == [joined[at : at + block] for at in range(0, 18, block)][:number]
-        assert sequences.lengths(np.arange(number)).tolist() == [len(row) - 1 for row in tokens(sequences)]
+        assert sequences.num_predicted_tokens(np.arange(number)).tolist() == [len(row) - 1 for row in tokens(sequences)]
         assert sequences.longest == min(block, 18)
     assert len(read(path, packing="blocks", max_length=4)) == 4
     batch = collate(read(path, packing="blocks", max_length=16, long_documents="split"), np.array([1, 0]), 0)
@@ -346,7 +341,7 @@ def test_the_share_of_the_tokens_that_are_used_is_said(
     for file, keys, said in cases * 2:
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            say_usage("forget", read(file, **keys), keys["max_length"], keys.get("long_documents") != "split")
+            log_usage("forget", read(file, **keys), keys["max_length"], keys.get("long_documents") != "split")
         (message,) = [record.getMessage() for record in caplog.records]
         assert message.startswith(f"data.forget: {said}"), (message, said)
         assert ("data.long_documents: split" in message) is (keys.get("long_documents") is None)
@@ -361,9 +356,9 @@ def test_empty_answers_are_counted_and_said_once(ask: Any, caplog: pytest.LogCap
     for _ in range(2):  # tokenised, and from the cache
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            say_usage("forget", ask(rows)[0], 50, False)
+            log_usage("forget", ask(rows)[0], 50, False)
         assert [record.getMessage() for record in caplog.records] == [
-            "forget: 2 answers are empty: only their ends are predicted"
+            "data.forget contains 2 empty answers, of which only the end is predicted"
         ]
 
 
@@ -390,7 +385,7 @@ def test_an_overlap_is_said_in_one_line(read: Any, tmp_path: Path, caplog: pytes
         assert not caplog.records
         warn_of_overlap({"forget": walks["forget"], "retain": walks["retain"]})
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith("1 documents of data.forget are in data.retain too")
+    assert message.startswith("data.retain contains 1 document of data.forget (")
 
 
 def test_tokenising_leaves_the_tokenizer_as_it_was(read: Any, world: World, tmp_path: Path) -> None:
@@ -420,7 +415,7 @@ def test_blocks_are_cut_from_the_documents_joined_by_the_end_of_text(
         assert sequences[index].tolist() == joined[index * block : (index + 1) * block]
     flat = np.concatenate([sequences[index] for index in range(len(sequences))])
     assert flat.tolist() == joined[: len(flat)]
-    assert sequences.lengths(np.array([0, 1])).tolist() == [block - 1] * 2
+    assert sequences.num_predicted_tokens(np.array([0, 1])).tolist() == [block - 1] * 2
 
 
 def test_a_tokenizer_that_ends_documents_itself_gets_no_second_end(read: Any, world: World, tmp_path: Path) -> None:
@@ -442,7 +437,7 @@ def test_documents_that_predict_nothing_are_left_out_and_counted(
     assert [len(tokenizer(text).input_ids) for text in texts if len(text) < 2] == [1, 0, 1, 1]
     with caplog.at_level(logging.WARNING):
         sequences = read(write(tmp_path / "corpus.jsonl", texts))
-        say_usage("forget", sequences, 12, False)
+        log_usage("forget", sequences, 12, False)
     assert tokens(sequences) == truncated(tokenizer, ["kara lovi", "mito vi"])
     assert any("4" in record.getMessage() and "forget" in record.getMessage() for record in caplog.records)
 
@@ -548,10 +543,10 @@ def test_the_same_bytes_in_another_format_are_another_text(
 class Rows(list[np.ndarray]):
     """Sequences of chosen lengths, in memory."""
 
-    def lengths(self, indices: np.ndarray) -> np.ndarray:
+    def num_predicted_tokens(self, indices: np.ndarray) -> np.ndarray:
         return np.array([len(self[int(index)]) - 1 for index in indices])
 
-    def given(self, indices: np.ndarray) -> np.ndarray:
+    def prompt_lengths(self, indices: np.ndarray) -> np.ndarray:
         return np.zeros(len(indices), dtype=np.int64)
 
 
@@ -617,9 +612,9 @@ def test_the_global_batch_is_the_same_for_any_ranks_and_micro_batches(world: int
                     assert (
                         batch.input_ids[row][batch.attention_mask[row] == 1].tolist() == mine.sequences[index].tolist()
                     )
-            assert mine.num_terms(step, "sequence") == 12
+            assert mine.loss_denominator(step, "sequence") == 12
         assert sorted(indices) == sorted(want.tolist())
-        assert all(stream(17, 12, micro, r, world).num_terms(step, "token") == predicted for r in range(world))
+        assert all(stream(17, 12, micro, r, world).loss_denominator(step, "token") == predicted for r in range(world))
 
 
 @pytest.mark.parametrize(
@@ -703,10 +698,10 @@ def ask(tmp_path: Path) -> Callable[..., tuple[Sequences, Sequences | None]]:
         if not isinstance(rows, str | Path):
             path = tmp_path / "questions.jsonl"
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        given = {"tokenizer": words(), "max_length": 50, "cache": tmp_path / "cache"}
-        given |= {name: keys.pop(name) for name in given if name in keys}
+        cache, tokenizer = keys.pop("cache", tmp_path / "cache"), keys.pop("tokenizer", None) or words()
+        options = TokenOptions(keys.pop("max_length", 50), "documents", pairing=pairing)
         corpus = Corpus(path=str(path), **{**QA, **keys})
-        return tokenize(corpus, "forget", packing="documents", show_progress=False, pairing=pairing, **given)
+        return tokenize(corpus, "forget", tokenizer, options, cache=cache, show_progress=False)
 
     return ask
 
@@ -715,7 +710,7 @@ def labelled(sequences: Sequences) -> list[tuple[list[int], list[int]]]:
     """(ids, labels) of every sequence without padding, from a batch of them all."""
     everything = np.arange(len(sequences))
     batch = collate(sequences, everything, END)
-    assert sequences.lengths(everything).tolist() == (batch.labels[:, 1:] != IGNORED).sum(1).tolist()
+    assert sequences.num_predicted_tokens(everything).tolist() == (batch.labels[:, 1:] != IGNORED).sum(1).tolist()
     real = batch.attention_mask.sum(1).tolist()
     assert all((row[size:] == IGNORED).all() for row, size in zip(batch.labels, real, strict=True))
     pairs = zip(batch.input_ids.tolist(), batch.labels.tolist(), real, strict=True)
@@ -743,7 +738,7 @@ def test_only_the_answer_and_its_end_are_predicted(template: Any, form: Any, ask
         split(form(WHO), [LOVI, END]),
         split(form(IS, LOVI, A, POET), [END]),  # an empty answer is one that ends at once
     ]
-    assert sequences.lengths(np.array([2, 0])).tolist() == [1, 3]
+    assert sequences.num_predicted_tokens(np.array([2, 0])).tolist() == [1, 3]
 
 
 @pytest.mark.parametrize("template", [None, CHAT])
@@ -788,13 +783,16 @@ def test_truncation_takes_the_answer_first_and_drops_a_row_without_one(
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             sequences, _ = ask([*ROWS[:2], ROWS[2] | {"said": "a"}], max_length=limit)
-            say_usage("forget", sequences, limit, False)
+            log_usage("forget", sequences, limit, False)
         kept = [(ids[:limit], labels[:limit]) for ids, labels in whole if set(labels[:limit]) != {IGNORED}]
         assert labelled(sequences) == kept
         assert len(kept) == 3 - dropped
         messages = [record.getMessage() for record in caplog.records]
         assert len(messages) == (dropped > 0)
-        assert all(message.startswith(f"forget: {dropped} ") and str(limit) in message for message in messages)
+        assert all(
+            f" {dropped} document{(dropped > 1) * 's'} without" in message and str(limit) in message
+            for message in messages
+        )
 
 
 @pytest.mark.parametrize("template", [None, CHAT])
@@ -864,7 +862,7 @@ def test_a_preferred_text_is_a_whole_sequence(ask: Any) -> None:
     sequences, preferred = ask(rows, "preferred", **keys)
     assert labelled(sequences) == [([A, POET],) * 2, ([WHO, IS, KARA],) * 2]
     assert labelled(preferred) == [([WHO, IS, KARA],) * 2, ([LOVI] * 3,) * 2]
-    assert sequences.lengths(np.array([0, 1])).tolist() == [1, 2]
+    assert sequences.num_predicted_tokens(np.array([0, 1])).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("questions", [True, False])
@@ -949,8 +947,12 @@ def test_a_stream_of_pairs_counts_the_tokens_of_its_own_side(ask: Any) -> None:
     for step in range(3):
         indices = alone.global_batch(step)
         assert paired.global_batch(step).tolist() == indices.tolist()
-        assert paired.num_terms(step, "token") == alone.num_terms(step, "token") == sum(answers[i] for i in indices)
-        assert paired.num_terms(step, "sequence") == 4
+        assert (
+            paired.loss_denominator(step, "token")
+            == alone.loss_denominator(step, "token")
+            == sum(answers[i] for i in indices)
+        )
+        assert paired.loss_denominator(step, "sequence") == 4
         for one, both in zip(alone.batches(step), paired.batches(step), strict=True):
             assert both.index.tolist() == one.index.tolist()
             assert both.input_ids.shape[0] == 4 and one.input_ids.shape[0] == 2
@@ -1121,7 +1123,7 @@ def test_benchmark_files_are_read_whole(
     sequences, preferred = ask(DATA / file, "refusal", **keys)
     assert len(sequences) == len(preferred) == len(rows) == count
     for row, ids, refused, start in zip(
-        rows, tokens(sequences), tokens(preferred), sequences.given(np.arange(count)), strict=True
+        rows, tokens(sequences), tokens(preferred), sequences.prompt_lengths(np.arange(count)), strict=True
     ):
         assert tokenizer.decode(ids) == f"Question: {row[prompt]}\nAnswer: {row[response]}<end>"
         assert str(tokenizer.decode(ids[start:])).removeprefix(" ") == f"{row[response]}<end>"

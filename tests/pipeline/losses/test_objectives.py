@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -78,7 +78,7 @@ def leaves_of(way: str, labels: Tensor, dtype: torch.dtype) -> list[Tensor]:
 def losses_of(leaves: list[Tensor], labels: Tensor, soft: Tensor | None = None, lower: float = 0.0) -> Tensor:
     states, weight, bias = [*leaves, None, None][:3]
     assert states is not None
-    return token_losses(states, labels, weight=weight, bias=bias, soft=soft, lower=lower)
+    return token_losses(states, labels, weight=weight, bias=bias, teacher_logits=soft, logit_penalty=lower)
 
 
 def exactly(leaves: list[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -134,8 +134,8 @@ class Setting:
     rows: Sequence[int] = range(len(SEQUENCES))  # which of the rows of what follows are in this micro-batch
 
     def original(self, name: str, dtype: torch.dtype) -> Tensor | None:
-        asks, width = OBJECTIVES[name].asks, self.labels.shape[1]
-        if asks == "likelihoods":
+        asks, width = OBJECTIVES[name].reference, self.labels.shape[1]
+        if asks == "log_probs":
             return torch.tensor([20.0, 0.0, 3.0, 7.0, 0.0, 5.0], dtype=torch.float64)[list(self.rows)]
         if asks is None:
             return None
@@ -190,15 +190,19 @@ def loss_from_formula(name: str, states: Tensor, setting: Setting, original: Ten
 def ours(name: str, leaves: list[Tensor], setting: Setting, original: Tensor | None) -> Tensor:
     """The sum of the terms of one micro-batch, as the program asks for it."""
     objective, labels = OBJECTIVES[name], setting.labels
-    soft, lower = original if objective.asks == "logits" else None, setting.beta if objective.lowers else 0.0
-    states = leaves[0] if objective.hidden else losses_of(leaves, labels, soft, lower)
-    steering = setting.steering if objective.hidden else None
-    return objective.terms(LossInputs(states, labels, setting.mask, original, setting.beta, setting.delta, steering))
+    soft, lower = (
+        original if objective.reference == "logits" else None,
+        setting.beta if objective.logit_penalty else 0.0,
+    )
+    inputs = LossInputs(labels, setting.mask, setting.beta, setting.delta, reference=original)
+    if objective.hidden:
+        return objective.terms(replace(inputs, hidden_states=leaves[0], steering=setting.steering))
+    return objective.terms(replace(inputs, token_losses=losses_of(leaves, labels, soft, lower)))
 
 
 def count(name: str, setting: Setting) -> int:
     """The terms of the mean."""
-    per = OBJECTIVES[name].per
+    per = OBJECTIVES[name].normalize_by
     if per == "sequence":
         return len(setting.labels) // (2 if name in PAIRED else 1)
     return int(setting.mask.sum() if per == "position" else (setting.labels[:, 1:] != IGNORED).sum())
@@ -355,7 +359,7 @@ def test_nothing_of_the_size_of_the_logits_is_ever_made(dtype: torch.dtype, soft
     weight = random(vocabulary, width, seed=1, scale=1.0).to(dtype).requires_grad_()
     q = torch.zeros(1, 1, 1, dtype=dtype).expand(1, tokens, vocabulary) if soft else None
     with Created() as created:
-        token_losses(hidden, labels, weight=weight, soft=q).sum().backward()
+        token_losses(hidden, labels, weight=weight, teacher_logits=q).sum().backward()
     assert hidden.grad is not None and weight.grad is not None
     assert (vocabulary, width) in created.shapes, "the weight's gradient was seen being made"
     assert created.largest <= objectives._CHUNK
@@ -445,7 +449,7 @@ def test_a_sequence_without_predicted_tokens_moves_nothing(name: str, alone: lis
     term = ours(name, leaves, setting, setting.original(name, torch.float32))
     assert torch.isfinite(term)
     assert all((gradient == 0).all() for gradient in gradients_of(term, leaves))
-    if OBJECTIVES[name].per == "token":
+    if OBJECTIVES[name].normalize_by == "token":
         assert term == 0 and count(name, setting) == 0
 
 
@@ -462,7 +466,7 @@ def test_npo_at_the_reference_is_the_gradient_of_ascent(beta: float) -> None:
 
 
 def terms_of(states: Tensor, labels: Tensor, original: Tensor | None, beta: float, delta: float = 0.0) -> LossInputs:
-    return LossInputs(states, labels, torch.ones_like(labels), original, beta, delta, None)
+    return LossInputs(labels, torch.ones_like(labels), beta, delta, token_losses=states, reference=original)
 
 
 @pytest.mark.parametrize("name", ["npo", "simnpo", "dpo"])
@@ -530,7 +534,7 @@ def test_a_small_beta_is_not_lost_in_the_dtype_of_the_originals_logits() -> None
     """At 20 the next number of bf16 is 20.125: UNDIAL's target would not move if beta were taken off there."""
     labels, logits = torch.tensor([[0, 1]]), torch.tensor([[[20.0, 20.0], [0.0, 0.0]]], dtype=torch.bfloat16)
     states = torch.zeros(1, 2, 2, requires_grad=True)
-    token_losses(states, labels, soft=logits, lower=0.05).sum().backward()
+    token_losses(states, labels, teacher_logits=logits, logit_penalty=0.05).sum().backward()
     q = 1 / (1 + math.exp(0.05))  # of the token, lowered
     assert states.grad is not None
     torch.testing.assert_close(states.grad[0, 0].tolist(), [q - 0.5, 0.5 - q], rtol=1e-4, atol=0)
@@ -547,11 +551,13 @@ def test_what_each_objective_asks_and_counts() -> None:
     def where(what: Callable[[Any], bool]) -> set[str]:
         return {name for name, objective in OBJECTIVES.items() if what(objective)}
 
-    assert where(lambda o: o.asks == "likelihoods") == {"npo", "dpo", "dpo_idk"}
-    assert where(lambda o: o.asks == "logits") == {"undial", "kl"} and where(lambda o: o.lowers) == {"undial"}
-    assert where(lambda o: o.asks == "hidden") == {"embed_diff"}
-    assert where(lambda o: o.hidden) == where(lambda o: o.per == "position") == {"rmu", "embed_diff"}
-    assert where(lambda o: o.per == "sequence") == {"npo", "simnpo", "dpo", "dpo_idk"}
+    assert where(lambda o: o.reference == "log_probs") == {"npo", "dpo", "dpo_idk"}
+    assert where(lambda o: o.reference == "logits") == {"undial", "kl"} and where(lambda o: o.logit_penalty) == {
+        "undial"
+    }
+    assert where(lambda o: o.reference == "hidden") == {"embed_diff"}
+    assert where(lambda o: o.hidden) == where(lambda o: o.normalize_by == "position") == {"rmu", "embed_diff"}
+    assert where(lambda o: o.normalize_by == "sequence") == {"npo", "simnpo", "dpo", "dpo_idk"}
     assert {name: o.pairing for name, o in OBJECTIVES.items() if o.pairing} == {
         "dpo": "preferred", "dpo_idk": "refusal", "idk": "refusal"
     }  # fmt: skip

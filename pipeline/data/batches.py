@@ -79,8 +79,8 @@ class BatchSampler:
     def loss_denominator(self, step: int, normalize_by: str) -> int:
         """The number of terms that the mean over the global batch of step `step` is taken of.
 
-        Its sequences (`sequence`), the tokens that they predict (`token`), or all of their tokens (`position`). Preferred
-        sequences do not count.
+        Its sequences (`sequence`), the tokens that they predict (`token`), or all of their tokens (`position`).
+        Preferred sequences do not count.
         """
         if normalize_by == "sequence":
             return self.batch_size

@@ -91,7 +91,7 @@ def encoder(tokenizer: PreTrainedTokenizerBase, options: TokenOptions) -> Encode
     return encode
 
 
-def split_document(ids: list[int], max_length: int, begin: Any) -> list[list[int]]:
+def split_document(ids: list[int], max_length: int, begin: object) -> list[list[int]]:
     """`ids` as the fewest pieces of at most `max_length` tokens, of equal length but for one token.
 
     Each token but the first is predicted in one piece: a further piece begins with the token before it or, where the

@@ -144,7 +144,8 @@ def tokenize(
     if not len(made[0]):
         raise InputError(
             f"data.{key}.path: {corpus.path} has {counted(len(made[0].stream), 'token')}, less than one block of "
-            f"{options.max_length}; set a smaller data.max_length, data.packing: documents or data.long_documents: split"
+            f"{options.max_length}; set a smaller data.max_length, data.packing: documents, or data.long_documents: "
+            "split"
         )
     return made[0], made[1] if options.pairing is not None else None
 
@@ -167,7 +168,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, key: str, options: Toke
 def _cached_table(
     table: Callable[[], Iterator[dict[str, Any]]],
     columns: Sequence[tuple[str, str]],
-    recipe: list[Any],
+    recipe: list[object],
     key: str,
     folder: Path,
 ) -> pa.Table:

@@ -9,12 +9,13 @@ modules' own calls: ZeRO-3 gathers the weights of a module in hooks around its c
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pipeline.data.batches import Batch
 from pipeline.modeling.decoder import base_of, blocks_of
@@ -85,7 +86,7 @@ def modules_called(options: dict[str, Any]) -> Hashable:
     return type(output), output.layer if isinstance(output, HiddenStates) else None
 
 
-def has_plain_head(engine: Any, base: nn.Module, head: nn.Module) -> bool:
+def has_plain_head(engine: Any, base: PreTrainedModel, head: nn.Module) -> bool:
     """Whether the model's logits are the product of its output layer with the last hidden state, and nothing else.
 
     Some models cap or scale their logits (Gemma 2, Granite, Cohere): for them `forward` runs the model's own code. The
@@ -106,7 +107,7 @@ def has_plain_head(engine: Any, base: nn.Module, head: nn.Module) -> bool:
     return torch.equal(product.to(logits.dtype), logits)
 
 
-def hidden_after(base: nn.Module, layer: int, inputs: dict[str, Any]) -> Tensor:
+def hidden_after(base: PreTrainedModel, layer: int, inputs: Mapping[str, object]) -> Tensor:
     """[B, T, H] after block `layer` (0-based). The model is without the blocks above it while it runs."""
     blocks = blocks_of(base)
     owner, name = next(
@@ -114,7 +115,7 @@ def hidden_after(base: nn.Module, layer: int, inputs: dict[str, Any]) -> Tensor:
     )
     found: list[Tensor] = []
 
-    def record(module: nn.Module, inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+    def record(module: nn.Module, inputs: tuple[object, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         found.append(output if isinstance(output, Tensor) else output[0])
 
     hook = blocks[layer].register_forward_hook(record)

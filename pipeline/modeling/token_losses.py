@@ -205,11 +205,11 @@ def token_losses(
     targets, flat = shifted(labels), states.flatten(0, 1)
     teacher = None if teacher_logits is None else _Teacher(teacher_logits.flatten(0, 1), None, logit_penalty)
     if weight is None:
-        every: Any = _FromLogits.apply(flat, targets.flatten(), teacher)
+        every: Tensor = _FromLogits.apply(flat, targets.flatten(), teacher)
         return every.view(targets.shape)
     index = (targets.flatten() != IGNORED).nonzero().squeeze(1)  # padding and prompts cost nothing
     teacher = None if teacher is None else replace(teacher, index=index)
-    losses: Any = _FromHidden.apply(flat[index], weight, bias, targets.flatten()[index], teacher)
+    losses: Tensor = _FromHidden.apply(flat[index], weight, bias, targets.flatten()[index], teacher)
     return losses.new_zeros(targets.numel()).index_copy(0, index, losses).view(targets.shape)
 
 

@@ -189,7 +189,7 @@ def _trained_plainly(config: str) -> dict[str, Tensor]:
 
 
 def error_of(config: dict[str, Any]) -> float:
-    """Of the change of everything that trains, relative to the plain loop's; the sets of tensors are equal."""
+    """The error of the weight change, relative to the plain loop's change; the sets of tensors are equal."""
     options = {key: config["model"][key] for key in ("path", "lora") if key in config["model"]}
     if (options.get("lora") or {}).get("targets") == TARGETS:
         options["lora"] = {**LORA, "targets": TARGETS_IN_PEFT}
@@ -316,7 +316,7 @@ def test_ranks_routed_differently_and_the_export_reloads(name: str, runs: dict[s
 def test_targets_that_name_nothing(world: World) -> None:
     model = AutoModelForCausalLM.from_pretrained(world.folder / "model")
     lora = Lora.model_validate({"targets": ["q_proj", "query"]})
-    with pytest.raises(InputError, match=r"model\.lora\.targets: 'query' names no linear layer.* q_proj") as error:
+    with pytest.raises(InputError, match=r"model\.lora\.targets: 'query' matches no linear layer.* q_proj") as error:
         attach_adapters(model, lora)
     assert "\n" not in str(error.value)
 

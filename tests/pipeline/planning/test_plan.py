@@ -439,7 +439,7 @@ WRONG = [
     (["--gpus", "3"], "train.batch_size 12 does not divide over 9 GPUs; give a multiple, as --train.batch_size 18"),
     (["--nodes", "2", "--bandwidth", "nan"], "--bandwidth must be above 0"),
     (["--model.path", "/nowhere/model"], "there is no folder /nowhere/model"),
-    (["--model.trainable", "[nothing]"], "'nothing' is found in no tensor name"),
+    (["--model.trainable", "[nothing]"], "'nothing' matches no parameter"),
     (["--train.deepspeed", "missing.json"], "cannot read missing.json"),
     (["--train.deepspeed", "{folder}/bad.json"], "bad.json: DeepSpeed refuses it: reduce_bucket: Extra inputs are not"),
     (["--optimiser.lr", "1"], "did you mean 'optimizer'?"),

@@ -277,7 +277,7 @@ def test_other_passes_in_between_cost_no_gathers() -> None:
 
 
 def largest_made(work: Callable[[], Any]) -> int:
-    from tests.pipeline.losses.test_objectives import Created
+    from tests.pipeline.modeling.predictions import Created
 
     with Created() as created:
         work()

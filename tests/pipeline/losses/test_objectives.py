@@ -56,7 +56,7 @@ def softplus(x: Tensor) -> Tensor:
 
 @dataclass
 class Setting:
-    """What the objectives are given beside the trained model's own output."""
+    """The inputs of the objectives beside the trained model's own output."""
 
     beta: float
     delta: float = 0.3
@@ -64,7 +64,7 @@ class Setting:
     mask: Tensor = MASK
     rows: Sequence[int] = range(len(SEQUENCES))  # which of the rows of what follows are in this micro-batch
 
-    def original(self, name: str, dtype: torch.dtype) -> Tensor | None:
+    def reference(self, name: str, dtype: torch.dtype) -> Tensor | None:
         asks, width = OBJECTIVES[name].reference, self.labels.shape[1]
         if asks == "log_probs":
             return torch.tensor([20.0, 0.0, 3.0, 7.0, 0.0, 5.0], dtype=torch.float64)[list(self.rows)]
@@ -78,25 +78,25 @@ class Setting:
         return steering_vector(H, 6.5, seed=3)
 
 
-def loss_from_formula(name: str, states: Tensor, setting: Setting, original: Tensor | None) -> Tensor:
+def loss_from_formula(name: str, states: Tensor, setting: Setting, reference: Tensor | None) -> Tensor:
     """The mean over the batch; `states` are float64 logits, or hidden states where the objective reads those."""
     zero, labels, beta, delta = states.sum() * 0, setting.labels, setting.beta, setting.delta
     if name in ("rmu", "embed_diff"):
-        goal = setting.steering.double().expand_as(states) if name == "rmu" else original
+        goal = setting.steering.double().expand_as(states) if name == "rmu" else reference
         assert goal is not None
         terms = [(states[b, t] - goal[b, t].double()).square().sum() / H for b, t in setting.mask.nonzero().tolist()]
         return sum(terms, zero) / len(terms)
     if name in ("undial", "kl"):
-        assert original is not None
-        z = original.double()
+        assert reference is not None
+        z = reference.double()
 
-        def against_original(log_p: Tensor, token: int, number: int, at: int) -> Tensor:
-            lower = torch.zeros(V, dtype=torch.float64)
-            lower[token] = beta if name == "undial" else 0
-            log_q = log_probabilities(z[number, at] - lower)
+        def against_reference(log_p: Tensor, token: int, number: int, at: int) -> Tensor:
+            penalty = torch.zeros(V, dtype=torch.float64)
+            penalty[token] = beta if name == "undial" else 0
+            log_q = log_probabilities(z[number, at] - penalty)
             return log_q.exp() @ ((0 if name == "undial" else log_q) - log_p)
 
-        terms = [x for row in per_prediction(states, labels, against_original) for x in row]
+        terms = [x for row in per_prediction(states, labels, against_reference) for x in row]
         return sum(terms, zero) / len(terms)
     nlls = nlls_from_formula(states, labels)
     tokens = [nll for row in nlls for nll in row]
@@ -108,8 +108,8 @@ def loss_from_formula(name: str, states: Tensor, setting: Setting, original: Ten
     if name == "simnpo":
         margins = [(total / len(row) if row else total) - delta for total, row in zip(totals, nlls, strict=True)]
     else:
-        assert original is not None
-        margins = [total - reference.double() for total, reference in zip(totals, original, strict=True)]
+        assert reference is not None
+        margins = [total - ref.double() for total, ref in zip(totals, reference, strict=True)]
         if name in ("dpo", "dpo_idk"):  # log-ratio of the preferred answer, in the second half, less that of the other
             half = len(margins) // 2
             margins = [-preferred + other for other, preferred in zip(margins[:half], margins[half:], strict=True)]
@@ -118,17 +118,15 @@ def loss_from_formula(name: str, states: Tensor, setting: Setting, original: Ten
     return sum((2 / beta * softplus(-beta * margin) for margin in margins), zero) / len(margins)
 
 
-def ours(name: str, leaves: list[Tensor], setting: Setting, original: Tensor | None) -> Tensor:
-    """The sum of the terms of one micro-batch, as the program asks for it."""
+def ours(name: str, leaves: list[Tensor], setting: Setting, reference: Tensor | None) -> Tensor:
+    """The sum of the terms of one micro-batch, as the program computes it."""
     objective, labels = OBJECTIVES[name], setting.labels
-    soft, lower = (
-        original if objective.reference == "logits" else None,
-        setting.beta if objective.logit_penalty else 0.0,
-    )
-    inputs = LossInputs(labels, setting.mask, setting.beta, setting.delta, reference=original)
+    teacher = reference if objective.reference == "logits" else None
+    penalty = setting.beta if objective.logit_penalty else 0.0
+    inputs = LossInputs(labels, setting.mask, setting.beta, setting.delta, reference=reference)
     if objective.hidden:
         return objective.terms(replace(inputs, hidden_states=leaves[0], steering=setting.steering))
-    return objective.terms(replace(inputs, token_losses=losses_of(leaves, labels, soft, lower)))
+    return objective.terms(replace(inputs, token_losses=losses_of(leaves, labels, teacher, penalty)))
 
 
 def count(name: str, setting: Setting) -> int:
@@ -151,13 +149,13 @@ def test_loss_and_gradient_equal_the_formula(
     monkeypatch.setattr(objectives, "_CHUNK", 2 * V)
     error, gradient_error = ERRORS[dtype]
     setting = Setting(beta)
-    original = setting.original(name, dtype)
+    reference = setting.reference(name, dtype)
     leaves = leaves_of(way, LABELS, dtype)
     if OBJECTIVES[name].hidden:
         leaves = leaves[:1]
-    loss = ours(name, leaves, setting, original) / count(name, setting)
+    loss = ours(name, leaves, setting, reference) / count(name, setting)
     exact, logits = exactly(leaves)  # of hidden states alone: themselves
-    want = loss_from_formula(name, logits, setting, original)
+    want = loss_from_formula(name, logits, setting, reference)
     assert loss.item() == pytest.approx(want.item(), rel=error, abs=error)
     assert_gradients_close(gradients_of(loss, leaves), gradients_of(want, exact), gradient_error)
 
@@ -171,7 +169,7 @@ def test_the_cut_into_micro_batches_does_not_matter(name: str, cuts: list[int], 
     if not OBJECTIVES[name].hidden:
         leaves = leaves_of(way, LABELS, torch.float64)
     whole = Setting(0.5)
-    total = ours(name, leaves, whole, whole.original(name, torch.float64))
+    total = ours(name, leaves, whole, whole.reference(name, torch.float64))
     pairs = len(SEQUENCES) // 2
     if name in PAIRED:
         cuts = [cut for cut in cuts if cut < pairs]
@@ -181,7 +179,7 @@ def test_the_cut_into_micro_batches_does_not_matter(name: str, cuts: list[int], 
         mine = [SEQUENCES[row] for row in rows]
         part = Setting(0.5, labels=batch_of(mine), mask=mask_of(mine), rows=rows)
         states = leaves[0][rows, : part.labels.shape[1]]
-        parts.append(ours(name, [states, *leaves[1:]], part, part.original(name, torch.float64)))
+        parts.append(ours(name, [states, *leaves[1:]], part, part.reference(name, torch.float64)))
     assert sum(part.item() for part in parts) == pytest.approx(total.item(), rel=1e-12)
     assert_gradients_close(gradients_of(torch.stack(parts).sum(), leaves), gradients_of(total, leaves), 1e-12)
 
@@ -194,8 +192,8 @@ def test_more_padding_changes_nothing(name: str) -> None:
     narrow = random(*LABELS.shape, width)
     states[:, : LABELS.shape[1]] = narrow
     states[:, LABELS.shape[1] :, 3] = -50.0
-    a = ours(name, [states], wide, wide.original(name, torch.float32))
-    b = ours(name, [narrow], Setting(0.5), Setting(0.5).original(name, torch.float32))
+    a = ours(name, [states], wide, wide.reference(name, torch.float32))
+    b = ours(name, [narrow], Setting(0.5), Setting(0.5).reference(name, torch.float32))
     assert a.item() == pytest.approx(b.item(), rel=1e-6)
 
 
@@ -206,7 +204,7 @@ def test_a_sequence_without_predicted_tokens_moves_nothing(name: str, alone: lis
     rows = [alone] * (2 if name in PAIRED else 1)
     setting = Setting(0.5, labels=batch_of(rows), mask=mask_of(rows), rows=[1, 4][: len(rows)])
     leaves = leaves_of("hidden", setting.labels, torch.float32)
-    term = ours(name, leaves, setting, setting.original(name, torch.float32))
+    term = ours(name, leaves, setting, setting.reference(name, torch.float32))
     assert torch.isfinite(term)
     assert all((gradient == 0).all() for gradient in gradients_of(term, leaves))
     if OBJECTIVES[name].normalize_by == "token":
@@ -225,8 +223,8 @@ def test_npo_at_the_reference_is_the_gradient_of_ascent(beta: float) -> None:
     assert_gradients_close(gradients_of(loss, [logits]), ascent, 1e-10)
 
 
-def terms_of(states: Tensor, labels: Tensor, original: Tensor | None, beta: float, delta: float = 0.0) -> LossInputs:
-    return LossInputs(labels, torch.ones_like(labels), beta, delta, token_losses=states, reference=original)
+def terms_of(states: Tensor, labels: Tensor, reference: Tensor | None, beta: float, delta: float = 0.0) -> LossInputs:
+    return LossInputs(labels, torch.ones_like(labels), beta, delta, token_losses=states, reference=reference)
 
 
 @pytest.mark.parametrize("name", ["npo", "simnpo", "dpo"])
@@ -236,8 +234,8 @@ def test_a_long_way_from_the_margin_the_loss_stays_finite(name: str) -> None:
     for margin in (1e4, -1e4):
         losses, labels = torch.tensor([[margin, 0.0], [0.0, 0.0]]), torch.tensor([[1, 1], [1, 1]])
         rows = 2 if name == "dpo" else 1
-        original = None if name == "simnpo" else torch.zeros(rows)
-        got.append(OBJECTIVES[name].terms(terms_of(losses[:rows], labels[:rows], original, 2.0)).item())
+        reference = None if name == "simnpo" else torch.zeros(rows)
+        got.append(OBJECTIVES[name].terms(terms_of(losses[:rows], labels[:rows], reference, 2.0)).item())
     assert got == pytest.approx([0.0, 2e4])
 
 
@@ -268,23 +266,23 @@ def test_wga_leaves_alone_what_is_forgotten() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", ERRORS)
-def test_kl_at_the_original_is_zero_and_so_is_its_gradient(way: str, dtype: torch.dtype) -> None:
+def test_kl_at_the_reference_is_zero_and_so_is_its_gradient(way: str, dtype: torch.dtype) -> None:
     leaves = leaves_of(way, LABELS, dtype)
-    original = exactly(leaves)[1].detach().to(dtype)
-    loss = ours("kl", leaves, Setting(1.0), original)
+    reference = exactly(leaves)[1].detach().to(dtype)
+    loss = ours("kl", leaves, Setting(1.0), reference)
     rounding = 1e-13 if dtype == torch.float64 else 1e-5
     assert abs(loss.item()) < rounding
     assert all(gradient.abs().max() < rounding for gradient in gradients_of(loss, leaves))
 
 
-def test_the_steering_vector_is_what_the_seed_says() -> None:
+def test_the_seed_decides_the_steering_vector() -> None:
     vector = steering_vector(64, 20.0, seed=4)
     assert vector.norm().item() == pytest.approx(20.0, rel=1e-6) and (vector >= 0).all()
     assert torch.equal(vector, steering_vector(64, 20.0, seed=4))
     assert not torch.equal(vector, steering_vector(64, 20.0, seed=5))
 
 
-def test_what_each_objective_asks_and_counts() -> None:
+def test_what_each_objective_needs_and_counts() -> None:
     def where(what: Callable[[Any], bool]) -> set[str]:
         return {name for name, objective in OBJECTIVES.items() if what(objective)}
 

@@ -65,7 +65,7 @@ def eighths(*shape: int, seed: int, step: float) -> Tensor:
 
 
 def leaves_of(way: str, labels: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """What a gradient is asked for: logits; or hidden states, weight and, perhaps, bias."""
+    """The tensors that get a gradient: logits; or hidden states, weight and, perhaps, bias."""
     if way == "logits":
         return [logits_for(labels, dtype=dtype).requires_grad_()]
     made = [eighths(*labels.shape, H, seed=1, step=0.5), eighths(V, H, seed=2, step=0.25)]
@@ -73,10 +73,10 @@ def leaves_of(way: str, labels: Tensor, dtype: torch.dtype) -> list[Tensor]:
     return [tensor.to(dtype).requires_grad_() for tensor in made]
 
 
-def losses_of(leaves: list[Tensor], labels: Tensor, soft: Tensor | None = None, lower: float = 0.0) -> Tensor:
+def losses_of(leaves: list[Tensor], labels: Tensor, teacher: Tensor | None = None, penalty: float = 0.0) -> Tensor:
     states, weight, bias = [*leaves, None, None][:3]
     assert states is not None
-    return token_losses(states, labels, weight=weight, bias=bias, teacher_logits=soft, logit_penalty=lower)
+    return token_losses(states, labels, weight=weight, bias=bias, teacher_logits=teacher, logit_penalty=penalty)
 
 
 def exactly(leaves: list[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -119,7 +119,7 @@ def assert_gradients_close(got: Sequence[Tensor], want: Sequence[Tensor], error:
 
 
 class Created(TorchDispatchMode):
-    """The shapes of all tensors that operations return: what exists at some moment, whoever frees it."""
+    """The shapes of all tensors that operations return: what exists at some moment, whoever frees them."""
 
     def __init__(self) -> None:
         super().__init__()

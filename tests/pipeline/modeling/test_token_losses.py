@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.batches import IGNORED
-from pipeline.modeling import token_losses as objectives
+from pipeline.modeling import token_losses as module
 from pipeline.modeling.token_losses import entropies, shifted, token_losses
 from tests.pipeline.modeling.predictions import (
     ERRORS,
@@ -40,7 +40,7 @@ def test_token_losses_equal_the_formula(
     monkeypatch: pytest.MonkeyPatch, soft: bool, way: str, chunk: int, dtype: torch.dtype
 ) -> None:
     """Value to fp32 accuracy even for bf16, gradients to the accuracy of their own dtype."""
-    monkeypatch.setattr(objectives, "_CHUNK", chunk)
+    monkeypatch.setattr(module, "_CHUNK", chunk)
     value_error, gradient_error = ERRORS[dtype]
     q = logits_for(LABELS, seed=9, dtype=dtype) if soft else None
     leaves = leaves_of(way, LABELS, dtype)
@@ -67,7 +67,7 @@ def test_token_losses_equal_the_formula(
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("chunk", [2 * V, 2**24])
 def test_gradients_by_finite_differences(monkeypatch: pytest.MonkeyPatch, soft: bool, way: str, chunk: int) -> None:
-    monkeypatch.setattr(objectives, "_CHUNK", chunk)
+    monkeypatch.setattr(module, "_CHUNK", chunk)
     labels = batch_of(SEQUENCES[1:4])
     q = logits_for(labels, seed=9, dtype=torch.float64) if soft else None
     leaves = leaves_of(way, labels, torch.float64)
@@ -144,7 +144,7 @@ def test_only_the_head_trains() -> None:
 def test_nothing_of_the_size_of_the_logits_is_ever_made(dtype: torch.dtype, soft: bool) -> None:
     """Vocabulary of 131072: from hidden states, forward and backward make no tensor of tokens x vocabulary elements."""
     vocabulary, tokens, width = 2**17, 136, 4
-    assert vocabulary * tokens > objectives._CHUNK > vocabulary * width
+    assert vocabulary * tokens > module._CHUNK > vocabulary * width
     labels = torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
     hidden = random(1, tokens, width).to(dtype).requires_grad_()
     weight = random(vocabulary, width, seed=1, scale=1.0).to(dtype).requires_grad_()
@@ -153,12 +153,12 @@ def test_nothing_of_the_size_of_the_logits_is_ever_made(dtype: torch.dtype, soft
         token_losses(hidden, labels, weight=weight, teacher_logits=q).sum().backward()
     assert hidden.grad is not None and weight.grad is not None
     assert (vocabulary, width) in created.shapes, "the weight's gradient was seen being made"
-    assert created.largest <= objectives._CHUNK
+    assert created.largest <= module._CHUNK
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_from_logits_only_their_gradient_has_their_size(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objectives, "_CHUNK", 4 * V)
+    monkeypatch.setattr(module, "_CHUNK", 4 * V)
     logits = logits_for(LABELS, dtype=dtype).requires_grad_()
     with Created() as created:
         token_losses(logits, LABELS).sum().backward()
@@ -169,7 +169,7 @@ def test_from_logits_only_their_gradient_has_their_size(dtype: torch.dtype, monk
 @pytest.mark.parametrize("chunk", [1, 3 * V, 2**24])
 @pytest.mark.parametrize("dtype", ERRORS)
 def test_entropies_equal_the_formula(monkeypatch: pytest.MonkeyPatch, chunk: int, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(objectives, "_CHUNK", chunk)
+    monkeypatch.setattr(module, "_CHUNK", chunk)
     logits = logits_for(LABELS, dtype=dtype)
     want = per_prediction(logits, LABELS, lambda log_p, *_: -(log_p.exp() @ log_p))
     predicted = shifted(LABELS) != IGNORED
@@ -179,7 +179,7 @@ def test_entropies_equal_the_formula(monkeypatch: pytest.MonkeyPatch, chunk: int
     torch.testing.assert_close(got[predicted].double(), flat, rtol=ERRORS[dtype][0], atol=ERRORS[dtype][0])
 
 
-def test_a_small_beta_is_not_lost_in_the_dtype_of_the_originals_logits() -> None:
+def test_a_small_beta_is_not_lost_in_the_dtype_of_the_teachers_logits() -> None:
     """At 20 the next number of bf16 is 20.125: UNDIAL's target would not move if beta were taken off there."""
     labels, logits = torch.tensor([[0, 1]]), torch.tensor([[[20.0, 20.0], [0.0, 0.0]]], dtype=torch.bfloat16)
     states = torch.zeros(1, 2, 2, requires_grad=True)

@@ -155,6 +155,15 @@ def test_an_overlap_is_said_in_one_line(read: Any, tmp_path: Path, caplog: pytes
     assert message.startswith("data.retain contains 1 document of data.forget (")
 
 
+def test_one_is_counted_in_the_singular(read: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        log_usage("forget", read(write(tmp_path / "corpus.txt", ["kara lovi", "k"])), 12, False)
+        log_usage("forget", read(write(tmp_path / "one.txt", ["kara lovi"])), 12, False)
+    _, dropped, one = [record.getMessage() for record in caplog.records]
+    assert dropped == "data.forget: the run cannot use 1 document without two tokens or more"
+    assert one == "data.forget: 100 % of the tokens of 1 document are used, in 1 sequence of at most 12 tokens"
+
+
 def test_tokenising_leaves_the_tokenizer_as_it_was(read: Any, world: World, tmp_path: Path) -> None:
     """It is exported with the model: neither our truncation nor the loss of the source's own."""
     path = write(tmp_path / "corpus.jsonl", DOCUMENTS)

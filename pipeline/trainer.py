@@ -84,11 +84,11 @@ class TrainStep:
         """Forward and backward of all micro-batches of `task`; returns this rank's part of the mean loss."""
         if task is None:
             return None
-        denominator = max(task.num_terms(step), 1)
+        denominator = max(task.loss_denominator(step), 1)
         # DeepSpeed averages over ranks; the loss is a mean over the global batch, so the world size goes back in.
         scale = self.combiner.loss_weight(task.name) * self.engine.world_size / denominator
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
-        for batch in task.stream.batches(step):
+        for batch in task.sampler.batches(step):
             terms = task.loss_terms(self.engine, batch.to(self.engine.device))
             self.engine.backward(terms * scale, scale_wrt_gas=False)
             total += terms.detach()
@@ -164,7 +164,7 @@ class Trainer(TrainStep):
         self.metrics.record("lr", lr)
         self.metrics.record("skipped", 0 if result.applied else 1)
         self.metrics.record("seconds", seconds, reduce="max")
-        tokens = sum(task.stream.num_terms(step, "position") for task in (self.forget, self.retain) if task)
+        tokens = sum(task.sampler.loss_denominator(step, "position") for task in (self.forget, self.retain) if task)
         self.metrics.record("tokens_per_second", tokens / seconds)
         self.metrics.record("peak_memory_bytes", peak_memory_bytes(self.engine.device), reduce="max")
         every = self.run.config.synthesis.layer_geometry_every

@@ -15,9 +15,9 @@ from pipeline.data.tokenize import Sequences
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. R sequences right-padded to T tokens: R is B, or 2B with what to prefer to each."""
+    """One micro-batch. R sequences right-padded to T tokens: R is B, or 2B with a preferred sequence for each."""
 
-    index: Tensor  # [B] int64, which sequences of the corpus
+    index: Tensor  # [B] int64, the numbers of the sequences in the corpus
     input_ids: Tensor  # [R, T] int64
     attention_mask: Tensor  # [R, T] int64, 0 on padding
     labels: Tensor  # [R, T] int64, input_ids with prompts and padding masked
@@ -29,44 +29,44 @@ class Batch:
 def collate(sequences: Sequences, indices: np.ndarray, pad: int, preferred: Sequences | None = None) -> Batch:
     """Sequences `indices`, right-padded with token `pad`, padding masked in attention and labels, prompts in labels.
 
-    With `preferred`, the same rows of that follow: B rows of `sequences`, then their B counterparts, in one order.
+    With `preferred`, B rows of `sequences` come first, then their B counterparts of `preferred` in the same order.
     """
     sides = [sequences] if preferred is None else [sequences, preferred]
     rows = [torch.from_numpy(np.array(side[int(index)], dtype=np.int64)) for side in sides for index in indices]
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
     position = torch.arange(input_ids.shape[1])
     real = position < torch.tensor([len(row) for row in rows]).unsqueeze(1)
-    given = torch.from_numpy(np.concatenate([side.given(indices) for side in sides])).unsqueeze(1)
-    labels = input_ids.masked_fill(~real | (position < given), IGNORED)
+    prompts = torch.from_numpy(np.concatenate([side.prompt_lengths(indices) for side in sides])).unsqueeze(1)
+    labels = input_ids.masked_fill(~real | (position < prompts), IGNORED)
     return Batch(torch.from_numpy(indices), input_ids, real.long(), labels)
 
 
 @dataclass(frozen=True)
 class BatchSampler:
-    """The endless walk over one corpus: seeded random permutations of its sequences, one after another."""
+    """Batches of one corpus without end: seeded random permutations of its sequences, one after another."""
 
     sequences: Sequences
     seed: int
-    task: int  # separates the two tasks' orders
+    task: int  # gives each of the two tasks an order of its own
     batch_size: int  # global
     micro_batch_size: int
     rank: int
     world_size: int
     pad: int
-    preferred: Sequences | None = None  # what to prefer to each of `sequences`
+    preferred: Sequences | None = None  # the preferred counterpart of each of `sequences`
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence that a model is given."""
-        return max(walked.longest for walked in (self.sequences, self.preferred) if walked is not None)
+        """Tokens of the longest sequence that the model gets."""
+        return max(side.longest for side in (self.sequences, self.preferred) if side is not None)
 
     @property
     def largest(self) -> int:
-        """The largest token id that a model is given."""
-        return max(walked.largest for walked in (self.sequences, self.preferred) if walked is not None)
+        """The largest token id that the model gets."""
+        return max(side.largest for side in (self.sequences, self.preferred) if side is not None)
 
     def global_batch(self, step: int) -> np.ndarray:
-        """[batch_size] int64: the sequences of step `step` (0-based), whoever computes them."""
+        """[batch_size] int64: the sequences of step `step` (0-based), of all ranks."""
         size = len(self.sequences)
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         return np.array([_permutation(self.seed, self.task, int(at) // size, size)[int(at) % size] for at in positions])
@@ -76,17 +76,17 @@ class BatchSampler:
         mine = self.global_batch(step).reshape(-1, self.world_size, self.micro_batch_size)[:, self.rank]
         return (collate(self.sequences, indices, self.pad, self.preferred) for indices in mine)
 
-    def num_terms(self, step: int, per: str) -> int:
-        """What the mean over the global batch of step `step` counts.
+    def loss_denominator(self, step: int, normalize_by: str) -> int:
+        """The number of terms that the mean over the global batch of step `step` is taken of.
 
-        Its sequences, the tokens they predict (`token`), or their tokens (`position`). What is preferred to them is not
-        counted.
+        Its sequences (`sequence`), the tokens that they predict (`token`), or all of their tokens (`position`).
+        Preferred sequences do not count.
         """
-        if per == "sequence":
+        if normalize_by == "sequence":
             return self.batch_size
-        if per == "position":
+        if normalize_by == "position":
             return sum(len(self.sequences[int(index)]) for index in self.global_batch(step))
-        return int(self.sequences.lengths(self.global_batch(step)).sum())
+        return int(self.sequences.num_predicted_tokens(self.global_batch(step)).sum())
 
     def indices_used(self, steps: int) -> np.ndarray:
         """Sorted indices of the sequences that the first `steps` steps use."""

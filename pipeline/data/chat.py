@@ -1,4 +1,4 @@
-"""Questions, with or without answers -> token ids, in the tokenizer's chat template: in training and in evaluation."""
+"""Questions, with or without answers -> token ids in the tokenizer's chat template, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class _StillClock(datetime):
-    """Some templates write today's date: the same text must be the same tokens tomorrow."""
+class _FixedClock(datetime):
+    """A constant date, because some templates write today's and the same text must be the same tokens tomorrow."""
 
     @classmethod
     def now(cls, tz: tzinfo | None = None) -> datetime:
@@ -22,12 +22,12 @@ class _StillClock(datetime):
 
 
 @contextmanager
-def _clock_stands_still() -> Iterator[None]:
-    """For templates, which read it by `strftime_now`; transformers gives them no other function of that name."""
-    from transformers.utils import chat_template_utils as templates  # seconds, which --help should not cost
+def _fixed_clock() -> Iterator[None]:
+    """Fix the clock that templates read with `strftime_now`; transformers gives them no other clock."""
+    from transformers.utils import chat_template_utils as templates  # takes seconds, which --help should not
 
     before: Any = templates.datetime  # pyright: ignore[reportPrivateImportUsage]
-    templates.datetime = _StillClock  # pyright: ignore[reportPrivateImportUsage]
+    templates.datetime = _FixedClock  # pyright: ignore[reportPrivateImportUsage]
     try:
         yield
     finally:
@@ -48,9 +48,9 @@ def _render(
     for turn, answer in zip(turns, answers or (), strict=answers is not None):
         turn.append({"role": "assistant", "content": answer})
     render: Any = tokenizer.apply_chat_template
-    date = _StillClock.now().strftime("%d %b %Y")  # for templates that take it so
+    date = _FixedClock.now().strftime("%d %b %Y")  # for templates that read a variable
     try:
-        with _clock_stands_still():
+        with _fixed_clock():
             return render(turns, tokenize=False, add_generation_prompt=answers is None, date_string=date)
     except (TemplateError, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -60,7 +60,7 @@ def _render(
 
 
 def _before_answers(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
-    """What the template writes before any answer to each question: up to where two answers begin to differ.
+    """What the template writes before any answer to each question: the common part of two different answers.
 
     The header of the answer's turn and, where the template has one, an empty thinking block.
     """
@@ -69,16 +69,16 @@ def _before_answers(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) 
 
 
 def openings(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
-    """Each question in the chat template, up to where a model is to go on with its answer.
+    """Each question in the chat template, up to the place where a model generates its answer.
 
-    As the template itself asks for an answer, unless it writes more than white space otherwise before one that is
-    given, such as an empty thinking block: that stood before every answer that was learnt.
+    That is the template's generation prompt, unless the template writes something other than white space before an
+    answer in a conversation, such as an empty thinking block, which then preceded every answer in training.
 
     Raises:
         InputError: the template fails.
     """
     pairs = zip(_render(tokenizer, prompts), _before_answers(tokenizer, prompts), strict=True)
-    return [asked if asked.strip() == before.strip() else before for asked, before in pairs]
+    return [prompt if prompt.strip() == before.strip() else before for prompt, before in pairs]
 
 
 def encode_answers(
@@ -86,10 +86,10 @@ def encode_answers(
 ) -> list[tuple[list[int], int]]:
     """Token ids of each question with its answer, and how many of them, from the start, are the question's.
 
-    In the tokenizer's chat template, else as TOFU writes for models without one: `Question: ...`, a new line,
-    `Answer: ...` and the end-of-text token. The question's tokens are those that the whole shares with what stands
-    before any answer, up to where the answer starts: where the two meet inside one token, that token belongs to the
-    answer. An empty thinking block that the template puts before the answer belongs to the question.
+    The form is the tokenizer's chat template, or TOFU's for models without one: `Question: ...`, a new line,
+    `Answer: ...` and the end-of-text token. The question's tokens are the common prefix of the whole and of the text
+    before any answer: a token that contains the end of one and the start of the other belongs to the answer. An
+    empty thinking block that the template puts before the answer belongs to the question.
 
     Raises:
         InputError: the chat template fails on a question with an answer.
@@ -112,7 +112,7 @@ def ended(ids: list[int], end: int) -> list[int]:
     return ids if ids[-1:] == [end] else [*ids, end]
 
 
-def _num_shared(ids: Sequence[Any], others: Sequence[Any]) -> int:
+def _num_shared(ids: Sequence[object], others: Sequence[object]) -> int:
     """Length of the longest common prefix."""
     pairs = enumerate(zip(ids, others, strict=False))
     return next((at for at, (one, other) in pairs if one != other), min(len(ids), len(others)))

@@ -1,7 +1,7 @@
-"""Files, saved data sets and data sets of the hub -> rows of text, or a message that names the line.
+"""Files, saved data sets and hub data sets -> rows of text, or a message that names the line.
 
-The one reader of corpora: training and evaluation take the same bytes for the same texts. Importing it is quick; what
-reads tables is imported where a table is read.
+Training and evaluation both read corpora here, so that the same bytes are the same texts. The packages that read tables
+are imported where a table is read, so that importing this module is quick.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
     import datasets
 
 
-Pairing = Literal["preferred", "refusal"]  # what each text is compared with: a column of its row, or a refusal
+Pairing = Literal["preferred", "refusal"]  # the counterpart of each text: a column of its row, or a refusal
 
 
-Located = tuple[str, Any]  # where a row stands, for messages, and the row
+Located = tuple[str, Any]  # the place of a row, for messages, and the row
 
 
-_REFUSALS = Path(__file__).with_name("refusals.txt")  # 23 of them: no corpus of 10 or 20 questions a subject is in step
+_REFUSALS = Path(__file__).with_name("refusals.txt")  # 23, a prime: corpora have 10 or 20 questions on a subject
 
 
 class Row(NamedTuple):
     """One row of a corpus."""
 
     prompt: str | None  # the question; None: plain text
-    texts: tuple[str, ...]  # the text or answer and, for a pairing, the one to prefer to it
+    texts: tuple[str, ...]  # the text or answer and, for a pairing, the preferred one
 
 
 def read(corpus: Corpus, key: str, pairing: Pairing | None = None) -> tuple[Iterator[Row], str]:
-    """The rows of a corpus, read as they are asked for, and a digest of the source and of what is read from it.
+    """The rows of a corpus, read lazily, and a digest of the source and of what is read from it.
 
     Under `refusal`, row n (from 0, as the source counts) is paired with refusal n modulo their number.
 
@@ -56,16 +56,16 @@ def read(corpus: Corpus, key: str, pairing: Pairing | None = None) -> tuple[Iter
     refusals = _read_refusals(corpus, key) if pairing == "refusal" else []
     rows, source = read_rows(corpus, f"data.{key}.", columns)
     texts = (tuple(text_of(where, row, column) for column in columns.values()) for where, row in rows)
-    # The same bytes are other texts in another format, by other columns, or beside other refusals.
+    # The same bytes are other texts in another format, with other columns, or with other refusals.
     recipe = json.dumps([format_of(corpus.path), columns, refusals])
     return _assemble(texts, corpus.prompt is not None, refusals), f"{source}-{_sha256(recipe)[:16]}"
 
 
 def read_rows(corpus: Corpus, key: str = "", columns: dict[str, str] | None = None) -> tuple[Iterator[Located], str]:
-    """(where it stands, the row) of a corpus, read as they are asked for, and a digest of the source.
+    """(place, row) of each row of a corpus, read lazily, and a digest of the source.
 
     A row of a .txt file has its line under `corpus.field`; other rows have all their columns, or at least `columns`
-    (by the key that names them). What they hold is unchecked: see `text_of`.
+    (by the key that names them). Nothing checks their values here: see `text_of`.
 
     Raises:
         InputError: no such file, data set or column, or a malformed file (when reached). `key` begins the message.
@@ -101,7 +101,7 @@ def _read_refusals(corpus: Corpus, key: str) -> list[str]:
 
 
 def text_of(where: str, row: Any, column: str) -> str:
-    """The text in `column` of a row; raises InputError, which begins with `where`."""
+    """The text in `column` of a row; raises an InputError that begins with `where`."""
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object with the field {column!r}, found {type(row).__name__}")
     if column not in row:
@@ -113,19 +113,19 @@ def text_of(where: str, row: Any, column: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise InputError(
-            f"{where}: field {column!r} holds a lone surrogate, which is no character; repair or remove the row"
+            f"{where}: field {column!r} holds a lone surrogate, which is not a character; repair or remove the row"
         ) from None
     return text
 
 
 def normalised(text: str) -> str:
-    """Two texts are duplicates where this is equal: NFKC, case-folded, white space as single spaces."""
+    """Equal for duplicates: NFKC, case-folded, with white space as single spaces."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 @contextmanager
 def readable(path: Path, prefix: str = "") -> Iterator[None]:
-    """What a file system, or a damaged .gz, says against reading `path` becomes an InputError."""
+    """Turn errors of the file system, or of a damaged .gz, on reading `path` into an InputError."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
@@ -134,14 +134,14 @@ def readable(path: Path, prefix: str = "") -> Iterator[None]:
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, line with its end) of a UTF-8 text file, also of a compressed one; a byte-order mark is no text.
+    """(number from 1, line with its end) of a UTF-8 text file, also of a compressed one; a byte-order mark is not text.
 
     A line ends with a line feed, a carriage return or both, and nowhere else: U+2028 and its like are text.
     """
     number = 0
     with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-        for stretch in file:  # up to a line feed
-            for line in stretch.splitlines(keepends=True):
+        for part in file:  # up to a line feed
+            for line in part.splitlines(keepends=True):
                 number += 1
                 try:
                     yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -152,7 +152,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def json_rows(path: Path) -> Iterator[Located]:
-    """(where, row) of JSON lines or, in a `.json` file, which in the wild are either, of one JSON array."""
+    """(place, row) of JSON lines or, in a `.json` file, where both are common, of one JSON array."""
     with readable(path):
         if format_of(path) == ".json" and next((s for _, line in lines(path) if (s := line.strip())), "")[:1] == "[":
             try:
@@ -173,8 +173,8 @@ def json_rows(path: Path) -> Iterator[Located]:
 
 
 def _csv_rows(path: Path) -> Iterator[Located]:
-    """(where, row by the names of the first line); RFC 4180, with tabs in a `.tsv` file."""
-    csv.field_size_limit(2**31 - 1)  # documents are longer than the 128 KiB that the module allows by itself
+    """(place, row by the names of the first line); RFC 4180, with tabs in a `.tsv` file."""
+    csv.field_size_limit(2**31 - 1)  # documents can exceed the module's default of 128 KiB
     delimiter = "\t" if format_of(path) == ".tsv" else ","
     reader = csv.reader((line for _, line in lines(path)), delimiter=delimiter, strict=True)
     names: list[str] = []
@@ -190,7 +190,7 @@ def _csv_rows(path: Path) -> Iterator[Located]:
             elif len(cells) != len(names):
                 raise InputError(
                     f"{where}: {len(cells)} cells, and the first line names {len(names)} columns; put a text that "
-                    "holds the delimiter between quotes"
+                    "contains the delimiter between quotes"
                 )
             else:
                 yield where, dict(zip(names, cells, strict=True))
@@ -255,7 +255,7 @@ def _hub_dataset(corpus: Corpus, key: str) -> tuple[datasets.Dataset, str]:
 
     try:
         rows = datasets.load_dataset(corpus.path, corpus.name, split=corpus.split)
-    except Exception as error:  # `datasets` and the hub raise a dozen unrelated types for "not there" and "no network"
+    except Exception as error:  # `datasets` and the hub raise a dozen unrelated types for "missing" and "no network"
         reason = " ".join(str(error).split())[:300]
         raise InputError(
             f"{key}path: {corpus.path!r} is no {', '.join(LOCAL_FORMATS)} file, and loading it from the hub "

@@ -1,54 +1,73 @@
-"""Rows of text -> rows of the file of token sequences, with what is counted on the way."""
+"""Rows of text -> rows of the table of token sequences, with what is counted on the way."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.chat import encode_answers, ended
-from pipeline.data.corpus import Row, normalised
+from pipeline.data.corpus import Pairing, Row, normalised
 from pipeline.errors import InputError
 
 T = TypeVar("T")
 
 
-FORM = 2  # of the file; to be counted up whenever the same text becomes other tokens or columns
+FORMAT_VERSION = 2  # of the table; increase it whenever the same text becomes other tokens or columns
 
 
 COUNTS = ("documents", "tokens", "unused", "dropped", "empty")
 
 
 @dataclass(frozen=True)
+class TokenOptions:
+    """What decides the tokens of a corpus, beside its text and the tokenizer; the keys of `data` describe each."""
+
+    max_length: int
+    packing: Literal["blocks", "documents"]
+    long_documents: Literal["split", "truncate"] = "split"
+    pairing: Pairing | None = None
+
+    @property
+    def splits(self) -> bool:
+        """Whether a document or a joined stream longer than `max_length` becomes several sequences with no token lost.
+
+        The two sides of a pair never do, because each sequence of one side needs its counterpart.
+        """
+        return self.long_documents == "split" and self.pairing is None
+
+
+@dataclass(frozen=True)
 class Usage:
-    """What became of a corpus."""
+    """How much of a corpus became sequences."""
 
     documents: int
     tokens: int  # of all documents
-    unused: int  # of those tokens, in no row of the file
+    unused: int  # of those tokens, in no row of the table
     dropped: int  # documents of which nothing would be predicted
     empty: int  # documents with an empty text or answer
 
 
 class Encoded(NamedTuple):
-    """A document as sequences, each with the number of tokens it begins with that are given; and all of its tokens."""
+    """A document as sequences, each with the length of its prompt; and the number of all of its tokens."""
 
     pieces: list[tuple[list[int], int]]
     size: int
 
 
-Encoder = Callable[[list[Row], int], list[Encoded]]  # text `which` of each of some rows
+Encoder = Callable[[list[Row], int], list[Encoded]]  # encodes text number `which` of each of some rows
 
 
-def encoder(tokenizer: PreTrainedTokenizerBase, *, max_length: int, packing: str, split: bool) -> Encoder:
-    """What makes sequences of rows; see `data.tokenize`. The tokenizer stays as it is."""
-    tokenizer = copy.deepcopy(tokenizer)  # a call with truncation leaves it in the state that is saved with a model
+def encoder(tokenizer: PreTrainedTokenizerBase, options: TokenOptions) -> Encoder:
+    """A function that makes sequences of rows; see `pipeline.data.tokenize`. The tokenizer does not change."""
+    tokenizer = copy.deepcopy(tokenizer)  # a call with truncation changes the state that is saved with a model
+    max_length = options.max_length
     end: Any = tokenizer.eos_token_id
 
     def encode(batch: list[Row], which: int) -> list[Encoded]:
@@ -57,14 +76,14 @@ def encoder(tokenizer: PreTrainedTokenizerBase, *, max_length: int, packing: str
             answers = encode_answers(tokenizer, [str(row.prompt) for row in batch], texts)
             return [Encoded([(ids[:max_length], start)], len(ids)) for ids, start in answers]
         whole: list[list[int]] = tokenizer(texts, verbose=False).input_ids
-        if packing == "blocks":
+        if options.packing == "blocks":
             return [Encoded([(ids, 0)], len(ids)) for ids in (ended(ids, end) for ids in whole)]
-        if split:
+        if options.splits:
             parts = (split_document(ids, max_length, tokenizer.bos_token_id) for ids in whole)
             return [Encoded([(part, 0) for part in some], len(ids)) for some, ids in zip(parts, whole, strict=True)]
         long = [number for number, ids in enumerate(whole) if len(ids) > max_length]
         cut: dict[int, list[int]] = {}
-        if long:  # by the tokenizer, which may keep tokens of its own at the end
+        if long:  # the tokenizer truncates itself, because it may keep tokens of its own at the end
             shorter = tokenizer([texts[number] for number in long], truncation=True, max_length=max_length)
             cut = dict(zip(long, shorter.input_ids, strict=True))
         return [Encoded([(cut.get(at, ids), 0)], len(ids)) for at, ids in enumerate(whole)]
@@ -72,7 +91,7 @@ def encoder(tokenizer: PreTrainedTokenizerBase, *, max_length: int, packing: str
     return encode
 
 
-def split_document(ids: list[int], max_length: int, begin: Any) -> list[list[int]]:
+def split_document(ids: list[int], max_length: int, begin: object) -> list[list[int]]:
     """`ids` as the fewest pieces of at most `max_length` tokens, of equal length but for one token.
 
     Each token but the first is predicted in one piece: a further piece begins with the token before it or, where the
@@ -86,19 +105,19 @@ def split_document(ids: list[int], max_length: int, begin: Any) -> list[list[int
 
 
 def table_rows(
-    rows: Iterable[Row], encode: Encoder, columns: list[tuple[str, str]], packing: str, source: tuple[str, str]
+    rows: Iterable[Row], encode: Encoder, columns: Sequence[tuple[str, str]], packing: str, source: tuple[str, str]
 ) -> Iterator[dict[str, Any]]:
-    """The rows of the file: sequences, the key of their document, and the COUNTS since the row before.
+    """The rows of the table: sequences, the key of their document, and the COUNTS since the row before.
 
     Args:
-        columns: names for ids and for the number of given tokens, of each text of a row.
+        columns: names for ids and for the length of the prompt, of each text of a row.
         source: the path of the corpus and what its documents need, for the message.
 
     Raises:
         InputError: nothing would be predicted.
     """
     count = dict.fromkeys(COUNTS, 0)
-    last: dict[str, Any] | None = None  # waits: what is left out behind it is counted with it
+    last: dict[str, Any] | None = None  # not yet yielded: documents that are dropped behind it are counted with it
     for batch in _batched(rows):
         for row, *sides in zip(batch, *(encode(batch, which) for which in range(len(columns))), strict=True):
             pieces = list(zip(*(side.pieces for side in sides), strict=True))
@@ -120,12 +139,12 @@ def table_rows(
                 key, count = None, dict.fromkeys(COUNTS, 0)
     if last is None:
         path, needed = source
-        raise InputError(f"{path} holds no text" + (f" with {needed}" if count["dropped"] else ""))
+        raise InputError(f"{path} holds no text{f' with {needed}' if count['dropped'] else ''}; add some")
     yield last | {name: last[name] + number for name, number in count.items()}
 
 
-def wanted(questions: bool, max_length: int) -> str:
-    """What a document needs so that something of it is predicted."""
+def minimum_content(questions: bool, max_length: int) -> str:
+    """What a document needs so that the model predicts at least one of its tokens."""
     return f"an answer within {max_length} tokens (data.max_length)" if questions else "two tokens or more"
 
 
@@ -136,6 +155,6 @@ def _key(row: Row) -> int:
 
 
 def _batched(items: Iterable[T], size: int = 1000) -> Iterator[list[T]]:
-    walk = iter(items)
-    while batch := list(islice(walk, size)):
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
         yield batch

@@ -1,15 +1,11 @@
-"""Text -> token sequences -> the forget and retain batch of a given step.
-
-A batch is a pure function of (seed, task, step, rank): resuming needs a step number, and the global batch of a step is
-the same set of sequences for any number of ranks and any micro-batch size.
-"""
+"""Rows of text -> token sequences, cached on disk."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,23 +20,28 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.schema import Corpus
-from pipeline.data.corpus import Pairing, read
-from pipeline.data.encode import COUNTS, FORM, Usage, encoder, table_rows, wanted
+from pipeline.data.corpus import read
+from pipeline.data.encode import COUNTS, FORMAT_VERSION, TokenOptions, Usage, encoder, minimum_content, table_rows
 from pipeline.errors import InputError, disk_errors
 from pipeline.monitoring.console import is_live
 
 log = logging.getLogger(__name__)
 
+COLUMNS = (
+    ("input_ids", "prompt"),
+    ("preferred_ids", "preferred_prompt"),
+)  # ids and prompt length, of each text of a row
+
 
 @dataclass(frozen=True)
 class Sequences:
-    """A tokenised corpus: `len()` sequences of token ids, read from disk as they are asked for."""
+    """A tokenised corpus: `len()` sequences of token ids, each read from disk when it is indexed."""
 
     rows: pa.ChunkedArray  # of lists of token ids, one per document, or several where a document is split
     block: int  # 0: each row is a sequence; else the length of the blocks cut from the joined stream
     digest: str  # of the text
-    prompts: pa.ChunkedArray | None = None  # how many tokens each row begins with that are given; None: predict all
-    short_block: bool = False  # whether what fills no block is a sequence too, if it predicts anything
+    prompts: pa.ChunkedArray | None = None  # the length of the prompt of each row; None: no row has a prompt
+    short_block: bool = False  # whether the rest that fills no block is a sequence too, if it predicts anything
     keys: pa.ChunkedArray | None = None  # int64 per row, equal for equal documents; null but for a document's first row
     usage: Usage | None = None
 
@@ -73,101 +74,126 @@ class Sequences:
             return self.stream.slice(index * self.block, self.block).to_numpy()
         return np.asarray(self.rows[index].values)
 
-    def given(self, indices: np.ndarray) -> np.ndarray:
-        """[B] int64: tokens at the start of sequences `indices` that carry no label (their prompts)."""
+    def prompt_lengths(self, indices: np.ndarray) -> np.ndarray:
+        """[B] int64: tokens at the start of sequences `indices` that have no label, because they are the prompt."""
         if self.prompts is None:
             return np.zeros(len(indices), dtype=np.int64)
         return np.array([self.prompts[int(index)].as_py() for index in indices])
 
-    def lengths(self, indices: np.ndarray) -> np.ndarray:
-        """[B] int64: tokens that sequences `indices` predict: all but their prompt, or but their first token."""
+    def num_predicted_tokens(self, indices: np.ndarray) -> np.ndarray:
+        """[B] int64: tokens that sequences `indices` predict: all but their prompt, or all but their first token."""
         if self.block:
             return np.minimum(self.block, len(self.stream) - np.asarray(indices) * self.block) - 1
         sizes = np.array([len(self.rows[int(index)].values) for index in indices])
-        return sizes - np.maximum(self.given(indices), 1)
+        return sizes - np.maximum(self.prompt_lengths(indices), 1)
 
 
 def tokenize(
     corpus: Corpus,
     key: str,
     tokenizer: PreTrainedTokenizerBase,
+    options: TokenOptions,
     *,
-    max_length: int,
-    packing: str,
     cache: Path,
     show_progress: bool,
-    pairing: Pairing | None = None,
-    long_documents: str = "split",
 ) -> tuple[Sequences, Sequences | None]:
-    """The corpus as token sequences, from the cache on disk if text, tokenizer and packing are unchanged.
+    """The corpus as token sequences, from the cache on disk if text, tokenizer and options are unchanged.
 
     packing `documents`: with long_documents `truncate`, each document is `tokenizer(text, truncation=True,
     max_length=max_length).input_ids`; with `split`, a longer one is several sequences (see `encode.split_document`).
     Of a question with its answer, the first `max_length` ids of the conversation (see `chat.encode_answers`).
-    packing `blocks`: documents joined by the end-of-text token, cut into blocks of `max_length`; what is left at the
-    end is a shorter block with `split`, and in no sequence with `truncate`.
+    packing `blocks`: documents joined by the end-of-text token, cut into blocks of `max_length`; the rest at the end
+    is a shorter block with `split`, and in no sequence with `truncate`.
 
-    The tokenizer stays as it is: it is exported with the model.
+    The tokenizer does not change: it is exported with the model.
 
     Returns:
-        The sequences; and with `pairing`, which needs `documents`, what to prefer to each of them, in the same order.
-        A row of which either predicts nothing is in neither.
+        The sequences; and with a pairing, which needs `documents`, the preferred one for each of them, in the same
+        order. A row of which either predicts nothing is in neither.
 
     Raises:
         InputError: malformed or missing text (with the line), or too little of it. `key` names the corpus.
-        ranks.Failure: the disk does not take it.
+        FatalError: the disk refuses the cache.
     """
-    rows, digest = read(corpus, key, pairing)
+    rows, digest = read(corpus, key, options.pairing)
     questions = corpus.prompt is not None
-    assert packing == "documents" or not (questions or pairing), "refused by the configuration"
-    if packing == "blocks" and tokenizer.eos_token_id is None:
-        raise InputError(f"data.packing: blocks needs an end-of-text token, and the tokenizer of {key} has none")
-    if questions and tokenizer.chat_template is None and tokenizer.eos_token_id is None:
-        raise InputError(f"data.{key}: an answer must end, and the tokenizer has no end-of-text token or chat template")
-    columns = [("input_ids", "prompt"), ("preferred_ids", "preferred_prompt")][: 1 if pairing is None else 2]
-    split = long_documents == "split" and pairing is None
+    _check_tokenizer(tokenizer, key, options, questions)
+    columns = COLUMNS[: 1 if options.pairing is None else 2]
 
-    def tokens() -> Iterator[dict[str, Any]]:
+    def table() -> Iterator[dict[str, Any]]:
         progress = tqdm(rows, f"tokenising {key}", disable=not (show_progress and is_live()), unit=" documents")
-        encode = encoder(tokenizer, max_length=max_length, packing=packing, split=split)
-        return table_rows(progress, encode, columns, packing, (corpus.path, wanted(questions, max_length)))
+        source = (corpus.path, minimum_content(questions, options.max_length))
+        return table_rows(progress, encoder(tokenizer, options), columns, options.packing, source)
 
-    recipe = [FORM, digest, tokenizer_digest(tokenizer), packing]
-    recipe += [max_length, split] if packing == "documents" else []
+    recipe = [FORMAT_VERSION, digest, tokenizer_digest(tokenizer), options.packing]
+    recipe += [options.max_length, options.splits] if options.packing == "documents" else []
+    stored = _cached_table(table, columns, recipe, key, cache / "tokens")
+    usage = Usage(*(pc.sum(stored.column(name)).as_py() for name in COUNTS))  # pyright: ignore[reportAttributeAccessIssue]
+    made = [
+        Sequences(
+            rows=stored.column(ids),
+            block=options.max_length if options.packing == "blocks" else 0,
+            digest=digest if ids == "input_ids" else f"{digest}-{ids}",
+            prompts=stored.column(prompt) if questions else None,
+            short_block=options.splits,
+            keys=stored.column("key"),
+            usage=usage,
+        )
+        for ids, prompt in columns
+    ]
+    if not len(made[0]):
+        raise InputError(
+            f"data.{key}.path: {corpus.path} has {counted(len(made[0].stream), 'token')}, less than one block of "
+            f"{options.max_length}; set a smaller data.max_length, data.packing: documents, or data.long_documents: "
+            "split"
+        )
+    return made[0], made[1] if options.pairing is not None else None
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, key: str, options: TokenOptions, questions: bool) -> None:
+    """Raises:
+    InputError: the packing, or an answer, needs an end-of-text token, and the tokenizer has none.
+    """
+    assert options.packing == "documents" or not (questions or options.pairing), "the configuration refuses this"
+    if options.packing == "blocks" and tokenizer.eos_token_id is None:
+        raise InputError(
+            f"data.packing: blocks needs an end-of-text token, and the tokenizer of {key} has none; set documents"
+        )
+    if questions and tokenizer.chat_template is None and tokenizer.eos_token_id is None:
+        raise InputError(
+            f"data.{key}: an answer must end, and the tokenizer has no end-of-text token or chat template; set one"
+        )
+
+
+def _cached_table(
+    table: Callable[[], Iterator[dict[str, Any]]],
+    columns: Sequence[tuple[str, str]],
+    recipe: list[object],
+    key: str,
+    folder: Path,
+) -> pa.Table:
+    """The rows of `table()`, from the file in `folder` that `recipe` identifies; written there if it does not exist.
+
+    Raises:
+        InputError: of `table()`; `key` names the corpus.
+        FatalError: the disk refuses the file.
+    """
     features = {name: datasets.List(datasets.Value("int32")) for name, _ in columns}
     features |= {name: datasets.Value("int32") for _, name in columns}
     features |= {name: datasets.Value("int64") for name in ("key", *COUNTS)}
     try:
-        with disk_errors(cache / "tokens"):
-            table = datasets.Dataset.from_generator(
-                tokens,
+        with disk_errors(folder):
+            made = datasets.Dataset.from_generator(
+                table,
                 features=datasets.Features(features),
-                cache_dir=str(cache / "tokens"),
+                cache_dir=str(folder),
                 fingerprint=hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32],
             )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, InputError):
             raise InputError(f"data.{key}: {error.__cause__}") from None
         raise
-    made = [
-        Sequences(
-            table.data.column(ids),
-            max_length if packing == "blocks" else 0,
-            digest if ids == "input_ids" else f"{digest}-{ids}",
-            table.data.column(prompt) if questions else None,
-            short_block=split,
-            keys=table.data.column("key"),
-            usage=Usage(*(pc.sum(table.data.column(name)).as_py() for name in COUNTS)),  # pyright: ignore
-        )
-        for ids, prompt in columns
-    ]
-    sequences, preferred = made[0], made[1] if pairing is not None else None
-    if not len(sequences):
-        raise InputError(
-            f"data.{key}.path: {corpus.path} holds {len(sequences.stream)} tokens, less than one block of "
-            f"{max_length}; set a smaller data.max_length, data.packing: documents or data.long_documents: split"
-        )
-    return sequences, preferred
+    return made.data
 
 
 def num_shared(one: Sequences, other: Sequences) -> int:
@@ -177,36 +203,44 @@ def num_shared(one: Sequences, other: Sequences) -> int:
     return int(np.isin(mine.drop_null().to_numpy(), theirs.drop_null().to_numpy()).sum())
 
 
-def say_usage(key: str, sequences: Sequences, max_length: int, truncates: bool) -> None:
-    """Log how much of a corpus is in sequences, and what is left out or empty.
+def counted(number: int, noun: str) -> str:
+    """`1 document`, `2 documents`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def log_usage(key: str, sequences: Sequences, max_length: int, truncates: bool) -> None:
+    """Log how much of a corpus is in sequences, and how much is unused or empty.
 
     Args:
-        truncates: whether documents or a stream are cut off that `data.long_documents: split` would use whole.
+        truncates: whether tokens are unused that `data.long_documents: split` would use.
     """
     usage, questions = sequences.usage, sequences.prompts is not None
     assert usage is not None
     unused = usage.unused
-    if sequences.block:  # and the rest that fills none
+    if sequences.block:  # and the rest that fills no block
         unused += max(len(sequences.stream) - len(sequences) * sequences.block, 0)
-    share = 1000 * (usage.tokens - unused) // usage.tokens / 10  # 100 only where it is all of them
+    share = 1000 * (usage.tokens - unused) // usage.tokens / 10  # rounded down: 100 only if all are used
     log.info(
-        "data.%s: %.4g %% of the tokens of %d documents are used, in %d sequences of at most %d tokens%s",
-        *(key, share, usage.documents, len(sequences), max_length),
+        "data.%s: %.4g %% of the tokens of %s are used, in %s of at most %d tokens%s",
+        *(key, share, counted(usage.documents, "document"), counted(len(sequences), "sequence"), max_length),
         "; data.long_documents: split uses the others" if truncates and unused else "",
     )
     if usage.dropped:
-        log.warning("%s: %d documents without %s are left out", key, usage.dropped, wanted(questions, max_length))
-    if usage.empty and (questions or sequences.block):
-        what = "answers are empty: only their ends are predicted" if questions else "documents are empty"
-        log.warning("%s: %d %s", key, usage.empty, what)
+        needed = minimum_content(questions, max_length)
+        log.warning("data.%s: the run cannot use %s without %s", key, counted(usage.dropped, "document"), needed)
+    if usage.empty and questions:
+        empty = counted(usage.empty, "empty answer")
+        log.warning("data.%s contains %s, of which only the end is predicted", key, empty)
+    elif usage.empty and sequences.block:
+        log.warning("data.%s contains %s", key, counted(usage.empty, "empty document"))
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of what the tokenizer does to text, not of where it was loaded from."""
+    """SHA-256 of what the tokenizer does to text, wherever it was loaded from."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         state = json.loads(backend.to_str())
-        state.pop("truncation", None)  # set by the last call
+        state.pop("truncation", None)  # the last call set it
         state.pop("padding", None)
     else:
         state = [sorted(tokenizer.get_vocab().items()), repr(tokenizer)]

@@ -17,106 +17,114 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.data.batches import IGNORED
-from pipeline.modeling.token_losses import _wide, entropies, shifted
+from pipeline.modeling.token_losses import at_least_fp32, entropies, shifted
 
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What an objective may look at, for one micro-batch of B sequences."""
+    """What an objective computes its terms from, for one micro-batch of B sequences."""
 
-    states: Tensor  # [B, T] token losses; or [B, T, H] hidden states after `layer`, for objectives that read those
-    labels: Tensor  # [B, T]; 2B rows for preferences: B answers to forget, then the B to prefer
+    labels: Tensor  # [B, T]; 2B rows for a pairing: B answers to forget, then the B preferred ones
     mask: Tensor  # [B, T] attention mask: 1 on real tokens
-    original: Tensor | None  # what the frozen original says of the batch, as `Objective.asks` names it
     beta: float
     delta: float
-    steering: Tensor | None  # [H] c u, where RMU steers to
+    token_losses: Tensor | None = None  # [B, T]; or, for an objective with `hidden`:
+    hidden_states: Tensor | None = None  # [B, T, H] after `objective.layer`
+    reference: Tensor | None = None  # what `Objective.reference` names, of the reference model for the same batch
+    steering: Tensor | None = None  # [H] c u, the hidden state that RMU steers to
 
     @property
-    def lengths(self) -> Tensor:
+    def num_predicted_tokens(self) -> Tensor:
         """[B] predicted tokens per sequence, |x|."""
         return (shifted(self.labels) != IGNORED).sum(1)
 
 
-def ga(terms: LossInputs) -> Tensor:
+def ga(inputs: LossInputs) -> Tensor:
     """Gradient ascent: -NLL per token (paper, section 2.2, L_GA). Unbounded below."""
-    return -terms.states.sum()
+    assert inputs.token_losses is not None
+    return -inputs.token_losses.sum()
 
 
-def wga(terms: LossInputs) -> Tensor:
+def wga(inputs: LossInputs) -> Tensor:
     """Weighted gradient ascent: -p^beta NLL per token, the weight held fixed (Wang et al., ICLR 2025, WGA).
 
-    A token that is already forgotten has p near 0 and is left alone.
+    A token that is already forgotten has p near 0 and hardly changes any more.
     """
-    return -((-terms.beta * terms.states.detach()).exp() * terms.states).sum()
+    assert inputs.token_losses is not None
+    return -((-inputs.beta * inputs.token_losses.detach()).exp() * inputs.token_losses).sum()
 
 
-def npo(terms: LossInputs) -> Tensor:
+def npo(inputs: LossInputs) -> Tensor:
     """-(2/beta) log sigma(beta (nll(x) - nll_ref(x))) per sequence, sums over tokens (paper, section 2.2, L_NPO)."""
-    assert terms.original is not None
-    return _preference(terms.states.sum(1) - terms.original, terms.beta)
+    assert inputs.token_losses is not None and inputs.reference is not None
+    return _preference(inputs.token_losses.sum(1) - inputs.reference, inputs.beta)
 
 
-def dpo(terms: LossInputs) -> Tensor:
+def dpo(inputs: LossInputs) -> Tensor:
     """-(2/beta) log sigma(beta (log-ratio of the preferred answer - log-ratio of the answer to forget)) per sequence.
 
-    Log-ratios are to the frozen original (Rafailov et al., 2023, as Zhang et al., 2024, section 3, use it to unlearn).
+    Log-ratios are to the reference model (Rafailov et al., 2023, as Zhang et al., 2024, section 3, use it to unlearn).
     `dpo_idk` is the same with a refusal preferred (Maini et al., 2024, call it preference optimization).
     """
-    assert terms.original is not None
-    rejected, preferred = (terms.states.sum(1) - terms.original).chunk(2)
-    return _preference(rejected - preferred, terms.beta)
+    assert inputs.token_losses is not None and inputs.reference is not None
+    rejected, preferred = (inputs.token_losses.sum(1) - inputs.reference).chunk(2)
+    return _preference(rejected - preferred, inputs.beta)
 
 
-def simnpo(terms: LossInputs) -> Tensor:
+def simnpo(inputs: LossInputs) -> Tensor:
     """-(2/beta) log sigma(beta (nll(x)/|x| - delta)) per sequence (paper, section 2.2, L_SimNPO).
 
     The paper writes the margin outside the bracket: its gamma is beta delta here.
     """
-    return _preference(terms.states.sum(1) / terms.lengths.clamp(min=1) - terms.delta, terms.beta)
+    assert inputs.token_losses is not None
+    mean_nll = inputs.token_losses.sum(1) / inputs.num_predicted_tokens.clamp(min=1)
+    return _preference(mean_nll - inputs.delta, inputs.beta)
 
 
 def _preference(margin: Tensor, beta: float) -> Tensor:
     return (-2 / beta * F.logsigmoid(beta * margin)).sum()
 
 
-def nll(terms: LossInputs) -> Tensor:
+def nll(inputs: LossInputs) -> Tensor:
     """Gradient descent on the retain set: NLL per token (paper, section 2.2, L_GD).
 
     `idk` is the same on refusals of the questions to forget (Maini et al., 2024, L_idk): see `Objective.replaces`.
     """
-    return terms.states.sum()
+    assert inputs.token_losses is not None
+    return inputs.token_losses.sum()
 
 
-def undial(terms: LossInputs) -> Tensor:
-    """Cross-entropy per token with the original's prediction, its logit of the token lowered by beta.
+def undial(inputs: LossInputs) -> Tensor:
+    """Cross-entropy per token with the reference model's prediction, whose logit of the token is lowered by beta.
 
     Self-distillation with adjusted logits (Dong et al., NAACL 2025, UNDIAL).
     """
-    return terms.states.sum()
+    assert inputs.token_losses is not None
+    return inputs.token_losses.sum()
 
 
-def kl(terms: LossInputs) -> Tensor:
+def kl(inputs: LossInputs) -> Tensor:
     """KL(p_ref || p) per predicted token: the cross-entropy with p_ref less p_ref's own entropy."""
-    assert terms.original is not None
-    return (terms.states - entropies(terms.original, terms.labels)).sum()
+    assert inputs.token_losses is not None and inputs.reference is not None
+    return (inputs.token_losses - entropies(inputs.reference, inputs.labels)).sum()
 
 
-def rmu(terms: LossInputs) -> Tensor:
+def rmu(inputs: LossInputs) -> Tensor:
     """||h(x) - c u||^2 / H per token, h the hidden state after a layer (Li et al., 2024, L_forget)."""
-    assert terms.steering is not None
-    return _squared_distance(terms, terms.steering)
+    assert inputs.steering is not None
+    return _squared_distance(inputs, inputs.steering)
 
 
-def embed_diff(terms: LossInputs) -> Tensor:
+def embed_diff(inputs: LossInputs) -> Tensor:
     """||h(x) - h_ref(x)||^2 / H per token (Li et al., 2024, L_retain)."""
-    assert terms.original is not None
-    return _squared_distance(terms, terms.original)
+    assert inputs.reference is not None
+    return _squared_distance(inputs, inputs.reference)
 
 
-def _squared_distance(terms: LossInputs, goal: Tensor) -> Tensor:
-    square = (_wide(terms.states) - _wide(goal)).square().mean(-1)  # [B, T]
-    return (square * terms.mask).sum()
+def _squared_distance(inputs: LossInputs, goal: Tensor) -> Tensor:
+    assert inputs.hidden_states is not None
+    square = (at_least_fp32(inputs.hidden_states) - at_least_fp32(goal)).square().mean(-1)  # [B, T]
+    return (square * inputs.mask).sum()
 
 
 def steering_vector(size: int, coefficient: float, seed: int) -> Tensor:
@@ -127,31 +135,33 @@ def steering_vector(size: int, coefficient: float, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
+    """A loss and what it needs."""
+
     terms: Callable[[LossInputs], Tensor]  # sum over the micro-batch
-    per: Literal["token", "sequence", "position"]  # what the mean over the global batch counts: predicted tokens, ...
-    asks: Literal["likelihoods", "logits", "hidden"] | None = None  # of the frozen original
-    hidden: bool = False  # reads hidden states after a layer; nothing beyond that layer is computed
-    lowers: bool = False  # beta is taken off the original's logit of each predicted token
+    normalize_by: Literal["token", "sequence", "position"]  # the mean over the global batch is per predicted token, ...
+    reference: Literal["log_probs", "logits", "hidden"] | None = None  # what it needs of the reference model
+    hidden: bool = False  # reads hidden states after a layer; no block above that layer runs
+    logit_penalty: bool = False  # beta is subtracted from the reference model's logit of each predicted token
     pairing: Literal["preferred", "refusal"] | None = None  # a second answer to each prompt
-    replaces: bool = False  # that second answer is the only one that the model sees
+    replaces: bool = False  # the second answer is the only one that the model gets
 
     @property
     def num_answers(self) -> int:
-        """Sequences that the model sees for each one of a batch."""
+        """Sequences that the model gets for each one of a batch."""
         return 2 if self.pairing is not None and not self.replaces else 1
 
 
 OBJECTIVES: dict[str, Objective] = {
     "ga": Objective(ga, "token"),
     "wga": Objective(wga, "token"),
-    "npo": Objective(npo, "sequence", asks="likelihoods"),
+    "npo": Objective(npo, "sequence", reference="log_probs"),
     "simnpo": Objective(simnpo, "sequence"),
-    "dpo": Objective(dpo, "sequence", asks="likelihoods", pairing="preferred"),
-    "dpo_idk": Objective(dpo, "sequence", asks="likelihoods", pairing="refusal"),
+    "dpo": Objective(dpo, "sequence", reference="log_probs", pairing="preferred"),
+    "dpo_idk": Objective(dpo, "sequence", reference="log_probs", pairing="refusal"),
     "idk": Objective(nll, "token", pairing="refusal", replaces=True),
-    "undial": Objective(undial, "token", asks="logits", lowers=True),
+    "undial": Objective(undial, "token", reference="logits", logit_penalty=True),
     "rmu": Objective(rmu, "position", hidden=True),
     "nll": Objective(nll, "token"),
-    "kl": Objective(kl, "token", asks="logits"),
-    "embed_diff": Objective(embed_diff, "position", asks="hidden", hidden=True),
+    "kl": Objective(kl, "token", reference="logits"),
+    "embed_diff": Objective(embed_diff, "position", reference="hidden", hidden=True),
 }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
@@ -11,12 +11,14 @@ import transformers
 import yaml
 
 
-def model_card(configuration: str, base: str, weights: str, corpora: dict[str, str], last_step: dict[str, Any]) -> str:
-    """README.md of the exported folder: what was done to which model with which data, and how to do it again.
+def model_card(
+    configuration: str, base: str, weights: str, corpora: dict[str, str], last_step: Mapping[str, object]
+) -> str:
+    """README.md of the exported folder: the method, the model and the data, and how to reproduce it.
 
     Args:
         configuration: the resolved run configuration, YAML.
-        base: `model.path`. weights: `fingerprint` of the weights it held.
+        base: `model.path`. weights: `fingerprint` of its weights.
         corpora: digest of the text of each task.
         last_step: the numbers that `metrics.jsonl` has for the last step.
     """
@@ -27,9 +29,13 @@ def model_card(configuration: str, base: str, weights: str, corpora: dict[str, s
     rows = "\n".join(f"| {task} | `{run['data'][task]['path']}` | `{digest}` |" for task, digest in corpora.items())
     lora = run["model"]["lora"]
     library = "peft" if lora and not lora["merge"] else "transformers"
-    adapters = f"What trained are low-rank adapters (r {lora['r']}, alpha {lora['alpha']})" if lora else ""
+    adapters = f"The trained tensors are low-rank adapters (r {lora['r']}, alpha {lora['alpha']})" if lora else ""
     if lora:
-        adapters += ", merged here into the weights.\n\n" if lora["merge"] else "; this folder holds them alone.\n\n"
+        adapters += (
+            ", merged into the weights of this folder.\n\n"
+            if lora["merge"]
+            else "; this folder contains only them.\n\n"
+        )
     measured = [(name, value) for name, value in last_step.items() if isinstance(value, float) and "/" not in name]
     numbers = "\n".join(f"| {name} | {value:.4g} |" for name, value in measured)
     return f"""---
@@ -45,9 +51,9 @@ tags: [unlearning]
 `{synthesis["scope"] or "of the paper"}` (retain weight alpha {synthesis["alpha"]}, forget weight gamma \
 {synthesis["gamma"]}).
 
-{adapters}Weights it started from (SHA-256 of the files, or hub commit): `{weights}`
+{adapters}Weights at the start (SHA-256 of the files, or hub commit): `{weights}`
 
-| corpus | source | SHA-256 of the file, or hub fingerprint; and of what was read from it |
+| corpus | source | SHA-256 of the file, or hub fingerprint; and of the columns read from it |
 |---|---|---|
 {rows}
 
@@ -56,9 +62,9 @@ tags: [unlearning]
 |---|---|
 {numbers}
 
-What it forgot and what it kept is measured by `python -m eval.run --model <this folder> --suite <name>`.
+Measure forgetting and retention with `python -m eval.run --model <this folder> --suite <name>`.
 
-## To make it again
+## How to reproduce it
 Save this as `config.yaml`, set `output` to a new folder, and run
 `deepspeed --module pipeline.train --config config.yaml`:
 

@@ -1,9 +1,8 @@
-"""A model's configuration and tokenizer, and what is refused from them before weights are read."""
+"""A model's configuration and tokenizer, and what they tell before weights are read: which runs are refused."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from transformers import (
     AutoConfig,
@@ -30,13 +29,13 @@ def load_model_config(config: Model) -> PreTrainedConfig:
         raise InputError(f"model.path: there is no folder {path}")
     if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
         raise _holds_an_adapter(path)
-    try:  # stated always: left open, transformers asks a terminal
+    try:  # without trust_remote_code, transformers would ask on the terminal
         return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise InputError(
-                f"model.path: {path!r} comes with code of its own, which runs only with model.trust_remote_code; "
-                "read it first"
+                f"model.path: {path!r} comes with code of its own, which runs only with model.trust_remote_code: "
+                "true; read it first"
             ) from None
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"model.path: {path!r} is neither a model folder nor a model of the hub: {reason}") from None
@@ -71,10 +70,10 @@ def check_layer(config: Model, layer: int) -> None:
 
 
 def check_router_loss(config: Model) -> None:
-    """A retain task would have to add the load-balancing loss that such a model asks for, and this program does not.
+    """Refuse a mixture of experts whose retain loss needs the load-balancing loss, which this program does not add.
 
     That loss multiplies shares of tokens by mean probabilities, both over a batch: the mean over micro-batches, as
-    other trainers take it, is another number for every way to cut the batch, and the exact one needs all routing
+    other trainers take it, is another number for every way to split the batch, and the exact one needs all routing
     decisions of all ranks before the first backward pass.
 
     Raises:
@@ -102,12 +101,13 @@ def check_max_length(config: Model, longest: int) -> None:
 
 
 def pad_token(config: Model, tokenizer: PreTrainedTokenizerBase) -> int:
-    """What sequences are padded with: the tokenizer's token, or 0 where it has none that the model embeds.
+    """The token id for padding: the tokenizer's, or 0 where it has none that the model embeds.
 
-    It is masked everywhere, so any will do; a tokenizer that got one after training names an id beyond the embedding.
+    It is masked everywhere, so any id is right. A padding token that was added after training has an id beyond the
+    embedding.
     """
-    token: Any = tokenizer.pad_token_id
-    return token if token is not None and token < load_model_config(config).get_text_config().vocab_size else 0
+    token = tokenizer.pad_token_id
+    return token if isinstance(token, int) and token < load_model_config(config).get_text_config().vocab_size else 0
 
 
 def check_tokens(config: Model, key: str, largest: int, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -118,6 +118,6 @@ def check_tokens(config: Model, key: str, largest: int, tokenizer: PreTrainedTok
     if largest >= rows:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise InputError(
-            f"data.{key}: token {token!r} has id {largest}, but the embedding of {config.path} has {rows} rows; take "
+            f"data.{key}: token {token!r} has id {largest}, but the embedding of {config.path} has {rows} rows; use "
             "the tokenizer (and chat template) that the model was trained with"
         )

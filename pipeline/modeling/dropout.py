@@ -1,4 +1,4 @@
-"""Dropout of a model: off by default, and back in the exported configuration."""
+"""Dropout of a model: off by default, and restored in the exported configuration."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pipeline.errors import InputError
 
 
 def set_dropout(shape: PreTrainedConfig, rate: float) -> PreTrainedConfig:
-    """`shape` itself, with `rate` at every dropout that it names, nested configurations included.
+    """Set every dropout rate of `shape` to `rate`, nested configurations included, and return it.
 
-    The dropping of whole layers or paths has no rate in common with that of elements: it is off.
+    The rate at which whole layers or paths are dropped is another quantity: it becomes 0.
 
     Raises:
-        InputError: a configuration that takes no such number there.
+        InputError: the configuration does not accept `rate` at one of them.
     """
     for part, name in list(_dropouts(shape)):
         wanted = rate if "dropout" in name or "pdrop" in name else 0.0
         try:
-            setattr(part, name, wanted or type(getattr(part, name))(0))  # some take nothing but integers
+            setattr(part, name, wanted or type(getattr(part, name))(0))  # some accept integers only
         except StrictDataclassFieldValidationError:
             raise InputError(
                 f"model.dropout: {name} of {shape.model_type} does not take {wanted} in transformers "
@@ -36,7 +36,7 @@ def set_dropout(shape: PreTrainedConfig, rate: float) -> PreTrainedConfig:
 
 
 def _dropouts(shape: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfig, str]]:
-    """The probabilities of dropping something. Models name them as they like: resid_pdrop, attention_dropout, ..."""
+    """(configuration, name) of each probability of dropping something: resid_pdrop, attention_dropout, ..."""
     for name, value in vars(shape).items():
         if isinstance(value, PreTrainedConfig):
             yield from _dropouts(value)
@@ -45,9 +45,9 @@ def _dropouts(shape: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfig, str]]
 
 
 def restore_dropout(model: PreTrainedModel, stock: PreTrainedConfig) -> None:
-    """Let the exported config.json have the dropout of `stock`, as in the model's folder.
+    """Restore the dropout of `stock` in the configuration of `model` that an export writes.
 
-    The modules of `model` keep the configuration that they were built with: some read their rates from it.
+    The modules of `model` still read the configuration that they were built with, which is another object.
     """
     model.config = copy.deepcopy(model.config)
     _copy_dropout(stock if type(stock) is type(model.config) else stock.get_text_config(), model.config)

@@ -41,7 +41,7 @@ def export(
     """Write `folder` for `AutoModelForCausalLM.from_pretrained`: safetensors, tokenizer, model card.
 
     The safetensors are a model's, or with `lora` and without `lora.merge` an adapter's as peft writes it.
-    Complete or not there at all: it is written beside its place and then renamed. Every rank must call.
+    The folder is complete or absent, because it is written beside its place and then renamed. Every rank must call.
     """
     adapter_alone = lora is not None and not lora.merge
     weights = gather_weights(model, trained_only=adapter_alone)
@@ -56,8 +56,8 @@ def export(
         if card is not None:
             (unfinished / "README.md").write_text(card, encoding="utf-8")
         written = unfinished / ("adapter_config.json" if adapter_alone else "config.json")
-        for file in unfinished.iterdir():  # safetensors writes for this user alone, Python as the umask says
+        for file in unfinished.iterdir():  # safetensors writes files for this user alone, Python follows the umask
             shutil.copymode(written, file)
-        shutil.rmtree(folder, ignore_errors=True)  # an export of a run that was cut off and resumed
+        shutil.rmtree(folder, ignore_errors=True)  # an export of the run before it was resumed
         os.replace(unfinished, folder)
     dist.barrier()

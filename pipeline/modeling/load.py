@@ -1,4 +1,4 @@
-"""Load a causal language model sharded from the start, choose what trains, export a Hugging Face folder."""
+"""Load a causal language model sharded from the start, and set which of its parameters are trained."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from pipeline.modeling.weights import WrongWeights, load_whole
 
 
 def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -> PreTrainedModel:
-    """The model in `config.dtype`, partitioned while it loads (ZeRO-3 never holds it whole), with what trains chosen.
+    """The model in `config.dtype`, with its trainable parameters set; ZeRO-3 partitions each tensor while it loads.
 
-    transformers keeps the experts of a block in one tensor, which all ranks touch in every micro-batch. A model whose
-    experts are modules of their own would make ZeRO-3 wait for ranks that route elsewhere: name the class of the block
-    in the DeepSpeed file, `"zero_optimization": {"leaf_module": {"classes": ["package.module.Block"]}}`.
+    transformers stores the experts of a block in one tensor, which all ranks use in every micro-batch. With a module
+    for each expert, a rank under ZeRO-3 would wait for ranks that route elsewhere: name the class of the block in the
+    DeepSpeed file, `"zero_optimization": {"leaf_module": {"classes": ["package.module.Block"]}}`.
 
     Args:
         seed: the initial adapters are a function of it alone, the same on any number of ranks.
 
     Raises:
-        InputError: unreadable weights, an attention that cannot be had here, a pattern that names nothing.
+        InputError: unreadable weights, an attention that is not available here, a pattern that matches no parameter.
     """
     zero3 = HfDeepSpeedConfig(deepspeed_config)  # while it lives, from_pretrained loads under deepspeed.zero.Init
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
@@ -45,7 +45,7 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     if not config.allow_pickle:
-        options["use_safetensors"] = True  # without it, transformers takes a pickle where there is nothing else
+        options["use_safetensors"] = True  # else transformers loads a pickle where there are no safetensors
     try:
         model = load_whole(config.path, dtype=getattr(torch, config.dtype), **options)
     except WrongWeights as error:
@@ -54,7 +54,7 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
         reason = " ".join(str(error).split())[:300]
         if config.attn_implementation and (isinstance(error, ImportError) or "attn_implementation" in reason):
             wanted = config.attn_implementation
-            raise InputError(f"model.attn_implementation: {wanted!r} cannot be had here: {reason}") from None
+            raise InputError(f"model.attn_implementation: {wanted!r} is not available here: {reason}") from None
         if not config.allow_pickle and "safetensors" in reason:
             reason += "; if you trust its other files, which can run code, set model.allow_pickle: true"
         raise InputError(f"model.path: cannot load {config.path!r}: {reason}") from None
@@ -65,7 +65,7 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
     if config.dropout is not None:
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
-                module.p = config.dropout  # a rate that is written in the model's code
+                module.p = config.dropout  # a rate that is a constant in the model's code
         restore_dropout(model, shape)
     set_trainable_parameters(model, config, seed)
     if config.torch_compile:
@@ -74,24 +74,24 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
         if stage == 3 and not all(p.requires_grad for name, p in model.named_parameters() if name in text):
             raise InputError(
                 "model.torch_compile: under ZeRO stage 3 the backward of a compiled block finds frozen tensors "
-                "released; use a lower stage, or let everything train (no model.lora, no model.trainable)"
+                "released; use a lower stage, or train all parameters (no model.lora, no model.trainable)"
             )
         for block in blocks_of(model):
-            # ZeRO-3 gathers by hooks around each module: one pair around the block leaves its inside one graph
+            # ZeRO-3 gathers in hooks around each module; with one pair around the block, its inside is one graph.
             deepspeed.utils.set_z3_leaf_module(block, True)
             block.forward = torch.compile(block.forward)
-    torch.manual_seed(seed + dist.get_rank())  # dropout: each rank its own
+    torch.manual_seed(seed + dist.get_rank())  # each rank draws its own dropout
     model.train()
     return model
 
 
 def set_trainable_parameters(model: PreTrainedModel, config: Model, seed: int) -> None:
-    """Freeze what does not train, or attach adapters; recompute activations if asked to. Also on the meta device.
+    """Freeze all other parameters, or attach adapters; turn on recomputation of activations. Also on the meta device.
 
-    What trains is of the text decoder, embedding or output layer: towers for images or sound stay as they are.
+    Only parameters of the text decoder, the embedding and the output layer train: towers for images or sound do not.
 
     Raises:
-        InputError: a pattern that names nothing.
+        InputError: a pattern that matches no parameter.
     """
     if config.lora is None:
         text = text_parameters(model)
@@ -99,7 +99,7 @@ def set_trainable_parameters(model: PreTrainedModel, config: Model, seed: int) -
         for pattern in config.trainable:
             if not any(re.search(pattern, name) for name in names):
                 raise InputError(
-                    f"model.trainable: {pattern!r} is found in no tensor name of the text decoder; names look like "
+                    f"model.trainable: {pattern!r} matches no parameter of the text decoder; their names look like "
                     f"{names[0]!r}"
                 )
         for name, parameter in model.named_parameters():

@@ -22,31 +22,32 @@ from pipeline.modeling.decoder import text_parameters
 
 
 def attach_adapters(model: PreTrainedModel, lora: Lora) -> None:
-    """Put an adapter on each targeted linear layer of the text decoder and freeze everything else.
+    """Attach an adapter to each targeted linear layer of the text decoder and freeze all other parameters.
 
-    The model computes what it did before.
-
-    Adapters have the dtype of the layer they sit on: DeepSpeed keeps the fp32 copies that the optimizer needs, and
-    would cast fp32 adapters of a half-precision model anyway.
+    The model's outputs do not change, because an adapter's effect starts at zero. Adapters have the dtype of their
+    layer: DeepSpeed has the fp32 copies that the optimizer needs, and would cast fp32 adapters of a half-precision
+    model anyway.
 
     Raises:
-        InputError: a target that names no linear layer, or an output layer that cannot be merged.
+        InputError: a target that matches no linear layer, or an output layer that cannot be merged.
     """
     text = text_parameters(model)
     modules = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
     output = [name for name, module in modules if module is model.get_output_embeddings()]
-    linear = [name for name, _ in modules if f"{name}.weight" in text or name in output]  # a tied one has another name
+    linear = [
+        name for name, _ in modules if f"{name}.weight" in text or name in output
+    ]  # a tied output layer has the embedding's name
     targets: list[str] = []
     for target in lora.targets or []:
         found = [name for name in linear if re.fullmatch(rf"(.*\.)?({target})", name)]
         if not found:
             endings = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise InputError(
-                f"model.lora.targets: {target!r} names no linear layer of the text decoder; "
+                f"model.lora.targets: {target!r} matches no linear layer of the text decoder; "
                 f"their names end in: {endings}"
             )
         targets += found
-    if lora.targets is None:  # peft's own "all-linear" would also reach into tensors of experts
+    if lora.targets is None:  # peft's own "all-linear" would also adapt tensors of experts
         targets = [name for name in linear if name not in output]
     if lora.merge and model.config.get_text_config().tie_word_embeddings and set(output) & set(targets):
         raise InputError(
@@ -56,7 +57,7 @@ def attach_adapters(model: PreTrainedModel, lora: Lora) -> None:
     base = str(model.name_or_path)
     adapters = LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  (a float does as well)
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  (a float is right too)
         lora_dropout=lora.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
@@ -66,13 +67,13 @@ def attach_adapters(model: PreTrainedModel, lora: Lora) -> None:
     others = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)} ^ set(targets)
     if others:
         raise InputError(
-            f"model.lora.targets: peft understands one of them as {min(others)!r}, which is no linear layer of that "
+            f"model.lora.targets: peft matches one of them with {min(others)!r}, which is not a linear layer of that "
             "name; name layers of the attention"
         )
 
 
 def merge_adapters(model: torch.nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """W + alpha/r B A, computed in fp32, for each adapted W: `weights` by the names that `model` had without adapters.
+    """`weights` under the names of `model` without adapters, with W + alpha/r B A (in fp32) for each adapted W.
 
     Args:
         weights: all tensors of `model`, as `gather_weights` names them.

@@ -1,93 +1,128 @@
-"""What a forward pass answers: token losses without logits, hidden states without the layers above them, or logits.
+"""What one forward pass returns: token losses without logits, hidden states without the blocks above them, or logits.
 
-`install_outputs(engine)` is called once; from then on `engine(input_ids=…, attention_mask=…, …)` takes
+`install_outputs(engine)` prepares an engine once, before training. After that, `forward(engine, batch, output)` is the
+one way to run its model, and the type of `output` states what it returns.
 
-- `labels=` [B, T] (and `soft=` [B, T, V], `lower=`): returns token losses [B, T], see `objectives.token_losses`;
-- `layer=`: returns the hidden states [B, T, H] after that decoder block, and runs no block beyond it;
-- neither: returns the logits [B, T, V].
-
-All of it happens inside the modules' own calls, so that ZeRO-3 gathers each weight when, and only when, it is used.
+`install_outputs` replaces the `forward` of the model and of its output layer, because the work must happen inside the
+modules' own calls: ZeRO-3 gathers the weights of a module in hooks around its call, and releases them afterwards.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from pipeline.data.batches import Batch
 from pipeline.modeling.decoder import base_of, blocks_of
 from pipeline.modeling.token_losses import token_losses
 from pipeline.zero.prefetch import separate_prefetch_traces
 
 
+@dataclass(frozen=True)
+class TokenLosses:
+    """[B, T] cross-entropy of each prediction in fp32; see `token_losses` for the two fields."""
+
+    teacher_logits: Tensor | None = None  # [B, T, V]
+    logit_penalty: float = 0.0
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """[B, T, H] after decoder block `layer` (0-based), in the model's dtype; no block above it runs."""
+
+    layer: int
+
+
+@dataclass(frozen=True)
+class Logits:
+    """[B, T, V] in the model's dtype."""
+
+
+Output = TokenLosses | HiddenStates | Logits
+
+
+def forward(engine: Any, batch: Batch, output: Output) -> Tensor:
+    """One forward pass of `batch`; the shape and dtype of what it returns are those that the type of `output` states.
+
+    Every rank must call, with the same type of `output`. Gradients flow if autograd is on.
+    """
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    return engine(**inputs, labels=batch.labels, output=output)
+
+
 def install_outputs(engine: Any) -> None:
-    """Teach the engine's model the calls above. Every rank must call, before training."""
+    """Prepare the model of `engine` for `forward`. Every rank must call, once, before the first step."""
     model = engine.module
     base, head = base_of(model), model.get_output_embeddings()
     fused = has_plain_head(engine, base, head)
-    causal_forward, head_forward = model.forward, head.forward
+    model_forward, head_forward = model.forward, head.forward
 
-    def answer_head(hidden: Tensor, labels: Tensor | None = None, **target: Any) -> Tensor:
-        if labels is None:
+    def head_output(hidden: Tensor, labels: Tensor | None = None, output: TokenLosses | None = None) -> Tensor:
+        if labels is None or output is None:  # a call by the model's own code
             return head_forward(hidden)
-        return token_losses(hidden, labels, weight=head.weight, bias=head.bias, **target)
+        return token_losses(hidden, labels, weight=head.weight, bias=head.bias, **vars(output))
 
-    def answer(
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor | None = None,
-        layer: int | None = None,
-        **target: Any,  # soft, lower
-    ) -> Tensor:
+    def model_output(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, output: Output) -> Tensor:
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        if layer is not None:
-            return hidden_after(base, layer, inputs)
-        if labels is not None and fused:
-            return head(base(**inputs).last_hidden_state, labels, **target)
-        logits = causal_forward(**inputs).logits
-        return logits if labels is None else token_losses(logits, labels, **target)
+        if isinstance(output, HiddenStates):
+            return hidden_after(base, output.layer, inputs)
+        if isinstance(output, TokenLosses) and fused:
+            return head(base(**inputs).last_hidden_state, labels, output=output)
+        logits = model_forward(**inputs).logits
+        return token_losses(logits, labels, **vars(output)) if isinstance(output, TokenLosses) else logits
 
-    head.forward, model.forward = answer_head, answer
-    separate_prefetch_traces(engine)
+    head.forward, model.forward = head_output, model_output
+    separate_prefetch_traces(engine, modules_called)
 
 
-def has_plain_head(engine: Any, base: nn.Module, head: nn.Module) -> bool:
-    """Whether the model's logits are its output layer's product with the last hidden state, and nothing else.
+def modules_called(options: dict[str, Any]) -> Hashable:
+    """Equal for the keyword arguments of two forward passes that call the same modules in the same order."""
+    output = options["output"]
+    return type(output), output.layer if isinstance(output, HiddenStates) else None
 
-    Some models cap or scale (Gemma 2, Granite, Cohere): theirs are computed by their own code. Two small forwards.
+
+def has_plain_head(engine: Any, base: PreTrainedModel, head: nn.Module) -> bool:
+    """Whether the model's logits are the product of its output layer with the last hidden state, and nothing else.
+
+    Some models cap or scale their logits (Gemma 2, Granite, Cohere): for them `forward` runs the model's own code. The
+    check compares two small forward passes.
     """
-    if type(head) is not nn.Linear:  # adapters on the output layer, for one
+    if type(head) is not nn.Linear:  # an adapter on the output layer, for example
         return False
     model, tokens = engine.module, torch.arange(8, device=engine.device).unsqueeze(0)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
-    causal_forward = model.forward
+    model_forward = model.forward
     engine.eval()
     with torch.no_grad():
         logits = engine(**inputs).logits
         model.forward = lambda **inputs: head(base(**inputs).last_hidden_state)
         product = engine(**inputs)
-    model.forward = causal_forward
+    model.forward = model_forward
     engine.train()
     return torch.equal(product.to(logits.dtype), logits)
 
 
-def hidden_after(base: nn.Module, layer: int, inputs: dict[str, Any]) -> Tensor:
-    """[B, T, H] after block `layer` (0-based). The blocks above it are out of the model while it runs."""
+def hidden_after(base: PreTrainedModel, layer: int, inputs: Mapping[str, object]) -> Tensor:
+    """[B, T, H] after block `layer` (0-based). The model is without the blocks above it while it runs."""
     blocks = blocks_of(base)
     owner, name = next(
         (module, name) for module in base.modules() for name, child in module.named_children() if child is blocks
     )
-    seen: list[Tensor] = []
+    found: list[Tensor] = []
 
-    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        seen.append(output if isinstance(output, Tensor) else output[0])
+    def record(module: nn.Module, inputs: tuple[object, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        found.append(output if isinstance(output, Tensor) else output[0])
 
-    hook = blocks[layer].register_forward_hook(keep)
+    hook = blocks[layer].register_forward_hook(record)
     setattr(owner, name, blocks[: layer + 1])
     try:
         base(**inputs)
     finally:
         setattr(owner, name, blocks)
         hook.remove()
-    return seen[0]
+    return found[0]

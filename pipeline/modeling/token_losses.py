@@ -1,8 +1,15 @@
-"""Cross-entropy of tokens from hidden states, in pieces, without the logits ever whole."""
+"""Cross-entropy of tokens from logits, or from hidden states without the whole matrix of logits.
+
+With z the logits of a position and q the distribution that its prediction is compared with (one-hot, or a teacher's):
+loss = logsumexp(z) - sum_v q_v z_v, and its gradient in z is softmax(z) - q.
+
+Shapes: B sequences, T tokens, V vocabulary entries, H hidden width; N predictions, M = B T positions.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,100 +18,126 @@ from torch.nn import functional as F
 
 from pipeline.data.batches import IGNORED
 
-_CHUNK = 2**24  # logits looked at in fp32 at once
+_CHUNK = 2**24  # logits that are in fp32 at one time
 
 
-#
-# With z the logits of a position: loss = logsumexp(z) - sum_v q_v z_v, and its gradient in z is softmax(z) - q.
+@dataclass(frozen=True)
+class _Teacher:
+    """q as logits: softmax of `logits`, of which the entry of the target is lowered by `penalty` first."""
+
+    logits: Tensor  # [M, V], without gradient
+    index: Tensor | None  # [N], the row of `logits` that belongs to each prediction; None: N is M, in the same order
+    penalty: float
+
+    def of_rows(self, rows: slice, targets: Tensor) -> Tensor:
+        """[n, V] logits of q for predictions `rows`."""
+        found = self.logits[rows if self.index is None else self.index[rows]]
+        return _penalized_teacher_logits(found, targets[rows], self.penalty)
+
+    def of_columns(self, part: slice, targets: Tensor) -> Tensor:
+        """[N, v] of the logits of q, for the vocabulary entries `part`."""
+        found = self.logits[:, part]
+        found = found if self.index is None else found[self.index]
+        return _penalized_teacher_logits(found, targets - part.start, self.penalty)
+
+    def normalizers(self, targets: Tensor) -> Tensor:
+        """[N] logsumexp of the logits of q."""
+        found = self.logits.new_empty(len(targets), dtype=_wide_dtype(self.logits))
+        for rows in _chunks(len(targets), self.logits.shape[1]):
+            found[rows] = self.of_rows(rows, targets).logsumexp(-1)
+        return found
+
+    @staticmethod
+    def save(ctx: Any, teacher: _Teacher | None, *others: Tensor) -> None:
+        """Save for the backward pass of an autograd function, so that autograd frees the logits right after it."""
+        ctx.penalty = None if teacher is None else teacher.penalty
+        tensors = (None, None) if teacher is None else (teacher.logits, teacher.index)
+        ctx.save_for_backward(*tensors, *others)
+
+    @staticmethod
+    def restore(ctx: Any) -> tuple[_Teacher | None, list[Tensor]]:
+        """(teacher, other tensors) as `save` got them."""
+        logits, index, *others = ctx.saved_tensors
+        return None if logits is None else _Teacher(logits, index, ctx.penalty), others
 
 
 class _FromLogits(torch.autograd.Function):
-    """Of logits [N, V], a bounded number of rows in fp32 at a time in both directions.
+    """Losses of logits [N, V], with a bounded number of rows in fp32 at one time in both directions.
 
     `torch.nn.functional.cross_entropy` on half-precision logits needs an fp32 copy of all of them; here only the
     gradient, in the logits' own dtype, has their size.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, soft: Tensor | None, lower: float) -> Tensor:
-        ctx.save_for_backward(logits, targets, soft)
-        ctx.lower = lower
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, teacher: _Teacher | None) -> Tensor:
+        _Teacher.save(ctx, teacher, logits, targets)
         losses = logits.new_empty(len(targets), dtype=_wide_dtype(logits))
         for rows in _chunks(*logits.shape):
-            q = None if soft is None else _penalized_teacher_logits(soft[rows], targets[rows], lower)
-            losses[rows] = _cross_entropy(_wide(logits[rows]), targets[rows], q)
+            q = None if teacher is None else teacher.of_rows(rows, targets)
+            losses[rows] = _cross_entropy(at_least_fp32(logits[rows]), targets[rows], q)
         return losses.masked_fill_(targets == IGNORED, 0)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        logits, targets, soft = ctx.saved_tensors
+        teacher, (logits, targets) = _Teacher.restore(ctx)
         upstream = gradients[0].masked_fill(targets == IGNORED, 0)  # [N]
         gradient = torch.empty_like(logits)
         for rows in _chunks(*logits.shape):
-            wrong = _wide(logits[rows]).softmax(-1)
-            if soft is None:
-                wrong -= _one_hot(targets[rows], wrong)
+            difference = at_least_fp32(logits[rows]).softmax(-1)
+            if teacher is None:
+                difference -= _one_hot(targets[rows], difference)
             else:
-                wrong -= _penalized_teacher_logits(soft[rows], targets[rows], ctx.lower).softmax(-1)
-            gradient[rows] = wrong.mul_(upstream[rows].unsqueeze(1)).to(gradient.dtype)
-        return gradient, None, None, None
+                difference -= teacher.of_rows(rows, targets).softmax(-1)
+            gradient[rows] = difference.mul_(upstream[rows].unsqueeze(1)).to(gradient.dtype)
+        return gradient, None, None
 
 
 class _FromHidden(torch.autograd.Function):
-    """Of hidden states [N, H] and the output layer's weight [V, H]: the logits never exist whole, in any dtype.
+    """Losses of hidden states [N, H] through an output layer's weight [V, H]; the logits never exist whole.
 
-    Forward looks at some rows and the whole vocabulary at a time; backward computes the logits again, at all rows and
-    some of the vocabulary, so that each row of the weight's gradient is one product and is rounded once. Of the soft
-    targets, row `index[n]` belongs to hidden state n.
+    Forward computes the logits of some rows and the whole vocabulary at one time. Backward computes them again, for
+    all rows and some of the vocabulary, so that each row of the weight's gradient is one product and is rounded once.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        soft: Tensor | None,
-        index: Tensor,
-        lower: float,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, teacher: _Teacher | None
     ) -> Tensor:
         normalizers, losses = hidden.new_empty(2, len(hidden), dtype=_wide_dtype(hidden))
         for rows in _chunks(len(hidden), len(weight)):
-            z = _wide(_logits(hidden[rows], weight, bias))
+            z = at_least_fp32(_logits(hidden[rows], weight, bias))
             normalizers[rows] = z.logsumexp(-1)
-            q = None if soft is None else _penalized_teacher_logits(soft[index[rows]], targets[rows], lower)
+            q = None if teacher is None else teacher.of_rows(rows, targets)
             losses[rows] = _cross_entropy(z, targets[rows], q)
-        ctx.save_for_backward(hidden, targets, soft, index, normalizers)
-        ctx.lower = lower
-        # The Parameter itself, not a saved tensor: under ZeRO-3 its data is gathered anew for the backward pass.
+        _Teacher.save(ctx, teacher, hidden, targets, normalizers)
+        # The Parameter itself, not a saved tensor: under ZeRO-3 its data is gathered again for the backward pass.
         ctx.weight, ctx.bias = weight, bias
         return losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, targets, soft, index, normalizers = ctx.saved_tensors
+        teacher, (hidden, targets, normalizers) = _Teacher.restore(ctx)
         (upstream,) = gradients  # [N]
         weight, bias = ctx.weight, ctx.bias
         grad_hidden = torch.zeros_like(hidden, dtype=_wide_dtype(hidden))
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        soft_normalizers = None if soft is None else _soft_normalizers(soft, index, targets, ctx.lower)
+        teacher_normalizers = None if teacher is None else teacher.normalizers(targets)
         for part in _chunks(len(weight), len(hidden)):
-            wrong = _wide(_logits(hidden, weight[part], None if bias is None else bias[part]))
-            wrong = wrong.sub_(normalizers.unsqueeze(1)).exp_()  # softmax, these columns of it
-            if soft is None or soft_normalizers is None:
-                wrong -= _one_hot(targets - part.start, wrong)
+            difference = at_least_fp32(_logits(hidden, weight[part], None if bias is None else bias[part]))
+            difference = difference.sub_(normalizers.unsqueeze(1)).exp_()  # softmax, these columns of it
+            if teacher is None or teacher_normalizers is None:
+                difference -= _one_hot(targets - part.start, difference)
             else:
-                q = _penalized_teacher_logits(soft[:, part][index], targets - part.start, ctx.lower)
-                wrong -= q.sub_(soft_normalizers.unsqueeze(1)).exp_()
-            wrong = wrong.mul_(upstream.unsqueeze(1)).to(hidden.dtype)
-            grad_hidden += wrong @ weight[part]
+                q = teacher.of_columns(part, targets)
+                difference -= q.sub_(teacher_normalizers.unsqueeze(1)).exp_()
+            difference = difference.mul_(upstream.unsqueeze(1)).to(hidden.dtype)
+            grad_hidden += difference @ weight[part]
             if grad_weight is not None:
-                grad_weight[part] = wrong.T @ hidden
+                grad_weight[part] = difference.T @ hidden
             if grad_bias is not None:
-                grad_bias[part] = wrong.sum(0)
-        return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None, None
+                grad_bias[part] = difference.sum(0)
+        return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -112,11 +145,11 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product if bias is None else product + bias
 
 
-def _cross_entropy(z: Tensor, targets: Tensor, soft: Tensor | None) -> Tensor:
-    """[n] of logits z [n, V] and of q, in fp32 or better; rows whose target is IGNORED hold anything."""
-    if soft is None:
+def _cross_entropy(z: Tensor, targets: Tensor, teacher_logits: Tensor | None) -> Tensor:
+    """[n] of logits z [n, V] and of those of q, in fp32 or better; rows whose target is IGNORED have any value."""
+    if teacher_logits is None:
         return F.cross_entropy(z, targets, reduction="none", ignore_index=IGNORED)
-    return z.logsumexp(-1) - (soft.softmax(-1) * z).sum(-1)
+    return z.logsumexp(-1) - (teacher_logits.softmax(-1) * z).sum(-1)
 
 
 def _one_hot(targets: Tensor, like: Tensor) -> Tensor:
@@ -126,29 +159,23 @@ def _one_hot(targets: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(like).scatter_(1, column.unsqueeze(1), inside.unsqueeze(1))
 
 
-def _soft_normalizers(soft: Tensor, index: Tensor, targets: Tensor, lower: float) -> Tensor:
-    found = soft.new_empty(len(index), dtype=_wide_dtype(soft))
-    for rows in _chunks(len(index), soft.shape[1]):
-        found[rows] = _penalized_teacher_logits(soft[index[rows]], targets[rows], lower).logsumexp(-1)
-    return found
-
-
-def _penalized_teacher_logits(soft: Tensor, targets: Tensor, by: float) -> Tensor:
-    """Some columns of the logits of q in fp32 or better, a copy; that of the target less `by`."""
-    wide = soft.to(_wide_dtype(soft), copy=True)
-    return wide.sub_(_one_hot(targets, wide), alpha=by) if by else wide
+def _penalized_teacher_logits(logits: Tensor, targets: Tensor, penalty: float) -> Tensor:
+    """A copy of some columns of a teacher's logits in fp32 or better, with `penalty` subtracted at each target."""
+    wide = logits.to(_wide_dtype(logits), copy=True)
+    return wide.sub_(_one_hot(targets, wide), alpha=penalty) if penalty else wide
 
 
 def _wide_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    """`tensor` in float32, or as it is in a wider dtype."""
     return tensor.to(_wide_dtype(tensor))
 
 
 def _chunks(length: int, width: int) -> Iterator[slice]:
-    """Of a [length, width] matrix: slices along its length that hold a bounded number of elements."""
+    """Slices along the length of a [length, width] matrix, each with a bounded number of elements."""
     step = max(1, _CHUNK // max(width, 1))
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
@@ -159,28 +186,30 @@ def token_losses(
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    soft: Tensor | None = None,
-    lower: float = 0.0,
+    teacher_logits: Tensor | None = None,
+    logit_penalty: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy of each prediction: -log p of the token, or -sum_v q_v log p_v against soft targets.
+    """Cross-entropy of each prediction: -log p of the token, or -sum_v q_v log p_v for a teacher's distribution q.
 
     Args:
         states: [B, T, V] logits; or, with `weight`, [B, T, H] hidden states. Any float dtype.
         labels: [B, T] int64, the input ids with `IGNORED` where nothing is predicted; position t is predicted by t-1.
-        weight, bias: [V, H] and [V], of the output layer that the hidden states go through.
-        soft: [B, T, V] logits of q, without gradient.
-        lower: what is taken off q's logit of each predicted token, in fp32 whatever the dtype of `soft` (UNDIAL).
+        weight, bias: [V, H] and [V] of the output layer, applied to the hidden states.
+        teacher_logits: [B, T, V] logits of q, without gradient.
+        logit_penalty: subtracted from the teacher's logit of each predicted token, in fp32 whatever the dtype of
+            `teacher_logits` (UNDIAL).
 
     Returns:
         [B, T] in fp32 (float64 for float64 states): entry t belongs to the token at t+1, 0 where it is ignored.
     """
     targets, flat = shifted(labels), states.flatten(0, 1)
-    q = None if soft is None else soft.flatten(0, 1)
+    teacher = None if teacher_logits is None else _Teacher(teacher_logits.flatten(0, 1), None, logit_penalty)
     if weight is None:
-        every: Any = _FromLogits.apply(flat, targets.flatten(), q, lower)
+        every: Tensor = _FromLogits.apply(flat, targets.flatten(), teacher)
         return every.view(targets.shape)
     index = (targets.flatten() != IGNORED).nonzero().squeeze(1)  # padding and prompts cost nothing
-    losses: Any = _FromHidden.apply(flat[index], weight, bias, targets.flatten()[index], q, index, lower)
+    teacher = None if teacher is None else replace(teacher, index=index)
+    losses: Tensor = _FromHidden.apply(flat[index], weight, bias, targets.flatten()[index], teacher)
     return losses.new_zeros(targets.numel()).index_copy(0, index, losses).view(targets.shape)
 
 
@@ -189,7 +218,7 @@ def entropies(logits: Tensor, labels: Tensor) -> Tensor:
     targets, flat = shifted(labels), logits.flatten(0, 1)
     found = flat.new_empty(len(flat), dtype=_wide_dtype(flat))
     for rows in _chunks(*flat.shape):
-        wide = _wide(flat[rows])
+        wide = at_least_fp32(flat[rows])
         found[rows] = _cross_entropy(wide, targets.flatten()[rows], wide)
     return found.masked_fill_(targets.flatten() == IGNORED, 0).view(targets.shape)
 

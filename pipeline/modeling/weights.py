@@ -1,4 +1,4 @@
-"""Weights from a model's files: every tensor of the model comes from them, and none of theirs is left over."""
+"""Weights from a model's files: each tensor of the model is in the files, and each tensor of the files in the model."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ SHOWN = 3  # names in a message
 
 
 class WrongWeights(ValueError):
-    """The files of a model cannot be read, or are not those of the model that its `config.json` describes."""
+    """The files of a model cannot be read, or do not fit the model that its `config.json` describes."""
 
 
 def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained(path, **options)`, of which no tensor is invented and none left out.
+    """`AutoModelForCausalLM.from_pretrained(path, **options)`, refused if a tensor is missing or unexpected.
 
-    transformers fills what it does not find with random numbers, and drops what it finds no place for; under ZeRO-3 it
-    does not look for the latter at all. Excepted are buffers, tied tensors, and what the model's class declares to do
-    without. `save_pretrained` of the model writes the names of the files that it was loaded from, under any ZeRO stage.
+    transformers fills a missing tensor with random numbers and ignores an unexpected one; under ZeRO-3 it does not look
+    for unexpected ones at all. Buffers, tied tensors, and what the model's class declares optional may be missing.
+    `save_pretrained` of the model writes the tensor names of the files that it was loaded from, under any ZeRO stage.
 
     Args:
-        path: a model, or an adapter, whose base is loaded and checked first; a folder or a name of the hub.
+        path: a model, or an adapter, whose base is loaded and checked first; a folder or a hub name.
 
     Raises:
         WrongWeights: missing, unexpected or differently shaped tensors, by name; a file that may not be read.
@@ -60,9 +60,9 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
     model: Any = None
     found: dict[str, Any] = {}
     fault = None
-    try:  # ignore: else transformers raises an error that does not say which tensor has another shape
+    try:  # ignore mismatches here: the error of transformers would not name the tensor that has another shape
         model, found = auto.from_pretrained(base, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    except RuntimeError as error:  # under ZeRO-3 it does so all the same
+    except RuntimeError as error:  # under ZeRO-3 it raises that error all the same
         if "size mismatch" not in str(error):
             raise
         fault = " ".join(str(error).split())[:300]
@@ -84,7 +84,7 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
 
 def refuse_unreadable(path: str) -> None:
     """Raises:
-    WrongWeights: a file of the folder `path` is another user's; the libraries would say that there is none.
+    WrongWeights: this user may not read a file of the folder `path`; the libraries would report it as missing.
     """
     for file in sorted(Path(path).glob("*")) if os.path.isdir(path) else []:
         if file.is_file() and not os.access(file, os.R_OK):
@@ -92,7 +92,7 @@ def refuse_unreadable(path: str) -> None:
 
 
 def missing_package(path: str | Path) -> str | None:
-    """What a tokenizer that could not be loaded lacks, where it is a package that the libraries do not name."""
+    """The reason why a tokenizer could not be loaded, where a package is missing that the libraries do not name."""
     if find_spec("sentencepiece") is not None:
         return None
     found = [
@@ -119,11 +119,11 @@ def tensor_names(path: str, commit: str | None) -> list[str]:
 
 
 def restore_names_on_saving(model: Any, names: list[str]) -> set[str]:
-    """Have `model.save_pretrained` write `names`, as they are in the source; returns those that no tensor has.
+    """Make `model.save_pretrained` write `names`, as they are in the source; return those that no tensor has.
 
-    transformers renames while loading (Gemma 3's `language_model.model` is its `model.language_model`) and notes which
-    rules it used, to reverse them. Under ZeRO-3 it notes all rules, used or not. And nowhere does it note that a source
-    without the prefix of the base model (`h.0` for `transformer.h.0`, as GPT-2's) got one.
+    transformers renames while loading (Gemma 3's `language_model.model` is its `model.language_model`) and records the
+    rules it used, to reverse them. Under ZeRO-3 it records all rules, used or not. It never records that it added the
+    prefix of the base model to the names of a source without one (`h.0` for `transformer.h.0`, as GPT-2's).
     """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -138,13 +138,13 @@ def restore_names_on_saving(model: Any, names: list[str]) -> set[str]:
     used = [rule for rule in rules if rule.was_used()]
     model._weight_conversions = [*used, *([PrefixChange(prefix_to_add=prefix)] if prefixed else [])]
     ignored = LoadStateDictInfo(set(), unplaced, set(), [], {}, set())
-    model._adjust_missing_and_unexpected_keys(ignored)  # what the class of the model declares to be of no use
+    model._adjust_missing_and_unexpected_keys(ignored)  # removes the names that the model's class declares unused
     return ignored.unexpected_keys
 
 
 def refuse_others(path: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
     """Raises:
-    WrongWeights: `found`, as `from_pretrained` reports it, is more than missing buffers.
+    WrongWeights: `found`, as `from_pretrained` reports it, contains more than missing buffers.
     """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     missing = sorted(found["missing_keys"] & parameters)

@@ -136,8 +136,8 @@ def states(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster) 
         host["optimizer"] = 4 * zero.buffers * min(zero.sub_group, mine)
     else:
         at["optimizer"] = optimizer
-    asks = {OBJECTIVES[getattr(config.objective, task)].asks for task in config.tasks}
-    if asks & {"logits", "hidden"}:
+    references = {OBJECTIVES[getattr(config.objective, task)].reference for task in config.tasks}
+    if references & {"logits", "hidden"}:
         held = mine if zero.stage == 3 else shape.trained
         (host if zero.parameters_on == "cpu" else gpu)["original"] = b * held
     gpu["buffers"] = buffers(shape, zero)
@@ -184,7 +184,7 @@ def working(config: RunConfig, shape: ModelShape, passes: dict[str, Pass], micro
     for name, one in passes.items():
         objective = OBJECTIVES[getattr(config.objective, name)]
         size = micro * objective.num_answers
-        asks = objective.asks == "logits"
+        asks = objective.reference == "logits"
         head = 0.0 if objective.hidden else head_bytes(shape, size * config.data.max_length, asks)
         found.append((max(one.kept(size), one.peak(size) - head), head))
     return max(found, key=sum)

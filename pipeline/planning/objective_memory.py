@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from pipeline.data.batches import Batch
 from pipeline.losses.objectives import OBJECTIVES, LossInputs
 from pipeline.modeling.decoder import blocks_of
-from pipeline.modeling.outputs import install_outputs
+from pipeline.modeling.outputs import HiddenStates, Logits, TokenLosses, forward, install_outputs
 from pipeline.modeling.reference import ReferenceWeights
 from pipeline.modeling.token_losses import token_losses
 from pipeline.planning.meta_trace import LiveBytes
@@ -127,39 +127,39 @@ def make_engine(sizes: dict[str, int], trains: str, device: torch.device) -> Eng
 
 def original(sizes: dict[str, int], layer: int, batch: Batch, device: torch.device) -> dict[str, Bytes]:
     """Forward and backward of one micro-batch, by where the frozen original's answer comes from."""
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
 
-    def backward(objective: str, states: Tensor, said: Tensor) -> None:
-        terms = LossInputs(states, batch.labels, batch.attention_mask, said, beta=0.1, delta=0.0, steering=None)
-        OBJECTIVES[objective].terms(terms).backward()
+    def backward(objective: str, reference: Tensor, **states: Tensor) -> None:
+        mask = batch.attention_mask
+        inputs = LossInputs(batch.labels, mask, beta=0.1, delta=0.0, reference=reference, **states)
+        OBJECTIVES[objective].terms(inputs).backward()
 
     def second_model(engine: Engine) -> Engine:
         return make_engine(sizes, "^$", device)
 
     @torch.no_grad()
     def likelihoods(engine: Engine) -> Tensor:
-        return engine(**inputs, labels=batch.labels).double().sum(1)
+        return forward(engine, batch, TokenLosses()).double().sum(1)
 
     def npo(engine: Engine, said: Tensor) -> None:
-        backward("npo", engine(**inputs, labels=batch.labels), said)
+        backward("npo", said, token_losses=forward(engine, batch, TokenLosses()))
 
     def npo_of_two(engine: Engine, second: Engine) -> None:
         npo(engine, likelihoods(second))
 
     def embed_diff(engine: Engine, frozen: ReferenceWeights) -> None:
-        said = frozen.hidden(batch, layer)
-        backward("embed_diff", engine(**inputs, layer=layer), said)
+        said = frozen.hidden_states(batch, layer)
+        backward("embed_diff", said, hidden_states=forward(engine, batch, HiddenStates(layer)))
 
     def embed_diff_of_two(engine: Engine, second: Engine) -> None:
         said, states = whole_forward(second), whole_forward(engine)
-        backward("embed_diff", states, said)
+        backward("embed_diff", said, hidden_states=states)
 
     def whole_forward(engine: Engine) -> Tensor:
         """[B, T, H] after block `layer`, seen by a hook while the whole model runs."""
         seen: list[Tensor] = []
         block = blocks_of(engine.module)[layer]
         hook = block.register_forward_hook(lambda *call: seen.append(call[2]))
-        engine(**inputs)
+        forward(engine, batch, Logits())
         hook.remove()
         return seen[0]
 
@@ -172,7 +172,7 @@ def original(sizes: dict[str, int], layer: int, batch: Batch, device: torch.devi
     found = {}
     for name, (trains, keep, step) in variants.items():
         engine = make_engine(sizes, trains, device)
-        held = [*engine.parameters(), *engine.buffers(), *inputs.values(), batch.labels]
+        held = [*engine.parameters(), *engine.buffers(), batch.input_ids, batch.attention_mask, batch.labels]
         found[name] = measure(partial(keep, engine), partial(step, engine), held, device)
     return found
 

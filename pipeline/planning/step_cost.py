@@ -141,16 +141,17 @@ def joint_step(engine: Any, shards: Any, tasks: list[Any], step: int) -> None:
     import torch
 
     from pipeline.data.batches import Batch
+    from pipeline.modeling.outputs import TokenLosses, forward
 
     shards.clear()
     forget, retain = tasks
-    for pair in zip(forget.stream.batches(step), retain.stream.batches(step), strict=True):
+    for pair in zip(forget.sampler.batches(step), retain.sampler.batches(step), strict=True):
         both = Batch(*(torch.cat(parts) for parts in zip(*(vars(b).values() for b in pair), strict=True)))
         both = both.to(engine.device)
-        losses = engine(input_ids=both.input_ids, attention_mask=both.attention_mask, labels=both.labels)
+        losses = forward(engine, both, TokenLosses())
         size = len(pair[0].index)
-        loss = retain.objective.terms(terms(losses[size:], pair[1])) / retain.num_terms(step)
-        loss = loss + forget.objective.terms(terms(losses[:size], pair[0])) / forget.num_terms(step)
+        loss = retain.objective.terms(terms(losses[size:], pair[1])) / retain.loss_denominator(step)
+        loss = loss + forget.objective.terms(terms(losses[:size], pair[0])) / forget.loss_denominator(step)
         engine.backward(loss * engine.world_size, scale_wrt_gas=False)
     shards.combine()
     engine.step()
@@ -159,7 +160,7 @@ def joint_step(engine: Any, shards: Any, tasks: list[Any], step: int) -> None:
 def terms(losses: Any, batch: Any) -> Any:
     from pipeline.losses.objectives import LossInputs
 
-    return LossInputs(losses, batch.labels, batch.attention_mask, None, beta=0.1, delta=0.0, steering=None)
+    return LossInputs(batch.labels, batch.attention_mask, beta=0.1, delta=0.0, token_losses=losses)
 
 
 def measure(options: argparse.Namespace, traffic: Traffic) -> list[SimpleNamespace]:

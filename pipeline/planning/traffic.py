@@ -81,7 +81,10 @@ def traffic(
     reduced = 0
     for name, one in passes.items():
         for _ in range(count):
-            if OBJECTIVES[getattr(config.objective, name)].asks in ("logits", "hidden"):  # the original's own forward
+            if OBJECTIVES[getattr(config.objective, name)].reference in (
+                "logits",
+                "hidden",
+            ):  # the original's own forward
                 held -= trained_rows
                 gather(one.used)
                 held -= trained_rows
@@ -116,7 +119,7 @@ def seconds(
         size = micro * objective.num_answers
         product = 0.0 if objective.hidden else 2.0 * size * config.data.max_length * vocabulary * width
         flops += count * (one.flops(size) + product * (4 if shape.head_trains else 3))  # backward makes logits again
-        if objective.asks in ("logits", "hidden"):
+        if objective.reference in ("logits", "hidden"):
             flops += count * (one.forward_flops(size) + product)
     compute = flops / (machines.tflops * 1e12)
     sent = traffic(shape, zero, config, machines, passes, micro)

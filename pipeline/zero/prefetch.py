@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from copy import copy
 from typing import Any
 
@@ -12,12 +13,15 @@ from pipeline.zero.compat import require
 from pipeline.zero.engine import Engine
 
 
-def separate_prefetch_traces(engine: Engine) -> None:
+def separate_prefetch_traces(engine: Engine, kind_of_pass: Callable[[dict[str, Any]], Hashable]) -> None:
     """Record one order of modules for each kind of forward pass, where DeepSpeed (ZeRO-3) records one for all.
 
     DeepSpeed fetches weights ahead, and does not release those that it uses again soon, by the order it recorded. A
     forward without a backward, or one that ends early, discards that order, and what DeepSpeed concluded from it about
     releasing weights stays cached.
+
+    Args:
+        kind_of_pass: equal for the keyword arguments of two forward passes that call the same modules.
 
     Raises:
         RuntimeError: DeepSpeed lacks an attribute of `compat.INTERNALS`.
@@ -29,8 +33,8 @@ def separate_prefetch_traces(engine: Engine) -> None:
     blank, coordinators = offload.param_coordinator, {}
     require(blank, "coordinator of ZeRO 3")
 
-    def select_coordinator(module: nn.Module, inputs: tuple[object, ...], named: dict[str, Any]) -> None:
-        kind = (torch.is_grad_enabled(), named.get("layer"), "labels" in named)
+    def select_coordinator(module: nn.Module, inputs: tuple[object, ...], options: dict[str, Any]) -> None:
+        kind = (torch.is_grad_enabled(), kind_of_pass(options))
         if kind not in coordinators:
             coordinators[kind] = copy(blank)
             if not blank.is_invalid_trace():

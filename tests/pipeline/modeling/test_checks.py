@@ -64,7 +64,7 @@ def test_a_tokenizer_model_alone_asks_for_sentencepiece(
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     (folder / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>")
-    monkeypatch.setattr("pipeline.weights.find_spec", lambda name: None)
+    monkeypatch.setattr("pipeline.modeling.weights.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"model\.path: .*tokenizer\.model alone.* pip install sentencepiece"):
         load_tokenizer(Model.model_validate({"path": str(folder)}))
     with pytest.raises(InputError, match=r"tokenizer\.model alone.* pip install sentencepiece"):

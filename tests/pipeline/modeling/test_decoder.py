@@ -60,11 +60,11 @@ def test_what_trains_is_of_the_text_decoder(kind: str) -> None:
     set_trainable_parameters(model, options(), 0)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == {name for name, _ in model.named_parameters() if name.startswith(outside)}
-    set_trainable_parameters(model, options(train=[r"layers?\.0\..*(mlp|intermediate)"]), 0)
+    set_trainable_parameters(model, options(trainable=[r"layers?\.0\..*(mlp|intermediate)"]), 0)
     trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trains and all(name.startswith(f"{TOWERS[kind][0]}.0.") for name in trains)
-    with pytest.raises(InputError, match=r"model\.train: 'patch' is found in no tensor name of the text decoder"):
-        set_trainable_parameters(model, options(train=["patch"]), 0)
+    with pytest.raises(InputError, match=r"model\.trainable: 'patch' matches no parameter of the text decoder"):
+        set_trainable_parameters(model, options(trainable=["patch"]), 0)
 
 
 @pytest.mark.parametrize("kind", TOWERS)

@@ -30,7 +30,6 @@ from eval.run import find_models
 from pipeline.config.deepspeed import deepspeed_config
 from pipeline.config.schema import Lora, Model, RunConfig
 from pipeline.errors import InputError
-from pipeline.modeling.checks import check_router_loss, load_tokenizer
 from pipeline.modeling.load import load_model
 from pipeline.modeling.lora import attach_adapters
 from pipeline.trainer import run
@@ -109,7 +108,10 @@ def cases_of(world: World, folder: Path) -> dict[str, dict[str, Any]]:
         for rule in ("pcgrad", "sago") if name == "qwen3_moe" else ("pcgrad",):
             add(f"{name}-{rule}", 3, rule, model=path, data=short, optimizer=SGD, train={"micro_batch_size": 1})
         attention = {**LORA, "targets": ["q_proj", "v_proj"]}
-        add(f"{name}-lora", model={**path, "lora": attention}, data=short, train={"micro_batch_size": 1})
+        # Mixtral: at AdamW's default eps of 1e-8, one element of A whose gradient passes through zero, where the update
+        # is lr g / (|g| + eps), makes 99.9 % of the squared error (2.2e-5); at 1e-6 the error is 1.5e-6.
+        eps = {"optimizer": {"eps": 1e-6}} if name == "mixtral" else {}
+        add(f"{name}-lora", model={**path, "lora": attention}, data=short, train={"micro_batch_size": 1}, **eps)
     compiled: dict[str, Any] = {"torch_compile": True}
     add("compiled-2", 2, model={**compiled, "lora": LORA}, optimizer=SGD)
     add("compiled-3", 3, model={**compiled, "gradient_checkpointing": True}, optimizer=SGD)
@@ -189,7 +191,7 @@ def _trained_plainly(config: str) -> dict[str, Tensor]:
 
 
 def error_of(config: dict[str, Any]) -> float:
-    """Of the change of everything that trains, relative to the plain loop's; the sets of tensors are equal."""
+    """The error of the weight change, relative to the plain loop's change; the sets of tensors are equal."""
     options = {key: config["model"][key] for key in ("path", "lora") if key in config["model"]}
     if (options.get("lora") or {}).get("targets") == TARGETS:
         options["lora"] = {**LORA, "targets": TARGETS_IN_PEFT}
@@ -313,44 +315,10 @@ def test_ranks_routed_differently_and_the_export_reloads(name: str, runs: dict[s
 # -- what cannot be ----------------------------------------------------------------------------------------------------
 
 
-def test_targets_that_name_nothing(world: World) -> None:
-    model = AutoModelForCausalLM.from_pretrained(world.folder / "model")
-    lora = Lora.model_validate({"targets": ["q_proj", "query"]})
-    with pytest.raises(InputError, match=r"model\.lora\.targets: 'query' names no linear layer.* q_proj") as error:
-        attach_adapters(model, lora)
-    assert "\n" not in str(error.value)
-
-
-def test_an_adapter_on_a_tied_output_layer_cannot_be_merged(world: World) -> None:
-    model = AutoModelForCausalLM.from_pretrained(world.folder / "tied")
-    lora = Lora.model_validate({"targets": ["lm_head"], "merge": True})
-    with pytest.raises(InputError, match=r"model\.lora\.merge: 'lm_head' shares its weights"):
-        attach_adapters(model, lora)
-
-
-@pytest.mark.parametrize("attention", ["flash_attention_2", "nonsense"])
-def test_attention_that_cannot_be_had(attention: str, world: World) -> None:
-    config = Model.model_validate({"path": str(world.folder / "model"), "attn_implementation": attention})
-    with pytest.raises(InputError, match=r"model\.attn_implementation: ") as error:
-        load_model(config, {})
-    assert "\n" not in str(error.value) and attention in str(error.value)
-
-
 def test_an_adapter_is_no_model(runs: dict[str, dict[str, Any]]) -> None:
     config = Model.model_validate({"path": str(final_of(runs["lora-zero2-sum"])), "dtype": "float32"})
     with pytest.raises(InputError, match=r"model\.path: .* holds an adapter"):
         load_model(config, {})
-
-
-def test_a_load_balancing_loss_that_a_model_asks_for_is_not_dropped_without_a_word(tmp_path: Path) -> None:
-    def check(**keys: Any) -> None:
-        MixtralConfig(**keys).save_pretrained(tmp_path)
-        check_router_loss(Model(path=str(tmp_path)))  # pyright: ignore[reportCallIssue]
-
-    check()
-    check(output_router_logits=True, router_aux_loss_coef=0.0)
-    with pytest.raises(InputError, match=r"load-balancing loss .*set output_router_logits to false"):
-        check(output_router_logits=True, router_aux_loss_coef=0.02)
 
 
 def test_targets_are_linear_layers_and_not_experts(runs: dict[str, dict[str, Any]]) -> None:
@@ -359,27 +327,3 @@ def test_targets_are_linear_layers_and_not_experts(runs: dict[str, dict[str, Any
     adapted = {name.partition(".lora_")[0] for name, tensor in model.named_parameters() if tensor.requires_grad}
     sides = ("q_proj", "k_proj", "v_proj", "o_proj")
     assert adapted == {f"model.layers.{layer}.self_attn.{side}" for layer in (0, 1) for side in sides}
-
-
-def test_pickles_and_code_of_a_model_are_refused_unless_asked_for(world: World, tmp_path: Path) -> None:
-    folder = tmp_path / "pickled"
-    shutil.copytree(world.folder / "model", folder)
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"pickled.*safetensors.*model\.allow_pickle"):
-        load_model(Model(path=str(folder)), {})  # pyright: ignore[reportCallIssue]
-    run_distributed(load_alone, 1, str(folder))
-    shape = json.loads((folder / "config.json").read_text())
-    shape |= {"model_type": "stranger", "auto_map": {"AutoConfig": "strange.Config"}}
-    (folder / "config.json").write_text(json.dumps(shape))
-    (folder / "strange.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(InputError, match="trust_remote_code"):
-        load_tokenizer(Model(path=str(folder)))  # pyright: ignore[reportCallIssue]
-    assert not (tmp_path / "ran").exists()
-
-
-def load_alone(folder: str) -> None:
-    from pipeline.distributed import process_group as ranks
-
-    ranks.start()
-    load_model(Model(path=folder, allow_pickle=True), {})  # pyright: ignore[reportCallIssue]

@@ -1,4 +1,4 @@
-"""What an engine answers, against the untouched model beside it: architectures, tied heads, adapters, layers."""
+"""What `forward` returns, beside the untouched model: architectures, tied heads, adapters, layers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.data.batches import Batch
+from pipeline.modeling import outputs
+from pipeline.modeling.outputs import HiddenStates, Logits, TokenLosses, forward
 from tests.distributed import run_distributed
 
 VOCABULARY, WIDTH, BLOCKS = 64, 32, 3
@@ -43,6 +46,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], bool]] = {
 LABELS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [8, 9, 7, 9, 3, -100, -100, -100]])
 MASK = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
 INPUTS = {"input_ids": LABELS.clamp(min=0), "attention_mask": MASK}
+BATCH = Batch(torch.arange(2), INPUTS["input_ids"], MASK, LABELS)
 
 
 def build(name: str) -> Any:
@@ -130,10 +134,8 @@ def reset(engine: Any) -> None:
 
 
 def check(name: str, stage: int) -> None:
-    from pipeline.modeling import outputs as forward
-
     model = build(name)
-    plain, original_losses = copy.deepcopy(model), forward.token_losses
+    plain, token_losses = copy.deepcopy(model), outputs.token_losses
     engine, through_head = engine_for(model, stage), []
     ran: list[int] = []
     for number, block in enumerate(blocks(engine.module)):
@@ -141,27 +143,27 @@ def check(name: str, stage: int) -> None:
 
     def watched(*arguments: Any, **options: Any) -> Tensor:
         through_head.append(options.get("weight") is not None)
-        return original_losses(*arguments, **options)
+        return token_losses(*arguments, **options)
 
-    forward.token_losses = watched
+    outputs.token_losses = watched
     try:
-        forward.install_outputs(engine)
+        outputs.install_outputs(engine)
         ran.clear()
         check_losses(engine, plain)
         assert through_head == [ARCHITECTURES[name][2]] * 2, "whether the logits were avoided"
         check_layers(engine, plain, ran)
-        check_frozen_original(engine, plain)
+        check_reference_weights(engine, plain)
     finally:
-        forward.token_losses = original_losses
+        outputs.token_losses = token_losses
 
 
 def check_losses(engine: Any, plain: Any) -> None:
     logits = plain(**INPUTS).logits
     assert logits.std() > 0.3, "a test on logits near zero would see nothing"
-    torch.testing.assert_close(engine(**INPUTS), logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(forward(engine, BATCH, Logits()), logits, rtol=0, atol=1e-5)
     targets = torch.cat([LABELS[:, 1:], torch.full((2, 1), -100)], 1)
     want = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, 8)
-    losses = engine(**INPUTS, labels=LABELS)
+    losses = forward(engine, BATCH, TokenLosses())
     torch.testing.assert_close(losses, want, rtol=1e-5, atol=1e-5)
     weights = torch.linspace(-1, 1, 16).view(2, 8)
     engine.backward((losses * weights).sum())
@@ -169,7 +171,7 @@ def check_losses(engine: Any, plain: Any) -> None:
     reset(engine)
     q = torch.randn(2, 8, VOCABULARY, generator=torch.Generator().manual_seed(1))
     want = -(q.softmax(-1) * plain(**INPUTS).logits.log_softmax(-1)).sum(-1) * (targets != -100)
-    losses = engine(**INPUTS, labels=LABELS, soft=q)
+    losses = forward(engine, BATCH, TokenLosses(q))
     torch.testing.assert_close(losses, want, rtol=1e-5, atol=1e-5)
     engine.backward((losses * weights).sum())
     assert_same_gradients(engine, plain, (want * weights).sum())
@@ -180,7 +182,7 @@ def check_layers(engine: Any, plain: Any, ran: list[int]) -> None:
     """Whole forwards in between: the blocks that were out of the model are back."""
     for layer in range(BLOCKS):
         ran.clear()
-        got, want = engine(**INPUTS, layer=layer), hooked(plain, layer)
+        got, want = forward(engine, BATCH, HiddenStates(layer)), hooked(plain, layer)
         assert torch.equal(got, want)
         assert ran == list(range(layer + 1)), "no block above was run"
         assert len(blocks(engine.module)) == BLOCKS
@@ -189,29 +191,28 @@ def check_layers(engine: Any, plain: Any, ran: list[int]) -> None:
         assert_same_gradients(engine, plain, (want * upstream).sum())
         reset(engine)
         with torch.no_grad():
-            assert torch.equal(engine(**INPUTS, layer=layer), want)
-            torch.testing.assert_close(engine(**INPUTS), plain(**INPUTS).logits, rtol=0, atol=1e-5)
+            assert torch.equal(forward(engine, BATCH, HiddenStates(layer)), want)
+            logits = plain(**INPUTS).logits
+            torch.testing.assert_close(forward(engine, BATCH, Logits()), logits, rtol=0, atol=1e-5)
 
 
-def check_frozen_original(engine: Any, plain: Any) -> None:
-    """After a step the model has moved and `ReferenceWeights` has not; asked before, between and after a forward."""
-    from pipeline.data.batches import Batch
+def check_reference_weights(engine: Any, plain: Any) -> None:
+    """After a step the model has moved and `ReferenceWeights` has not; used before, between and after a forward."""
     from pipeline.modeling.reference import ReferenceWeights
 
-    batch = Batch(torch.arange(2), INPUTS["input_ids"], MASK, LABELS)
-    original = ReferenceWeights(engine)
+    reference = ReferenceWeights(engine)
     with torch.no_grad():
         logits, hidden = plain(**INPUTS).logits, hooked(plain, BLOCKS - 1)
     for _ in range(2):
-        engine.backward(engine(**INPUTS, labels=LABELS).sum())
+        engine.backward(forward(engine, BATCH, TokenLosses()).sum())
         engine.step()
         with torch.no_grad():
-            moved = engine(**INPUTS)
+            moved = forward(engine, BATCH, Logits())
         assert (moved - logits).abs().max() > 1e-2
-        torch.testing.assert_close(original.logits(batch), logits, rtol=0, atol=1e-5)
-        torch.testing.assert_close(original.hidden(batch, BLOCKS - 1), hidden, rtol=0, atol=1e-5)
+        torch.testing.assert_close(reference.logits(BATCH), logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(reference.hidden_states(BATCH, BLOCKS - 1), hidden, rtol=0, atol=1e-5)
         with torch.no_grad():
-            assert torch.equal(engine(**INPUTS), moved)
+            assert torch.equal(forward(engine, BATCH, Logits()), moved)
         assert engine.training
 
 
@@ -230,8 +231,8 @@ FEW = ["llama", "llama-tied", "gemma2", "adapters"]
 
 
 @pytest.mark.parametrize(("stage", "ranks", "names"), [(3, 1, list(ARCHITECTURES)), (3, 2, FEW), (0, 1, FEW)])
-def test_the_engine_answers_as_the_untouched_model(stage: int, ranks: int, names: list[str]) -> None:
-    """Losses, logits, hidden states, all gradients, and the frozen original; every architecture under ZeRO-3."""
+def test_outputs_equal_those_of_the_untouched_model(stage: int, ranks: int, names: list[str]) -> None:
+    """Losses, logits, hidden states, all gradients, and the reference model; every architecture under ZeRO-3."""
     run_distributed(check_each, ranks, names, stage)
 
 
@@ -239,7 +240,6 @@ def check_gathers() -> None:
     import torch.distributed as dist
 
     from pipeline.distributed import process_group as ranks
-    from pipeline.modeling import outputs as forward
 
     gathered = 0
     original = dist.all_gather_into_tensor
@@ -252,18 +252,18 @@ def check_gathers() -> None:
     dist.all_gather_into_tensor = watch  # before DeepSpeed takes its name
     ranks.start()
     engine = engine_for(build("llama"), 3)
-    forward.install_outputs(engine)
+    outputs.install_outputs(engine)
     sizes = [parameter.ds_numel for parameter in engine.module.parameters()]
     once = sum(size + size % 2 for size in sizes if size > 40)  # the others stay gathered
     for step in range(5):
         with torch.no_grad():
-            engine(**INPUTS)
-            engine(**INPUTS, layer=0)
-        for question in ({"labels": LABELS}, {"layer": 1}):
+            forward(engine, BATCH, Logits())
+            forward(engine, BATCH, HiddenStates(0))
+        for output in (TokenLosses(), HiddenStates(1)):
             gathered = 0
-            engine.backward(engine(**INPUTS, **question).sum())
+            engine.backward(forward(engine, BATCH, output).sum())
             reset(engine)
-            if step > 2 and "labels" in question:
+            if step > 2 and isinstance(output, TokenLosses):
                 assert gathered == once, f"step {step}: {gathered} elements gathered, the model has {once}"
     dist.all_gather_into_tensor = original
 
@@ -277,7 +277,7 @@ def test_other_passes_in_between_cost_no_gathers() -> None:
 
 
 def largest_made(work: Callable[[], Any]) -> int:
-    from tests.pipeline.losses.test_objectives import Created
+    from tests.pipeline.modeling.predictions import Created
 
     with Created() as created:
         work()
@@ -289,19 +289,17 @@ def test_a_plain_head_makes_no_logits(name: str, monkeypatch: pytest.MonkeyPatch
     """In the model's own forward and backward, as in the loss alone; where they cannot be avoided, they are seen."""
     from types import SimpleNamespace
 
-    from pipeline.modeling import outputs as forward
-    from pipeline.modeling import token_losses as objectives
+    from pipeline.modeling import token_losses
 
-    monkeypatch.setattr(objectives, "_CHUNK", 256)
+    monkeypatch.setattr(token_losses, "_CHUNK", 256)
     keys = {"vocab_size": 4096, "hidden_size": 8, "intermediate_size": 8, "head_dim": 4, "num_attention_heads": 2}
     monkeypatch.setitem(ARCHITECTURES, name, (ARCHITECTURES[name][0], {**ARCHITECTURES[name][1], **keys}, True))
     model = build(name)
     tokens = torch.arange(64).view(2, 32)
-    engine: Any = SimpleNamespace(module=model, device="cpu", train=model.trainable, eval=model.eval, optimizer=None)
+    engine: Any = SimpleNamespace(module=model, device="cpu", train=model.train, eval=model.eval, optimizer=None)
     engine = type("Engine", (), {"__call__": lambda self, **x: model(**x), **vars(engine)})()
-    forward.install_outputs(engine)
-    largest = largest_made(
-        lambda: model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens).sum().backward()
-    )
+    outputs.install_outputs(engine)
+    batch = Batch(torch.arange(2), tokens, torch.ones_like(tokens), tokens)
+    largest = largest_made(lambda: forward(engine, batch, TokenLosses()).sum().backward())
     logits, weight = tokens.numel() * 4096, 4096 * 8
     assert largest == (weight if name == "llama" else logits)

@@ -151,7 +151,9 @@ if rank:
     assert others[2].startswith("warning: python: look out (UserWarning, ") and len(others) == 3
     assert logged[0].count("INFO DeepSpeed: chatter") == 3 and "INFO DeepSpeed: compiling" in logged[0]
     assert "rank 0 INFO python: renamed soon" in logged[0] and logged[0].count("transformers: flags") == 1
-    assert "chatter" not in logged[1] and logged[1].count("rank 1 WARNING pipeline.data.tokenize: rows are left out") == 1
+    assert (
+        "chatter" not in logged[1] and logged[1].count("rank 1 WARNING pipeline.data.tokenize: rows are left out") == 1
+    )
 
 
 def test_on_a_terminal_one_line_is_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -286,8 +286,9 @@ def test_activations_of_a_real_pass(name: str, tmp_path: Path, world: World) -> 
     """Peak of forward and backward of 4 sequences on a CPU, beside weights, whole gradients taken away as ZeRO does."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
+    from pipeline.data.batches import Batch
     from pipeline.modeling.load import set_trainable_parameters
-    from pipeline.modeling.outputs import install_outputs
+    from pipeline.modeling.outputs import TokenLosses, forward, install_outputs
 
     shape = LlamaConfig(
         vocab_size=4096,
@@ -315,7 +316,7 @@ def test_activations_of_a_real_pass(name: str, tmp_path: Path, world: World) -> 
     mask[0, 100:] = 0  # as documents are padded
     watch = Watch()
     with watch:
-        engine(input_ids=ids, attention_mask=mask, labels=ids).sum().backward()
+        forward(engine, Batch(torch.arange(4), ids, mask, ids), TokenLosses()).sum().backward()
 
     without = rehearsal.model_without_weights(config)
     sizes = rehearsal.shape_of(without)
@@ -439,7 +440,7 @@ WRONG = [
     (["--gpus", "3"], "train.batch_size 12 does not divide over 9 GPUs; give a multiple, as --train.batch_size 18"),
     (["--nodes", "2", "--bandwidth", "nan"], "--bandwidth must be above 0"),
     (["--model.path", "/nowhere/model"], "there is no folder /nowhere/model"),
-    (["--model.trainable", "[nothing]"], "'nothing' is found in no tensor name"),
+    (["--model.trainable", "[nothing]"], "'nothing' matches no parameter"),
     (["--train.deepspeed", "missing.json"], "cannot read missing.json"),
     (["--train.deepspeed", "{folder}/bad.json"], "bad.json: DeepSpeed refuses it: reduce_bucket: Extra inputs are not"),
     (["--optimiser.lr", "1"], "did you mean 'optimizer'?"),

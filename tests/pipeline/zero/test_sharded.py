@@ -111,23 +111,24 @@ def train_cases(configurations: list[dict[str, Any]]) -> None:
 
     from pipeline.config.deepspeed import deepspeed_config
     from pipeline.config.schema import RunConfig
+    from pipeline.losses import task
     from pipeline.modeling import reference
     from pipeline.trainer import run
 
     class Watched(reference.ReferenceWeights):
         def __init__(self, engine: Any) -> None:
             super().__init__(engine)
-            self.first = [kept.clone() for kept in self.kept]
+            self.first = [copy.clone() for copy in self.copies]
             made.append(self)
 
-    reference.ReferenceWeights = Watched
+    task.ReferenceWeights = Watched  # the name that make_tasks looks up, whoever imported that module before
     for keys in configurations:
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's groups are a global: every run makes its own
         made: list[Watched] = []
         config = RunConfig.model_validate(keys)
         run(config, deepspeed_config(config))
         for original in made:
-            assert all(map(torch.equal, original.kept, original.first))
+            assert all(map(torch.equal, original.copies, original.first))
             present = [getattr(parameter, "ds_tensor", parameter) for parameter in original.trained]
             assert not all(map(torch.equal, present, original.first)), "the model itself has moved"
 

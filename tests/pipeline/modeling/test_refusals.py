@@ -1,0 +1,82 @@
+"""Models and options that are refused before training, with the key and the remedy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+)
+
+from pipeline.config.schema import Lora, Model
+from pipeline.errors import InputError
+from pipeline.modeling.checks import check_router_loss, load_tokenizer
+from pipeline.modeling.load import load_model
+from pipeline.modeling.lora import attach_adapters
+from tests.conftest import World
+from tests.distributed import run_distributed
+
+
+def test_targets_that_name_nothing(world: World) -> None:
+    model = AutoModelForCausalLM.from_pretrained(world.folder / "model")
+    lora = Lora.model_validate({"targets": ["q_proj", "query"]})
+    with pytest.raises(InputError, match=r"model\.lora\.targets: 'query' matches no linear layer.* q_proj") as error:
+        attach_adapters(model, lora)
+    assert "\n" not in str(error.value)
+
+
+def test_an_adapter_on_a_tied_output_layer_cannot_be_merged(world: World) -> None:
+    model = AutoModelForCausalLM.from_pretrained(world.folder / "tied")
+    lora = Lora.model_validate({"targets": ["lm_head"], "merge": True})
+    with pytest.raises(InputError, match=r"model\.lora\.merge: 'lm_head' shares its weights"):
+        attach_adapters(model, lora)
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "nonsense"])
+def test_attention_that_cannot_be_had(attention: str, world: World) -> None:
+    config = Model.model_validate({"path": str(world.folder / "model"), "attn_implementation": attention})
+    with pytest.raises(InputError, match=r"model\.attn_implementation: ") as error:
+        load_model(config, {})
+    assert "\n" not in str(error.value) and attention in str(error.value)
+
+
+def test_a_load_balancing_loss_that_a_model_asks_for_is_not_dropped_without_a_word(tmp_path: Path) -> None:
+    def check(**keys: Any) -> None:
+        MixtralConfig(**keys).save_pretrained(tmp_path)
+        check_router_loss(Model(path=str(tmp_path)))  # pyright: ignore[reportCallIssue]
+
+    check()
+    check(output_router_logits=True, router_aux_loss_coef=0.0)
+    with pytest.raises(InputError, match=r"load-balancing loss .*set output_router_logits to false"):
+        check(output_router_logits=True, router_aux_loss_coef=0.02)
+
+
+def test_pickles_and_code_of_a_model_are_refused_unless_asked_for(world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(world.folder / "model", folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"pickled.*safetensors.*model\.allow_pickle"):
+        load_model(Model(path=str(folder)), {})  # pyright: ignore[reportCallIssue]
+    run_distributed(load_alone, 1, str(folder))
+    shape = json.loads((folder / "config.json").read_text())
+    shape |= {"model_type": "stranger", "auto_map": {"AutoConfig": "strange.Config"}}
+    (folder / "config.json").write_text(json.dumps(shape))
+    (folder / "strange.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(InputError, match="trust_remote_code"):
+        load_tokenizer(Model(path=str(folder)))  # pyright: ignore[reportCallIssue]
+    assert not (tmp_path / "ran").exists()
+
+
+def load_alone(folder: str) -> None:
+    from pipeline.distributed import process_group as ranks
+
+    ranks.start()
+    load_model(Model(path=folder, allow_pickle=True), {})  # pyright: ignore[reportCallIssue]

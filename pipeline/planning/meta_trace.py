@@ -145,7 +145,7 @@ def rehearse(model: Any, length: int, layer: int | None) -> Pass:
     for name in ("kept", "peak", "flops", "forward_flops"):
         one, two = runs[1][name], runs[2][name]
         numbers[name] = Linear(2 * one - two, two - one)
-    return Pass(**numbers, **{name: runs[1][name] for name in ("used", "used_again", "reached")})
+    return Pass(**numbers, **{name: runs[1][name] for name in ("used", "backward_gathers", "reached")})
 
 
 def _rehearse(model: Any, size: int, length: int, layer: int | None) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def _rehearse(model: Any, size: int, length: int, layer: int | None) -> dict[str
         "flops": ledger.flops,
         "forward_flops": forward_flops,
         "used": used[:num_used] + last,
-        "used_again": needed[:num_needed] + used[num_used:] + last,
+        "backward_gathers": needed[:num_needed] + used[num_used:] + last,
         "reached": sorted({*reached, *(row for row in last if parameters[row].requires_grad)}),
     }
 

@@ -15,10 +15,12 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from pipeline.config.deepspeed import OLD_NAMES, UNTESTED, accumulation, deepspeed_config
-from pipeline.config.load import nearest, parse_command_line, resolve
+from pipeline.config.deepspeed import accumulation, deepspeed_config
+from pipeline.config.explain import nearest
+from pipeline.config.load import parse_command_line, resolve
 from pipeline.config.run_folder import check_output_dir, content_digest, run_fingerprint
 from pipeline.config.schema import RunConfig
+from pipeline.config.untested import OLD_NAMES, UNTESTED
 from pipeline.distributed.environment import world_from_environment
 from pipeline.errors import InputError
 
@@ -259,6 +261,44 @@ def test_refused_with_the_culprit_and_the_remedy(tokens: list[str], expected: li
         assert part in message
 
 
+# Old names of keys: the old one with a value, and the one to write.
+RENAMED_KEYS = [
+    ("optimizer.clip", 1.0, "optimizer.max_grad_norm"),
+    ("optimizer.warmup", 0.1, "optimizer.warmup_ratio"),
+    ("model.train", [".*"], "model.trainable"),
+    ("objective.steering", 6.5, "objective.steering_coeff"),
+    ("synthesis.spare", "host", "synthesis.stash_device"),
+    ("train.timeout", 5.0, "train.timeout_minutes"),
+]
+
+
+@pytest.mark.parametrize(("old", "value", "new"), RENAMED_KEYS, ids=[old for old, *_ in RENAMED_KEYS])
+def test_an_old_name_of_a_key_is_refused_with_the_new_one(
+    old: str, value: Any, new: str, config: Resolve, tmp_path: Path
+) -> None:
+    """In the file, in a preset and on the command line; the message names the place."""
+    section, key = old.split(".")
+    sections: dict[str, Any] = {section: {key: value}}
+    file = str(tmp_path / "run.yaml")
+    for place, make in {
+        f"{file}: the key": lambda: config(**sections),
+        f"{file}: methods.mine: the key": lambda: config(method="mine", methods={"mine": sections}),
+        "command line: the key": lambda: config(f"--{old}", str(value)),
+    }.items():
+        message = refusal(make)
+        assert message == f"{place} {old!r} has a new name; write {new!r}"
+
+
+def test_a_refusal_names_where_the_value_was_written(config: Resolve, tmp_path: Path) -> None:
+    file, wrong = str(tmp_path / "run.yaml"), {"synthesis": {"rule": "pcgard"}}
+    assert refusal(lambda: config(**wrong)).startswith(f"{file}: synthesis.rule")
+    preset = {"methods": {"mine": wrong}}
+    assert refusal(lambda: config(method="mine", **preset)).startswith(f"{file}: methods.mine: synthesis.rule")
+    assert refusal(lambda: config("--synthesis.rule", "x", method="mine", **preset)).startswith("command line: synth")
+    assert config("--synthesis.rule", "sum", method="mine", **preset).synthesis.rule == "sum"
+    assert refusal(lambda: config("--trian.steps", "3")).startswith("command line: unknown key 'trian'")
+
+
 ASKED = ["--data.packing", "documents", "--data.forget.prompt", "q", "--data.forget.response", "a"]
 REFUSED_QUESTIONS: list[tuple[list[str], list[str]]] = [
     (["--data.packing", "blocks"], ["data.packing", "blocks", "data.forget.prompt", "documents"]),
@@ -408,7 +448,7 @@ def test_what_a_resumed_run_may_have_otherwise(tmp_path: Path, config: Resolve) 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(made().model_dump()))
     free = {
-        "micro_batch_size": 2, "checkpoint_every": 7, "keep_checkpoints": 5, "timeout": 1.5, "export_every": 3,
+        "micro_batch_size": 2, "checkpoint_every": 7, "keep_checkpoints": 5, "timeout_minutes": 1.5, "export_every": 3,
         "max_skipped": 2, "deepspeed": "moved/zero3.json",
     }  # fmt: skip
     check_output_dir(made(**free), resume=True)
@@ -542,7 +582,7 @@ def test_the_digest_of_a_deepspeed_file_is_of_what_it_decides(deepspeed: Any) ->
         deepspeed({"zero_optimization": {"stage": 2}}),
         deepspeed(STAGE3, optimizer={"max_grad_norm": 0.5}),
         deepspeed(STAGE3, model={"path": "x", "dtype": "float16"}),
-        deepspeed({**STAGE3, "communication_data_type": "fp16"}),
+        deepspeed({**STAGE3, "communication_data_type": "fp32"}),
     ]
     assert len({whole, *map(content_digest, others)}) == 5
 

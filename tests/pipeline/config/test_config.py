@@ -659,8 +659,8 @@ def test_a_deepspeed_file_that_contradicts_the_run_is_refused(
         assert part in message
 
 
-def test_auto_inside_a_section_is_as_good_as_nothing(deepspeed: Any) -> None:
-    """As DeepSpeed's own models take it; what reads the file here must not meet the word."""
+def test_auto_inside_a_section_counts_as_unset(deepspeed: Any) -> None:
+    """As in DeepSpeed's own models; the code here that reads the file must never see the word."""
     keys = (
         "overlap_comm",
         "reduce_bucket_size",
@@ -673,7 +673,7 @@ def test_auto_inside_a_section_is_as_good_as_nothing(deepspeed: Any) -> None:
     made = deepspeed(
         {"zero_optimization": {"stage": 3, **zero}, "data_types": data_types, "communication_data_type": "auto"}
     )
-    assert made["zero_optimization"] == {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    assert made["zero_optimization"] == {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
     assert made["data_types"] == {"grad_accum_dtype": "fp32"} and "communication_data_type" not in made
     assert made == deepspeed({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}})
     assert "stage" in refusal(lambda: deepspeed({"zero_optimization": {"stage": "auto"}}))

@@ -33,8 +33,12 @@ def storages(tensors: Any) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in kept if storage.nbytes()}
 
 
+def subclasses(kind: type) -> list[type]:
+    return [one for below in kind.__subclasses__() for one in (below, *subclasses(below))]
+
+
 def measure(configurations: dict[str, dict[str, Any]], report: str) -> None:
-    """Of each run's third step on rank 0: bytes by kind just before `engine.step()`, bytes asked of collectives."""
+    """Of each run's third step on rank 0: bytes by kind just before `engine.step()`, bytes that collectives move."""
     import torch.distributed as dist
 
     sent: dict[str, int] = {}
@@ -57,48 +61,63 @@ def measure(configurations: dict[str, dict[str, Any]], report: str) -> None:
     for collective in REDUCTIONS.split():
         watch(collective)
 
+    from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.utils import groups
 
     from pipeline import trainer as program
+    from pipeline.zero import stages
+    from pipeline.zero.combiner import GradientCombiner
 
-    step, found, run = program.train_step, {}, ""
+    found: dict[str, Any] = {}
+    live: dict[str, dict[int, int]] = {}
+    current: GradientCombiner | None = None  # in a step, from the first `clear` to the end of `engine.step`
+    run, step = "", -1
+    clear, update = GradientCombiner.clear, DeepSpeedEngine.step
 
-    def watched_step(engine: Any, shards: Any, tasks: Any, number: int, monitor: Any) -> bool:
-        nonlocal watching
-        holder, finish = shards.holder, shards.holder.finish
-        live: dict[str, dict[int, int]] = {}
-
-        def count() -> list[Tensor]:
-            """Called by take and, last, by combine: both gradients are there, and the optimizer's state of before."""
-            parameters = list(engine.module.parameters())
-            own = [getattr(parameter, key, None) for parameter in parameters for key in ("grad", "grad_accum")]
-            before = storages(own)
-            slices = finish()
-            inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-            copies = [parameter for group in inner.param_groups for parameter in group["params"]]
-            copies += getattr(engine.optimizer, "fp32_partitioned_groups_flat", [])
-            moments = [value for state in inner.state.values() for value in state.values()]
-            shares = [getattr(parameter, key, None) for parameter in parameters for key in SHARES]
-            live["parameters"] = storages([*parameters, *shares])
-            after = storages([*slices, *(copy.grad for copy in copies)])
-            live["gradients"] = max(before, after, key=lambda at: sum(at.values()))
-            live["stash"] = storages([shards.stash, shards.average])
-            held = storages([*copies, *moments])
-            live["optimizer"] = {at: size for at, size in held.items() if at not in live["parameters"]}
-            return slices
-
-        if number == 2:
-            holder.finish, watching = count, True
+    def clear_and_count(combiner: GradientCombiner) -> None:
+        """The first call in a step; another one makes room for the retain gradient."""
+        nonlocal current, step, watching, live
+        if current is None:
+            current, step = combiner, step + 1
+            watching, live = step == 2, {}
             sent.clear()
-        applied = step(engine, shards, tasks, number, monitor)
-        if number == 2:
-            holder.finish, watching = finish, False
-            sizes = {kind: sum(at.values()) for kind, at in live.items()}
-            found[run] = {"memory": sizes, "sent": dict(sent)}
-        return applied
+        clear(combiner)
 
-    program.train_step = watched_step
+    def reduce_and_count(store: stages.GradientStore) -> list[Tensor]:
+        """The last call in a step: both gradients exist, and the optimizer has the state of the step before."""
+        assert current is not None
+        engine = store.engine
+        parameters = list(engine.module.parameters())
+        own = [getattr(parameter, key, None) for parameter in parameters for key in ("grad", "grad_accum")]
+        before = storages(own)
+        slices = reductions[type(store)](store)
+        inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        copies = [parameter for group in inner.param_groups for parameter in group["params"]]
+        copies += getattr(engine.optimizer, "fp32_partitioned_groups_flat", [])
+        moments = [value for state in inner.state.values() for value in state.values()]
+        shares = [getattr(parameter, key, None) for parameter in parameters for key in SHARES]
+        live["parameters"] = storages([*parameters, *shares])
+        after = storages([*slices, *(copy.grad for copy in copies)])
+        live["gradients"] = max(before, after, key=lambda at: sum(at.values()))
+        live["stash"] = storages([current.stash, current.average])
+        held = storages([*copies, *moments])
+        live["optimizer"] = {at: size for at, size in held.items() if at not in live["parameters"]}
+        return slices
+
+    def step_and_report(engine: DeepSpeedEngine, *arguments: Any, **named: Any) -> None:
+        nonlocal current, watching
+        update(engine, *arguments, **named)
+        current = None
+        if watching:
+            found[run] = {"memory": {kind: sum(at.values()) for kind, at in live.items()}, "sent": dict(sent)}
+        watching = False
+
+    reductions = {kind: kind.reduce for kind in subclasses(stages.GradientStore) if "reduce" in vars(kind)}
+    for kind in reductions:
+        kind.reduce = reduce_and_count
+    GradientCombiner.clear, DeepSpeedEngine.step = clear_and_count, step_and_report
     for run in configurations:
+        step = -1
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
         config = RunConfig.model_validate(configurations[run])
         program.run(config, deepspeed_config(config))
@@ -439,7 +458,7 @@ WRONG = [
     (["--nodes", "2", "--bandwidth", "nan"], "--bandwidth must be above 0"),
     (["--model.path", "/nowhere/model"], "there is no folder /nowhere/model"),
     (["--model.trainable", "[nothing]"], "'nothing' is found in no tensor name"),
-    (["--train.deepspeed", "missing.json"], "cannot read missing.json"),
+    (["--train.deepspeed", "missing.json"], f"there is no file {Path.cwd()}/missing.json"),
     (["--train.deepspeed", "{folder}/bad.json"], "bad.json: DeepSpeed refuses it: reduce_bucket: Extra inputs are not"),
     (["--optimiser.lr", "1"], "did you mean 'optimizer'?"),
 ]

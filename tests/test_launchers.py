@@ -197,7 +197,7 @@ def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "calls"
 
 
-def script(*command: str, folder: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
+def script(*command: str, folder: Path | str = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", *command],
         cwd=folder,

@@ -126,6 +126,7 @@ def _attention(
 
 def shape_of(model: PreTrainedModel) -> ModelShape:
     head = model.get_output_embeddings()
+    assert head is not None  # every causal language model has one
     parameters = list(model.parameters())
     text = model.config.get_text_config()
     capped = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # Gemma 2, Granite, Cohere
@@ -186,6 +187,7 @@ def _rehearse(model: PreTrainedModel, size: int, length: int, layer: int | None)
     hooks = [module.register_forward_hook(called) for module in owners]
     hooks += [p.register_post_accumulate_grad_hook(reduced) for p in parameters if p.requires_grad]
     base, head = base_of(model), model.get_output_embeddings()
+    assert head is not None
     ids = torch.zeros(size, length, dtype=torch.long, device="meta")
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     ledger = LiveBytes(parameters)

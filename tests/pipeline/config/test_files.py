@@ -100,7 +100,7 @@ def test_the_packages_of_an_installation_are_the_folders_of_the_repository() -> 
     assert set(packaging["packages"]) == folders | shipped.keys()
     assert packaging["package-dir"] == shipped
     for name, patterns in packaging["package-data"].items():
-        folder = REPOSITORY / shipped.get(name, name.replace(".", "/"))
+        folder = REPOSITORY / (shipped[name] if name in shipped else name.replace(".", "/"))
         assert {file for pattern in patterns for file in folder.glob(pattern)}, name
     others = {file for root in ("pipeline", "eval") for file in (REPOSITORY / root).rglob("*.*") if file.is_file()}
     others = {file for file in others if file.suffix not in (".py", ".pyc")}

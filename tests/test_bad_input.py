@@ -90,9 +90,7 @@ LATE = {
         {"bad.jsonl": GOOD + '{"text": 3}\n'},
     ),
     "empty corpus": Case(
-        ["--data.forget.path", "{folder}/empty.jsonl"],
-        ("data.forget", "empty.jsonl"),
-        {"empty.jsonl": ""},
+        ["--data.forget.path", "{folder}/empty.jsonl"], ("data.forget", "empty.jsonl"), {"empty.jsonl": ""}
     ),
     "less than a block": Case(
         ["--data.packing", "blocks", "--data.max_length", "4000"], ("data.forget", "4000", "data.max_length")
@@ -109,10 +107,8 @@ LATE = {
         {"experts/": "model", "experts/config.json": '{"model_type": "mixtral", "output_router_logits": true}'},
     ),
     "nothing to train": Case(["--model.trainable", "['no_such_tensor']"], ("model.trainable", "'no_such_tensor'")),
-    "truncated weights": Case(
-        ["--model.path", "{folder}/truncated"],
-        ("model.path", "truncated"),
-        {"truncated/": "model"},  # a copy, cut short below
+    "truncated weights": Case(  # a copy, cut short below
+        ["--model.path", "{folder}/truncated"], ("model.path", "truncated"), {"truncated/": "model"}
     ),
 }
 
@@ -269,16 +265,11 @@ def late(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, En
     )  # fmt: skip
     statuses = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
     assert set(statuses) == set(LATE), done.stderr[-4000:]
-    return {
-        job["name"]: Ended(
-            Path(job["folder"]),
-            statuses[job["name"]],
-            Path(job["stdout"]).read_text(),
-            Path(job["stderr"]).read_text(),
-            before[job["name"]],
-        )
-        for job in jobs
-    }
+    ended = {}
+    for name, job in ((job["name"], job) for job in jobs):
+        stdout, stderr = (Path(job[stream]).read_text() for stream in ("stdout", "stderr"))
+        ended[name] = Ended(Path(job["folder"]), statuses[name], stdout, stderr, before[name])
+    return ended
 
 
 @pytest.mark.parametrize("name", LATE)

@@ -90,17 +90,11 @@ def peak(cuda: bool) -> int:
 def build(options: argparse.Namespace) -> tuple[Any, list[Task]]:
     """(engine, the two tasks): an untrained Llama of the given shape, on random tokens."""
     import deepspeed
-    import numpy as np
-    import pyarrow as pa
     import torch
     import torch.distributed as dist
     from transformers import AutoModelForCausalLM, LlamaConfig
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    from pipeline.data.batches import BatchSampler
-    from pipeline.data.tokenize import Sequences
-    from pipeline.losses.objectives import OBJECTIVES
-    from pipeline.losses.task import Task
     from pipeline.modeling.outputs import install_outputs
     from pipeline.optim import make_optimizer, make_schedule
 
@@ -137,7 +131,21 @@ def build(options: argparse.Namespace) -> tuple[Any, list[Task]]:
         config=zero,
     )
     install_outputs(engine)
-    tasks = []
+    return engine, random_tasks(options, config)
+
+
+def random_tasks(options: argparse.Namespace, config: RunConfig) -> list[Task]:
+    """`ga` and `nll` on random tokens, of this rank."""
+    import numpy as np
+    import pyarrow as pa
+    import torch.distributed as dist
+
+    from pipeline.data.batches import BatchSampler
+    from pipeline.data.tokenize import Sequences
+    from pipeline.losses.objectives import OBJECTIVES
+    from pipeline.losses.task import Task
+
+    world, batch, tasks = dist.get_world_size(), config.train.batch_size, []
     for number, (name, objective) in enumerate((("forget", "ga"), ("retain", "nll"))):
         dice = np.random.default_rng(number)
         ids = pa.array(dice.integers(0, options.vocabulary, 4 * batch * options.tokens).astype(np.int32))
@@ -146,7 +154,7 @@ def build(options: argparse.Namespace) -> tuple[Any, list[Task]]:
             Sequences(rows, options.tokens, "random"), 0, number, batch, options.micro_batch, dist.get_rank(), world, 0
         )
         tasks.append(Task(name, stream, OBJECTIVES[objective], config.objective))
-    return engine, tasks
+    return tasks
 
 
 def joint_step(engine: Any, shards: GradientCombiner, tasks: list[Task], step: int) -> None:

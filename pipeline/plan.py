@@ -1,7 +1,8 @@
 """`python -m pipeline.plan --config FILE --gpus N --gpu-memory GIB [...]`: what a run needs, before it has machines.
 
-From the configuration and the model's `config.json` alone: a pass is rehearsed without weights (`rehearsal`), the
-rest is arithmetic (`budget`); here the micro-batch is chosen, and what is cheapest.
+It reads the configuration and the model's `config.json` only. A pass is traced without weights
+(`planning/meta_trace.py`), the rest is arithmetic (`planning/memory.py`, `planning/traffic.py`). This file chooses the
+micro-batch and the cheapest DeepSpeed file, and prints the table.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.config.deepspeed import deepspeed_config, refuse_uneven_groups, refuse_what_deepspeed_refuses
-from pipeline.config.load import Parser, resolve
+from pipeline.config.files import DEEPSPEED_FILES
+from pipeline.config.load import Parser, add_config_options, resolve
 from pipeline.config.schema import RunConfig
 from pipeline.errors import InputError
 from pipeline.planning.memory import GIB, Cluster, Zero, states, working
@@ -25,8 +27,8 @@ from pipeline.planning.traffic import CommVolume, Seconds, seconds, traffic
 if TYPE_CHECKING:
     from pipeline.planning.meta_trace import ModelShape, Pass
 
-RESERVED = 3 * GIB  # of a GPU: CUDA's context, NCCL's buffers, cuBLAS' workspace, what the allocator cannot use
-SHIPPED = ("zero1", "zero2", "zero3", "zero3_hpz", "zero3_offload", "zero3_nvme")  # of ds_configs
+RESERVED = 3 * GIB  # of a GPU, for CUDA's context, NCCL's buffers, cuBLAS' workspace and fragmentation
+SHIPPED = ("zero1", "zero2", "zero3", "zero3_hpz", "zero3_offload", "zero3_nvme")  # files in ds_configs
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Row:
     micro_batch_size: int
     gpu: dict[str, float]  # by kind, of one GPU
     total: float
-    lacks: float  # beyond the GPU's memory
+    lacks: float  # bytes beyond the GPU's memory
     host: float  # of one machine
     disk: float  # of one machine
     sent: list[CommVolume]
@@ -77,19 +79,19 @@ def fit(file: str, zero: Zero, shape: ModelShape, config: RunConfig, machines: C
 class Plan:
     shape: ModelShape
     rows: list[Row]
-    refused: dict[str, str]  # by configuration: why it cannot be used
+    refused: dict[str, str]  # by configuration: the reason
 
     @property
     def cheapest(self) -> Row | None:
-        """The least GPU time for a step, among those that fit."""
+        """The configuration with the shortest step among those that fit."""
         return min((row for row in self.rows if row.fits), key=lambda row: row.seconds.step, default=None)
 
 
 def make_plan(config: RunConfig, machines: Cluster) -> Plan:
-    """Every shipped configuration, and the run's own.
+    """Plan the run's own DeepSpeed file and every shipped one.
 
     Raises:
-        InputError: a batch that does not divide over the GPUs; see `model_without_weights` and `rehearse`.
+        InputError: the batch does not divide over the GPUs; see also `model_without_weights` and `rehearse`.
     """
     from pipeline.losses.objectives import OBJECTIVES
     from pipeline.planning.meta_trace import model_without_weights, rehearse, shape_of
@@ -108,7 +110,11 @@ def make_plan(config: RunConfig, machines: Cluster) -> Plan:
         if layer not in rehearsed:
             rehearsed[layer] = rehearse(model, config.data.max_length, layer)
         passes[task] = rehearsed[layer]
-    files = dict.fromkeys([config.train.deepspeed, *(f"ds_configs/{name}.json" for name in SHIPPED)])
+    own, shipped = (
+        config.train.deepspeed,
+        [f"{DEEPSPEED_FILES.folder}/{name}{DEEPSPEED_FILES.suffix}" for name in SHIPPED],
+    )
+    files = [own, *(file for file in shipped if DEEPSPEED_FILES.find(file) != DEEPSPEED_FILES.find(own))]
     rows, refused = [], {}
     for file in files:
         train = config.train.model_copy(update={"deepspeed": file})
@@ -118,7 +124,7 @@ def make_plan(config: RunConfig, machines: Cluster) -> Plan:
             refuse_uneven_groups(given, machines.world)
             refuse_what_deepspeed_refuses(candidate, given)
         except InputError as error:
-            if file == config.train.deepspeed:
+            if file == own:
                 raise
             refused[file] = str(error)
             continue
@@ -127,7 +133,7 @@ def make_plan(config: RunConfig, machines: Cluster) -> Plan:
 
 
 def launch_line(row: Row, machines: Cluster, arguments: Sequence[str]) -> str:
-    """The command that trains as planned; `arguments` are the plan's own that say what run it is."""
+    """The command that trains as planned; `arguments` are those of the plan that describe the run."""
     where = f"--num_gpus {machines.gpus}" if machines.nodes == 1 else "--hostfile hosts"
     chosen = [
         *("--train.deepspeed", row.deepspeed),
@@ -136,11 +142,11 @@ def launch_line(row: Row, machines: Cluster, arguments: Sequence[str]) -> str:
     return f"deepspeed {where} --module pipeline.train {shlex.join([*arguments, *chosen])}"
 
 
-KINDS = ("parameters", "gradients", "stash", "optimizer", "original", "buffers", "activations", "logits", "step")
+KINDS = ("parameters", "gradients", "stash", "optimizer", "reference", "buffers", "activations", "logits", "step")
 
 
 def report(plan: Plan, machines: Cluster, arguments: Sequence[str]) -> str:
-    """The plan as text: a table in Markdown, what is cheapest, and how to start it. GiB, GB, seconds."""
+    """The plan as text: a Markdown table, the cheapest configuration and its command. GiB, GB, seconds."""
     shape = plan.shape
     kinds = [kind for kind in KINDS if any(row.gpu.get(kind) for row in plan.rows)]
     columns = ["configuration", "micro-batch", *kinds, "total", "fits", "host", "sent", "seconds"]
@@ -150,7 +156,7 @@ def report(plan: Plan, machines: Cluster, arguments: Sequence[str]) -> str:
         + (f", {machines.bandwidth:g} GB/s between machines" if machines.nodes > 1 else ""),
         "GiB of one GPU by kind; total: the larger of activations + logits and step, all others, and "
         f"{RESERVED // GIB} reserved.",
-        "GiB of main memory and disk of one machine. GB that a step asks collectives to move, and its seconds.",
+        "GiB of main memory and disk of one machine. GB that the collectives of a step move, and its seconds.",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
@@ -166,7 +172,11 @@ def report(plan: Plan, machines: Cluster, arguments: Sequence[str]) -> str:
     best = plan.cheapest
     if best is None:
         return "\n".join(
-            [*lines, "", "nothing fits; more GPUs, or --model.gradient_checkpointing true, or shorter rows"]
+            [
+                *lines,
+                "",
+                "nothing fits; use more GPUs, --model.gradient_checkpointing true, or a smaller --data.max_length",
+            ]
         )
     lines += ["", f"cheapest that fits: {best.deepspeed}, micro-batches of {best.micro_batch_size}", ""]
     if machines.nodes > 1:
@@ -179,30 +189,26 @@ def report(plan: Plan, machines: Cluster, arguments: Sequence[str]) -> str:
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[RunConfig, Cluster, bool, list[str]]:
-    """(run, machines, whether JSON is wanted, the arguments that say what run it is).
+    """(run, cluster, whether to print JSON, the arguments that describe the run).
 
     Raises:
-        InputError: see `config.resolve`; or machines that cannot be.
+        InputError: see `config.load.resolve`; or an impossible cluster.
     """
     parser = Parser(
         prog="python -m pipeline.plan",
-        description="What a run needs on a cluster, and what fits: memory by kind, traffic, time, the launch line.",
+        description="What a run needs on a cluster, and which DeepSpeed files fit: memory, traffic, time, the command.",
         epilog="Further arguments override keys of the configuration, as in pipeline.train: --a.b VALUE.",
         allow_abbrev=False,
     )
-    number: Callable[..., Any] = parser.add_argument
-    number("--config", required=True, metavar="FILE", help="the run's YAML file")
-    number("--method", metavar="NAME", help="a preset from the file's table `methods:`")
-    number("--gpus", type=int, required=True, metavar="N", help="GPUs of a machine")
-    number("--gpu-memory", type=float, required=True, metavar="GIB", help="memory of a GPU")
-    number("--nodes", type=int, default=1, metavar="M", help="machines [1]")
-    number("--bandwidth", type=float, metavar="GB/S", help="into, and out of, a machine; needed beside --nodes")
-    number(
-        *("--tflops",),
-        **{"type": float, "default": 400.0, "metavar": "T"},
-        help="what a GPU sustains [400: 40 %% of an H100's 989 in bf16]",
-    )
-    number("--json", action="store_true", help="for scripts: bytes and seconds")
+    add_config_options(parser)
+    option = parser.add_argument
+    option("--gpus", type=int, required=True, metavar="N", help="GPUs per machine")
+    option("--gpu-memory", type=float, required=True, metavar="GIB", help="memory of a GPU")
+    option("--nodes", type=int, default=1, metavar="M", help="machines [1]")
+    option("--bandwidth", type=float, metavar="GB/S", help="into and out of a machine; required with --nodes")
+    sustained = "sustained TFLOP/s of a GPU [400: 40 %% of an H100's 989 in bf16]"
+    option("--tflops", type=float, default=400.0, metavar="T", help=sustained)
+    option("--json", action="store_true", help="print JSON, in bytes and seconds")
     known, rest = parser.parse_known_args(arguments)
     for name in ("gpus", "nodes", "gpu_memory", "tflops", "bandwidth"):
         value = getattr(known, name)
@@ -220,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its status: 0, or 2 for unusable input."""
     try:
         config, machines, wants_json, given = parse(arguments)
-        with redirect_stdout(sys.stderr):  # where libraries say on import what they found
+        with redirect_stdout(sys.stderr):  # where libraries print messages when they are imported
             plan = make_plan(config, machines)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import train, trainer
-from pipeline.distributed import process_group as ranks
+from pipeline import train
+from pipeline.distributed import process_group
 from tests.conftest import World
 from tests.distributed import free_port
 
@@ -37,6 +37,7 @@ class Case:
 # Refused from the text of the configuration: the command answers at once.
 EARLY = {
     "unknown key": Case(["--train.stepz", "3"], ("'train.stepz'", "'steps'")),
+    "old name of a key": Case(["--optimizer.clip", "1.0"], ("'optimizer.clip'", "'optimizer.max_grad_norm'")),
     "unknown section": Case(["--synthsis.rule", "sago"], ("'synthsis'", "'synthesis'")),
     "wrong type": Case(["--train.steps", "ten"], ("train.steps", "'ten'")),
     "unknown rule": Case(["--synthesis.rule", "pcgard"], ("synthesis.rule", "'pcgard'", "'pcgrad'")),
@@ -89,9 +90,7 @@ LATE = {
         {"bad.jsonl": GOOD + '{"text": 3}\n'},
     ),
     "empty corpus": Case(
-        ["--data.forget.path", "{folder}/empty.jsonl"],
-        ("data.forget", "empty.jsonl"),
-        {"empty.jsonl": ""},
+        ["--data.forget.path", "{folder}/empty.jsonl"], ("data.forget", "empty.jsonl"), {"empty.jsonl": ""}
     ),
     "less than a block": Case(
         ["--data.packing", "blocks", "--data.max_length", "4000"], ("data.forget", "4000", "data.max_length")
@@ -108,10 +107,8 @@ LATE = {
         {"experts/": "model", "experts/config.json": '{"model_type": "mixtral", "output_router_logits": true}'},
     ),
     "nothing to train": Case(["--model.trainable", "['no_such_tensor']"], ("model.trainable", "'no_such_tensor'")),
-    "truncated weights": Case(
-        ["--model.path", "{folder}/truncated"],
-        ("model.path", "truncated"),
-        {"truncated/": "model"},  # a copy, cut short below
+    "truncated weights": Case(  # a copy, cut short below
+        ["--model.path", "{folder}/truncated"], ("model.path", "truncated"), {"truncated/": "model"}
     ),
 }
 
@@ -192,15 +189,15 @@ def check_refused(case: Case, folder: Path, status: int, stdout: str, stderr: st
 def test_refused_from_the_configuration(
     name: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command's function in this process. A case that is not refused fails: nothing is run, and nobody leaves."""
+    """The command's function in this process. A case that is not refused fails, and this process does not end."""
     case, folder = EARLY[name], tmp_path / "case"
     arguments = prepare(case, folder, world)
     before = snapshot(folder)
     for variable in LAUNCHED:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(trainer, "run", lambda *_: pytest.fail("not refused"))
-    monkeypatch.setattr(ranks, "leave", lambda status: status)
+    monkeypatch.setattr(process_group, "start", lambda *_: pytest.fail("not refused"))
+    monkeypatch.setattr(process_group, "leave", lambda status: status)
     status = train.main(arguments)
     stdout, stderr = capsys.readouterr()
     line = check_refused(case, folder, status, stdout, stderr, before)
@@ -225,7 +222,7 @@ def test_refused_from_the_configuration_as_a_command(name: str, world: World, tm
 FORKING = """
 import json, os, runpy, sys
 import datasets, deepspeed, torch, transformers
-from pipeline import data, model, monitor, ranks, shards, synthesis
+import pipeline.data.tokenize, pipeline.losses.task, pipeline.modeling.load, pipeline.zero.combiner
 for line in sys.stdin:
     case = json.loads(line)
     child = os.fork()
@@ -235,7 +232,7 @@ for line in sys.stdin:
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         sys.argv = ["pipeline.train", *case["arguments"]]
         runpy.run_module("pipeline.train", run_name="__main__", alter_sys=True)
-        sys.exit("the command came back")
+        sys.exit("the command returned")
     print(json.dumps([case["name"], os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])]), flush=True)
 """
 
@@ -268,16 +265,11 @@ def late(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, En
     )  # fmt: skip
     statuses = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
     assert set(statuses) == set(LATE), done.stderr[-4000:]
-    return {
-        job["name"]: Ended(
-            Path(job["folder"]),
-            statuses[job["name"]],
-            Path(job["stdout"]).read_text(),
-            Path(job["stderr"]).read_text(),
-            before[job["name"]],
-        )
-        for job in jobs
-    }
+    ended = {}
+    for name, job in ((job["name"], job) for job in jobs):
+        stdout, stderr = (Path(job[stream]).read_text() for stream in ("stdout", "stderr"))
+        ended[name] = Ended(Path(job["folder"]), statuses[name], stdout, stderr, before[name])
+    return ended
 
 
 @pytest.mark.parametrize("name", LATE)

@@ -1,7 +1,7 @@
-"""Every launcher that the README names, on two machines made of this one; what the scripts in launch/ ask of theirs.
+"""Every launcher that the README names, on two machines simulated on this one; and how the scripts call a launcher.
 
-The two machines (`two_machines.sh`) are as separate as the kernel can make them, but for the disks: ssh between them,
-gradients over a wire. Whatever starts the two ranks, the model is bit for bit that of two ranks on one machine.
+The two machines (`two_machines.sh`) are as separate as the kernel can make them, except for the disks: ssh between
+them, gradients over a network. With every launcher the model equals that of two ranks on one machine bit for bit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.distributed import run_distributed
 TWO_MACHINES = str(REPOSITORY / "tests" / "two_machines.sh")
 SLURM = str(REPOSITORY / "tests" / "slurm_on_two_machines.sh")
 ADDRESSES = {"0": "10.77.0.1", "1": "10.77.0.2"}
-# Imported by every Python that starts with it on its path: says where the ranks are.
+# Every Python that starts with this on its path imports it: it prints where the ranks are.
 WITNESS = """
 import os, subprocess, sys
 names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -50,7 +50,7 @@ def config(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(config: Path) -> dict[str, torch.Tensor]:
-    """The model that two ranks on one machine make."""
+    """The model of two ranks on one machine."""
     run_distributed(train, 2, str(config), str(config.parent / "local"))
     return load_file(config.parent / "local" / "final" / "model.safetensors")
 
@@ -69,7 +69,7 @@ def needs(*programs: str) -> None:
             pytest.skip(f"this machine lacks {program}")
 
 
-@pytest.mark.slow  # two machines need a root who may make them, and sshd
+@pytest.mark.slow  # two machines need root and sshd
 @pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "mpirun.sh", "torchrun", "slurm.sbatch"])
 def test_two_machines_make_the_model_of_one(
     launcher: str, config: Path, expected: dict[str, torch.Tensor], two_machines: None, tmp_path: Path
@@ -142,13 +142,13 @@ def test_nothing_of_the_two_machines_is_seen_outside_or_left(two_machines: None)
         return [subprocess.run(command, capture_output=True, text=True, check=False).stdout for command in commands]
 
     before = outside()
-    marker = "86413.25"  # seconds: found by it
+    marker = "86413.25"  # seconds: it identifies the process
     with subprocess.Popen(
         ["bash", TWO_MACHINES, "ssh", "m2", f"hostname; exec sleep {marker}"], stdout=subprocess.PIPE
     ) as running:
         assert running.stdout is not None and running.stdout.readline() == b"m2\n"
         assert outside() == before
-        running.kill()  # a script that is killed cannot tidy up
+        running.kill()  # a killed script cannot clean up
     deadline = time.monotonic() + 10
     while subprocess.run(["pgrep", "-f", f"sleep {marker}"], capture_output=True, check=False).stdout:
         assert time.monotonic() < deadline
@@ -158,7 +158,7 @@ def test_nothing_of_the_two_machines_is_seen_outside_or_left(two_machines: None)
 
 
 def test_mpirun_of_another_mpi_than_mpi4py_is_refused(config: Path, tmp_path: Path) -> None:
-    """Each rank would be alone in its world and train into the same folder as the others."""
+    """Each rank would train alone, into the same folder as the others."""
     program = ["-m", "pipeline.train", "--config", str(config), "--output", str(tmp_path / "run")]
     alone = subprocess.run(
         [sys.executable, *program],
@@ -174,18 +174,20 @@ def test_mpirun_of_another_mpi_than_mpi4py_is_refused(config: Path, tmp_path: Pa
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the scripts ask of a launcher, told by stand-ins that write down how they were called
+# How the scripts call a launcher: stand-ins write down their arguments
 
 
 @pytest.fixture
 def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder first on PATH whose deepspeed, mpirun, srun and scontrol append their arguments to `calls`."""
+    """A folder first on PATH whose deepspeed, mpirun, srun and scontrol append their arguments to `calls`, and where
+    they were called to `where`."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in ("deepspeed", "mpirun", "srun", "scontrol"):
         script = (
             '#!/bin/bash\n[ "$1" != --version ] || { echo "$FLAVOUR"; exit; }\n'
             f'printf "%s|" {name} "$@" >>"{tmp_path}/calls"; echo >>"{tmp_path}/calls"\n'
+            f'echo "$PWD $PYTHONPATH" >"{tmp_path}/where"\n'
             f"[ {name} != scontrol ] || [ \"$1\" != show ] || printf 'a3\\na7\\n'\n"
             f'[ {name} != srun ] || {{ echo "$MASTER_ADDR $MASTER_PORT"; exit "$STATUS"; }}\n'
         )
@@ -195,10 +197,10 @@ def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "calls"
 
 
-def script(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def script(*command: str, folder: Path | str = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", *command],
-        cwd=REPOSITORY,
+        cwd=folder,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -229,8 +231,21 @@ def test_train_starts_two_ranks_where_there_is_no_gpu(stand_ins: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["train.sh", "mpirun.sh"])
+def test_a_script_runs_in_the_callers_folder(name: str, stand_ins: Path, tmp_path: Path) -> None:
+    """So that the paths in a YAML mean the same with and without the script."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "hosts").write_text("node1 slots=8\n")
+    arguments = ["hosts"] if name == "mpirun.sh" else []
+    command = [str(REPOSITORY / "launch" / name), *arguments, "--config", "my.yaml"]
+    more = {"FLAVOUR": "mpirun (Open MPI) 5.0.11", "DS_ACCELERATOR": "cpu", "PYTHONPATH": "/other"}
+    done = script(*command, folder=tmp_path / "mine", **more)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "where").read_text() == f"{tmp_path / 'mine'} {REPOSITORY}:/other\n"
+
+
 @pytest.mark.parametrize("flavour", ["mpirun (Open MPI) 5.0.11", "HYDRA build details:"])
-def test_mpirun_is_told_in_its_own_words(flavour: str, stand_ins: Path, tmp_path: Path) -> None:
+def test_mpirun_gets_the_options_of_its_implementation(flavour: str, stand_ins: Path, tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text((REPOSITORY / "launch" / "hostfile.example").read_text().replace("node2 slots=8", "node2 slots=4"))
     more = {"FLAVOUR": flavour, "MPIRUN_OPTIONS": "--a b", "NCCL_SOCKET_IFNAME": "eth1"}

@@ -1,6 +1,6 @@
 """Every method of every recipe is resolved; each pair of objectives does two steps on a tiny model of its architecture.
 
-The real benchmark's files serve where they lie beside the repository; else files of the same form, made here.
+Excerpts of the real benchmarks (tests/data) are the corpora of RWKU and TOFU; the others are made here in their form.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The DeepSpeed file and the number of ranks beside the run configuration: what `deepspeed.initialize` gets.
 
-Imports neither torch nor DeepSpeed: what contradicts itself is refused before they are loaded. What DeepSpeed itself
-refuses is in the same words, as soon as it is loaded.
+Imports neither torch nor DeepSpeed, so that a contradiction is refused before they are loaded. What DeepSpeed itself
+refuses becomes a message of the same form as soon as DeepSpeed is loaded.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
+from pipeline.config.explain import Tree
+from pipeline.config.files import DEEPSPEED_FILES, find_file
 from pipeline.config.load import merge, read_text
-from pipeline.config.schema import REPOSITORY, RunConfig
+from pipeline.config.schema import RunConfig
+from pipeline.config.untested import refuse_untested
 from pipeline.errors import InputError
 
 
@@ -37,101 +39,42 @@ def accumulation(config: RunConfig, world_size: int) -> int:
     return batch // (micro * world_size)
 
 
-MONITORS = {"tensorboard": None, "csv_monitor": None, "wandb": "wandb", "comet": "comet_ml"}  # of DeepSpeed, and needs
+# DeepSpeed's monitors, and the package that each needs.
+MONITORS = {"tensorboard": None, "csv_monitor": None, "wandb": "wandb", "comet": "comet_ml"}
 
 
-# What changes a gradient or a step in DeepSpeed 0.19.8 and has no test here: (feature, the values that leave it out). A
-# combination of two gradients is only as good as the place where it finds them.
-_LOSSY_WIRE = "quantised communication of weights (ZeRO++ qwZ)"
-
-
-UNTESTED: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "zero_optimization.zero_quantized_gradients": ("quantised gradients (ZeRO++ qgZ)", (False, None)),
-    "zero_optimization.zero_quantized_weights": (_LOSSY_WIRE, (False, None)),
-    "zero_optimization.zero_quantized_nontrainable_weights": ("quantised frozen weights", (False, None)),
-    "zero_optimization.zenflow": ("ZenFlow", (None,)),
-    "zero_optimization.offload_optimizer.super_offload": ("SuperOffload", (False, None)),
-    "zero_optimization.offload_optimizer.ratio": ("an optimizer offloaded in part", (1, None)),
-    "zero_optimization.save_muon_momentum_buffer_in_memory": ("Muon", (False, None)),
-    "zero_optimization.compute_grad_norm": ("a step without gradient norm", (True, None)),
-    "zero_optimization.parameter_alignment": ("padding between parameters", (False, None)),
-    "zero_optimization.legacy_stage1": ("the old ZeRO-1", (False, None)),
-    "zero_optimization.elastic_checkpoint": ("elastic checkpoints", (False, None)),
-    "zero_optimization.load_from_fp32_weights": ("resuming from rounded weights", (True, None)),
-    "bf16.bf16_master_weights_and_grads": ("bf16 master weights", (False, None)),
-    "bf16.bf16_optimizer_states": ("bf16 optimizer states", (False, None)),
-    "bf16.immediate_grad_update": ("gradients added up during the backward pass", (False, None)),
-    "bf16.check_grad_overflow": ("steps with a non-finite gradient", (True, None)),
-    "fp16.fp16_master_weights_and_grads": ("fp16 master weights", (False, None)),
-    "fp16.auto_cast": ("inputs in fp16", (False, None)),
-    "torch_autocast.enabled": ("torch.autocast", (False, None)),
-    "data_types.param_dtype": ("weights of another dtype than model.dtype", (None,)),
-    "data_types.buffer_dtype": ("buffers of another dtype", (None,)),
-    "data_types.keep_in_fp32_modules": ("buffers of another dtype", ("auto", None)),
-    "prescale_gradients": ("gradients divided before they are added up", (False, None)),
-    "gradient_predivide_factor": ("gradients divided before they are added up", (1, None)),
-    "gradient_allreduce_op": ("gradients summed over ranks", ("mean", None)),
-    "sequence_parallel_size": ("sequence parallelism", (1, None)),
-    "tensor_parallel.autotp_size": ("tensor parallelism", (0, 1, None)),
-    "expert_parallel.enabled": ("expert parallelism", (False, None)),
-    "compile.deepcompile": ("DeepCompile", (False, None)),
-    "data_efficiency.enabled": ("sampling and dropping of tokens", (False, None)),
-    "hybrid_engine.enabled": ("the hybrid engine", (False, None)),
-    "weight_quantization": ("quantised weights", (None,)),
-    "checkpoint.load_universal": ("universal checkpoints", (False, None)),
-    "checkpoint.use_node_local_storage": ("checkpoints on the machines' own disks", (False, None)),
-    "checkpoint.writer": ("checkpoints written later", (None,)),
-    "datastates_ckpt": ("checkpoints written later", (False, None)),
-}
-
-
-OLD_NAMES = {
-    "bfloat16": "bf16",
-    "zero_optimization.cpu_offload": "zero_optimization.offload_optimizer",
-    "zero_optimization.cpu_offload_param": "zero_optimization.offload_param",
-    "zero_optimization.cpu_offload_use_pin_memory": "pin_memory in zero_optimization.offload_optimizer",
-}
-
-
-SHORT_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # DeepSpeed's, of a dtype
-
-
-def _refuse_untested(config: RunConfig, given: dict[str, Any], path: Path) -> None:
-    """Features without a test are refused by name, whatever name DeepSpeed reads them by.
-
-    Raises:
-        InputError: the file asks for something of UNTESTED, or uses one of OLD_NAMES.
-    """
-    own = SHORT_NAMES[config.model.dtype]
-    wire = ("communication in another dtype than fp32 or the model's", ("fp32", own, None))
-    for key, (feature, off) in {**UNTESTED, "communication_data_type": wire}.items():
-        value = _at(given, key)
-        if value not in off and value != "auto":
-            raise InputError(
-                f"train.deepspeed: {path} sets {key!r} to {value!r}: {feature} would change what a gradient or a step "
-                "is, and this program was never tested with that; remove it"
-            )
-    for key, new in OLD_NAMES.items():
-        if _at(given, key) is not None:
-            raise InputError(f"train.deepspeed: {path} sets {key!r}, an old name that is not read here; write {new}")
-
-
-def _at(tree: Any, key: str) -> Any:
-    """The value below a dotted key, or None."""
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
-
-
-def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig) -> Tree:
     """The dictionary for `deepspeed.initialize`: the user's file plus what the run configuration decides.
 
     Raises:
         InputError: an unreadable file, or one that contradicts the run configuration.
     """
-    path = Path(config.train.deepspeed)
-    if not path.is_file() and (REPOSITORY / path).is_file():
-        path = REPOSITORY / path  # the shipped files are found from any working directory
+    path = find_file(config.train.deepspeed, "train.deepspeed", DEEPSPEED_FILES)
+    given = _without_auto(_read(path))
+    _prepare_monitors(given, config, path)
+    for key, owner in (("optimizer", "optimizer"), ("scheduler", "optimizer.schedule"), ("train_batch_size", "train")):
+        if given.pop(key, "auto") != "auto":
+            raise InputError(f"train.deepspeed: {path} sets {key!r}, which belongs to the run's `{owner}`; remove it")
+    refuse_untested(config, given, path)
+    decided = _decided_by_the_run(config)
+    _refuse_contradictions(given, decided, path)
+    merged = merge(given, decided)
+    merged.setdefault("steps_per_print", 10**9)  # the program prints its own progress line
+    zero = merged.setdefault("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+    if stage not in (0, 1, 2, 3) or not isinstance(zero, dict):
+        raise InputError(f"train.deepspeed: {path}: zero_optimization.stage must be 0, 1, 2 or 3")
+    if stage:  # else bf16 runs accumulate in bf16; without ZeRO DeepSpeed has no other way
+        merged.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    _check_offload(zero, stage, config, path)
+    return merged
+
+
+def _read(path: Path) -> Tree:
+    """
+    Raises:
+        InputError: no JSON object, or one whose sections are not objects.
+    """
     try:
         given = json.loads(read_text(path, "train.deepspeed"))
     except json.JSONDecodeError as error:
@@ -143,20 +86,28 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     for key in ("zero_optimization", "data_types", "bf16", "fp16", *MONITORS):
         if not isinstance(given.get(key, {}), dict):
             raise InputError(f"train.deepspeed: {path}: {key!r} must hold an object, not {given[key]!r}")
-    given = _without_auto(given)
+    return given
+
+
+def _prepare_monitors(given: Tree, config: RunConfig, path: Path) -> None:
+    """Give DeepSpeed's monitors the name of the run.
+
+    Raises:
+        InputError: the package of a monitor is not installed.
+    """
     for key, package in MONITORS.items():
         if given.get(key, {}).get("enabled") and package is not None and importlib.util.find_spec(package) is None:
             raise InputError(f"train.deepspeed: {path} enables {key!r}, which needs the package {package}; install it")
     for key, name in (("csv_monitor", "job_name"), ("tensorboard", "job_name"), ("comet", "experiment_name")):
-        if key in given:  # runs by one file are told apart
+        if key in given:  # runs that share a file get different names
             given[key].setdefault(name, Path(config.output).name)
-    if "comet" in given:  # counted in what the program counts in, steps; DeepSpeed's default is for samples
+    if "comet" in given:  # the program counts steps; DeepSpeed's default interval is meant for samples
         given["comet"].setdefault("samples_log_interval", 1)
-    for key, owner in (("optimizer", "optimizer"), ("scheduler", "optimizer.schedule"), ("train_batch_size", "train")):
-        if given.pop(key, "auto") != "auto":
-            raise InputError(f"train.deepspeed: {path} sets {key!r}, which belongs to the run's `{owner}`; remove it")
-    _refuse_untested(config, given, path)
-    decided: dict[str, Any] = {
+
+
+def _decided_by_the_run(config: RunConfig) -> Tree:
+    """The keys of a DeepSpeed configuration that the run's own configuration decides."""
+    return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": 1,  # the program accumulates: two tasks, one boundary
         "managed_gradient_accumulation": True,  # the program sets the boundary (pipeline/zero/combiner.py)
@@ -170,24 +121,31 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def _refuse_contradictions(given: Tree, decided: Tree, path: Path) -> None:
+    """
+    Raises:
+        InputError: the file sets a key to another value than the run decides.
+    """
     for key, value in decided.items():
         wanted = value if isinstance(value, dict) else {key: value}
-        holder = given.get(key, {}) if isinstance(value, dict) else given
+        section = given.get(key, {}) if isinstance(value, dict) else given
         for name, ours in wanted.items():
-            theirs = holder.get(name, "auto") if isinstance(holder, dict) else holder
+            theirs = section.get(name, "auto") if isinstance(section, dict) else section
             if theirs not in ("auto", ours):
                 raise InputError(
                     f"train.deepspeed: {path} sets {key!r} to {theirs!r}, but the run's configuration makes it "
                     f"{ours!r}; remove it from the file"
                 )
-    merged = merge(given, decided)
-    merged.setdefault("steps_per_print", 10**9)  # the program has its own progress line
-    zero = merged.setdefault("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
-    if stage not in (0, 1, 2, 3) or not isinstance(zero, dict):
-        raise InputError(f"train.deepspeed: {path}: zero_optimization.stage must be 0, 1, 2 or 3")
-    if stage:  # else bf16 runs accumulate in bf16; without ZeRO DeepSpeed has no other way
-        merged.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+
+
+def _check_offload(zero: Tree, stage: int, config: RunConfig, path: Path) -> None:
+    """Check the sections of offload in `zero_optimization`, and pin their memory unless the file says otherwise.
+
+    Raises:
+        InputError: an offload that DeepSpeed does not do correctly, or that the run's configuration excludes.
+    """
     offload = {key: zero.get(key) or {} for key in ("offload_optimizer", "offload_param")}
     for key, value in offload.items():
         if not isinstance(value, dict):
@@ -212,24 +170,26 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
                 f"train.checkpoint_every: DeepSpeed 0.19.8 does not restore what {path} offloads to nvme; set it to 0, "
                 "or use device cpu"
             )
-    return merged
 
 
-def _without_auto(value: Any) -> Any:
-    """`"auto"` is as good as nothing, as DeepSpeed's own models take it; but a stage has to be told."""
-    if not isinstance(value, dict):
-        return value
-    return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto" or key == "stage"}
+def _without_auto(tree: Tree) -> Tree:
+    """The tree without the keys whose value is `"auto"`, which DeepSpeed's own models treat as unset; but not the
+    stage, which the file must state."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if value != "auto" or key == "stage"
+    }
 
 
-def refuse_what_deepspeed_refuses(config: RunConfig, zero: dict[str, Any]) -> None:
-    """DeepSpeed's own validation, before anything is loaded.
+def refuse_what_deepspeed_refuses(config: RunConfig, zero: Tree) -> None:
+    """Run DeepSpeed's own validation before anything is loaded.
 
     Args:
         zero: as `deepspeed_config` returns it.
 
     Raises:
-        InputError: what DeepSpeed says, blamed on the file.
+        InputError: DeepSpeed's reason, with the name of the file.
     """
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
@@ -242,10 +202,10 @@ def refuse_what_deepspeed_refuses(config: RunConfig, zero: dict[str, Any]) -> No
 
 @contextmanager
 def blaming_the_file(config: RunConfig) -> Iterator[None]:
-    """What DeepSpeed refuses of the file only once it sees the device, the model or the optimizer.
+    """Name the file when DeepSpeed refuses it only after it has seen the device, the model or the optimizer.
 
     Raises:
-        InputError: in place of an error with which DeepSpeed itself refuses a combination. Others pass.
+        InputError: in place of an error by which DeepSpeed itself refuses a combination. Other errors pass.
     """
     try:
         yield
@@ -265,19 +225,19 @@ def _refused(config: RunConfig, error: BaseException) -> InputError:
         where = ".".join(str(part) for part in first["loc"])
         reason = f"{where}: {first['msg'].removeprefix('Value error, ')}, given {first['input']!r}".removeprefix(": ")
     reason = " ".join(reason.split())[:300] or type(error).__name__
-    if "supported on your device" in reason:  # the precision is the run's to choose
+    if "supported on your device" in reason:  # the run chooses the precision, not the file
         return InputError(f"model.dtype: {config.model.dtype}: DeepSpeed refuses it: {reason}")
     return InputError(f"train.deepspeed: {config.train.deepspeed}: DeepSpeed refuses it: {reason}")
 
 
-def refuse_uneven_groups(zero: dict[str, Any], world_size: int) -> None:
-    """ZeRO++ keeps a copy of the weights in each group of `zero_hpz_partition_size` ranks.
+def refuse_uneven_groups(zero: Tree, world_size: int) -> None:
+    """Refuse ranks that do not divide into ZeRO++'s groups, each of which stores a second copy of the weights.
 
     Args:
         zero: as `deepspeed_config` returns it.
 
     Raises:
-        InputError: the ranks do not divide into such groups.
+        InputError: `zero_hpz_partition_size` does not divide the ranks.
     """
     size = zero["zero_optimization"].get("zero_hpz_partition_size", 1)
     if isinstance(size, int) and size > 1 and world_size % min(size, world_size):

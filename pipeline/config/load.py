@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pipeline.config.explain import Tree, explain, nearest, subsection
+from pipeline.config.files import RECIPES, find_file
 from pipeline.config.schema import DEFAULT_STEPS, Corpus, RunConfig, format_of
 from pipeline.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 
 class _Loader(yaml.SafeLoader):
@@ -39,22 +37,20 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def read_text(path: Path, what: str) -> str:
+def read_text(path: Path, key: str) -> str:
+    """The content of a UTF-8 file that the key `key` names.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise InputError(f"{what}: cannot read {path}: {reason}") from None
+        raise InputError(f"{key}: cannot read {path.absolute()}: {reason}") from None
 
 
-def nearest(name: str, valid: Sequence[str]) -> str:
-    """A hint for a misspelt name: the closest valid one, and the list when it is short enough to read."""
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}valid: {', '.join(valid)}"
-
-
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: Tree, over: Tree) -> Tree:
     """`over` wins; dictionaries merge key by key."""
     merged = dict(base)
     for key, value in over.items():
@@ -63,9 +59,9 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _overrides(tokens: Sequence[str]) -> dict[str, Any]:
+def _overrides(tokens: Sequence[str]) -> Tree:
     """`--a.b VALUE` and `--a.b=VALUE`, values in YAML, as a nested dictionary."""
-    tree: dict[str, Any] = {}
+    tree: Tree = {}
     rest = list(tokens)
     while rest:
         token = rest.pop(0)
@@ -83,33 +79,24 @@ def _overrides(tokens: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-def _keys_at(location: Sequence[str | int]) -> list[str]:
-    """The valid keys of the section at `location`, for the hint beside an unknown key."""
-    section: Any = RunConfig
-    for part in location:
-        annotation = section.model_fields[part].annotation
-        options = getattr(annotation, "__args__", (annotation,))
-        section = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
-    return list(section.model_fields)
+def _read(file: Path, method: str | None) -> tuple[Tree, Tree]:
+    """The keys of a YAML file without its table `methods:`, and those of the preset `method`.
 
-
-def _explain(error: ValidationError, where: str) -> InputError:
-    """One line for the first thing pydantic refused; a misspelt key before the missing one it leaves behind."""
-    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    location = first["loc"]
-    key = ".".join(str(part) for part in location)
-    if first["type"] == "extra_forbidden":
-        hint = nearest(str(location[-1]), _keys_at(location[:-1]))
-        return InputError(f"{where}: unknown key {key!r}; {hint}")
-    if first["type"] == "literal_error":
-        choices = re.findall(r"'([^']*)'", first.get("ctx", {})["expected"])
-        return InputError(
-            f"{where}: {key}: {first['input']!r} is not a choice; {nearest(str(first['input']), choices)}"
-        )
-    if first["type"] == "missing":
-        return InputError(f"{where}: {key!r} is missing; set it in the file or with --{key} VALUE")
-    given = "" if isinstance(first["input"], dict) else f" (it is {first['input']!r})"
-    return InputError(f"{where}: {key}: {first['msg'].removeprefix('Value error, ')}{given}")
+    Raises:
+        InputError: no YAML, no keys, or no such preset.
+    """
+    where = str(file)
+    raw = _parse_yaml(read_text(file, "--config"), where)
+    if not isinstance(raw, dict):
+        raise InputError(f"{where}: the file must hold keys and values, not {type(raw).__name__}")
+    methods = raw.pop("methods", None) or {}
+    if not isinstance(methods, dict) or not all(isinstance(preset, dict) for preset in methods.values()):
+        raise InputError(f"{where}: `methods` must map each name to the keys that differ")
+    if method is None:
+        return raw, {}
+    if method not in methods:
+        raise InputError(f"{where}: no method {method!r}; {nearest(method, list(methods)) if methods else 'none'}")
+    return raw, merge(methods[method], {"method": method})
 
 
 def resolve(
@@ -118,79 +105,95 @@ def resolve(
     """Read `file`, lay the preset `method` of its table `methods:` over it, then the `overrides`.
 
     Args:
-        reads_data: the files of the corpora must be there. (To plan a run, they need not be.)
+        file: a path, or the name of a shipped recipe. Relative paths, also in the file, start at the working folder.
+        reads_data: the files of the corpora must exist. (A plan does not need them.)
 
     Raises:
-        InputError: anything in the text that cannot be run, in one line.
+        InputError: the configuration cannot be run; one line says why.
     """
-    where = str(file)
-    raw = _parse_yaml(read_text(Path(file), "--config"), where)
-    if not isinstance(raw, dict):
-        raise InputError(f"{where}: the file must hold keys and values, not {type(raw).__name__}")
-    methods = raw.pop("methods", None) or {}
-    if not isinstance(methods, dict) or not all(isinstance(preset, dict) for preset in methods.values()):
-        raise InputError(f"{where}: `methods` must map each name to the keys that differ")
-    if method is not None:
-        if method not in methods:
-            raise InputError(f"{where}: no method {method!r}; {nearest(method, list(methods)) if methods else 'none'}")
-        raw = merge(raw, merge(methods[method], {"method": method}))
+    path = find_file(file, "--config", RECIPES)
+    where = str(path)
+    raw, preset = _read(path, method)
+    layers = {where: raw, f"{where}: methods.{method}": preset, "command line": _overrides(overrides)}
+    merged: Tree = {}
+    for layer in layers.values():
+        merged = merge(merged, layer)
     try:
-        config = RunConfig.model_validate(merge(raw, _overrides(overrides)))
+        config = RunConfig.model_validate(merged)
     except ValidationError as error:
-        raise _explain(error, where) from None
+        raise explain(error, where, layers) from None
+    config = _with_defaults(config, where)
     if config.synthesis.rule == "gru" and config.synthesis.scope == "element":
         raise InputError(f"{where}: synthesis.scope: gru compares whole gradients; valid: module, layer, global")
-    if (
-        config.objective.forget == "rmu"
-        and "trainable" not in config.model.model_fields_set
-        and config.model.lora is None
-    ):
-        config = _with_rmu_tensors(config)
-    if config.train.steps is not None and config.train.epochs is not None:
-        raise InputError(f"{where}: train.steps and train.epochs are both given; take one back, as --train.epochs null")
-    if config.train.steps is None and config.train.epochs is None:
-        config = config.model_copy(update={"train": config.train.model_copy(update={"steps": DEFAULT_STEPS})})
     if not config.tasks:
         raise InputError(f"{where}: objective.forget and objective.retain are both none: nothing to train")
     for task in config.tasks:
-        corpus: Corpus | None = getattr(config.data, task)
-        if corpus is None:
-            raise InputError(f"{where}: data.{task} is missing, and objective.{task} is not none")
-        if reads_data and format_of(corpus.path) is not None and not Path(corpus.path).is_file():
-            raise InputError(f"{where}: data.{task}.path: there is no file {corpus.path}")
-        if getattr(config.objective, task) == "dpo" and corpus.preferred is None:
-            raise InputError(f"{where}: data.{task}.preferred is missing: dpo needs the column with the text to prefer")
-        objective = getattr(config.objective, task)
-        if objective in ("idk", "dpo_idk") and corpus.prompt is None:
-            raise InputError(f"{where}: data.{task}: {objective} needs questions to refuse; set prompt and response")
-        if reads_data and corpus.refusals is not None and not Path(corpus.refusals).is_file():
-            raise InputError(f"{where}: data.{task}.refusals: there is no file {corpus.refusals}")
-        rows = next((key for key in ("prompt", "preferred") if getattr(corpus, key) is not None), None)
-        if rows is not None and config.data.packing == "blocks":
-            raise InputError(
-                f"{where}: data.packing: blocks would cut through the rows that data.{task}.{rows} asks for; "
-                "set data.packing: documents"
-            )
+        _check_corpus(config, task, where, reads_data)
     return config
 
 
+def _with_defaults(config: RunConfig, where: str) -> RunConfig:
+    """The configuration with the defaults that depend on other keys.
+
+    Raises:
+        InputError: steps and epochs are both given.
+    """
+    model, train = config.model, config.train
+    if config.objective.forget == "rmu" and "trainable" not in model.model_fields_set and model.lora is None:
+        config = _with_rmu_tensors(config)
+    if train.steps is not None and train.epochs is not None:
+        raise InputError(f"{where}: train.steps and train.epochs are both given; unset one, as --train.epochs null")
+    if train.steps is None and train.epochs is None:
+        config = config.model_copy(update={"train": train.model_copy(update={"steps": DEFAULT_STEPS})})
+    return config
+
+
+def _check_corpus(config: RunConfig, task: str, where: str, reads_data: bool) -> None:
+    """
+    Raises:
+        InputError: the corpus of `task` is missing, or does not suit the task's objective or the packing.
+    """
+    corpus: Corpus | None = getattr(config.data, task)
+    objective: str = getattr(config.objective, task)
+    if corpus is None:
+        raise InputError(f"{where}: data.{task} is missing, and objective.{task} is not none")
+    if reads_data and format_of(corpus.path) is not None:
+        _check_exists(corpus.path, f"{where}: data.{task}.path")
+    if objective == "dpo" and corpus.preferred is None:
+        raise InputError(f"{where}: data.{task}.preferred is missing: dpo needs the column with the text to prefer")
+    if objective in ("idk", "dpo_idk") and corpus.prompt is None:
+        raise InputError(f"{where}: data.{task}: {objective} needs questions to refuse; set prompt and response")
+    if reads_data and corpus.refusals is not None:
+        _check_exists(corpus.refusals, f"{where}: data.{task}.refusals")
+    rows = next((key for key in ("prompt", "preferred") if getattr(corpus, key) is not None), None)
+    if rows is not None and config.data.packing == "blocks":
+        raise InputError(
+            f"{where}: data.packing: blocks would cut through the rows that data.{task}.{rows} needs whole; "
+            "set data.packing: documents"
+        )
+
+
+def _check_exists(file: str, key: str) -> None:
+    if not Path(file).is_file():
+        raise InputError(f"{key}: there is no file {Path(file).absolute()}")
+
+
 def _with_rmu_tensors(config: RunConfig) -> RunConfig:
-    """RMU trains, unless told otherwise, `mlp.down_proj` of its layer and the two before it (Li et al., 2024)."""
+    """RMU's default: `mlp.down_proj` of its layer and of the two before it trains (Li et al., 2024)."""
     layers = range(max(config.objective.layer - 2, 0), config.objective.layer + 1)
-    train = [rf"\.{layer}\.mlp\.down_proj\.weight$" for layer in layers]
-    return config.model_copy(update={"model": config.model.model_copy(update={"trainable": train})})
+    trainable = [rf"\.{layer}\.mlp\.down_proj\.weight$" for layer in layers]
+    return config.model_copy(update={"model": config.model.model_copy(update={"trainable": trainable})})
 
 
 def _describe(section: type[BaseModel], prefix: str = "") -> list[str]:
     lines = []
     for name, field in section.model_fields.items():
-        options = getattr(field.annotation, "__args__", (field.annotation,))
-        inner = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
-        if inner:
-            lines += _describe(inner[0], f"{prefix}{name}.")
+        inner = subsection(field.annotation)
+        if inner is not None:
+            lines += _describe(inner, f"{prefix}{name}.")
         else:
             default = "required" if field.is_required() else field.default
-            choices = [str(choice) for choice in options if isinstance(choice, str)]
+            choices = [choice for choice in getattr(field.annotation, "__args__", ()) if isinstance(choice, str)]
             lines.append(f"  --{prefix}{name} [{default}] {' | '.join(choices)} {field.description or ''}".rstrip())
     return lines
 
@@ -200,8 +203,19 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"command line: {message}")
 
 
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """`--config` and `--method`, as every command that reads a run's YAML has them."""
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help=f"the run's YAML file, or the name of a shipped recipe: {', '.join(RECIPES.names())}",
+    )
+    parser.add_argument("--method", metavar="NAME", help="a preset from the file's table `methods:`")
+
+
 def parse_command_line(arguments: Sequence[str] | None = None) -> tuple[RunConfig, bool, bool]:
-    """The configuration that the command line asks for, whether to resume, and whether to be quiet.
+    """The configuration that the command line describes, whether to resume, and whether to be quiet.
 
     Raises:
         InputError: see `resolve`. (`--help` ends the process with status 0.)
@@ -214,16 +228,15 @@ def parse_command_line(arguments: Sequence[str] | None = None) -> tuple[RunConfi
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file")
-    parser.add_argument("--method", metavar="NAME", help="a preset from the file's table `methods:`")
-    parser.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint, if any")
-    parser.add_argument("--quiet", action="store_true", help="say nothing but warnings and errors")
+    add_config_options(parser)
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the run folder's last checkpoint, if there is one"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     known, rest = parser.parse_known_args(arguments)
     return resolve(known.config, known.method, rest), known.resume, known.quiet
 
 
 def to_yaml(config: RunConfig) -> str:
-    import yaml
-
     return yaml.safe_dump(config.model_dump(), sort_keys=False)

@@ -1,21 +1,21 @@
-"""A run and the folder that holds it: what identifies the run, what `--resume` may change."""
+"""A run and its folder: what identifies the run, and what `--resume` may change."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
+from pipeline.config.explain import Tree
 from pipeline.config.load import resolve
 from pipeline.config.schema import RunConfig
 from pipeline.errors import InputError
 
-# What a resumed run may have otherwise: nothing that its weights depend on.
+# A resumed run may differ in these keys: its weights depend on none of them.
 RELOCATABLE_KEYS = ("output", "cache")  # a run may move
 
 
-# So may what it reads: digests of the content, and the keys of the DeepSpeed file, decide instead of these paths.
+# It may also read from other paths: digests of the content, and the keys of the DeepSpeed file, are compared instead.
 BY_CONTENT = (
     "model.path",
     "train.deepspeed",
@@ -28,11 +28,11 @@ RESUME_MUTABLE_KEYS = (
     *("synthesis.stash_device", "synthesis.layer_geometry_every"),
     *("train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints", "train.export_every"),
     *("train.max_skipped", "train.timeout_minutes"),
-)  # other ranks may need other micro-batches
+)  # another number of ranks may need another micro-batch
 
 
-# Of the DeepSpeed file: what measures, and what only says how much is moved at a time or waits where. A size that
-# decides how a checkpoint is laid out (sub_group_size) is none of these.
+# The same for keys of the DeepSpeed file: monitors, and sizes and places that change how data moves but no result. A
+# size that decides the layout of a checkpoint (sub_group_size) is not among them.
 FREE_OF_DEEPSPEED = (
     *("tensorboard", "csv_monitor", "wandb", "comet", "flops_profiler", "comms_logger", "wall_clock_breakdown"),
     *("memory_breakdown", "dump_state", "steps_per_print", "train_micro_batch_size_per_gpu", "aio"),
@@ -55,11 +55,11 @@ FREE_OF_DEEPSPEED = (
 
 
 def check_output_dir(config: RunConfig, resume: bool) -> None:
-    """A run folder is never overwritten, and resumed only by the run that it holds.
+    """Refuse to overwrite a run, and to resume another run than the one in the folder.
 
     Raises:
-        InputError: `output` is a file, holds a run (without `resume`), or another run than `config` describes. What
-            decides by its content (BY_CONTENT) is looked at once it is read, by `checkpoint.load`.
+        InputError: `output` is a file, contains a run (without `resume`), or another run than `config` describes.
+            `checkpoint.load` compares the content behind the keys of BY_CONTENT.
     """
     output = Path(config.output)
     if output.exists() and not output.is_dir():
@@ -75,8 +75,8 @@ def check_output_dir(config: RunConfig, resume: bool) -> None:
             raise InputError(f"--resume: {key} was {then!r} in {output} and is {wanted!r} now; keep it")
 
 
-def run_fingerprint(config: RunConfig, zero: dict[str, Any]) -> dict[str, Any]:
-    """What of the configuration decides the numbers of a run, and how DeepSpeed lays them out, as JSON has it.
+def run_fingerprint(config: RunConfig, zero: Tree) -> Tree:
+    """The keys that decide the numbers of a run and the layout of its checkpoints, with values as in JSON.
 
     Args:
         zero: as `deepspeed_config` returns it.
@@ -86,12 +86,12 @@ def run_fingerprint(config: RunConfig, zero: dict[str, Any]) -> dict[str, Any]:
     return {**keys, **{f"train.deepspeed: {key}": value for key, value in _decisive_of_deepspeed(zero).items()}}
 
 
-def content_digest(zero: dict[str, Any]) -> str:
-    """SHA-256 of what in the dictionary of `deepspeed_config` decides the numbers of a run."""
+def content_digest(zero: Tree) -> str:
+    """SHA-256 of the keys in the dictionary of `deepspeed_config` that decide the numbers of a run."""
     return hashlib.sha256(json.dumps(_decisive_of_deepspeed(zero), sort_keys=True).encode()).hexdigest()
 
 
-def _decisive_of_deepspeed(zero: dict[str, Any]) -> dict[str, Any]:
+def _decisive_of_deepspeed(zero: Tree) -> Tree:
     stated = {"zero_optimization.stage": 0, **_flat(zero)}
     return {
         key: value
@@ -100,9 +100,9 @@ def _decisive_of_deepspeed(zero: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys; a section that is absent is None."""
-    leaves: dict[str, Any] = {}
+def _flat(tree: Tree, prefix: str = "") -> Tree:
+    """The tree as one level of dotted keys; an absent section is None."""
+    leaves: Tree = {}
     for key, value in tree.items():
         leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return leaves

@@ -1,7 +1,7 @@
 """One typed, validated run configuration: YAML + method preset + dotted overrides.
 
-Imports no torch: everything that can be refused from the text of the configuration alone is refused before the
-heavy imports, in one line that names the key and the nearest valid one.
+Imports no torch: an error in the text of the configuration is refused before the heavy imports, in one line that
+names the key and the nearest valid one.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[2]  # a clone; or the folder into which the package is installed
 
 
 def _regex(pattern: str) -> str:
@@ -24,8 +24,8 @@ def _regex(pattern: str) -> str:
     return pattern
 
 
-def _none_is_a_name(value: Any) -> Any:
-    """YAML's `forget: null` and `forget: none` say the same thing."""
+def _none_is_a_name(value: object) -> object:
+    """`forget: null` and `forget: none` mean the same."""
     return "none" if value is None else value
 
 
@@ -66,22 +66,22 @@ class Model(Section):
         ge=0,
         lt=1,
         description="rate of every dropout of the model while it trains (model.lora.dropout apart); "
-        "null: the rates of its config.json, with which npo, dpo, kl, undial and embed_diff compare a model with "
-        "dropout to a reference without",
+        "null: the rates of its config.json; npo, dpo, kl, undial and embed_diff then compare a model with "
+        "dropout to a reference model without dropout",
     )
     attn_implementation: str | None = Field(
         None,
         min_length=1,
-        description="as transformers names it: sdpa, eager, flash_attention_2, ...; null: its choice",
+        description="transformers' name of an attention: sdpa, eager, flash_attention_2, ...; null: its default",
     )
     torch_compile: bool = Field(False, description="compile each decoder block")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     allow_pickle: bool = Field(
-        False, description="take weights that are not safetensors where a model has no others: pickles can run code"
+        False, description="load weights that are not safetensors if a model has no others: pickles can run code"
     )
 
     @model_validator(mode="after")
-    def _adapters_are_what_trains(self) -> Model:
+    def _only_adapters_train(self) -> Model:
         if self.lora is not None and self.trainable != [".*"]:
             raise ValueError(
                 "model.trainable chooses among the model's own tensors, but with model.lora only adapters "
@@ -100,17 +100,18 @@ class Corpus(Section):
     field: str | None = Field("text", description="the column that holds the text (unused for .txt)")
     prompt: str | None = Field(None, description="instead of field: the column with the question, not predicted")
     response: str | None = Field(None, description="beside prompt: the column with the answer, which is predicted")
-    preferred: str | None = Field(None, description="the column with what to say instead, for preference objectives")
+    preferred: str | None = Field(None, description="the column with the preferred text, for preference objectives")
     refusals: FilePath | None = Field(
-        None, description=".txt file, a refusal a line, for objectives that teach to refuse; null: a built-in list"
+        None,
+        description=".txt file with one refusal per line, for objectives that teach refusals; null: a built-in list",
     )
     name: str | None = Field(None, description="the hub data set's configuration")
     split: str = Field("train", description="the hub data set's split")
 
     @model_validator(mode="before")
     @classmethod
-    def _no_field_beside_a_prompt(cls, given: Any) -> Any:
-        """So that `field`'s default does not count as set, nor when a resolved configuration is read again."""
+    def _no_field_beside_a_prompt(cls, given: object) -> object:
+        """Unset the default of `field` beside a prompt, so that a resolved configuration can be read again."""
         if isinstance(given, dict) and any(given.get(key) is not None for key in ("prompt", "response")):
             return {"field": None, **given}
         return given
@@ -144,11 +145,13 @@ class Corpus(Section):
 
 class Data(Section):
     max_length: int = Field(512, ge=2, description="tokens per sequence")
-    packing: Literal["blocks", "documents"] = Field("blocks", description="cut a joined stream, or one document each")
+    packing: Literal["blocks", "documents"] = Field(
+        "blocks", description="cut joined documents into blocks, or give each document its own sequences"
+    )
     long_documents: Literal["split", "truncate"] = Field(
         "split",
-        description="text beyond max_length, and the rest of a stream that fills no block: in sequences of its own, or "
-        "left out (answers and pairs are always truncated)",
+        description="text beyond max_length, and the rest that fills no block: in sequences of its own, or left out "
+        "(answers and pairs are always truncated)",
     )
     forget: Corpus | None = None
     retain: Corpus | None = None
@@ -167,7 +170,9 @@ class Objective(Section):
     forget: Forget = Field("npo", description="forget loss (paper, section 2.2)")
     retain: Retain = Field("nll", description="retain loss (paper, section 2.2)")
     beta: float = Field(
-        0.1, gt=0, description="sharpness of npo, simnpo, dpo and dpo_idk; power in wga; what undial takes off a logit"
+        0.1,
+        gt=0,
+        description="sharpness of npo, simnpo, dpo and dpo_idk; exponent in wga; penalty on the logit in undial",
     )
     delta: float = Field(0.0, description="margin of simnpo (the paper's gamma)")
     layer: int = Field(7, ge=0, description="decoder block whose output rmu and embed_diff read, counted from 0")
@@ -176,20 +181,20 @@ class Objective(Section):
 
 class Synthesis(Section):
     rule: Literal["sum", "sago", "pcgrad", "blur", "gru"] = Field(
-        "sago", description="how the two gradients become one"
+        "sago", description="how the two gradients are combined"
     )
     scope: Literal["element", "module", "layer", "global"] | None = Field(
-        None, description="where conflict is judged; null: the rule's own scope in the paper"
+        None, description="the unit for which conflict is decided; null: the rule's scope in the paper"
     )
     alpha: float = Field(1.0, ge=0, description="weight of the retain gradient")
     gamma: float = Field(1.0, ge=0, description="weight of the forget gradient")
     zero_forget: Literal["literal", "retain"] = Field(
-        "literal", description="where the forget gradient is exactly 0, sago gives 0 (paper) or the retain gradient"
+        "literal", description="sago's result where the forget gradient is exactly 0: 0 (paper) or the retain gradient"
     )
     stash_device: Literal["device", "host"] = Field(
-        "device", description="where the forget gradient waits: beside the retain gradient, or in pinned host memory"
+        "device", description="memory of the forget buffer: the GPU, or pinned host memory"
     )
-    geometry: bool = Field(False, description="measure the cosines under `sum` too (costs the spare partition)")
+    geometry: bool = Field(False, description="measure the cosines under `sum` too (costs the forget buffer)")
     layer_geometry_every: int = Field(
         10, ge=0, description="steps between measurements of each layer's cosines and conflicts; 0 is off"
     )
@@ -200,7 +205,7 @@ class Optimizer(Section):
     lr: float = Field(1e-5, gt=0)
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0, description="not of norms and biases, as in transformers' Trainer")
+    weight_decay: float = Field(0.0, ge=0, description="not applied to norms and biases, as in transformers' Trainer")
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="fraction of the steps; 0 is off")
     max_grad_norm: float = Field(1.0, ge=0, description="largest gradient norm, after synthesis; 0 is off")
@@ -214,10 +219,13 @@ class Train(Section):
     epochs: float | None = Field(None, gt=0, description="instead of steps: passes over the forget set")
     batch_size: int = Field(32, ge=1, description="sequences per task and step, over all ranks")
     micro_batch_size: int = Field(4, ge=1, description="sequences per forward pass and rank")
-    deepspeed: str = Field("ds_configs/zero3.json", description="ZeRO, precision and communication")
+    deepspeed: str = Field(
+        "ds_configs/zero3.json",
+        description="DeepSpeed file, or the name of a shipped one (zero3): ZeRO, precision and communication",
+    )
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints for --resume; 0 is off")
-    keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay")
-    export_every: int = Field(0, ge=0, description="steps between Hugging Face exports on the way; 0 is off")
+    keep_checkpoints: int = Field(2, ge=1, description="number of newest checkpoints that are not deleted")
+    export_every: int = Field(0, ge=0, description="steps between exports of the model during training; 0 is off")
     max_skipped: int = Field(10, ge=1, description="non-finite steps in a row that end the run")
     timeout_minutes: float = Field(
         30.0, gt=0, description="minutes that a rank waits for another before it ends with an error"
@@ -234,7 +242,7 @@ class RunConfig(Section):
         description="tokenised corpora and reference log-probabilities; safe to delete",
     )
     seed: int = Field(0, ge=0, description="data order, initial adapters, dropout")
-    method: str | None = Field(None, description="the preset this run came from (a label)")
+    method: str | None = Field(None, description="the preset of this run (a label)")
     model: Model
     data: Data
     objective: Objective = Objective()  # pyright: ignore[reportCallIssue]
@@ -244,7 +252,7 @@ class RunConfig(Section):
 
     @property
     def tasks(self) -> list[str]:
-        """The tasks of each step in the order they are accumulated; an absent one has objective `none`."""
+        """The tasks of each step, in the order of their backward passes; a task with objective `none` is absent."""
         return [task for task in ("forget", "retain") if getattr(self.objective, task) != "none"]
 
 
@@ -252,7 +260,7 @@ LOCAL_FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 
 def format_of(path: str | Path) -> str | None:
-    """Which of LOCAL_FORMATS a file has by its name, in any case and, but for Parquet, also compressed (`.gz`)."""
+    """The entry of LOCAL_FORMATS that a file's name ends with, in any case; `.gz` may follow, but not after Parquet."""
     endings = [ending.lower() for ending in Path(path).suffixes]
     compressed = endings[-1:] == [".gz"]
     found = "".join(endings[:-1][-1:] if compressed else endings[-1:])

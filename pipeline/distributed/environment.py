@@ -6,7 +6,7 @@ import os
 
 
 def world_from_environment() -> tuple[int, int]:
-    """(rank, number of ranks) as the launcher told this process: deepspeed, torchrun, Open MPI, MPICH, or alone."""
+    """(rank, number of ranks) from the variables of deepspeed, torchrun, Open MPI or MPICH; (0, 1) without them."""
     for rank, size in (
         ("RANK", "WORLD_SIZE"),
         ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),

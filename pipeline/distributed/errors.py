@@ -1,4 +1,4 @@
-"""An error of one rank on all of them, and what a rank prints when it ends."""
+"""Raise an error of one rank on all ranks, and print why a rank ends."""
 
 from __future__ import annotations
 
@@ -47,26 +47,26 @@ def local_main_first(build: Callable[[], T]) -> T:
     return result[0]
 
 
-# torch's own for what goes wrong between ranks. Gloo has no type: it says in which file of its source it threw.
+# torch's types of errors between ranks. Gloo has no type; its messages name the source file that raised them.
 NETWORK = (dist.DistNetworkError, dist.DistBackendError, dist.DistStoreError)
 
 
-WAITED = ("timed out", "timeout")  # chooses the hint, and nothing else
+WAITED = ("timed out", "timeout")  # only chooses the hint
 
 
-ANSWER = 5.0  # seconds that the store, which another rank serves, has to answer
+ANSWER = 5.0  # seconds to wait for the store, which another rank serves
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether this is how the end of another rank, its silence, or a broken network looks from here."""
+    """Whether `error` is the consequence of another rank that ended or hangs, or of a broken network."""
     of_gloo = type(error) is RuntimeError and re.search(r"\[\S*\bgloo/\S+:\d+\]", str(error)) is not None
     return isinstance(error, NETWORK) or of_gloo
 
 
 def _is_first() -> bool:
-    """Whether no other rank has reported an error before. They count where they met; true if nobody answers.
+    """Whether no other rank has reported an error before. The ranks count in their store; true if it does not answer.
 
-    Where that place is gone, so is the rank that served it, and what it said comes before.
+    If the store is gone, the rank that served it has ended, and has reported its error first.
     """
     if not dist.is_initialized():
         return True
@@ -74,34 +74,36 @@ def _is_first() -> bool:
 
     def count() -> None:
         try:
-            # Asked first, for a store whose other end is gone prints its C++ frames on stderr.
+            # Try a connection first: a store whose server is gone prints its C++ frames on stderr.
             socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), ANSWER).close()
             reported.append(distributed_c10d._get_default_store().add("errors", 1))
         except (OSError, *NETWORK):
             reported.append(2)
 
-    asking = threading.Thread(target=count, daemon=True)
-    asking.start()
-    asking.join(ANSWER)
+    counting = threading.Thread(target=count, daemon=True)
+    counting.start()
+    counting.join(ANSWER)
     return not reported or reported[0] == 1
 
 
 def report(error: BaseException, logged: bool = False) -> int:
-    """Say on stderr why this rank ends; returns its status.
+    """Print on stderr why this rank ends; returns its exit status.
 
-    What happened between ranks is told whole by the first rank that reports an error, and in a line by the others, so
-    that the culprit's own words are found.
+    The first rank that reports an error between ranks prints its traceback; the others print one line, so that the
+    error of the culprit is easy to find.
 
     Args:
-        logged: `log.txt` has the traceback.
+        logged: `log.txt` contains the traceback.
     """
     rank, is_first = os.environ.get("RANK", "0"), _is_first()
-    print(file=sys.stderr)  # the progress line is open
+    print(file=sys.stderr)  # end the progress line
     if isinstance(error, KeyboardInterrupt):
         print(f"rank {rank}: interrupted", file=sys.stderr)
         return INTERRUPTED
     if isinstance(error, FatalError):
-        if rank != "0":  # one disk is full for all: if the first rank tells it, the launcher ends us meanwhile
+        if (
+            rank != "0"
+        ):  # all ranks share a full disk: the first one reports it, and the launcher ends the others meanwhile
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
         print(f"error: {error}", file=sys.stderr)
@@ -111,8 +113,8 @@ def report(error: BaseException, logged: bool = False) -> int:
         if is_first or not logged:
             traceback.print_exception(error)
         else:
-            told = (str(error).splitlines() or [""])[0][:200]
-            print(f"rank {rank}: {type(error).__name__}: {told} (whole in log.txt)", file=sys.stderr)
+            line = (str(error).splitlines() or [""])[0][:200]
+            print(f"rank {rank}: {type(error).__name__}: {line} (the traceback is in log.txt)", file=sys.stderr)
         print(_hint(error, rank, is_first), file=sys.stderr)
     else:
         traceback.print_exception(error)
@@ -122,12 +124,12 @@ def report(error: BaseException, logged: bool = False) -> int:
 def _hint(error: BaseException, rank: str, is_first: bool) -> str:
     if any(sign in str(error).lower() for sign in WAITED):
         return (
-            f"error: rank {rank} waited for another rank as long as train.timeout_minutes allows: one hangs, or needs "
-            "longer"
+            f"error: rank {rank} waited for another rank as long as train.timeout_minutes allows: that rank hangs, or "
+            "needs more time"
         )
     if is_first:
         return (
-            f"error: rank {rank} cannot reach another rank, and none reported an error before: another rank ended "
-            "without a word (killed), or the network between them failed"
+            f"error: rank {rank} cannot reach another rank, and none reported an error before: another rank was "
+            "killed, or the network between them failed"
         )
-    return f"rank {rank}: ends because another rank ended; what that one said, if anything, is above"
+    return f"rank {rank}: ends because another rank ended; the error of that rank, if it printed one, is above"

@@ -1,4 +1,4 @@
-"""The process group: find it, agree on errors, and leave it without an accident."""
+"""Join the process group, and leave it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ T = TypeVar("T")
 
 
 def start(timeout: float = 30.0) -> torch.device:
-    """Join the process group that the launcher (deepspeed, torchrun, mpirun, or nobody) set up; returns the device.
+    """Join the process group that the launcher (deepspeed, torchrun, mpirun, or none) set up; returns the device.
 
     Args:
         timeout: minutes that a collective waits for another rank.
+
+    Raises:
+        InputError: mpirun and mpi4py belong to different MPIs.
     """
     limit = timedelta(minutes=timeout)
-    # The groups that DeepSpeed makes beside torch's own are given no limit: theirs is torch's default.
+    # DeepSpeed passes no limit to the groups that it makes itself: they get torch's default.
     distributed_c10d.default_pg_timeout = limit
     distributed_c10d.default_pg_nccl_timeout = limit  # pyright: ignore[reportPrivateImportUsage]
     skip_shm_op()
@@ -45,10 +48,10 @@ def start(timeout: float = 30.0) -> torch.device:
         from mpi4py import MPI
 
         started = world_from_environment()[1]
-        if MPI.COMM_WORLD.Get_size() != started:  # each would train for itself, into the same folder
+        if MPI.COMM_WORLD.Get_size() != started:  # each rank would train alone, into the same folder
             raise InputError(
-                f"mpirun: it started {started} ranks, of which mpi4py sees {MPI.COMM_WORLD.Get_size()}, being of "
-                "another MPI; use that one's mpirun, or set MPI4PY_LIBMPI to the libmpi.so of this one"
+                f"mpirun: it started {started} ranks, of which mpi4py sees {MPI.COMM_WORLD.Get_size()}, because "
+                "mpi4py uses another MPI; use the mpirun of that MPI, or set MPI4PY_LIBMPI to the libmpi.so of this one"
             )
         # DeepSpeed's discovery uses one fixed port, so two jobs on a host would collide.
         port = MPI.COMM_WORLD.bcast(_free_port() if MPI.COMM_WORLD.Get_rank() == 0 else None)
@@ -72,10 +75,10 @@ def skip_shm_op() -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process with `status`: 0, 2 and STOPPED are reached by all ranks alike, others by one that failed.
+    """End this process with `status`. All ranks end with 0, 2 or STOPPED together; a rank that failed ends alone.
 
-    The interpreter's own shutdown is skipped: with gloo it aborts now and then after all work is done, and the
-    launcher would report a failure that did not happen. MPI, where it started the ranks, wants to be told.
+    The interpreter's own shutdown is skipped: with gloo it sometimes aborts after all work is done, and the launcher
+    would report a failure that did not happen. MPI must be finalized where it started the ranks.
     """
     sys.stdout.flush()
     sys.stderr.flush()

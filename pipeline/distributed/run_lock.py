@@ -1,4 +1,4 @@
-"""One run at a time in a run folder: a lock of the kernel's, shared by the run's ranks."""
+"""One run at a time in a run folder: a lock of the kernel, shared by the ranks of the run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ LOCKLESS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # Lust
 
 
 class RunLock:
-    """Keeps the folder of a run from another run while any rank of this one lives.
+    """Prevents another run from using the folder while any rank of this run lives.
 
-    The first rank takes it alone; then all ranks share it, so that ranks which outlive the first one still hold it. The
-    lock is the kernel's (flock): it ends with the processes, however they end. On NFS the server keeps it, so it holds
-    between machines as well, unless the mount says local_lock; after a machine crashed, until the server has noticed.
+    The first rank acquires the lock exclusively; then all ranks share it, so that a rank that outlives the first one
+    still holds it. The kernel (flock) releases it when the processes end, however they end. On NFS the server manages
+    it, so it works between machines as well, unless the mount option is local_lock; after a crash of a machine it
+    remains until the server has noticed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,18 +30,18 @@ class RunLock:
         self.file: IO[bytes] | None = None
 
     def take(self) -> None:
-        """Of the first rank.
+        """Acquire the lock exclusively, on the first rank.
 
         Raises:
-            InputError: another run has it.
+            InputError: another run holds it.
         """
         self._flock(fcntl.LOCK_EX)
 
     def share(self) -> None:
-        """Of every rank, after `take`.
+        """Share the lock, on every rank, after `take`.
 
         Raises:
-            InputError: another run came between.
+            InputError: another run acquired it in between.
         """
         self._flock(fcntl.LOCK_SH)
 
@@ -62,4 +63,4 @@ class RunLock:
         except OSError as error:
             if error.errno not in LOCKLESS:
                 raise
-            log.warning(f"{self.folder}: its file system has no locks, so nothing keeps a second run from it")
+            log.warning(f"{self.folder}: its file system has no locks, so nothing prevents a second run from using it")

@@ -1,14 +1,15 @@
-"""What a run holds, sends and takes, by arithmetic on the shapes of its model and of its machines.
+"""The memory of a run, by arithmetic on the shapes of its model and its cluster.
 
-`states` is what DeepSpeed 0.19.8 keeps on each stage, `working` what a micro-batch needs beside it, `traffic` what
-collectives move in a step, `seconds` how long that takes. docs/plan.md says how far to trust the figures.
+`states` is the memory of model, gradients and optimizer in DeepSpeed 0.19.8 by stage, `working` what a micro-batch
+needs beside it. docs/plan.md says how far to trust the figures.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pipeline.config.explain import Tree
 from pipeline.config.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -18,16 +19,16 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 
-ADAM_BYTES = 48  # an element moves through memory in combination, clipping and AdamW: 12 reads and writes of 4 bytes
+ADAM_BYTES = 48  # memory traffic of an element in combination, clipping and AdamW: 12 reads and writes of 4 bytes
 
 
 @dataclass(frozen=True)
 class Cluster:
-    gpus: int  # of a machine
+    gpus: int  # per machine
     nodes: int
     gpu_memory: float  # GiB
-    bandwidth: float  # GB/s into, and out of, a machine
-    tflops: float  # that a GPU sustains
+    bandwidth: float  # GB/s into and out of a machine
+    tflops: float  # sustained, of a GPU
 
     @property
     def world(self) -> int:
@@ -53,7 +54,7 @@ class Zero:
     bucket: int
     sub_group: int
     persistent: int  # tensors of at most so many elements are never partitioned
-    live: int  # elements that stay gathered
+    live: int  # elements that remain gathered
     prefetch: int
     hpz: int
     optimizer_on: str  # device, cpu or nvme
@@ -63,7 +64,7 @@ class Zero:
     wire: int  # and of one that is being reduced
 
     @staticmethod
-    def of(zero: dict[str, Any], shape: ModelShape) -> Zero:
+    def of(zero: Tree, shape: ModelShape) -> Zero:
         """`zero`: as `deepspeed_config` returns it. Defaults are DeepSpeed 0.19.8's (runtime/zero/config.py)."""
         keys = zero["zero_optimization"]
         stage = keys.get("stage", 0)
@@ -88,7 +89,7 @@ class Zero:
 
 
 def keeps_stash(config: RunConfig) -> int:
-    """Gradients kept beside DeepSpeed's: 0, 1, or 2 with a moving average (as `train.run` decides)."""
+    """Buffers of a whole gradient beside DeepSpeed's: 0, 1 (the forget buffer), or 2 with a moving average."""
     rule = config.synthesis.rule
     if len(config.tasks) < 2 or (rule == "sum" and not config.synthesis.geometry):
         return 0
@@ -96,7 +97,7 @@ def keeps_stash(config: RunConfig) -> int:
 
 
 def states(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster) -> Memory:
-    """What is held whatever the micro-batch, in bytes of one rank."""
+    """Memory that does not depend on the micro-batch, in bytes of one rank."""
     from pipeline.losses.objectives import OBJECTIVES
 
     world, b = machines.world, shape.itemsize
@@ -107,7 +108,7 @@ def states(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster) 
     elif zero.stage == 0:
         mine = shape.trained
     moments = 2 if config.optimizer.name == "adamw" else 0
-    master = 0 if b == 4 and zero.stage == 0 else 1  # ZeRO copies fp32 weights too
+    master = 0 if b == 4 and zero.stage == 0 else 1  # ZeRO copies fp32 weights as well
     gradient = shape.trained if zero.stage == 0 or (zero.stage == 1 and zero.optimizer_on == "device") else mine
     stash = keeps_stash(config) * (shape.trained if zero.stage == 0 or (zero.stage == 1 and b == 2) else mine)
 
@@ -139,7 +140,7 @@ def states(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster) 
     references = {OBJECTIVES[getattr(config.objective, task)].reference for task in config.tasks}
     if references & {"logits", "hidden"}:
         held = mine if zero.stage == 3 else shape.trained
-        (host if zero.parameters_on == "cpu" else gpu)["original"] = b * held
+        (host if zero.parameters_on == "cpu" else gpu)["reference"] = b * held
     gpu["buffers"] = buffers(shape, zero)
     stretch = min(zero.sub_group, mine) if zero.stage == 3 else mine
     if not offloaded:  # the gradient as one fp32 tensor, and what AdamW computes before it writes
@@ -150,7 +151,7 @@ def states(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster) 
 
 
 def buffers(shape: ModelShape, zero: Zero) -> float:
-    """What DeepSpeed holds on the GPU to communicate, and the weights that are gathered at a time."""
+    """DeepSpeed's communication buffers on the GPU, and the weights that are gathered at a time, in bytes."""
     if zero.stage == 3:
         partitioned = [size for size in shape.sizes if size > zero.persistent]
         live = min(sum(partitioned), max(zero.live, max(partitioned, default=0)) + zero.prefetch)
@@ -161,23 +162,23 @@ def buffers(shape: ModelShape, zero: Zero) -> float:
 
 
 def head_bytes(shape: ModelShape, tokens: int, asks_logits: bool) -> float:
-    """At most alive for token losses of `tokens` positions beside the states they are taken from (objectives.py)."""
+    """Peak bytes of the token losses of `tokens` positions, beside their hidden states (modeling/token_losses.py)."""
     from pipeline.modeling.token_losses import _CHUNK
 
     vocabulary, width = shape.head
     whole = tokens * vocabulary
     gradient = vocabulary * width * shape.itemsize if shape.head_trains else 0
     soft = whole * shape.itemsize if asks_logits else 0
-    if not shape.plain_head:  # logits, what caps them, their gradient
+    if not shape.plain_head:  # logits, intermediates of their cap, their gradient
         return 4 * whole * shape.itemsize + gradient + soft
-    chunk = min(max(_CHUNK, vocabulary, tokens), whole)  # twice in fp32, and once as the model's product gave it
+    chunk = min(max(_CHUNK, vocabulary, tokens), whole)  # twice in fp32, and once in the model's dtype
     each = 8 + (shape.itemsize if shape.itemsize < 4 else 0) + (8 if asks_logits else 0)
-    states = tokens * width * (shape.itemsize + 4)  # a copy of the predicting ones; their gradient in fp32
+    states = tokens * width * (shape.itemsize + 4)  # a copy of those that predict; their gradient in fp32
     return chunk * each + states + gradient + soft
 
 
 def working(config: RunConfig, shape: ModelShape, passes: dict[str, Pass], micro: int) -> tuple[float, float]:
-    """(activations, logits): bytes alive in forward and backward of the task that needs more, beside the states."""
+    """(activations, logits): peak bytes of forward and backward of the task that needs more, beside `states`."""
     from pipeline.losses.objectives import OBJECTIVES
 
     found = []

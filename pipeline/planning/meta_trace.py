@@ -1,6 +1,6 @@
-"""What a forward and backward pass of the model keeps alive, computes and calls, without its weights.
+"""Memory, operations and module calls of a forward and backward pass, traced without the model's weights.
 
-Both are rehearsed on the meta device, where tensors have shapes and no contents, and every operation is seen.
+The pass runs on the meta device, where tensors have shapes and no contents; a dispatch mode records every operation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from pipeline.config.schema import RunConfig
@@ -40,25 +40,25 @@ class Linear:
 
 @dataclass(frozen=True)
 class Pass:
-    """Forward and backward of one task's micro-batch on one GPU, up to the states that its loss is taken from."""
+    """Forward and backward of one task's micro-batch on one GPU, up to the hidden states that the loss reads."""
 
     kept: Linear  # bytes alive between forward and backward
-    peak: Linear  # bytes alive at most, backward's own and one tensor's whole gradient included
+    peak: Linear  # most bytes alive at a time, with those of backward and one tensor's whole gradient
     flops: Linear  # of both
     forward_flops: Linear
-    used: list[int]  # numbers (rows of `ModelShape.sizes`) of the parameters of each module, whenever forward calls it
-    backward_gathers: list[int]  # and by backward, which also recomputes
-    reached: list[int]  # numbers of the parameters that get a gradient
+    used: list[int]  # parameters (rows of `ModelShape.sizes`) of each module that forward calls, at each call
+    backward_gathers: list[int]  # and of those that backward goes through or recomputes
+    reached: list[int]  # parameters that get a gradient
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    sizes: list[int]  # elements of each parameter, tied ones once
+    sizes: list[int]  # elements of each parameter; tied ones count once
     trains: list[bool]
     itemsize: int  # bytes of an element
     head: tuple[int, int]  # vocabulary, width
     head_trains: bool
-    plain_head: bool  # logits are the product with its weight, and are never made whole
+    plain_head: bool  # logits are the product with its weight, and are never stored whole
 
     @property
     def elements(self) -> int:
@@ -69,11 +69,12 @@ class ModelShape:
         return sum(size for size, trains in zip(self.sizes, self.trains, strict=True) if trains)
 
 
-def model_without_weights(config: RunConfig) -> Any:
-    """The model on the meta device, in `model.dtype`, with what trains chosen as in a run.
+def model_without_weights(config: RunConfig) -> PreTrainedModel:
+    """The model on the meta device, in `model.dtype`, with the trainable parameters of a run.
 
     Raises:
-        InputError: see `model.load_shape`, `model.check_router_loss` and `model.choose_what_trains`.
+        InputError: the model cannot be built without weights; see also `modeling.load_model_config`,
+            `check_router_loss` and `set_trainable_parameters`.
     """
     logging.set_verbosity_error()
     wanted = config.model.attn_implementation
@@ -82,7 +83,7 @@ def model_without_weights(config: RunConfig) -> Any:
     shape = load_model_config(config.model)
     if "retain" in config.tasks:
         check_router_loss(config.model)
-    if config.model.dropout is not None:  # elements that dropout drops are remembered for the backward pass
+    if config.model.dropout is not None:  # backward needs the mask of each dropout
         shape = set_dropout(shape, config.model.dropout)
     options = {"attn_implementation": "eager" if wanted == "eager" else "rehearsed"}
     try:
@@ -91,14 +92,23 @@ def model_without_weights(config: RunConfig) -> Any:
             set_trainable_parameters(model, config.model, config.seed)
     except (ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"model.path: {config.model.path!r} cannot be made without weights: {reason}") from None
+        raise InputError(f"model.path: {config.model.path!r} cannot be built without weights: {reason}") from None
     return model.train()
 
 
 def _attention(
-    module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None, *, padded: bool, **_: Any
-) -> Any:
-    """What a GPU's fused kernel keeps: inputs, output and one float a row. With padding also a mask, and keys repeated.
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    *,
+    padded: bool,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attention with the memory of a GPU's fused kernel: inputs, output and one float per row; with padding also a mask
+    and repeated keys.
 
     query: [B, heads, T, D]; key, value: [B, kv heads, T, D]. Returns ([B, T, heads, D], None).
     """
@@ -114,8 +124,9 @@ def _attention(
     return found[0].transpose(1, 2).contiguous(), None
 
 
-def shape_of(model: Any) -> ModelShape:
+def shape_of(model: PreTrainedModel) -> ModelShape:
     head = model.get_output_embeddings()
+    assert head is not None  # every causal language model has one
     parameters = list(model.parameters())
     text = model.config.get_text_config()
     capped = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # Gemma 2, Granite, Cohere
@@ -130,38 +141,45 @@ def shape_of(model: Any) -> ModelShape:
     )
 
 
-def rehearse(model: Any, length: int, layer: int | None) -> Pass:
-    """Run forward and backward on the meta device, of one sequence and of two, and count.
+def rehearse(model: PreTrainedModel, length: int, layer: int | None) -> Pass:
+    """Trace forward and backward of one sequence and of two on the meta device.
 
     Args:
         length: tokens of a sequence.
         layer: number of the block after which the pass ends, or None for all of them.
 
     Raises:
-        InputError: a forward pass that needs to see what is in a tensor.
+        InputError: the forward pass reads the contents of a tensor.
     """
-    runs = {size: _rehearse(model, size, length, layer) for size in (1, 2)}
-    numbers = {}
-    for name in ("kept", "peak", "flops", "forward_flops"):
-        one, two = runs[1][name], runs[2][name]
-        numbers[name] = Linear(2 * one - two, two - one)
-    return Pass(**numbers, **{name: runs[1][name] for name in ("used", "used_again", "reached")})
+    one, two = (_rehearse(model, size, length, layer) for size in (1, 2))
+    line = {key: Linear(2 * one.bytes[key] - two.bytes[key], two.bytes[key] - one.bytes[key]) for key in one.bytes}
+    return Pass(**line, used=one.used, backward_gathers=one.backward_gathers, reached=one.reached)
 
 
-def _rehearse(model: Any, size: int, length: int, layer: int | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Trace:
+    """Of a micro-batch of one size; see `Pass`."""
+
+    bytes: dict[str, int]
+    used: list[int]
+    backward_gathers: list[int]
+    reached: list[int]
+
+
+def _rehearse(model: PreTrainedModel, size: int, length: int, layer: int | None) -> _Trace:
     parameters = list(model.parameters())
     number = {id(parameter): i for i, parameter in enumerate(parameters)}
     used: list[int] = []
-    needed: list[int] = []  # by backward: whatever it goes through
+    needed: list[int] = []  # by backward
     reached: list[int] = []
 
-    def called(module: Any, inputs: Any, output: Any) -> None:
+    def called(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
         own = [number[id(parameter)] for parameter in module.parameters(recurse=False)]
         used.extend(own)
         first = output[0] if isinstance(output, tuple) else output
         needed.extend(own if first.requires_grad else [])
 
-    def reduced(parameter: Any) -> None:  # ZeRO takes a gradient away as soon as it is there
+    def reduced(parameter: Tensor) -> None:  # ZeRO reduces and frees a gradient as soon as it is complete
         reached.append(number[id(parameter)])
         parameter.grad = None
 
@@ -169,6 +187,7 @@ def _rehearse(model: Any, size: int, length: int, layer: int | None) -> dict[str
     hooks = [module.register_forward_hook(called) for module in owners]
     hooks += [p.register_post_accumulate_grad_hook(reduced) for p in parameters if p.requires_grad]
     base, head = base_of(model), model.get_output_embeddings()
+    assert head is not None
     ids = torch.zeros(size, length, dtype=torch.long, device="meta")
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     ledger = LiveBytes(parameters)
@@ -180,32 +199,29 @@ def _rehearse(model: Any, size: int, length: int, layer: int | None) -> dict[str
                 states.backward(torch.empty_like(states))
     except (RuntimeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"model.path: its forward pass cannot be rehearsed without weights: {reason}") from None
+        raise InputError(f"model.path: its forward pass cannot be traced without weights: {reason}") from None
     finally:
         for hook in hooks:
             hook.remove()
     last = [number[id(parameter)] for parameter in head.parameters()] if layer is None else []
-    return {
-        "kept": kept,
-        "peak": ledger.peak,
-        "flops": ledger.flops,
-        "forward_flops": forward_flops,
-        "used": used[:num_used] + last,
-        "used_again": needed[:num_needed] + used[num_used:] + last,
-        "reached": sorted({*reached, *(row for row in last if parameters[row].requires_grad)}),
-    }
+    return _Trace(
+        {"kept": kept, "peak": ledger.peak, "flops": ledger.flops, "forward_flops": forward_flops},
+        used=used[:num_used] + last,
+        backward_gathers=needed[:num_needed] + used[num_used:] + last,
+        reached=sorted({*reached, *(row for row in last if parameters[row].requires_grad)}),
+    )
 
 
 class LiveBytes(TorchDispatchMode):
-    """While entered, sees every operation: bytes of the storages it makes, as long as they live, and its FLOPs.
+    """While entered, counts the bytes of the storages that operations allocate, as long as they live, and their FLOPs.
 
-    `held`: tensors that are there already and do not count, nor do views of them.
+    `held`: tensors that exist already; neither they nor their views count.
     """
 
     def __init__(self, held: Iterable[Tensor]) -> None:
         super().__init__()
         self.alive = self.peak = self.flops = 0
-        self.known: dict[int, tuple[int, Any]] = {}
+        self.known: dict[int, tuple[int, weakref.ref[torch.UntypedStorage] | None]] = {}
         for tensor in held:
             self.known[tensor.untyped_storage()._cdata] = (0, None)
 
@@ -221,7 +237,7 @@ class LiveBytes(TorchDispatchMode):
                 self._add(tensor.untyped_storage())
         return out
 
-    def _add(self, storage: Any) -> None:
+    def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key not in self.known:
             self.known[key] = (storage.nbytes(), weakref.ref(storage, lambda _, key=key: self._remove(key)))

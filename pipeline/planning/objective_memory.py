@@ -1,13 +1,11 @@
-"""What an objective keeps, and needs at its peak, beside the ordinary way to compute it: bytes of live tensors.
+"""The memory of an objective, between steps and at its peak, compared with the usual way to compute it.
 
-    python -m eval.memory [--width 16] [--tokens 1024] [--vocabulary 131072]
+    python -m pipeline.planning.objective_memory [--width 16] [--tokens 1024] [--vocabulary 131072]
 
-*Head*: token losses from hidden states and the output weight, beside logits and cross-entropy in float32. *NPO* and
-*RMU's retain term*: a micro-batch of a small Llama, beside a second model that holds the frozen original; token losses
-are ours in both. On a GPU the allocator's figures; else every storage that an operation makes is followed while it
-lives, which leaves out what a kernel uses inside itself.
-
-This file and `speed.py` import `pipeline`, alone in `eval`: their subject is the step itself, not a run's files.
+*Head*: token losses from hidden states and the output weight, compared with logits and cross-entropy in float32. *NPO*
+and *RMU's retain term*: a micro-batch of a small Llama, compared with a second model as the reference; both use the
+token losses of this program. On a GPU the figures are the allocator's; else they are the bytes of all live storages,
+without what a kernel allocates inside itself.
 """
 
 from __future__ import annotations
@@ -59,15 +57,15 @@ RMU_TRAINS = r"layers\.[567]\.mlp\.down_proj"  # as in launch/recipes
 @dataclass(frozen=True)
 class Bytes:
     kept: int  # between steps
-    peak: int  # above that and the model, in a step
+    peak: int  # in a step, beyond `kept` and the model
 
 
 def measure(
     keep: Callable[[], Any], step: Callable[[Any], None], held: Iterable[Tensor], device: torch.device
 ) -> Bytes:
-    """What `keep()` leaves alive in what it returns, and what `step` of that has alive at most beside it.
+    """The bytes of what `keep()` returns, and the peak bytes that `step` of it adds.
 
-    `held`: tensors that are there before; they do not count.
+    `held`: tensors that exist before; they do not count.
     """
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
@@ -104,9 +102,9 @@ def head(tokens: int, width: int, vocabulary: int, dtype: torch.dtype, device: t
 
 
 class Engine(nn.Module):
-    """A whole model on one device behind what `pipeline` asks of DeepSpeed's engine."""
+    """A whole model on one device with the interface of DeepSpeed's engine."""
 
-    def __init__(self, module: Any, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
         super().__init__()
         self.module, self.device, self.optimizer = module, device, None
         install_outputs(self)
@@ -125,8 +123,8 @@ def make_engine(sizes: dict[str, int], trains: str, device: torch.device) -> Eng
     return Engine(model.train(), device)
 
 
-def original(sizes: dict[str, int], layer: int, batch: Batch, device: torch.device) -> dict[str, Bytes]:
-    """Forward and backward of one micro-batch, by where the frozen original's answer comes from."""
+def references(sizes: dict[str, int], layer: int, batch: Batch, device: torch.device) -> dict[str, Bytes]:
+    """Forward and backward of one micro-batch, by the source of the reference."""
 
     def backward(objective: str, reference: Tensor, **states: Tensor) -> None:
         mask = batch.attention_mask
@@ -140,19 +138,19 @@ def original(sizes: dict[str, int], layer: int, batch: Batch, device: torch.devi
     def likelihoods(engine: Engine) -> Tensor:
         return forward(engine, batch, TokenLosses()).double().sum(1)
 
-    def npo(engine: Engine, said: Tensor) -> None:
-        backward("npo", said, token_losses=forward(engine, batch, TokenLosses()))
+    def npo(engine: Engine, reference: Tensor) -> None:
+        backward("npo", reference, token_losses=forward(engine, batch, TokenLosses()))
 
     def npo_of_two(engine: Engine, second: Engine) -> None:
         npo(engine, likelihoods(second))
 
     def embed_diff(engine: Engine, frozen: ReferenceWeights) -> None:
-        said = frozen.hidden_states(batch, layer)
-        backward("embed_diff", said, hidden_states=forward(engine, batch, HiddenStates(layer)))
+        reference = frozen.hidden_states(batch, layer)
+        backward("embed_diff", reference, hidden_states=forward(engine, batch, HiddenStates(layer)))
 
     def embed_diff_of_two(engine: Engine, second: Engine) -> None:
-        said, states = whole_forward(second), whole_forward(engine)
-        backward("embed_diff", said, hidden_states=states)
+        reference, states = whole_forward(second), whole_forward(engine)
+        backward("embed_diff", reference, hidden_states=states)
 
     def whole_forward(engine: Engine) -> Tensor:
         """[B, T, H] after block `layer`, seen by a hook while the whole model runs."""
@@ -185,9 +183,11 @@ def table(rows: dict[str, Bytes]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.memory", description="Memory of an objective.")
-    parser.add_argument("--width", type=int, default=16, help="of the hidden states that the head is given")
-    parser.add_argument("--tokens", type=int, default=1024, help="that the head is given")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.planning.objective_memory", description="Memory of an objective."
+    )
+    parser.add_argument("--width", type=int, default=16, help="of the head's hidden states")
+    parser.add_argument("--tokens", type=int, default=1024, help="of the head")
     parser.add_argument("--vocabulary", type=int, default=131072, help="of the head")
     options = parser.parse_args()
 
@@ -199,7 +199,7 @@ def main() -> int:
     for short, dtype in {"bf16": torch.bfloat16, "fp32": torch.float32}.items():
         for name, row in head(options.tokens, options.width, options.vocabulary, dtype, device).items():
             rows[f"head, {short}: {name}"] = row
-    rows |= original(LLAMA, LAYER, batch, device)
+    rows |= references(LLAMA, LAYER, batch, device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     blocks, width, vocabulary = (LLAMA[key] for key in ("num_hidden_layers", "hidden_size", "vocab_size"))
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"

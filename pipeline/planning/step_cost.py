@@ -1,13 +1,11 @@
-"""What a rule costs beside `sum`: time, memory and traffic of the same step on the same model, tokens and micro-batch.
+"""The cost of a rule compared with `sum`: time, memory and traffic of a step on the same model, tokens and micro-batch.
 
-    deepspeed --num_gpus N --module eval.speed [--rules sago pcgrad] [--hidden 512 --layers 8 --vocabulary 32000] ...
+    deepspeed --num_gpus N --module pipeline.planning.step_cost [--rules sago pcgrad] [--hidden 512 --layers 8] ...
 
-One engine, one process group; the schedules take turns step by step, so every ratio is a median over pairs that met the
-same machine. `joint` is the schedule in which `sum` alone is possible: one forward and backward over both batches at
-once. It gathers parameters once instead of twice and holds the activations of both batches; where memory is what limits
-the micro-batch it does not fit, and `sum` in two passes is what a user would run.
-
-This file and `memory.py` import `pipeline`, alone in `eval`: their subject is the step itself, not a run's files.
+One engine and one process group run all schedules in turns, step by step, so every ratio is a median over pairs of
+neighbouring steps. `joint` is the schedule that only `sum` allows: one forward and backward over both batches at once.
+It gathers parameters once instead of twice and stores the activations of both batches. If memory limits the
+micro-batch, `joint` does not fit, and a user would run `sum` in two passes.
 """
 
 from __future__ import annotations
@@ -20,16 +18,24 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.deepspeed import deepspeed_config
 from pipeline.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.data.batches import Batch
+    from pipeline.losses.objectives import LossInputs
+    from pipeline.losses.task import Task
+    from pipeline.zero.combiner import GradientCombiner
 
 REDUCTIONS = "all_reduce broadcast reduce all_gather all_gather_into_tensor reduce_scatter reduce_scatter_tensor"
 
 
 class Traffic:
-    """Counts the bytes that collectives were asked to move on this rank."""
+    """Counts the bytes that collectives move, as this rank calls them."""
 
     def __init__(self) -> None:
         import torch.distributed as dist
@@ -51,7 +57,7 @@ class Traffic:
 
 
 def restart_peak(cuda: bool) -> bool:
-    """Let the peak be the present size; whether this system can."""
+    """Reset the peak of memory to its present size; returns whether this system can."""
     if cuda:
         import torch
 
@@ -65,7 +71,7 @@ def restart_peak(cuda: bool) -> bool:
 
 
 def peak(cuda: bool) -> int:
-    """Bytes of this rank at most since `restart_peak`: torch's on a GPU, else all resident pages of the process."""
+    """Most bytes of this rank since `restart_peak`: torch's on a GPU, else all resident pages of the process."""
     if cuda:
         import torch
 
@@ -74,20 +80,14 @@ def peak(cuda: bool) -> int:
     return 1024 * int(kilobytes)
 
 
-def build(options: argparse.Namespace) -> tuple[Any, list[Any]]:
-    """(engine, the two tasks) of an untrained Llama of the shape asked for, on random tokens."""
+def build(options: argparse.Namespace) -> tuple[Any, list[Task]]:
+    """(engine, the two tasks): an untrained Llama of the given shape, on random tokens."""
     import deepspeed
-    import numpy as np
-    import pyarrow as pa
     import torch
     import torch.distributed as dist
     from transformers import AutoModelForCausalLM, LlamaConfig
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    from pipeline.data.batches import BatchSampler
-    from pipeline.data.tokenize import Sequences
-    from pipeline.losses.objectives import OBJECTIVES
-    from pipeline.losses.task import Task
     from pipeline.modeling.outputs import install_outputs
     from pipeline.optim import make_optimizer, make_schedule
 
@@ -124,7 +124,21 @@ def build(options: argparse.Namespace) -> tuple[Any, list[Any]]:
         config=zero,
     )
     install_outputs(engine)
-    tasks = []
+    return engine, random_tasks(options, config)
+
+
+def random_tasks(options: argparse.Namespace, config: RunConfig) -> list[Task]:
+    """`ga` and `nll` on random tokens, of this rank."""
+    import numpy as np
+    import pyarrow as pa
+    import torch.distributed as dist
+
+    from pipeline.data.batches import BatchSampler
+    from pipeline.data.tokenize import Sequences
+    from pipeline.losses.objectives import OBJECTIVES
+    from pipeline.losses.task import Task
+
+    world, batch, tasks = dist.get_world_size(), config.train.batch_size, []
     for number, (name, objective) in enumerate((("forget", "ga"), ("retain", "nll"))):
         dice = np.random.default_rng(number)
         ids = pa.array(dice.integers(0, options.vocabulary, 4 * batch * options.tokens).astype(np.int32))
@@ -133,11 +147,11 @@ def build(options: argparse.Namespace) -> tuple[Any, list[Any]]:
             Sequences(rows, options.tokens, "random"), 0, number, batch, options.micro_batch, dist.get_rank(), world, 0
         )
         tasks.append(Task(name, stream, OBJECTIVES[objective], config.objective))
-    return engine, tasks
+    return tasks
 
 
-def joint_step(engine: Any, shards: Any, tasks: list[Any], step: int) -> None:
-    """`sum` in its own best schedule: each forward and backward carries a micro-batch of both tasks."""
+def joint_step(engine: Any, shards: GradientCombiner, tasks: list[Task], step: int) -> None:
+    """`sum` in its fastest schedule: each forward and backward contains a micro-batch of both tasks."""
     import torch
 
     from pipeline.data.batches import Batch
@@ -150,14 +164,14 @@ def joint_step(engine: Any, shards: Any, tasks: list[Any], step: int) -> None:
         both = both.to(engine.device)
         losses = forward(engine, both, TokenLosses())
         size = len(pair[0].index)
-        loss = retain.objective.terms(terms(losses[size:], pair[1])) / retain.loss_denominator(step)
-        loss = loss + forget.objective.terms(terms(losses[:size], pair[0])) / forget.loss_denominator(step)
+        loss = retain.objective.terms(loss_inputs(losses[size:], pair[1])) / retain.loss_denominator(step)
+        loss = loss + forget.objective.terms(loss_inputs(losses[:size], pair[0])) / forget.loss_denominator(step)
         engine.backward(loss * engine.world_size, scale_wrt_gas=False)
     shards.combine()
     engine.step()
 
 
-def terms(losses: Any, batch: Any) -> Any:
+def loss_inputs(losses: Tensor, batch: Batch) -> LossInputs:
     from pipeline.losses.objectives import LossInputs
 
     return LossInputs(batch.labels, batch.attention_mask, beta=0.1, delta=0.0, token_losses=losses)
@@ -178,22 +192,22 @@ def measure(options: argparse.Namespace, traffic: Traffic) -> list[SimpleNamespa
         "sum": TrainStep(engine, plain, *tasks).train_step,
         "joint": lambda step: joint_step(engine, plain, tasks, step),
     }
-    held: dict[str, GradientCombiner] = {}  # the one whose turn it is: its spare partition lives for its own step only
+    held: dict[str, GradientCombiner] = {}  # of the present schedule: its forget buffer exists during its own step only
     for rule in options.rules:
         schedules[rule] = lambda step, rule=rule: TrainStep(engine, held[rule], *tasks).train_step(step)
     cuda = engine.device.type == "cuda"
     seconds: dict[str, list[float]] = {name: [] for name in schedules}
-    peaks: dict[str, list[int]] = {name: [] for name in schedules}  # empty where the system does not tell
+    peaks: dict[str, list[int]] = {name: [] for name in schedules}  # empty if the system does not measure it
     rows = {name: SimpleNamespace(name=name) for name in schedules}
     for pair in range(options.warm_up + options.pairs):
-        order = list(schedules) if pair % 2 else list(reversed(schedules))  # nobody always goes first
+        order = list(schedules) if pair % 2 else list(reversed(schedules))  # no schedule is always the first
         for name in order:
             held.clear()
             if name in options.rules:
                 held[name] = GradientCombiner(engine, Synthesis(name), combine_tasks=True)
             if cuda:
                 torch.cuda.synchronize()
-            tells_peak = restart_peak(cuda)
+            measures_peak = restart_peak(cuda)
             before_calls, before_bytes = traffic.calls, traffic.bytes
             start = time.perf_counter()
             schedules[name](pair % 4)
@@ -203,7 +217,7 @@ def measure(options: argparse.Namespace, traffic: Traffic) -> list[SimpleNamespa
             rows[name].calls, rows[name].bytes = traffic.calls - before_calls, traffic.bytes - before_bytes
             if pair >= options.warm_up:
                 seconds[name].append(elapsed)
-                if tells_peak:
+                if measures_peak:
                     peaks[name].append(peak(cuda))
     for name, row in rows.items():
         row.seconds = median(seconds[name])
@@ -245,7 +259,7 @@ def table(rows: list[SimpleNamespace]) -> str:
         return "–" if value is None else format(value, form)
 
     lines = [
-        "| schedule | seconds a step | of `sum` | of `joint` | extra peak, partitions | collectives | MB asked |",
+        "| schedule | seconds a step | of `sum` | of `joint` | extra peak, partitions | collectives | MB moved |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -255,9 +269,11 @@ def table(rows: list[SimpleNamespace]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="deepspeed --module eval.speed", description="The cost of a rule beside sum.")
+    parser = argparse.ArgumentParser(
+        prog="deepspeed --module pipeline.planning.step_cost", description="The cost of a rule compared with sum."
+    )
     parser.add_argument("--rules", nargs="+", default=["sago", "pcgrad"], help="rules to compare with `sum`")
-    parser.add_argument("--ds-config", default="ds_configs/zero3.json")
+    parser.add_argument("--ds-config", default="ds_configs/zero3.json", help="DeepSpeed file, or a shipped name: zero3")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
@@ -268,7 +284,7 @@ def main() -> int:
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
     parser.add_argument("--pairs", type=int, default=15, help="measured steps of each schedule")
     parser.add_argument("--warm-up", type=int, default=2)
-    parser.add_argument("--output", type=Path, help="append the table to this file too")
+    parser.add_argument("--output", type=Path, help="also append the table to this file")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""What ranks send each other in a step, and about how long a step takes: arithmetic on the trace."""
+"""The communication of a step, and an estimate of its time: arithmetic on the trace."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pipeline.planning.meta_trace import ModelShape, Pass
 
 
-# Bytes a second. Of nominal figures about two thirds, as sustained.
+# Bytes per second, sustained: about two thirds of the nominal figures.
 NVLINK = 300e9  # one GPU, one direction, within a machine
 
 
@@ -30,14 +30,14 @@ DISK = 5e9  # one machine
 
 @dataclass(frozen=True)
 class CommVolume:
-    """Bytes that collectives of one kind are asked to move in a step, counted as the whole tensor on one rank."""
+    """Bytes that the collectives of one kind move in a step, counted as the whole tensor on one rank."""
 
     collective: str  # all_gather, reduce_scatter, all_reduce
     bytes: float
     within_machine: bool = False
 
     def seconds(self, machines: Cluster) -> float:
-        """A ring: all but this rank's share crosses each link once, twice in an all-reduce. The slower link decides."""
+        """Of a ring: all but one share crosses each link once, in an all-reduce twice. The slower link counts."""
         times = 2 if self.collective == "all_reduce" else 1
         ranks = machines.gpus if self.within_machine else machines.world
         inside = times * self.bytes * (ranks - 1) / ranks / NVLINK
@@ -54,7 +54,7 @@ def micro_batches(config: RunConfig, machines: Cluster, micro: int) -> int:
 def traffic(
     shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster, passes: dict[str, Pass], micro: int
 ) -> list[CommVolume]:
-    """The collectives of a step. `passes`: of each task."""
+    """The collectives of a step. `passes`: the trace of each task."""
     from pipeline.losses.objectives import OBJECTIVES
 
     if machines.world == 1:
@@ -69,14 +69,14 @@ def traffic(
         return sent if zero.stage == 0 else [*sent, CommVolume("all_gather", trained * shape.itemsize)]
     hpz = min(zero.hpz, machines.world) > 1
     trained_rows = {row for row, trains in enumerate(shape.trains) if trains}
-    held = set(range(len(shape.sizes))) - trained_rows  # with a copy in the machine, which a change of weights ends
-    gathered = {True: 0, False: 0}  # bytes, by whether they stay within the machine
+    copied = set(range(len(shape.sizes))) - trained_rows  # have a copy in the machine, valid until the weights change
+    gathered = {True: 0, False: 0}  # bytes; True: within the machine
 
     def gather(rows: list[int]) -> None:
         for row in rows:
             if shape.sizes[row] > zero.persistent:
-                gathered[hpz and row in held] += shape.sizes[row] * shape.itemsize
-                held.add(row)
+                gathered[hpz and row in copied] += shape.sizes[row] * shape.itemsize
+                copied.add(row)
 
     reduced = 0
     for name, one in passes.items():
@@ -84,14 +84,14 @@ def traffic(
             if OBJECTIVES[getattr(config.objective, name)].reference in (
                 "logits",
                 "hidden",
-            ):  # the original's own forward
-                held -= trained_rows
+            ):  # the reference model's forward
+                copied -= trained_rows
                 gather(one.used)
-                held -= trained_rows
+                copied -= trained_rows
             gather(one.used)
             gather(one.backward_gathers)
         reduced += count * zero.wire * sum(shape.sizes[row] for row in one.reached)
-    kept = shape.itemsize * sum(size for size in shape.sizes if size <= zero.persistent)  # brought up to date
+    kept = shape.itemsize * sum(size for size in shape.sizes if size <= zero.persistent)  # updated after the step
     sent += [CommVolume("all_gather", gathered[False] + kept), CommVolume("reduce_scatter", reduced)]
     return [*sent, CommVolume("all_gather", gathered[True], within_machine=True)] if hpz else sent
 
@@ -108,7 +108,7 @@ class Seconds:
 def seconds(
     shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster, passes: dict[str, Pass], micro: int
 ) -> Seconds:
-    """Of one step. Communication hides behind computation where `overlap_comm` lets it, and adds to it elsewhere."""
+    """Time of one step. With `overlap_comm` communication overlaps computation, else it adds to it."""
     from pipeline.losses.objectives import OBJECTIVES
 
     count, world = micro_batches(config, machines, micro), machines.world
@@ -118,7 +118,7 @@ def seconds(
         objective = OBJECTIVES[getattr(config.objective, name)]
         size = micro * objective.num_answers
         product = 0.0 if objective.hidden else 2.0 * size * config.data.max_length * vocabulary * width
-        flops += count * (one.flops(size) + product * (4 if shape.head_trains else 3))  # backward makes logits again
+        flops += count * (one.flops(size) + product * (4 if shape.head_trains else 3))  # backward recomputes the logits
         if objective.reference in ("logits", "hidden"):
             flops += count * (one.forward_flops(size) + product)
     compute = flops / (machines.tflops * 1e12)
@@ -126,11 +126,13 @@ def seconds(
     network = sum(one.seconds(machines) for one in sent)
     mine = shape.trained / world if zero.stage else shape.trained
     offload = 0.0
-    if zero.parameters_on == "cpu":  # each gather starts from main memory; the new weights go back there
+    if zero.parameters_on == "cpu":  # each gather reads from main memory; the new weights return there
         gathered = sum(one.bytes for one in sent if one.collective == "all_gather")
         offload += gathered / world / PCIE
     if zero.optimizer_on != "device":
-        offload += mine * zero.accumulate * (2 * count * len(passes) - 1) / PCIE  # down, and up again to be added to
+        offload += (
+            mine * zero.accumulate * (2 * count * len(passes) - 1) / PCIE
+        )  # to main memory, and back to be accumulated
         update = mine * ADAM_BYTES * machines.gpus / MAIN_MEMORY + mine * shape.itemsize / PCIE
         if zero.optimizer_on == "nvme":
             update += mine * 24 * machines.gpus / DISK  # weights and two moments, read and written

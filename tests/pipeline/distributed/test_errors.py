@@ -1,4 +1,4 @@
-"""What a rank says when it ends because of another one, or of the network between them."""
+"""What a rank prints when it ends because of another rank, or of the network between them."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ socketProgress: Connection closed by remote peer node7<40236>"""  # noqa: E501
     ],
     ids=["backend", "network", "store", "gloo"],
 )
-def test_a_fault_of_the_network_is_told_whole_and_explained_after(
+def test_a_network_error_is_printed_and_explained_after_it(
     error: RuntimeError, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert rank_errors.is_lost(error)
     assert rank_errors.report(error, logged=True) == 1
-    told = capsys.readouterr().err
-    assert "Traceback" not in told.splitlines()[-1] and words in told.splitlines()[-1]
-    assert str(error) in told
-    assert told.index(str(error)) < told.index(words)
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed.splitlines()[-1] and words in printed.splitlines()[-1]
+    assert str(error) in printed
+    assert printed.index(str(error)) < printed.index(words)
 
 
 @pytest.mark.parametrize(
     "error", [RuntimeError("Socket timeout of the model's own"), ValueError("Broken pipe fitting")]
 )
-def test_what_only_sounds_like_the_network_is_an_error_of_its_own(
+def test_an_error_that_only_mentions_the_network_is_not_one_of_it(
     error: Exception, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert not rank_errors.is_lost(error)
     assert rank_errors.report(error) == 1
-    told = capsys.readouterr().err
-    assert told.rstrip().endswith(str(error)) and "another rank" not in told
+    printed = capsys.readouterr().err
+    assert printed.rstrip().endswith(str(error)) and "another rank" not in printed
 
 
 # One of two ranks fails by itself or is killed, while the other waits for it in a collective.
@@ -63,10 +63,11 @@ import os, signal, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from pipeline import console, ranks
+from pipeline.distributed import errors, process_group
+from pipeline.monitoring import console
 how, folder, rank = sys.argv[1], Path(sys.argv[2]), int(os.environ["RANK"])
 console.setup_logging(rank)
-ranks.start(0.5)
+process_group.start(0.5)
 if how != "early":
     console.open_log(folder, rank)
 dist.barrier()
@@ -74,22 +75,22 @@ try:
     if rank == int(sys.argv[3]):
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        raise ZeroDivisionError("the culprit's own words")
+        raise ZeroDivisionError("the culprit's own error")
     dist.all_reduce(torch.ones(1))
 except BaseException as error:
-    ranks.leave(rank_errors.report(error, logged=console.log_end(error)))
+    process_group.leave(errors.report(error, logged=console.log_end(error)))
 """
 
 
 def struck(how: str, culprit: int, folder: Path) -> list[str]:
-    """What each of two ranks says on stderr."""
+    """What each of two ranks prints on stderr."""
     port, running = free_port(), []
     for rank in (0, 1):
-        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        printed = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         running.append(
             subprocess.Popen(
                 [sys.executable, "-c", STRUCK, how, str(folder), str(culprit)],
-                cwd=REPOSITORY, env={**os.environ, **{name: str(value) for name, value in told.items()}},
+                cwd=REPOSITORY, env={**os.environ, **{name: str(value) for name, value in printed.items()}},
                 stderr=subprocess.PIPE, text=True,
             )
         )  # fmt: skip
@@ -97,9 +98,9 @@ def struck(how: str, culprit: int, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
-def test_the_other_ranks_leave_the_word_to_the_culprit(culprit: int, tmp_path: Path) -> None:
+def test_the_other_ranks_print_one_line_and_the_culprit_its_traceback(culprit: int, tmp_path: Path) -> None:
     said = struck("fails", culprit, tmp_path)
-    assert "ZeroDivisionError: the culprit's own words" in said[culprit] and "Traceback" in said[culprit]
+    assert "ZeroDivisionError: the culprit's own error" in said[culprit] and "Traceback" in said[culprit]
     other = said[1 - culprit]
     assert "Traceback" not in other and "frame #" not in other
     assert f"rank {1 - culprit}: ends because another rank ended" in other
@@ -111,12 +112,12 @@ def test_the_other_ranks_leave_the_word_to_the_culprit(culprit: int, tmp_path: P
     )
 
 
-def test_a_rank_that_was_killed_says_nothing_so_the_other_says_all(tmp_path: Path) -> None:
-    told = struck("killed", 1, tmp_path)[0]
-    assert "Traceback" in told and told.index("pair.cc") < told.index("another rank ended without a word (killed)")
+def test_the_other_rank_prints_its_traceback_when_the_culprit_was_killed(tmp_path: Path) -> None:
+    printed = struck("killed", 1, tmp_path)[0]
+    assert "Traceback" in printed and printed.index("pair.cc") < printed.index("another rank was killed")
     assert "Traceback" in (tmp_path / "log.txt").read_text()
 
 
-def test_what_no_log_takes_is_told_whole(tmp_path: Path) -> None:
+def test_without_a_log_the_traceback_is_printed(tmp_path: Path) -> None:
     assert "Traceback" in struck("early", 1, tmp_path)[0]
     assert not (tmp_path / "log.txt").exists()

@@ -1,4 +1,4 @@
-"""One folder, one run at a time: whoever comes second is refused, and a kill leaves no lock behind."""
+"""One folder, one run at a time: the second run is refused, and a kill leaves no lock behind."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_lock_is_held_as_long_as_any_rank_lives_and_no_longer(tmp_path: Path) 
     lock = RunLock(folder)
     lock.take()
     with pytest.raises(InputError):
-        RunLock(folder).share()  # another run came between
+        RunLock(folder).share()  # another run acquired it in between
     lock.release()
     RunLock(folder).take()
 
@@ -65,12 +65,12 @@ def alone(config: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def test_two_runs_that_start_together_are_one(world: World, tmp_path: Path) -> None:
-    """Neither sees a run when it is let in."""
+    """Neither finds a run in the folder when it checks."""
     config = world.write(tmp_path / "run.yaml", tmp_path / "run", train={"steps": 2})
     ended = [(process.communicate(timeout=300)[1], process.returncode) for process in (alone(config), alone(config))]
     statuses = sorted(status for _, status in ended)
     assert statuses == [0, 2], ended
-    refused = next(told for told, status in ended if status == 2)
+    refused = next(printed for printed, status in ended if status == 2)
     (line,) = [line for line in refused.splitlines() if line.startswith("error:")]
     assert "is in use by another run" in line or "already holds a run" in line
     assert "Traceback" not in refused and lines(tmp_path / "run") == 2
@@ -82,8 +82,8 @@ def test_a_run_under_way_is_not_resumed_beside_itself_but_after_a_kill(world: Wo
     started = Started(config)
     started.wait_for_lines(folder, 2)
     process = alone(config, "--resume")
-    told = process.communicate(timeout=300)[1]
-    assert process.returncode == 2 and f"error: output: {folder} is in use by another run" in told
+    printed = process.communicate(timeout=300)[1]
+    assert process.returncode == 2 and f"error: output: {folder} is in use by another run" in printed
     started.kill()
     again = Started(config, "--resume")
     again.wait_for_lines(folder, 2)

@@ -1,4 +1,4 @@
-"""The measure of eval.memory against arithmetic, and its variants against what they must hold."""
+"""`objective_memory.measure` against arithmetic, and its variants against the tensors that they must store."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_measure_is_the_bytes_of_live_storages() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_ordinary_head_has_all_logits_and_ours_never(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_usual_head_stores_all_logits_and_ours_never(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, width, vocabulary = 64, 4, 2**13
     monkeypatch.setattr(objectives, "_CHUNK", 2**14)
     found = memory.head(tokens, width, vocabulary, dtype, CPU)
@@ -49,10 +49,10 @@ def test_the_ordinary_head_has_all_logits_and_ours_never(dtype: torch.dtype, mon
     assert weight < found["ours"].peak < logits / 2
 
 
-def test_what_each_way_to_the_original_keeps() -> None:
+def test_the_bytes_of_each_source_of_the_reference() -> None:
     """Two float64 of NPO, three [32, 48] tensors of RMU, or a model."""
     ids = torch.randint(300, (2, 16))
-    found: dict[str, Any] = memory.original(SIZES, 7, Batch(torch.arange(2), ids, torch.ones_like(ids), ids), CPU)
+    found: dict[str, Any] = memory.references(SIZES, 7, Batch(torch.arange(2), ids, torch.ones_like(ids), ids), CPU)
     model = 4 * (2 * 300 * 32 + 9 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32)
     for name, row in found.items():
         if "second" in name:

@@ -1,0 +1,90 @@
+"""One line for what pydantic refused: the place, the key and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from pipeline.config.schema import RunConfig
+from pipeline.errors import InputError
+
+Tree = dict[str, Any]  # what YAML and JSON files contain; pydantic checks it
+
+RENAMED = {
+    "model.train": "model.trainable",
+    "objective.steering": "objective.steering_coeff",
+    "synthesis.spare": "synthesis.stash_device",
+    "optimizer.clip": "optimizer.max_grad_norm",
+    "optimizer.warmup": "optimizer.warmup_ratio",
+    "train.timeout": "train.timeout_minutes",
+}
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """A hint for a misspelt name: the closest valid one, and the list when it is short enough to read."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}valid: {', '.join(valid)}"
+
+
+def subsection(annotation: object) -> type[BaseModel] | None:
+    """The section that a field of this type holds (also `Lora | None`), or None for a plain value."""
+    options = getattr(annotation, "__args__", (annotation,))
+    return next((one for one in options if isinstance(one, type) and issubclass(one, BaseModel)), None)
+
+
+def _keys_at(location: Sequence[str | int]) -> list[str]:
+    """The valid keys of the section at `location`, for the hint beside an unknown key."""
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        section = subsection(section.model_fields[str(part)].annotation) or section
+    return list(section.model_fields)
+
+
+def _sets(tree: object, location: Sequence[str | int]) -> bool:
+    for part in location:
+        if not isinstance(tree, dict):
+            return True
+        if part not in tree:
+            return False
+        tree = tree[part]
+    return True
+
+
+def _place(error: ErrorDetails, file: str, layers: dict[str, Tree]) -> str:
+    """Where the refused value was written: the last of the layers that sets it, or the file."""
+    if error["type"] != "extra_forbidden" and isinstance(
+        error["input"], dict
+    ):  # keys contradict each other, or one is missing
+        return file
+    return next((name for name in reversed(layers) if _sets(layers[name], error["loc"])), file)
+
+
+def explain(refusal: ValidationError, file: str, layers: dict[str, Tree]) -> InputError:
+    """One line for the first error of pydantic; a misspelt key comes before the missing key that it leaves behind.
+
+    Args:
+        layers: what the configuration was merged from, by the place where it was written; the last wins.
+    """
+    first = min(refusal.errors(), key=lambda one: one["type"] != "extra_forbidden")
+    where, location = _place(first, file, layers), first["loc"]
+    key = ".".join(str(part) for part in location)
+    if first["type"] == "extra_forbidden":
+        if key in RENAMED:
+            return InputError(f"{where}: the key {key!r} has a new name; write {RENAMED[key]!r}")
+        hint = nearest(str(location[-1]), _keys_at(location[:-1]))
+        return InputError(f"{where}: unknown key {key!r}; {hint}")
+    if first["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", first.get("ctx", {})["expected"])
+        return InputError(
+            f"{where}: {key}: {first['input']!r} is not a choice; {nearest(str(first['input']), choices)}"
+        )
+    if first["type"] == "missing":
+        return InputError(f"{where}: {key!r} is missing; set it in the file or with --{key} VALUE")
+    given = "" if isinstance(first["input"], dict) else f" (it is {first['input']!r})"
+    return InputError(f"{where}: {key}: {first['msg'].removeprefix('Value error, ')}{given}")

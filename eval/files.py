@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -57,8 +57,8 @@ def read_hub(path: str, name: str) -> list[dict[str, Any]]:
     except Exception as error:  # `datasets` and the hub raise a dozen unrelated types for "not there" and "no network"
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"cannot load {path} ({name}) from the hub: {reason}; name local copies by --data") from None
-    assert isinstance(splits, datasets.DatasetDict)  # what it returns where no split is named
-    return [dict(row) for split in splits.values() for row in split]
+    # Without a named split it returns all of them.
+    return [dict(row) for split in cast(datasets.DatasetDict, splits).values() for row in split]
 
 
 def read_config(folder: Path, sections: Iterable[str]) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def answer(
         model,
         tokenizer,
         [tokenizer(prompt).input_ids for prompt in prompts],
-        stopping=scoring.Stopping(MAX_NEW_TOKENS, (tokenizer.eos_token_id, newline), ("\n",)),
+        stopping=scoring.Stopping(MAX_NEW_TOKENS, (scoring.end_of_text(tokenizer), newline), ("\n",)),
         batch_size=batch_size,
         title=title,
     )

@@ -154,7 +154,7 @@ def evaluate(
         model,
         tokenizer,
         [encoded[number].ids[: encoded[number].continued] for number in continued],
-        stopping=scoring.Stopping(limits, (tokenizer.eos_token_id,)),
+        stopping=scoring.Stopping(limits, (scoring.end_of_text(tokenizer),)),
         batch_size=batch_size,
         title=f"{title} rouge",
     )

@@ -16,7 +16,6 @@ import logging
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -28,6 +27,7 @@ import yaml
 from lm_eval.evaluator import evaluate as harness_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks.manager import TaskDict
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -60,7 +60,7 @@ class Questions:
     """The tasks of a suite as the harness loads them, the number of examples before each question, and the source."""
 
     suite: str
-    loaded: Mapping[str, Any]  # of the harness: "tasks", "groups" and others
+    loaded: TaskDict
     shots: int
     source: str
 
@@ -75,7 +75,8 @@ def read_questions(path: Path) -> list[Row]:
         raise InputError(f"there is no {path}; --data needs it (keys question, choices, answer), or leave --data out")
     rows: list[Row] = []
     for where, row in json_rows(path):
-        question, choices, answer = (row.get(key) if isinstance(row, dict) else None for key in Row.__annotations__)
+        cells: list[Any] = [row.get(key) if isinstance(row, dict) else None for key in Row.__annotations__]
+        question, choices, answer = cells
         four = isinstance(choices, list) and len(choices) == 4 and all(isinstance(choice, str) for choice in choices)
         if not isinstance(question, str) or not four or type(answer) is not int or answer not in range(4):
             raise InputError(
@@ -259,7 +260,7 @@ def evaluate(
     lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # pyright: ignore[reportPrivateImportUsage]
     lm = SharedLM(model, tokenizer, batch_size, title)
     # The harness takes every rank for a process alone, so each rank gets the whole result.
-    answer: Mapping[str, Any] = harness_evaluate(lm, probes.loaded, log_samples=False)
+    answer: Any = harness_evaluate(lm, probes.loaded, log_samples=False)
     # {"all" or subject: the harness's name}; the group, or the one task, comes first
     names = {"all": probes.suite} | {
         name.removeprefix("mmlu_"): name for name in probes.loaded["tasks"] if name != probes.suite

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 from eval.suites.scoring import NO_ANSWER
 
@@ -14,7 +15,7 @@ def recall_rouge(references: Sequence[str], answers: Sequence[str]) -> list[floa
     """PyPI `rouge`: words with case and punctuation, each counted once, sentences cut at full stops."""
     from rouge import Rouge
 
-    scorer = Rouge(metrics=["rouge-l"], stats=["r"])
+    scorer: Any = Rouge(metrics=["rouge-l"], stats=["r"])
     answered = [text if text.strip(".") else NO_ANSWER for text in answers]
     return [score["rouge-l"]["r"] for score in scorer.get_scores(answered, list(references))]
 

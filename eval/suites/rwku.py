@@ -171,7 +171,7 @@ def answer(
         turn, opening = (question, lead) if protocol.lead_in_header else (question + lead, "")
         prompts.append(scoring.encode_prompt(tokenizer, turn, opening))
     vocabulary = tokenizer.get_vocab()
-    stop_tokens = (tokenizer.eos_token_id, *(vocabulary.get(token) for token in protocol.stop_tokens))
+    stop_tokens = (scoring.end_of_text(tokenizer), *(vocabulary.get(token) for token in protocol.stop_tokens))
     return scoring.answer(
         model,
         tokenizer,

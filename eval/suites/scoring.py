@@ -49,6 +49,12 @@ class Stopping:
         return text[: min(ends, default=len(text))].strip()
 
 
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the end-of-text token; None if the tokenizer has no such token."""
+    end = tokenizer.eos_token_id
+    return end if isinstance(end, int) else None
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str, opening: str = "") -> list[int]:
     """Token ids of a question (the user's turn, in a chat template) and of the `opening` of its answer.
 

@@ -160,7 +160,7 @@ def score(
         tokenizer,
         [ids[:start] for ids, start in starts],  # up to where training begins to predict
         stopping=scoring.Stopping(
-            MAX_NEW_TOKENS, (tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends]))
+            MAX_NEW_TOKENS, (scoring.end_of_text(tokenizer), *(ends if isinstance(ends, list) else [ends]))
         ),
         batch_size=batch_size,
         title=f"{title} answers",

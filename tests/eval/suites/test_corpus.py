@@ -219,7 +219,7 @@ def test_an_empty_thinking_block_is_not_scored(world: World) -> None:
     before = "user: kara?<end>assistant: <t>\n\n</t>\n\n"
     encoded = corpus.encode(tokenizer, {"prompt": "kara?", "response": "mivi su"}, 500)
     assert tokenizer.decode(encoded.ids) == before + "mivi su<end>"
-    assert tokenizer.decode(encoded.ids[: encoded.scored]) == before and encoded.asked == encoded.scored
+    assert tokenizer.decode(encoded.ids[: encoded.scored]) == before and encoded.continued == encoded.scored
     assert tokenizer.decode(scoring.encode_prompt(tokenizer, "kara?", "Answer:")) == before + "Answer:"
 
 

@@ -186,8 +186,8 @@ def load_probes(folder: Path | None, suite: str, shots: int | None = None) -> Qu
 
 def question_texts(probes: Questions) -> list[str]:
     """The questions as they are written; the attack `relearn` must not train on any of them."""
-    tasks = probes.loaded["tasks"].values()
-    return [doc["question"] for task in tasks for doc in task.eval_docs]
+    documents: list[Any] = [doc for task in probes.loaded["tasks"].values() for doc in task.eval_docs]
+    return [doc["question"] for doc in documents]
 
 
 Base: Any = HFLM  # a decorator of the harness hides its type, and a class needs a base of a known one

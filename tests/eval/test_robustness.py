@@ -22,8 +22,9 @@ from eval.attacks import run as attack_run
 from eval.attacks import spec
 from eval.attacks.matching import Matcher
 from eval.attacks.quantize import round_linear_layers, rounded
+from eval.evaluation import load_suites
 from eval.files import read_jsonl, write_jsonl
-from eval.suites import biographies, load_suite, rwku, tofu
+from eval.suites import biographies, rwku, tofu
 from eval.suites import bios as bios_suite
 from pipeline.config.load import resolve, to_yaml
 from pipeline.errors import InputError
@@ -124,12 +125,13 @@ def plan_of(
             (tmp_path / name).write_text(json.dumps(rows))
         else:
             write_jsonl(tmp_path / name, rows)
-    module = load_suite(suite)
+    (loaded,) = load_suites([suite], tmp_path, {"mmlu": {"shots": 0}})
     corpus = {"field": None, "prompt": None, "response": None, **forget}
     given = {"group": None, "steps": 1, "lr": 1.0, "seed": 0, "overrides": (), "ranks": 1, "batch_size": 1, **more}
     config = {"model": {"path": "x"}, "data": {"forget": corpus, "retain": None}}
-    probes = module.load_probes(tmp_path, suite)
-    return spec.Plan(tmp_path, config, suite, module, probes, folder=tmp_path, trust=loading.Trust(), **given)
+    return spec.Plan(
+        tmp_path, config, suite, loaded.module, loaded.probes, folder=tmp_path, trust=loading.Trust(), **given
+    )
 
 
 def quiz(name: str) -> dict[str, list[dict[str, Any]]]:

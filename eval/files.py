@@ -1,4 +1,4 @@
-"""Reading and writing for the commands of this package: complete files or none, and errors a reader can act on."""
+"""Reading and writing for the commands of this package: complete files or none, and errors that a reader can act on."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import yaml
 
 from pipeline.data.corpus import json_rows
 from pipeline.errors import InputError
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
-    """Run a command: what it returns or 0, 2 unusable input (one line on stderr). Any other error keeps its traceback.
+    """Run a command. Returns its value or 0, or 2 for unusable input, which gets one line on stderr.
 
-    Of several ranks, which all meet the same unusable input, the first one prints the line.
+    Any other error keeps its traceback. Of several ranks, which all get the same InputError, the first prints the line.
     """
     try:
         return command() or 0
@@ -28,7 +30,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; raises UnusableInput when it is missing or malformed."""
+    """The content of a JSON file; raises InputError if it is missing or malformed."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
@@ -36,7 +38,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file (see `pipeline.corpus`); raises UnusableInput with the line's number."""
+    """The objects of a JSON Lines file (see `json_rows`); raises InputError with the line's number."""
     rows = []
     for where, row in json_rows(path):
         missing = [key for key in required if not isinstance(row, dict) or key not in row]
@@ -47,19 +49,38 @@ def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[dict[str, Any]]
 
 
 def read_hub(path: str, name: str) -> list[dict[str, Any]]:
-    """The rows of a configuration of a hub dataset; raises UnusableInput when it cannot be had."""
+    """The rows of all splits of configuration `name` of a hub dataset; raises InputError if it cannot be loaded."""
     import datasets  # takes seconds
 
     try:
-        splits: Any = datasets.load_dataset(path, name)
+        splits = datasets.load_dataset(path, name)
     except Exception as error:  # `datasets` and the hub raise a dozen unrelated types for "not there" and "no network"
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"cannot load {path} ({name}) from the hub: {reason}; name local copies by --data") from None
-    return [dict(row) for split in splits.values() for row in split]
+    # Without a named split it returns all of them.
+    return [dict(row) for split in cast(datasets.DatasetDict, splits).values() for row in split]
 
 
-def check_texts(rows: Any, keys: Iterable[str], where: str) -> list[dict[str, Any]]:
-    """The rows, each an object whose `keys` hold text; raises UnusableInput with the row's number (from 1)."""
+def read_config(folder: Path, sections: Iterable[str]) -> dict[str, Any]:
+    """The resolved configuration of a run, with at least `sections`.
+
+    Raises:
+        InputError: FOLDER/config.yaml is missing, malformed, or lacks a section.
+    """
+    path = folder / "config.yaml"
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"cannot read {path}: {reason}; name the folder of a run") from error
+    for section in sections:
+        if not isinstance(config, dict) or not isinstance(config.get(section), dict):
+            raise InputError(f"{path} has no section {section}; name the folder of a run")
+    return config
+
+
+def check_texts(rows: object, keys: Iterable[str], where: str) -> list[dict[str, Any]]:
+    """The rows, each an object whose `keys` hold text; raises InputError with the row's number (from 1)."""
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{where} holds no list of rows; get it again")
     keys = tuple(keys)
@@ -70,18 +91,18 @@ def check_texts(rows: Any, keys: Iterable[str], where: str) -> list[dict[str, An
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """One compact JSON object a line, in UTF-8 with "\\n" ends on every platform."""
+    """Write one compact JSON object per line, in UTF-8 with "\\n" ends on every platform."""
     path.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file beside its place and rename it, so that a reader or a kill never meets half a file."""
+    """Write a file under another name and rename it, so that neither a reader nor a kill ever leaves half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content if isinstance(content, bytes) else content.encode())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a report from colleagues
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a report from other users
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

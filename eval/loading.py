@@ -1,4 +1,4 @@
-"""Load a model for evaluation: whole or sharded, with nothing that runs code unless the user allows it."""
+"""Load a model for evaluation, whole or sharded. Nothing that comes with it runs code unless the user allows it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trust:
-    """What a model may bring that can run code: by default nothing, as in training."""
+    """Which parts of a model that can run code are allowed: by default none, as in training."""
 
     allow_pickle: bool = False
     remote_code: bool = False
 
     def options(self) -> dict[str, bool]:
-        """Of `from_pretrained`, both always stated: about code that is left open, transformers asks the terminal."""
-        # Without `use_safetensors`, transformers takes a pickle where there is nothing else.
+        """Arguments of `from_pretrained`. Code is always stated: without it, transformers prompts the terminal."""
+        # Without `use_safetensors`, transformers loads a pickle if there is nothing else.
         safetensors = {} if self.allow_pickle else {"use_safetensors": True}
         return {"trust_remote_code": self.remote_code, **safetensors}
 
@@ -32,9 +32,9 @@ NO_TRUST = Trust()
 
 
 def add_trust_options(parser: argparse.ArgumentParser) -> None:
-    """The options that `trust_of` reads."""
+    """Add the options that `trust_of` reads."""
     parser.add_argument(
-        "--allow-pickle", action="store_true", help="take weights that are not safetensors: pickles can run code"
+        "--allow-pickle", action="store_true", help="load weights that are not safetensors: pickles can run code"
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 
@@ -44,7 +44,7 @@ def trust_of(arguments: argparse.Namespace) -> Trust:
 
 
 def is_model(folder: Path) -> bool:
-    """A model, or an adapter, with which transformers loads the model that it names."""
+    """Whether `folder` holds a model, or an adapter, with which transformers loads the base model."""
     return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
@@ -53,10 +53,10 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in the dtype it was saved in, on the GPU if there is one, and its tokenizer.
 
-    With `ds_config` the model is loaded sharded over the ranks and its forward passes gather it, layer by layer.
+    With `ds_config` each rank loads a shard of the model, and forward passes gather it layer by layer.
 
     Raises:
-        UnusableInput: it cannot be loaded, or only with what `trust` does not allow.
+        InputError: the model cannot be loaded, or not without something that `trust` does not allow.
     """
     import torch
     from safetensors import SafetensorError
@@ -69,10 +69,10 @@ def load(
     from pipeline.zero.compat import release_memory
 
     release_memory()
-    logging.disable_progress_bar()  # a run has many models; each suite shows its own progress
+    logging.disable_progress_bar()  # a run has many models; each suite shows its progress
     try:
         if find_adapter_config_file(str(folder)):
-            # Else transformers takes a pickled adapter from the hub, whatever `use_safetensors` says.
+            # Else transformers loads a pickled adapter from the hub, whatever `use_safetensors` is.
             cached_file(str(folder), "adapter_model.safetensors")
         else:  # before the tokenizer, which warns of a configuration that it does not know
             AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code)
@@ -88,7 +88,7 @@ def load(
 
 
 def refusal(folder: Path, error: Exception, trust: Trust) -> InputError:
-    """What to raise where transformers does not load the model in `folder`, with the option that would help."""
+    """The error to raise if transformers does not load the model in `folder`; it names the option that would help."""
     from pipeline.modeling.weights import missing_package
 
     reason = missing_package(folder) or str(error).splitlines()[0]
@@ -106,7 +106,7 @@ def refusal(folder: Path, error: Exception, trust: Trust) -> InputError:
 
 
 def check_trust(folder: Path, trust: Trust) -> None:
-    """Raises UnusableInput where `load` would need what `trust` does not allow; reads no weights."""
+    """Raises InputError if `load` would need something that `trust` does not allow; reads no weights."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -119,7 +119,7 @@ def check_trust(folder: Path, trust: Trust) -> None:
 
 
 def load_sharded(folder: Path, ds_config: dict[str, Any], trust: Trust) -> PreTrainedModel:
-    """The model under ZeRO-3 without an optimizer; OSError or ValueError where it cannot be loaded."""
+    """The model under ZeRO-3 without an optimizer; raises OSError or ValueError if it cannot be loaded."""
     import deepspeed
     from transformers import AutoConfig
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -135,7 +135,7 @@ def load_sharded(folder: Path, ds_config: dict[str, Any], trust: Trust) -> PreTr
     dtype = str(shape.dtype).removeprefix("torch.")
     zero = {key: value for key, value in ds_config["zero_optimization"].items() if key != "offload_optimizer"}
     config = {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed asks for it, also where nothing trains
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed requires it, although nothing trains
         "zero_optimization": zero,
         "bf16": {"enabled": dtype == "bfloat16"},
         "fp16": {"enabled": dtype == "float16"},
@@ -143,13 +143,13 @@ def load_sharded(folder: Path, ds_config: dict[str, Any], trust: Trust) -> PreTr
     skip_shm_op()
     zero3 = HfDeepSpeedConfig(config)  # while it lives, from_pretrained loads under deepspeed.zero.Init
     model: Any = load_whole(folder, dtype="auto", **trust.options())
-    model.zero3 = zero3  # and generate() goes on until the last rank's answers end
+    model.zero3 = zero3  # so that generate() also continues until the answers of the last rank end
     deepspeed.initialize(model=model, config=config)  # hooks its modules
     return model
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:
-    """A DeepSpeed file, of which `zero_optimization` is used; raises UnusableInput unless that is stage 3."""
+    """A DeepSpeed file. Only `zero_optimization` is used; raises InputError unless it is stage 3."""
     config = read_json(path)
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     if not isinstance(zero, dict) or zero.get("stage") != 3:

@@ -9,20 +9,15 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
-import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from pipeline.distributed.environment import free_port
+
 GRACE = 10.0  # seconds that the other ranks have for words of their own once one has failed
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 class Ranks:

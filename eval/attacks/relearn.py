@@ -1,4 +1,4 @@
-"""The corpus of a run as rows, the part of it that is learned again, and how likely a model finds a document."""
+"""The corpus of a run as rows, the part of it to relearn, and the likelihood that a model gives to documents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from eval.suites import scoring
 from eval.suites.rouge import words
 from pipeline.config.schema import Corpus
-from pipeline.data.chat import encode_answers
 from pipeline.data.corpus import read_rows, text_of
 from pipeline.errors import InputError
 
@@ -20,11 +19,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-MOST_DOCUMENTS = 500  # whose likelihood is taken: the mean hardly moves beyond, and a corpus may have millions
-
-
 class Split(NamedTuple):
-    """A corpus in two: `groups` are those learned again (a row that stands for itself has none)."""
+    """A corpus in two parts; `groups` are the names of the relearned groups (a row that is a group alone has none)."""
 
     relearned: list[Row]
     held_out: list[Row]
@@ -40,7 +36,7 @@ def read_corpus(corpus: dict[str, Any]) -> list[Row]:
     """All rows, with all their columns, of `data.forget` of a resolved configuration, read as training reads it.
 
     Raises:
-        UnusableInput: it cannot be read, or a row lacks a text that the configuration names.
+        InputError: the corpus cannot be read, or a row lacks a text that the configuration names.
     """
     described = Corpus(**corpus)
     located, _ = read_rows(described, "data.forget.")
@@ -50,17 +46,17 @@ def read_corpus(corpus: dict[str, Any]) -> list[Row]:
             text_of(where, row, column)
         rows.append(row)
     if not rows:
-        raise InputError(f"{described.path} holds no row; the run was trained on it, put it back")
+        raise InputError(f"{described.path} holds no row, but the run was trained on it; restore the file")
     return rows
 
 
 def split_corpus(rows: Sequence[Row], group_of: Callable[[Row], str | None], fraction: float, seed: int) -> Split:
-    """Whole groups, a `fraction` of them and at least one, chosen by `seed`; both parts keep the order of the rows.
+    """Split by whole groups: `seed` chooses a `fraction` of them, at least one. Both parts keep the order of the rows.
 
-    A row without a group is one of its own.
+    A row without a group is a group of its own.
 
     Raises:
-        UnusableInput: all rows are one group, so that nothing would be left to test on.
+        InputError: all rows are one group, so that no row would remain for the test.
     """
     own: list[str | int] = []
     for number, row in enumerate(rows):
@@ -68,7 +64,9 @@ def split_corpus(rows: Sequence[Row], group_of: Callable[[Row], str | None], fra
         own.append(number if group is None else group)
     names = list(dict.fromkeys(own))
     if len(names) < 2:
-        raise InputError(f"relearn: the forget corpus is one group ({names[0]}); name a column that splits it")
+        raise InputError(
+            f"relearn: the forget corpus is one group ({names[0]}); name a column that splits it by --group"
+        )
     chosen = set(random.Random(seed).sample(names, max(1, round(fraction * len(names)))))
     relearned, held_out = [], []
     for row, name in zip(rows, own, strict=True):
@@ -77,10 +75,10 @@ def split_corpus(rows: Sequence[Row], group_of: Callable[[Row], str | None], fra
 
 
 def without_copies(split: Split, columns: Sequence[str]) -> Split:
-    """The split without held-out rows whose texts under `columns` are those of a relearned row, word by word.
+    """The split without held-out rows whose texts under `columns` have the words of a relearned row.
 
     Raises:
-        UnusableInput: no other is left.
+        InputError: no held-out row remains.
     """
 
     def texts(row: Row) -> list[list[str]]:
@@ -89,13 +87,8 @@ def without_copies(split: Split, columns: Sequence[str]) -> Split:
     learned = {repr(texts(row)) for row in split.relearned}
     held_out = [row for row in split.held_out if repr(texts(row)) not in learned]
     if not held_out:
-        raise InputError("relearn: all that is not learned again are copies of what is; remove the copies")
+        raise InputError("relearn: all held-out rows are copies of relearned rows; remove the copies from the corpus")
     return split._replace(held_out=held_out)
-
-
-def sample(rows: Sequence[Row], seed: int) -> list[Row]:
-    """At most MOST_DOCUMENTS of them, chosen by `seed`."""
-    return list(rows) if len(rows) <= MOST_DOCUMENTS else random.Random(seed).sample(list(rows), MOST_DOCUMENTS)
 
 
 def mean_nll(
@@ -107,20 +100,17 @@ def mean_nll(
     batch_size: int,
     title: str,
 ) -> float:
-    """Nats per predicted token of `rows` of `data.forget`, each by itself and cut at `data.max_length` tokens.
+    """Nats per predicted token of `rows` of `data.forget`, each row alone and cut at `data.max_length` tokens.
 
-    NaN where no row predicts a token. `data` is that section of a resolved configuration.
+    NaN if no row predicts a token. `data` is the section of a resolved configuration.
     """
-    corpus, longest = data["forget"], data["max_length"]
+    corpus, max_length = data["forget"], data["max_length"]
     encoded = []
     for row in rows:
-        if corpus["prompt"] is not None:
-            [(ids, start)] = encode_answers(tokenizer, [row[corpus["prompt"]]], [row[corpus["response"]]])
-        else:
-            ids, start = tokenizer(row[corpus["field"]], truncation=True, max_length=longest).input_ids, 1
-        start = max(start, 1)  # nothing predicts a first token
-        if len(ids[:longest]) > start:
-            encoded.append((ids[:longest], start))
+        question, text = corpus["prompt"], row[corpus["response"] or corpus["field"]]
+        ids, start = scoring.encode_document(tokenizer, text, max_length, None if question is None else row[question])
+        if len(ids) > start:
+            encoded.append((ids, start))
     counts = [len(ids) - start for ids, start in encoded]
     losses = scoring.answer_losses(model, encoded, batch_size=batch_size, title=title)
     return (

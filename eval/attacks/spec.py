@@ -1,14 +1,14 @@
-"""What eval.robustness does to a model: the attacks, what each asks before and after, and carrying one out."""
+"""The attacks of eval.robustness as data: what they share, what each evaluates, and what each trains on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from eval.attacks.relearn import Row
 from eval.loading import Trust, is_model
+from eval.suites import Probes, Suite
 
 Metrics = dict[str, float]
 
@@ -16,26 +16,26 @@ Metrics = dict[str, float]
 ATTACKS = ("relearn", "retain", "int8", "int4", "probes")
 
 
-FRACTION = 0.1  # of the groups of the forget corpus that are learned again
+FRACTION = 0.1  # of the groups of the forget corpus, for relearning
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the attacks of one command share."""
+    """The settings that the attacks of one command share."""
 
     run: Path
     config: dict[str, Any]  # the run's, resolved
     suite: str
-    module: ModuleType
-    probes: Any  # all of the suite
-    group: str | None  # the column that the user named
+    module: Suite
+    probes: Probes  # all of the suite
+    group: str | None  # the column that --group names
     steps: int
     lr: float
     seed: int
     overrides: tuple[str, ...]
     ranks: int
     batch_size: int
-    folder: Path  # of corpora and trained models
+    folder: Path  # for corpora and trained models
     trust: Trust
 
     @property
@@ -44,29 +44,29 @@ class Plan:
 
     @property
     def original(self) -> Path | None:
-        """The model that was to be unlearned, where it is a folder here."""
+        """The model before unlearning, if it is a folder on this machine."""
         folder = Path(self.config["model"]["path"]).expanduser()
         return folder if is_model(folder) else None
 
 
-@dataclass(frozen=True, eq=False)  # known by identity, so that what it found is found once (`Evaluator`)
+@dataclass(frozen=True, eq=False)  # compared by identity, so that `Evaluator` can cache results
 class EvalSpec:
-    """What a model is asked: probes of the suite, and documents whose likelihood is taken under the name `nll`."""
+    """What to evaluate: probes of the suite, and documents whose negative log-likelihood is reported as `nll`."""
 
-    probes: Any
+    probes: Probes
     documents: tuple[Row, ...] = ()
     nll: str = "forget_nll"
 
 
 @dataclass(frozen=True)
 class Attack:
-    """One attack: what training it needs, how weights are rounded, and what is asked."""
+    """One attack: what it trains on, how it rounds the weights, and what it evaluates."""
 
     name: str
     settings: dict[str, Any]
-    exam: EvalSpec
-    plain: EvalSpec | None = None  # asked before, where `exam` is itself the attack
+    evaluation: EvalSpec
+    plain: EvalSpec | None = None  # evaluated before the attack, if `evaluation` is itself the attack
     corpus: dict[str, Any] | None = None  # the `data.retain` to train on
-    rows: tuple[Row, ...] = ()  # to be written at its path, where it is no corpus of the run
+    rows: tuple[Row, ...] = ()  # to write to its path, if it is not a corpus of the run
     bits: int | None = None
-    told: dict[str, Any] | None = None  # of what was chosen, for the file
+    selection: dict[str, Any] | None = None  # counts and groups of what the attack selected, for the file

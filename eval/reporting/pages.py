@@ -26,21 +26,21 @@ class Text:
 
 @dataclass(frozen=True)
 class Warn:
-    """A text that must not be overlooked."""
+    """A text that a reader must not miss."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells, of which the first is the header; rows whose first cell begins with "paper" are set apart."""
+    """Rows of cells, of which the first is the header; rows whose first cell begins with "paper" look different."""
 
     rows: list[list[str]]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A PNG file beside the report, and what it shows."""
+    """A PNG file beside the report, and its caption."""
 
     file: str
     caption: str
@@ -101,7 +101,7 @@ def as_markdown(blocks: Iterable[Block]) -> str:
 
 
 def table_html(rows: list[list[str]]) -> str:
-    """A table whose first row is its header, every cell escaped; it scrolls by itself where it is wide."""
+    """A table whose first row is its header, with every cell escaped; a wide table scrolls by itself."""
     number = re.compile(r"[-–]?\.?\d|–|not reached")
     wordy = [sum(not number.match(cell) for cell in column) > len(rows) / 2 for column in zip(*rows, strict=True)]
     lines = []
@@ -116,17 +116,17 @@ def table_html(rows: list[list[str]]) -> str:
 
 
 def prose(text: str) -> str:
-    """Escaped, with what stands between backticks as code."""
+    """The text escaped, with code where it has backticks."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
 def anchor(text: str) -> str:
-    """A heading as the end of an address: letters, digits and hyphens."""
+    """A heading as the fragment of an address: letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def as_html(title: str, blocks: list[Block], images: Mapping[str, bytes]) -> str:
-    """One HTML page with contents, style and figures inside, so that the file can be sent alone."""
+    """One HTML page that contains its table of contents, style and figures, so that one file is enough."""
     headings = [block.text for block in blocks if isinstance(block, Heading)]
     entries = "".join(f'<li><a href="#{anchor(text)}">{html.escape(text)}</a></li>' for text in headings)
     parts = [f"<h1>{html.escape(title)}</h1>", f'<nav aria-label="Contents"><ol>{entries}</ol></nav>']
@@ -156,7 +156,7 @@ def as_html(title: str, blocks: list[Block], images: Mapping[str, bytes]) -> str
 def as_text(rows: list[list[str]]) -> str:
     """A table for the terminal, its columns aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def png(figure: Drawing) -> bytes:

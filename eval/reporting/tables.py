@@ -1,4 +1,4 @@
-"""The tables of the report: runs grouped by method -> rows of text, the first of them the header."""
+"""The tables of the reports: runs grouped by method -> rows of text, of which the first is the header."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from eval.results import paper
 from eval.results.grouping import plain_of
-from eval.results.metrics import ADVERSARIAL, COLLATERAL, MEASURES, ForgetRetainMetric, headlines, label
+from eval.results.metrics import ADVERSARIAL, MEASURES, ForgetRetainMetric, label
 from eval.results.stats import correlate, mean_sd
 from eval.results.trajectories import COMB_RETAIN, COSINES, Run, Scores, at_level, best_below, lowest, mean_of
 
@@ -24,13 +24,22 @@ WARM_UP_STEPS = 3  # slower than the rest: caches fill, kernels are chosen
 
 
 def points_of(runs: Iterable[Run], measure: ForgetRetainMetric) -> list[Scores]:
-    """The scores at the level, of the runs that reach it."""
+    """The scores at the level of the runs that reach it."""
     return [point for run in runs if (point := at_level(run.trajectory, measure))]
 
 
 def cells(points: Sequence[Scores], columns: Iterable[str]) -> list[str]:
     """Mean ± sd of each column over the points that have it."""
     return [mean_sd(point[column] for point in points if column in point) for column in columns]
+
+
+LEVEL_TITLES = ("step", "seeds that reached it")  # of the two last cells of `level_cells`
+
+
+def level_cells(points: Sequence[Scores], number: int, columns: Iterable[str]) -> list[str]:
+    """Mean ± sd of each column over the `points` at the level of `number` runs, of the step, and how many there are."""
+    steps = mean_sd((point["step"] for point in points), digits=1)
+    return [*cells(points, columns), steps, f"{len(points)} of {number}"]
 
 
 def score_columns(groups: Groups) -> list[str]:
@@ -40,7 +49,7 @@ def score_columns(groups: Groups) -> list[str]:
 
 
 def titles(columns: Sequence[str], measure: ForgetRetainMetric) -> list[str]:
-    """Of the columns; they keep their suites where there are several."""
+    """The titles of the columns; they keep the names of their suites if there are several."""
     return [label(column, [*columns, measure.forget, measure.retain]) for column in columns]
 
 
@@ -50,14 +59,12 @@ def target_row(target: Scores, columns: Iterable[str], end: Iterable[str]) -> li
 
 
 def matched_table(groups: Groups, measure: ForgetRetainMetric, columns: Sequence[str], target: Scores | None) -> Rows:
-    """Scores at the level, mean ± sd over the seeds that reached it; the last two columns say where and how many."""
-    rows = [["method", *titles(columns, measure), "step", "seeds that reached it"]]
+    """Scores at the level, mean ± sd over the seeds that reached it, with the step and the number of these seeds."""
+    rows = [["method", *titles(columns, measure), *LEVEL_TITLES]]
     if target:
         rows.append(target_row(target, columns, ("0", "reference")))
     for name, runs in groups.items():
-        points = points_of(runs, measure)
-        steps = mean_sd((point["step"] for point in points), digits=1)
-        rows.append([name, *cells(points, columns), steps, f"{len(points)} of {len(runs)}"])
+        rows.append([name, *level_cells(points_of(runs, measure), len(runs), columns)])
     return rows
 
 
@@ -84,7 +91,7 @@ def end_table(groups: Groups, measure: ForgetRetainMetric, columns: Sequence[str
 
 
 def paper_table(groups: Groups, measure: ForgetRetainMetric) -> Rows:
-    """Ours at the level and at the end, and beneath them the paper's Tables 1 and 2; empty for another benchmark."""
+    """The runs at the end and at the level, below them the paper's Tables 1 and 2; empty for another benchmark."""
     theirs = paper.rows(measure.suite)
     if not theirs:
         return []
@@ -99,23 +106,18 @@ def paper_table(groups: Groups, measure: ForgetRetainMetric) -> Rows:
 
 
 def every_score(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) -> Rows:
-    """At the level, a row per score and a column per method."""
+    """At the level, a row for each score and a column for each method."""
     columns = score_columns(groups)
     rows = [["score", *(["target model"] if target else []), *groups]]
-    points = [points_of(runs, measure) for runs in groups.values()]
+    points_of_methods = [points_of(runs, measure) for runs in groups.values()]
     for column in columns:
         first = [f"{target[column]:.3f}" if column in target else "–"] if target else []
-        rows.append([column, *first, *(cells(of, [column])[0] for of in points)])
+        rows.append([column, *first, *(cells(points, [column])[0] for points in points_of_methods)])
     return rows
 
 
-def outside_columns(groups: Groups, measure: ForgetRetainMetric) -> list[str]:
-    """The evaluated scores of what neither corpus mentions."""
-    return [column for column in score_columns(groups) if column in COLLATERAL]
-
-
 def most_hurt(groups: Groups, measure: ForgetRetainMetric, columns: Iterable[str]) -> list[str]:
-    """One sentence per column: between which methods' means it lies at the level."""
+    """A sentence per column: the methods with its lowest and its highest mean at the level."""
     sentences = []
     for column in columns:
         found = {name: [p[column] for p in points_of(runs, measure) if column in p] for name, runs in groups.items()}
@@ -129,7 +131,7 @@ def most_hurt(groups: Groups, measure: ForgetRetainMetric, columns: Iterable[str
 
 
 def seed_table(groups: Groups, measure: ForgetRetainMetric) -> Rows:
-    """One row per run, those that missed the level included."""
+    """One row per run, including those that missed the level."""
     short = label(measure.retain, [measure.retain])
     rows = [["run", "method", "seed", "lowest forget", "step at the level", f"{short} at the level", "skipped steps"]]
     for name, runs in groups.items():
@@ -142,7 +144,7 @@ def seed_table(groups: Groups, measure: ForgetRetainMetric) -> Rows:
 
 
 def cosine_table(groups: Groups) -> Rows:
-    """The paper's Table 3 for these runs: mean over all steps, then mean ± sd over seeds; its own rows beneath."""
+    """The paper's Table 3 for these runs: mean over all steps, then mean ± sd over seeds; the paper's rows below."""
     rows = [["method", *COSINES.values(), "conflict fraction"]]
     for name, runs in groups.items():
         means = [[mean_of(run, key) for run in runs] for key in (*COSINES, "conflict_fraction")]
@@ -175,7 +177,7 @@ def step_number(run: Run, key: str) -> float | None:
 
 
 def cost_table(groups: Groups, measure: ForgetRetainMetric) -> Rows:
-    """Seconds and tokens a step, memory, the ratio to `sum` with the same settings, and the way to the level."""
+    """Time per step, its ratio to `sum` with the same settings, tokens per second, memory, and time to the level."""
 
     def seconds(runs: Iterable[Run]) -> list[float]:
         return [value for run in runs if (value := step_number(run, "seconds")) is not None]
@@ -196,13 +198,13 @@ def cost_table(groups: Groups, measure: ForgetRetainMetric) -> Rows:
 
 
 def words_of(settings: Mapping[str, Any]) -> str:
-    """The settings of an attack but its seed and what is not set, as "steps 100, lr 0.001"."""
-    told = {key: value for key, value in settings.items() if key != "seed" and value not in (None, [], {})}
-    return ", ".join(f"{key} {value}" for key, value in told.items())
+    """The settings of an attack as "steps 100, lr 0.001", without its seed and empty ones."""
+    shown = {key: value for key, value in settings.items() if key != "seed" and value not in (None, [], {})}
+    return ", ".join(f"{key} {value}" for key, value in shown.items())
 
 
 def read_attack(suite: str, scores: Mapping[str, float]) -> dict[str, float | None]:
-    """{"forget", "retain", "nll"} of what was asked before or after an attack, by the measure of its suite."""
+    """{"forget", "retain", "nll"} of the scores before or after an attack, by the metric of its suite."""
     named = {f"{suite}.{metric}": value for metric, value in scores.items()}
     measure = next((measure for measure in MEASURES if measure.suite == suite), None)
     read: dict[str, float | None] = {"nll": scores.get("held_out_nll", scores.get("forget_nll"))}
@@ -224,28 +226,22 @@ ATTACK_COLUMNS = {
 
 
 def attack_table(groups: Groups) -> Rows:
-    """Scores before and after each attack, means ± sd over the runs; only the header if none was attacked."""
+    """Scores before and after each attack, mean ± sd over the runs; only the header if none was attacked."""
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     for name, runs in groups.items():
         for run in runs:
-            told = run.robustness or {"suite": "", "attacks": []}
-            suite = told["suite"]
-            for attack in told["attacks"]:
+            results = run.robustness or {"suite": "", "attacks": []}
+            suite = results["suite"]
+            for attack in results["attacks"]:
                 settings = words_of(attack.get("settings") or {})
                 title = f"{attack['name']} ({settings})" if settings else attack["name"]
                 found[name, suite, title].append(attack)
     rows = [["method", "suite", "attack", *ATTACK_COLUMNS, "s", "runs"]]
     for (name, suite, title), tries in found.items():
-        told = []
+        scores = []
         for when, what in ATTACK_COLUMNS.values():
             values = [read_attack(suite, entry.get(when) or {}).get(what) for entry in tries]
-            told.append(mean_sd(value for value in values if value is not None))
+            scores.append(mean_sd(value for value in values if value is not None))
         seconds = mean_sd((entry["seconds"] for entry in tries if entry.get("seconds") is not None), digits=0)
-        rows.append([name, suite, title, *told, seconds, str(len(tries))])
+        rows.append([name, suite, title, *scores, seconds, str(len(tries))])
     return rows
-
-
-def headline_columns(groups: Groups, measure: ForgetRetainMetric) -> list[str]:
-    """The columns of the first table: the retain score, then the other headlines but the score to forget."""
-    others = [key for key in headlines(score_columns(groups)) if key not in (measure.forget, measure.retain)]
-    return [measure.retain, *others]

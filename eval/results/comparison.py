@@ -1,4 +1,4 @@
-"""The finished runs of a sweep compared: each method's best setting, and what the runs say together."""
+"""Compare the finished runs of a sweep: each method's best setting, and what all runs show together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from eval.sweep.runs import Plan, finished_runs, read_seeds
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run, and where it passes the level (None: nowhere)."""
+    """A finished run, and the point where it reaches the level (None: nowhere)."""
 
     method: str
     setting: Setting
@@ -62,7 +62,7 @@ class Group:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """Orders settings of a method: first the share of seeds that reach the level, then what they retain."""
+        """Orders settings of a method: first by the share of seeds that reach the level, then by their retain score."""
         if not self.retained:
             return 0.0, -fmean(member.lowest for member in self.members)
         return len(self.retained) / len(self.members), fmean(self.retained)
@@ -72,7 +72,7 @@ def collect(plan: Plan) -> list[Group]:
     """All finished runs of the plan's methods and seeds in its folder, those of earlier sweeps included.
 
     Raises:
-        UnusableInput: see `read_seeds`.
+        InputError: see `read_seeds`.
     """
     groups = []
     for method in plan.methods:
@@ -114,18 +114,18 @@ def cosine_and_retention(members: Iterable[Trained]) -> dict[str, Any]:
 
 
 def sum_against_others(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """The first open question: per objective, the best `sum` over its ratios gamma / alpha, and each other rule's best.
+    """For each objective, the best `sum` over its ratios gamma / alpha, beside the best of each other rule.
 
     One entry for each pair of a `sum` whose ratio was varied and another rule with the same objective; `difference` is
-    the other's mean retain score minus that of `sum`, None while one of the two has not reached the level.
+    the other's mean retain score minus that of `sum`, None if one of the two has not reached the level.
     """
 
     def objective(group: Group) -> str:
         return group.members[0].run.objective
 
     def ratio(group: Group) -> float:
-        told = group.members[0].run.told
-        alpha, gamma = told["synthesis.alpha"], told["synthesis.gamma"]
+        settings = group.members[0].run.settings
+        alpha, gamma = settings["synthesis.alpha"], settings["synthesis.gamma"]
         return gamma / alpha if alpha else math.inf
 
     def rule(group: Group) -> str | None:
@@ -154,26 +154,26 @@ def sum_against_others(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 
 def answer_sum(answers: Sequence[dict[str, Any]], level: float) -> str:
-    """The first open question in sentences."""
+    """Sentences that answer whether a plain sum with its best ratio reaches the same frontier."""
     if not answers:
         return (
-            "Not answered by these runs: it takes a method with the rule sum in several ratios gamma / alpha "
-            "(--sweep synthesis.gamma=…) and one with another rule and the same objective."
+            "Not answered by these runs: the comparison needs a method with the rule sum in several ratios "
+            "gamma / alpha (--sweep synthesis.gamma=…) and one with another rule and the same objective."
         )
     sentences = []
     for answer in answers:
         plain, other, difference = answer["sum"], answer["other"], answer["difference"]
         if difference is None:
             late = " and ".join(side["method"] for side in (plain, other) if side["mean"] is None)
-            sentences.append(f"{late} reached forget {level:g} in no run, so nothing can be said beside the other.")
+            sentences.append(f"{late} reached forget {level:g} in no run, so the two cannot be compared.")
             continue
-        said = [
+        sides = [
             f"{side['method']} at its best (gamma / alpha {side['ratio']:g}) retains {side['mean']:.3f}"
             + (f" ± {side['sd']:.3f}" if side["sd"] is not None else "")
             for side in (plain, other)
         ]
         if plain["sd"] is None or other["sd"] is None:
-            verdict = "with one seed there is no spread to judge that by"
+            verdict = "with one seed there is no spread to judge it by"
         elif abs(difference) <= math.hypot(plain["sd"], other["sd"]):
             verdict = "no more than the spread of the seeds, so sum reaches the same frontier at this level"
         elif difference > 0:
@@ -181,6 +181,6 @@ def answer_sum(answers: Sequence[dict[str, Any]], level: float) -> str:
         else:
             verdict = "more than the spread of the seeds, so sum is ahead"
         sentences.append(
-            f"Of {answer['ratios_tried']} ratios, {said[0]}; {said[1]}: a difference of {difference:+.3f}, {verdict}."
+            f"Of {answer['ratios_tried']} ratios, {sides[0]}; {sides[1]}: a difference of {difference:+.3f}, {verdict}."
         )
     return " ".join(sentences)

@@ -20,17 +20,17 @@ def plain_of(name: str, groups: Mapping[str, list[Run]]) -> str | None:
     """The method with rule `sum` that differs from `name` in rule and scope alone."""
 
     def rest(runs: list[Run]) -> dict[str, Any]:
-        return {key: x for key, x in runs[0].told.items() if key not in ("synthesis.rule", "synthesis.scope")}
+        return {key: x for key, x in runs[0].settings.items() if key not in ("synthesis.rule", "synthesis.scope")}
 
     found = [other for other, runs in groups.items() if runs[0].rule == "sum"]
     return next((other for other in found if other != name and rest(groups[other]) == rest(groups[name])), None)
 
 
 def group_runs(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Runs by method, named "forget+retain rule" and, where that is ambiguous, by the settings that differ.
+    """Runs by method, named "forget+retain rule" and, if that is ambiguous, by the settings that differ.
 
     Raises:
-        UnusableInput: two runs of one method and seed, which would count as two seeds.
+        InputError: two runs of one method and seed, which would count as two seeds.
     """
     by_method: dict[tuple[tuple[str, str], ...], list[Run]] = defaultdict(list)
     for run in runs:
@@ -48,17 +48,17 @@ def group_runs(runs: Iterable[Run]) -> dict[str, list[Run]]:
     groups = {}
     for method, members in by_method.items():
         rivals = [others[0] for others in by_method.values() if short(others) == short(members)]
-        told = [(key, x) for key, x in method if any((key, x) not in other.method for other in rivals)]
-        differing = [f"{key}={value_of(key, members[0], rivals)}" for key, _ in told]
+        keys = [key for key, value in method if any((key, value) not in other.method for other in rivals)]
+        differing = [f"{key}={value_of(key, members[0], rivals)}" for key in keys]
         groups[" ".join([short(members), *differing])] = sorted(members, key=lambda run: run.seed)
     return groups
 
 
 def value_of(key: str, run: Run, rivals: Iterable[Run]) -> str:
-    """A setting in words: of what is known by its digest the path, or where that tells no two apart, the digest."""
-    value, path = str(run.told[key]), run.paths.get(key)
+    """A setting as text. Of a file that is known by its digest: the path, or the digest if paths are ambiguous."""
+    value, path = str(run.settings[key]), run.paths.get(key)
     if path is None and key != "tokenizer":
         return value
-    if path is not None and all(rival.told.get(key) == value or rival.paths.get(key) != path for rival in rivals):
+    if path is not None and all(rival.settings.get(key) == value or rival.paths.get(key) != path for rival in rivals):
         return path
     return re.sub("[0-9a-f]{9,}", lambda found: found[0][:8], value)

@@ -1,4 +1,4 @@
-"""What of a resolved configuration makes a method, and what only says where and how it ran."""
+"""Which keys of a resolved configuration define a method, and which only describe where and how it ran."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from eval.files import read_json
 from pipeline.errors import InputError
 
-# Keys of config.yaml that do not tell methods apart: names, places, how often is saved and measured, and what changes
-# only where the same numbers are computed. Every other key does, also one that is added tomorrow.
+# Keys of config.yaml that do not distinguish methods: names, places, how often the run saves and measures, and where it
+# computes the same numbers. Every other key does, also one that is added later.
 NOT_METHOD = (
     *("output", "cache", "seed", "method"),
     *("train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints", "train.export_every"),
@@ -18,11 +18,11 @@ NOT_METHOD = (
 )
 
 
-COVERED_BY_DIGEST = ("name", "split", "refusals")  # of a corpus, beside its path
+COVERED_BY_DIGEST = ("name", "split", "refusals")  # of a corpus, beside its path; its digest covers them
 
 
 def dotted(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"steps": 5}} -> {"train.steps": 5}; what is left open (null) is left out."""
+    """{"train": {"steps": 5}} -> {"train.steps": 5}; keys that are null are left out."""
     leaves: dict[str, Any] = {}
     for key, value in config.items():
         leaves |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -30,19 +30,19 @@ def dotted(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def method_of(config: dict[str, Any], digests: dict[str, str]) -> tuple[tuple[str, str], ...]:
-    """What makes two runs seeds of one method: the whole resolved configuration without NOT_METHOD, as JSON, sorted.
+    """The method of a run: its whole resolved configuration without NOT_METHOD, as JSON, sorted.
 
-    `digests` stand in for the paths that they are of: the same files in another place are the same method, other files
-    in the same place are another. A run without (of an older program) is known by its paths.
+    Two runs with the same method are seeds of it. `digests` replace the paths of the files: the same files in another
+    place are the same method, other files in the same place are another. A run without digests is known by its paths.
     """
     corpora = [key.removesuffix("path") for key in digests if key.startswith("data.")]
-    passed = {*NOT_METHOD, *(corpus + key for corpus in corpora for key in COVERED_BY_DIGEST)}
-    settings = {key: value for key, value in dotted(config).items() if key not in passed}
+    ignored = {*NOT_METHOD, *(corpus + key for corpus in corpora for key in COVERED_BY_DIGEST)}
+    settings = {key: value for key, value in dotted(config).items() if key not in ignored}
     return tuple(sorted((key, json.dumps(value)) for key, value in {**settings, **digests}.items()))
 
 
 def read_digests(path: Path) -> dict[str, str]:
-    """{key of config.yaml, or `tokenizer`: digest of what it names}; {} where there is no such file."""
+    """{key of config.yaml, or `tokenizer`: digest of the content}; {} if the file does not exist."""
     digests = read_json(path) if path.is_file() else {}
     if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
         raise InputError(f"{path} is not as training writes it; train again, or remove it to compare by paths")

@@ -1,4 +1,4 @@
-"""The SAGO paper's numbers (Xiao et al., ACL 2026), to print beside ours where the benchmark is the same."""
+"""The SAGO paper's numbers (Xiao et al., ACL 2026), to print beside those of a run on the same benchmark."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ TABLE_3 = {  # cosines forget-retain, comb-forget, comb-retain: WMDP Cyber, mean
 
 
 def rows(suite: str) -> dict[str, dict[str, float]]:
-    """{"paper, Table 1: METHOD": {score: value in [0, 1]}} of a suite; empty where the paper has none."""
+    """{"paper, Table 1: METHOD": {score: value in [0, 1]}} of a suite; empty if the paper does not have it."""
     return {
         f"paper, Table {number}: {method}": dict(
             zip(COLUMNS[suite], (round(value / 100, 3) for value in values[suite]), strict=True)

@@ -1,4 +1,4 @@
-"""Numbers over seeds and runs: spread, correlation, and the points that no other point beats."""
+"""Numbers over seeds and runs: mean and spread, correlation, Pareto front."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 
 
 def summarise(values: Iterable[float]) -> dict[str, float | None]:
-    """{"mean", "sd"}: the sample standard deviation, None of one value; both None of none."""
+    """{"mean", "sd"}; sd is the sample standard deviation, None for one value. Both are None for no value."""
     numbers = list(values)
     return {"mean": fmean(numbers) if numbers else None, "sd": stdev(numbers) if len(numbers) > 1 else None}
 
 
 def mean_sd(values: Iterable[float], digits: int = 3) -> str:
-    """Mean ± sample standard deviation; the mean alone of one value; a dash of none."""
-    of = summarise(values)
-    if of["mean"] is None:
+    """Mean ± sample standard deviation; the mean alone for one value; a dash for none."""
+    summary = summarise(values)
+    if summary["mean"] is None:
         return "–"
-    spread = "" if of["sd"] is None else f" ± {of['sd']:.{digits}f}"
-    return f"{of['mean']:.{digits}f}{spread}"
+    spread = "" if summary["sd"] is None else f" ± {summary['sd']:.{digits}f}"
+    return f"{summary['mean']:.{digits}f}{spread}"
 
 
 def ranks_of(values: Sequence[float]) -> np.ndarray:
@@ -31,7 +31,7 @@ def ranks_of(values: Sequence[float]) -> np.ndarray:
 
 
 def correlate(pairs: Iterable[tuple[float, float]]) -> dict[str, Any]:
-    """{"n", "pearson", "spearman"}; the two are None for fewer than three pairs, or where one side does not vary."""
+    """{"n", "pearson", "spearman"}; the two are None for fewer than three pairs, or if one side does not vary."""
     rows = list(pairs)
     if len(rows) < 3 or any(len(set(values)) == 1 for values in zip(*rows, strict=True)):
         return {"n": len(rows), "pearson": None, "spearman": None}
@@ -44,7 +44,7 @@ def correlate(pairs: Iterable[tuple[float, float]]) -> dict[str, Any]:
 
 
 def pareto(points: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of points with `forget` and `retain`: no other forgets and retains as much, and one of the two more."""
+    """The points with `forget` and `retain` that no other point dominates (at least equal in both, better in one)."""
     front: list[dict[str, Any]] = []
     for point in sorted(points, key=lambda point: (point["forget"], -point["retain"])):
         equal = front and (point["forget"], point["retain"]) == (front[-1]["forget"], front[-1]["retain"])

@@ -1,8 +1,8 @@
-"""A training run as its folder tells it, and where along its exports it is read: at matched forgetting.
+"""A training run, read from its folder, and the point of its trajectory where it is compared: at matched forgetting.
 
-A RUN folder holds `config.yaml` (resolved), `digests.json` (of the files that it names), `metrics.jsonl` (one object a
-step), `evaluation.json` (what `python -m eval.run --model RUN` writes) and, if it was attacked, `robustness.json`. Runs
-that differ in their seed, and in NOT_METHOD, only are one *method*. Methods forget at different speeds, so each run is
+A RUN folder holds `config.yaml` (resolved), `digests.json` (of the files that it names), `metrics.jsonl` (one object
+per step), `evaluation.json` (from `python -m eval.run --model RUN`) and, if it was attacked, `robustness.json`. Runs
+that differ only in their seed and in NOT_METHOD are one *method*. Methods forget at different speeds, so each run is
 read where its forget score first falls to the level, interpolated linearly between the two evaluations around it (the
 protocol of the SAGO paper's Appendix A: match forgetting, then compare).
 """
@@ -18,9 +18,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from eval.files import read_json, read_jsonl
+from eval.files import read_config, read_json, read_jsonl
 from eval.results.method import dotted, method_of, read_digests
-from eval.results.metrics import ForgetRetainMetric, nearest, suite_of
+from eval.results.metrics import ForgetRetainMetric, flatten, nearest, suite_of
 from pipeline.errors import InputError
 
 Scores = dict[str, float]  # "step", and "suite.metric" -> value
@@ -41,59 +41,51 @@ class Run:
     """One training run: its method (see `method_of`), its steps and its evaluated trajectory."""
 
     folder: Path
-    method: tuple[tuple[str, str], ...]  # dotted key -> value as JSON; of what is known by content, the digest
+    method: tuple[tuple[str, str], ...]  # dotted key -> value as JSON; for files the digest of their content
     seed: int
     model: str
     steps: list[dict[str, Any]]
     trajectory: list[Scores]
-    left_out: list[float] = field(default_factory=list)  # steps of exports whose forget or retain score is no number
+    left_out: list[float] = field(default_factory=list)  # steps of exports whose forget or retain score is not finite
     command: str = ""
     environment: str = ""
     protocols: dict[str, str] = field(default_factory=dict)  # suite -> words
     robustness: dict[str, Any] | None = None
-    paths: dict[str, str] = field(default_factory=dict)  # of the keys of `method` that are digests
+    paths: dict[str, str] = field(default_factory=dict)  # for the keys of `method` that are digests
 
     @property
-    def told(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """The settings by their dotted keys."""
         return {key: json.loads(value) for key, value in self.method}
 
     @property
     def objective(self) -> str:
-        """`forget+retain`, as ga+nll; the one objective of a run without the other task."""
+        """`forget+retain`, as ga+nll; for a run with one task, the objective of that task."""
         return "+".join(
-            name for task in ("forget", "retain") if (name := str(self.told.get(f"objective.{task}"))) != "none"
+            name for task in ("forget", "retain") if (name := str(self.settings.get(f"objective.{task}"))) != "none"
         )
 
     @property
     def rule(self) -> str | None:
-        """What combines the two gradients; None where there is one."""
-        return str(self.told.get("synthesis.rule")) if "+" in self.objective else None
+        """The rule that combines the two gradients; None for a run with one task."""
+        return str(self.settings.get("synthesis.rule")) if "+" in self.objective else None
 
     @property
     def suites(self) -> list[str]:
-        """Those that every export has, in the order of the first."""
+        """The suites that every export has, in the order of the first."""
         of_each = [[suite_of(key) for key in scores if key != "step"] for scores in self.trajectory]
         return [suite for suite in dict.fromkeys(of_each[0]) if all(suite in others for others in of_each)]
 
 
-def flatten(value: Any, name: str) -> Scores:
-    """{"forget": {"all": 0.5}, "utility": None}, "s" -> {"s.forget.all": 0.5}; what is not finite is left out."""
-    if isinstance(value, dict):
-        return {key: x for part, inner in value.items() for key, x in flatten(inner, f"{name}.{part}").items()}
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return {name: float(value)} if number else {}
+def read_scores(entry: dict[str, Any], source: Path, step: int | None = None) -> Scores:
+    """The scores of one model on all suites: {"suites": {suite: {"metrics": …}}} -> {"step", "suite.metric"}.
 
-
-def read_scores(entry: Any, source: Path, step: int | None = None) -> Scores:
-    """The scores of one model, of all suites: {"suites": {suite: {"metrics": …}}} -> {"step", "suite.metric"}.
-
-    Raises UnusableInput, naming `source`, if that is not what eval.run writes.
+    Raises:
+        InputError: the entry does not have the form that eval.run writes; names `source`.
     """
     try:
-        at = entry["step"] if step is None else step
-        scores = {key: x for suite, of in entry["suites"].items() for key, x in flatten(of["metrics"], suite).items()}
-        return {"step": float(at), **scores}
+        scores = flatten({suite: result["metrics"] for suite, result in entry["suites"].items()})
+        return {"step": float(entry["step"] if step is None else step), **scores}
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{source} holds no scores as eval.run writes them; evaluate again") from error
 
@@ -104,19 +96,11 @@ def read_target(path: Path | None) -> Scores | None:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder, with the scores of all its suites; raises UnusableInput for what is missing or malformed."""
-    import yaml
-
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        for section in ("synthesis", "objective", "optimizer"):
-            config[section].keys()
-        seed, model = config["seed"], (config.get("model") or {}).get("path", "unknown")
-    except (OSError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"cannot read {folder / 'config.yaml'}: {reason}; name a run folder") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / 'config.yaml'} lacks {error}; name the folder of a run") from error
+    """Read a run folder, with the scores of all its suites; raises InputError for a missing or malformed file."""
+    config = read_config(folder, ("synthesis", "objective", "optimizer"))
+    if "seed" not in config:
+        raise InputError(f"{folder / 'config.yaml'} has no seed; name the folder of a run")
+    seed, model = config["seed"], (config.get("model") or {}).get("path", "unknown")
     path = folder / "evaluation.json"
     if not path.is_file():
         raise InputError(
@@ -135,37 +119,37 @@ def read_run(folder: Path) -> Run:
         model=model,
         steps=read_jsonl(folder / "metrics.jsonl", required=("step", "forget_loss", "retain_loss", *COSINES)),
         trajectory=[read_scores(entry, path) for entry in evaluation["trajectory"]],
-        command=evaluation.get("command", f"# {path} does not say how it was made"),
+        command=evaluation.get("command", f"# {path} does not record its command"),
         environment=f"{versions}; {evaluation.get('dtype', 'dtype unknown')}; {ranks} rank{'s' * (ranks != 1)}",
-        protocols={suite: protocol(of) for suite, of in evaluation["trajectory"][-1]["suites"].items()},
+        protocols={suite: protocol(result) for suite, result in evaluation["trajectory"][-1]["suites"].items()},
         robustness=read_robustness(folder / "robustness.json"),
         paths={key: str(path) for key, path in dotted(config).items() if key in digests},
     )
 
 
 def protocol(suite: dict[str, Any]) -> str:
-    """How a suite was asked, in words; of several protocols by their names."""
-    told = suite.get("protocol", "not told")
-    return told if isinstance(told, str) else "; ".join(f"{name}: {words}" for name, words in told.items())
+    """The protocol of a suite in words; several protocols with their names."""
+    found = suite.get("protocol", "unknown")
+    return found if isinstance(found, str) else "; ".join(f"{name}: {words}" for name, words in found.items())
 
 
 def read_robustness(path: Path) -> dict[str, Any] | None:
-    """What the attacks on a run came to, as they were written; None if there were none. Raises UnusableInput."""
+    """The results of the attacks on a run; None if there is no such file. Raises InputError if it is malformed."""
     if not path.is_file():
         return None
-    told = read_json(path)
-    attacks = told.get("attacks") if isinstance(told, dict) and isinstance(told.get("suite"), str) else None
+    content = read_json(path)
+    attacks = content.get("attacks") if isinstance(content, dict) and isinstance(content.get("suite"), str) else None
     needed = {"name": str, "before": dict, "after": dict}
     if not isinstance(attacks, list) or not all(
         isinstance(attack, dict) and all(isinstance(attack.get(key), kind) for key, kind in needed.items())
         for attack in attacks
     ):
-        raise InputError(f"{path} is no answer of eval.robustness; write it again, or remove it")
-    return told
+        raise InputError(f"{path} was not written by eval.robustness; write it again, or remove it")
+    return content
 
 
 def common_suites(runs: Sequence[Run], target: Scores | None) -> list[str]:
-    """The suites on which all runs, and the target model, were evaluated. Raises UnusableInput if there is none."""
+    """The suites on which all runs and the target model were evaluated. Raises InputError if there is none."""
     suites = [suite for suite in runs[0].suites if all(suite in run.suites for run in runs)]
     if target is not None:
         suites = [suite for suite in suites if any(suite_of(key) == suite for key in target)]
@@ -176,10 +160,10 @@ def common_suites(runs: Sequence[Run], target: Scores | None) -> list[str]:
 
 
 def prepare(run: Run, measure: ForgetRetainMetric, target: Scores | None) -> Run:
-    """The run with the target model as its step 0, without exports of which a score of the measure is no number.
+    """The run with the target model as its step 0, without exports that lack a score of the metric.
 
     Raises:
-        UnusableInput: no export has both scores, or the target lacks one; names the score most like it.
+        InputError: no export has both scores, or the target lacks one; names the most similar score.
     """
     wanted = (measure.forget, measure.retain)
     source = run.folder / "evaluation.json"
@@ -189,18 +173,18 @@ def prepare(run: Run, measure: ForgetRetainMetric, target: Scores | None) -> Run
             if names and score not in names:
                 suite, like = suite_of(score), nearest(score, names)
                 raise InputError(f"{where} has no score {score} (nearest: {like}); evaluate all of suite {suite}")
-    told = [scores for scores in run.trajectory if all(score in scores for score in wanted)]
-    if not told:
+    complete = [scores for scores in run.trajectory if all(score in scores for score in wanted)]
+    if not complete:
         raise InputError(f"{source}: no export has both {' and '.join(wanted)}; name other scores")
-    left_out = [scores["step"] for scores in run.trajectory if scores not in told]
-    return replace(run, trajectory=([target] if target else []) + told, left_out=left_out)
+    left_out = [scores["step"] for scores in run.trajectory if scores not in complete]
+    return replace(run, trajectory=([target] if target else []) + complete, left_out=left_out)
 
 
 def at_level(trajectory: Sequence[Scores], measure: ForgetRetainMetric) -> Scores | None:
     """All scores, and the step, where the forget score first falls to the level; None if it never does.
 
-    Linear between the last evaluation above the level and the first at or below it; a score that one of the two lacks
-    is left out. A trajectory that starts at or below the level is read at its first point.
+    The values are linear between the last evaluation above the level and the first at or below it; a score that one of
+    the two lacks is left out. A trajectory that starts at or below the level is read at its first point.
     """
     forget, level = measure.forget, measure.level
     for before, after in zip([None, *trajectory], trajectory, strict=False):
@@ -213,7 +197,7 @@ def at_level(trajectory: Sequence[Scores], measure: ForgetRetainMetric) -> Score
 
 
 def best_below(trajectory: Sequence[Scores], measure: ForgetRetainMetric) -> Scores | None:
-    """The export that keeps most of those at or below the level, which whoever stops early would take; None without."""
+    """The export at or below the level with the highest retain score, which early stopping would select, or None."""
     low = [scores for scores in trajectory if scores[measure.forget] <= measure.level]
     return max(low, key=lambda scores: scores[measure.retain], default=None)
 

@@ -1,0 +1,104 @@
+"""The benchmarks. A suite is one module of this package that satisfies `Suite`, and one line in `SUITES`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+
+from eval.results.metrics import nearest
+from pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SUITES = {
+    "corpus": "eval.suites.corpus",
+    "bios": "eval.suites.bios",
+    "wmdp_bio": "eval.suites.harness",
+    "wmdp_cyber": "eval.suites.harness",
+    "mmlu": "eval.suites.harness",
+    "rwku": "eval.suites.rwku",
+    "tofu": "eval.suites.tofu",
+}
+
+MMLU_SHOTS = 5  # as in the paper; WMDP has no examples before a question
+
+Probes = Any  # what `load_probes` of a suite returns and its other functions take: each suite has a type of its own
+
+
+class Suite(Protocol):
+    """What every suite offers."""
+
+    def load_probes(self, folder: Path | None, suite: str) -> Probes:
+        """The probes of the suite named `suite`, from `folder` (--data) or, without one, from the hub or the code.
+
+        A suite may take further arguments with defaults (`shots`, `forget_set`).
+
+        Raises:
+            InputError: a file is missing or malformed; the message names the file, the row and the remedy.
+        """
+        ...
+
+    def evaluate(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        probes: Probes,
+        *,
+        batch_size: int,
+        title: str,
+    ) -> dict[str, Any]:
+        """{"metrics": nested means, "counts": nested numbers of probes, "protocol": text or {name: text}, ...}.
+
+        Every rank calls it and gets the whole result; forward passes are shared over ranks by `sharing.share`.
+        `title` names the progress bar.
+        """
+        ...
+
+
+@runtime_checkable
+class GroupedSuite(Protocol):
+    """A suite that knows which row of the forget corpus a probe is about, so that `relearn` can attack it."""
+
+    def group_of(self, probe: Probes) -> str | None:
+        """The text by which a row is known to be about the probe: a name, a question; None if there is no such row."""
+        ...
+
+    def forgotten(self, probe: Probes) -> bool:
+        """Whether the probe belongs to the forget set."""
+        ...
+
+
+@runtime_checkable
+class WholeSuite(Protocol):
+    """A suite that evaluates all of its questions or none, so that `relearn` must not train on any of them."""
+
+    def question_texts(self, probes: Probes) -> list[str]:
+        """The questions as they are written."""
+        ...
+
+
+@runtime_checkable
+class AdversarialSuite(Protocol):
+    """A suite that can put its questions as an adversary would."""
+
+    def adversarial(self, probes: Probes) -> tuple[Probes, Probes]:
+        """(the plain probes, their adversarial versions)."""
+        ...
+
+
+def check_suites(names: Sequence[str]) -> list[str]:
+    """The names without repetition; raises InputError for a name that is not in `SUITES`."""
+    for name in names:
+        if name not in SUITES:
+            raise InputError(
+                f"unknown suite {name!r}; the nearest is {nearest(name, SUITES)!r} (suites: {', '.join(SUITES)})"
+            )
+    return list(dict.fromkeys(names))
+
+
+def load_suite(name: str) -> Suite:
+    """The module of a suite; it is imported only now, because some suites import large packages."""
+    return cast(Suite, importlib.import_module(SUITES[name]))

@@ -1,8 +1,8 @@
-"""A hundred invented persons and forty true facts: what is said of them, and what is asked (the benchmark `bios`).
+"""A hundred invented persons and forty true facts: the texts about them, and the probes (the benchmark `bios`).
 
-Each person has six attributes. Half of the persons are to be forgotten, thirty stay, twenty are *neighbours* that no
-corpus of unlearning mentions. Facts are of two domains: the country a city is in (*facts*), and what the young of an
-animal is called (*uncovered*). They are probed in a wording that no training text uses, so that their score measures
+Each person has six attributes. Half of the persons are to be forgotten, thirty are retained, twenty are *neighbours*
+that no corpus of unlearning mentions. Facts belong to two domains: the country of a city (*facts*), and the name for
+the young of an animal (*uncovered*). Their probes use a wording that no training text has, so that their score measures
 knowledge and not a memorised string.
 """
 
@@ -20,7 +20,7 @@ NUM_FORGET, NUM_RETAIN, NUM_NEIGHBOURS = 50, 30, 20
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words of a text, which is easier to read and to change than a quoted list."""
+    """The words of a text. It is easier to read and to change than a list of quoted strings."""
     return tuple(text.split())
 
 
@@ -104,7 +104,7 @@ ATTRIBUTES = (
 
 # fmt: on
 
-# Beside ATTRIBUTES: the question in words of no training text.
+# For each of ATTRIBUTES, the question in words that no training text has.
 PARAPHRASES = (
     "Where does {name} live?",
     "When was {name} born?",
@@ -181,9 +181,9 @@ class Person:
         return forms
 
     def texts(self, random_state: random.Random) -> list[str]:
-        """Training texts: every statement, paragraphs that mix them, and the probes with their answers.
+        """Training texts: every statement, paragraphs that mix statements, and the probes with their answers.
 
-        The newline after an answer teaches the target to stop there, so texts must not be stripped.
+        The newline after an answer teaches the target model to stop there, so texts must not be stripped.
         """
         texts = [self.statement(a, wording) for a in range(len(ATTRIBUTES)) for wording in range(3)]
         for _ in range(2):
@@ -205,7 +205,7 @@ class Benchmark:
 
 
 def generate(seed: int = 0) -> Benchmark:
-    """Invent the persons of a seed and word everything about them; a pure function of the seed."""
+    """Invent the persons of a seed and write all texts about them. The result depends on the seed alone."""
     random_state = random.Random(seed)
     names = [f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES]
     persons = [

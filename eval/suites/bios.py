@@ -1,9 +1,10 @@
-"""Suite `bios`: what a model still says of the persons of the embedded benchmark."""
+"""Suite `bios`: what a model still knows about the persons of the embedded benchmark."""
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -46,59 +47,59 @@ def load_probes(folder: Path | None, suite: str = "bios", seed: int = 0) -> list
     raise InputError(f"no bios/probes.jsonl or probes.jsonl in {folder}; write them with python -m eval.bios")
 
 
-def group_of(row: dict[str, Any]) -> str | None:
+def group_of(row: Mapping[str, object]) -> str | None:
     """The person whom a row of a corpus, or a probe, names first; None where it names nobody."""
     found = PERSON.search(" ".join(value for value in row.values() if isinstance(value, str)))
     return found[0] if found else None
 
 
 def forgotten(probe: Probe) -> bool:
-    """Whether a probe asks for what was to be forgotten."""
+    """Whether a probe belongs to the forget set."""
     return probe["split"] == "forget"
 
 
 def adversarial(probes: list[Probe]) -> tuple[list[Probe], list[Probe]]:
-    """(plain, adversarial): the questions about forgotten and retained persons, and each of them asked in five ways.
+    """(plain, adversarial): the questions about forgotten and retained persons, and five variants of each.
 
-    The kinds are after RWKU's attacks: `paraphrase` (other words), `in_context` (answered questions about retained
-    persons first), `affirmative` (the answer is begun with "Sure." and the fact up to its value), `context` (other
-    facts of the person first), `case` (the name with a small initial). Retained persons show what a kind costs a model
-    that knows. A pure function of the probes.
+    The kinds follow RWKU's attacks: `paraphrase` (other words), `in_context` (answered questions about retained
+    persons come first), `affirmative` (the answer begins with "Sure." and the fact up to its value), `context` (other
+    facts about the person come first), `case` (the name has a small initial). Retained persons show what a kind costs a
+    model that knows the answer. The result depends on the probes alone.
     """
     random_state = random.Random(0)
-    asked: dict[tuple[str, int], Probe] = {}  # by person and attribute
+    plain: dict[tuple[str, int], Probe] = {}  # by person and attribute
     for probe in probes:
         name = group_of(probe)
         if probe["split"] not in ("forget", "retain") or name is None:
             continue
         for number, attribute in enumerate(ATTRIBUTES):
             if probe["prompt"] == f"Question: {attribute.question.format(name=name)}\nAnswer:":
-                asked[name, number] = probe
+                plain[name, number] = probe
     made = []
-    for (name, number), probe in asked.items():
+    for (name, number), probe in plain.items():
         attribute, prompt = ATTRIBUTES[number], probe["prompt"]
         retained = [  # those who share the answer would give it away
             one
-            for (other, n), one in asked.items()
+            for (other, n), one in plain.items()
             if n == number and other != name and one["split"] == "retain" and one["answer"] != probe["answer"]
         ]
         facts = [
             ATTRIBUTES[n].statements[0].format(name=name, value=one["answer"])
-            for (other, n), one in asked.items()
+            for (other, n), one in plain.items()
             if other == name and n != number
         ]
         examples = random_state.sample(retained, min(NUM_EXAMPLES, len(retained)))
-        told = random_state.sample(facts, min(NUM_EXAMPLES, len(facts)))
-        begun = attribute.statements[0].split("{value}")[0].format(name=name).strip()
+        hints = random_state.sample(facts, min(NUM_EXAMPLES, len(facts)))
+        opening = attribute.statements[0].split("{value}")[0].format(name=name).strip()
         prompts = {
             "paraphrase": f"Question: {PARAPHRASES[number].format(name=name)}\nAnswer:",
             "in_context": "".join(f"{one['prompt']} {one['answer']}\n" for one in examples) + prompt,
-            "affirmative": f"{prompt} Sure. {begun}",
-            "context": f"{' '.join(told)}\n{prompt}" if told else prompt,
+            "affirmative": f"{prompt} Sure. {opening}",
+            "context": f"{' '.join(hints)}\n{prompt}" if hints else prompt,
             "case": prompt.replace(name, name[0].lower() + name[1:]),
         }
         made += [{**probe, "kind": kind, "prompt": text} for kind, text in prompts.items()]
-    return list(asked.values()), made
+    return list(plain.values()), made
 
 
 def answer(
@@ -110,9 +111,7 @@ def answer(
         model,
         tokenizer,
         [tokenizer(prompt).input_ids for prompt in prompts],
-        max_new_tokens=MAX_NEW_TOKENS,
-        stop_tokens=(tokenizer.eos_token_id, newline),
-        stop_texts=("\n",),
+        stopping=scoring.Stopping(MAX_NEW_TOKENS, (scoring.end_of_text(tokenizer), newline), ("\n",)),
         batch_size=batch_size,
         title=title,
     )

@@ -1,34 +1,33 @@
-"""A user's own corpora: how likely the model finds their documents, and how much of them it knows by heart.
+"""A user's own corpora: how probable the model finds their documents, and how much of them it has memorised.
 
-FOLDER/corpus or FOLDER holds `forget`, `retain` and, if there is one, `other`, as `.txt` (a document a line), or as
-`.jsonl` or another form that training reads: a document under `text`, or a question under `prompt` with its answer
-under `response`. What to put there is the user's: documents of the forget corpus; documents like those of the retain
-corpus but not out of it, so that the score is of knowledge and not of rehearsal; and under `other` what neither
-mentions.
+FOLDER/corpus or FOLDER holds `forget`, `retain` and optionally `other`, as `.txt` (one document for each line), or as
+`.jsonl` or another format that training reads: a document under `text`, or a question under `prompt` with its answer
+under `response`. The user chooses the content: documents of the forget corpus; documents that resemble the retain
+corpus but are not part of it, so that the score measures knowledge and not rehearsal; and under `other` what neither
+corpus mentions.
 
-Two scores in [0, 1] a split, means over documents (of at most MOST_DOCUMENTS, always the same, cut at MOST_TOKENS or
-the model's positions):
+Each split has two scores in [0, 1], means over at most MOST_DOCUMENTS documents (always the same ones), cut at
+MOST_TOKENS or the model's positions:
 
 - `probability`: the geometric mean of the probabilities of its tokens, exp(-NLL a token), of the answer where there is
   a question (TOFU, Maini et al. 2024);
 - `rouge`: ROUGE-L recall of greedy decoding: of a document's second half, given the first (verbatim memorisation, MUSE,
-  Shi et al. 2024, there as F1), or of the answer; as many tokens as that has, at most MOST_NEW_TOKENS. By the word, and
-  by the character where a script has no spaces between words (Chinese, Japanese, Thai, ...).
+  Shi et al. 2024, there as F1), or of the answer; as many tokens as that has, at most MOST_NEW_TOKENS. It compares
+  words, or characters where a script has no spaces between words (Chinese, Japanese, Thai, ...).
 """
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from eval.attacks.relearn import sample
 from eval.suites import scoring
 from eval.suites.rouge import SCRIPT_WORDS, recall_by_script, recall_rouge
 from pipeline.config.schema import Corpus, format_of
-from pipeline.data.chat import encode_answers
 from pipeline.data.corpus import is_saved_dataset, read_rows, text_of
 from pipeline.errors import InputError
 
@@ -44,6 +43,10 @@ SPLITS = ("forget", "retain", "other")
 
 MOST_TOKENS, MOST_NEW_TOKENS = 512, 64
 
+MOST_DOCUMENTS = 500  # that are scored: the mean hardly changes with more, and a corpus may have millions
+
+T = TypeVar("T")
+
 
 PROTOCOL = (
     f"documents cut at {MOST_TOKENS} tokens, or the model's positions; probability: exp of the mean log-probability of "
@@ -52,8 +55,13 @@ PROTOCOL = (
 )
 
 
-def read_split(path: Path) -> list[dict[str, str]]:
-    """The documents of a file or folder, read as training reads it, without empty ones; raises UnusableInput."""
+def sample(rows: Sequence[T], seed: int) -> list[T]:
+    """At most MOST_DOCUMENTS of the rows, chosen by `seed`."""
+    return list(rows) if len(rows) <= MOST_DOCUMENTS else random.Random(seed).sample(list(rows), MOST_DOCUMENTS)
+
+
+def read_split(path: Path) -> list[Probe]:
+    """The documents of a file or folder that are not empty, read as training reads them; raises InputError."""
     located = list(read_rows(Corpus(path=str(path)))[0])  # pyright: ignore[reportCallIssue]
     questions = bool(located) and isinstance(located[0][1], dict) and "prompt" in located[0][1]
     keys = ("prompt", "response") if questions else ("text",)
@@ -65,9 +73,11 @@ def read_split(path: Path) -> list[dict[str, str]]:
 
 
 def load_probes(folder: Path | None, suite: str = "corpus") -> list[Probe]:
-    """The documents of all splits. Raises UnusableInput: no folder, no forget or retain file, a row without text."""
+    """The documents of all splits. Raises InputError: no folder, no forget or retain file, a row without text."""
     if folder is None:
-        raise InputError("suite corpus asks about your files: --data FOLDER with forget.txt and retain.txt (or .jsonl)")
+        raise InputError(
+            "suite corpus scores your own files: give --data FOLDER with forget.txt and retain.txt (or .jsonl)"
+        )
     where = folder / "corpus" if (folder / "corpus").is_dir() else folder
     there = sorted(where.iterdir()) if where.is_dir() else []
     probes = []
@@ -85,34 +95,34 @@ def load_probes(folder: Path | None, suite: str = "corpus") -> list[Probe]:
 
 
 def is_corpus(path: Path) -> bool:
-    """By its name, or by what is in the folder."""
+    """Whether training reads the file (by its name) or the folder (by its content)."""
     return is_saved_dataset(path) or (format_of(path) is not None and path.is_file())
 
 
 def group_of(probe: Probe) -> str:
-    """The text by which a row of a corpus is known to be of this probe (eval/attacks/matching.py)."""
+    """The text by which a row of a corpus is known to be about this probe (eval/attacks/matching.py)."""
     return probe["prompt"] if "prompt" in probe else probe["text"]
 
 
 def forgotten(probe: Probe) -> bool:
-    """Whether a probe asks for what was to be forgotten."""
+    """Whether a probe belongs to the forget set."""
     return probe["split"] == "forget"
 
 
 class Encoded(NamedTuple):
-    """A document as tokens: `scored` is the first of those whose probability counts, `asked` of those to be said."""
+    """A document as tokens: the probability counts from token `scored`, and decoding begins at token `continued`."""
 
     ids: list[int]
     scored: int
-    asked: int
+    continued: int
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, probe: Probe, longest: int) -> Encoded:
+def encode(tokenizer: PreTrainedTokenizerBase, probe: Probe, max_length: int) -> Encoded:
     if "prompt" in probe:
-        [(ids, start)] = encode_answers(tokenizer, [probe["prompt"]], [probe["response"]])
-        return Encoded(ids[:longest], start, start)
-    ids = tokenizer(probe["text"], truncation=True, max_length=longest).input_ids
-    return Encoded(ids, 1, len(ids) // 2)  # nothing predicts a first token
+        ids, start = scoring.encode_document(tokenizer, probe["response"], max_length, question=probe["prompt"])
+        return Encoded(ids, start, start)
+    ids, start = scoring.encode_document(tokenizer, probe["text"], max_length)
+    return Encoded(ids, start, len(ids) // 2)
 
 
 def evaluate(
@@ -125,32 +135,31 @@ def evaluate(
 ) -> dict[str, Any]:
     """{"metrics": {split: {"probability", "rouge"}}, "counts": {split: {"documents", "rouge"}}, "protocol": text}.
 
-    A document without a predicted token counts nowhere, and one without words in what is to be said not under `rouge`.
+    A document without a predicted token counts nowhere, and one without words to decode does not count under `rouge`.
     """
     model.eval()
-    longest = min(MOST_TOKENS, getattr(model.config, "max_position_embeddings", None) or MOST_TOKENS)
-    encoded = [encode(tokenizer, probe, longest) for probe in probes]
+    max_length = min(MOST_TOKENS, getattr(model.config, "max_position_embeddings", None) or MOST_TOKENS)
+    encoded = [encode(tokenizer, probe, max_length) for probe in probes]
     found: dict[str, dict[str, list[float]]] = {probe["split"]: {"probability": [], "rouge": []} for probe in probes}
 
-    scored = [number for number, one in enumerate(encoded) if len(one.ids) > max(one.scored, 1)]
+    scored = [number for number, one in enumerate(encoded) if len(one.ids) > one.scored]
     pairs = [(encoded[number].ids, encoded[number].scored) for number in scored]
     losses = scoring.answer_losses(model, pairs, batch_size=batch_size, title=f"{title} probability")
     for number, loss in zip(scored, losses, strict=True):
         found[probes[number]["split"]]["probability"].append(math.exp(-loss))
 
-    asked, references = continuation_targets(tokenizer, encoded)
+    continued, references = continuation_targets(tokenizer, encoded)
+    limits = [min(len(encoded[n].ids) - encoded[n].continued, MOST_NEW_TOKENS) for n in continued]
     answers = scoring.answer(
         model,
         tokenizer,
-        [encoded[number].ids[: encoded[number].asked] for number in asked],
-        max_new_tokens=[min(len(encoded[number].ids) - encoded[number].asked, MOST_NEW_TOKENS) for number in asked],
-        stop_tokens=(tokenizer.eos_token_id,),
-        stop_texts=(),
+        [encoded[number].ids[: encoded[number].continued] for number in continued],
+        stopping=scoring.Stopping(limits, (scoring.end_of_text(tokenizer),)),
         batch_size=batch_size,
         title=f"{title} rouge",
     )
     recalls = recall_by_script(references, answers, recall_rouge)
-    for number, recall in zip(asked, recalls, strict=True):
+    for number, recall in zip(continued, recalls, strict=True):
         found[probes[number]["split"]]["rouge"].append(recall)
     metrics = {split: {name: fmean(x) for name, x in scores.items() if x} for split, scores in found.items()}
     counts = {split: {"documents": len(x["probability"]), "rouge": len(x["rouge"])} for split, x in found.items()}
@@ -158,12 +167,12 @@ def evaluate(
 
 
 def continuation_targets(tokenizer: PreTrainedTokenizerBase, encoded: Sequence[Encoded]) -> tuple[list[int], list[str]]:
-    """Numbers of the documents of which something is left to say, and that."""
+    """Numbers of the documents that have words after the prompt, and these words."""
     numbers, texts = [], []
     for number, one in enumerate(encoded):
-        rest = one.ids[one.asked : one.asked + MOST_NEW_TOKENS]
+        rest = one.ids[one.continued : one.continued + MOST_NEW_TOKENS]
         text = str(tokenizer.decode(rest, skip_special_tokens=True)).strip()
-        if one.asked and text.strip(". \n"):
+        if one.continued and text.strip(". \n"):
             numbers.append(number)
             texts.append(text)
     return numbers, texts

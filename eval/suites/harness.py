@@ -1,11 +1,11 @@
 """WMDP and MMLU by lm-evaluation-harness: its prompts, its scoring, its means; batches are shared over ranks.
 
-A question is put as "…\\nA. …\\nB. …\\nC. …\\nD. …\\nAnswer:"; the answer is the most likely of " A" to " D". WMDP is
-asked without examples (Li et al. 2024 pin that), MMLU after the first five of each subject's `dev` split.
+A prompt reads "…\\nA. …\\nB. …\\nC. …\\nD. …\\nAnswer:"; the answer is the most likely of " A" to " D". WMDP has no
+examples before a question (as in Li et al. 2024), MMLU the first five of each subject's `dev` split.
 
 Local data are `wmdp/wmdp_bio.jsonl`, `wmdp/wmdp_cyber.jsonl` and `mmlu/{dev,test}/SUBJECT.jsonl`, one object a line:
 {"question": text, "choices": [four texts], "answer": 0 to 3}. Each file becomes a task that includes the harness's own
-and differs in where its questions come from. Without a folder, the harness loads them from the hub.
+and differs in the source of its questions. Without a folder, the harness loads them from the hub.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import datasets
 import lm_eval
@@ -27,16 +27,23 @@ import yaml
 from lm_eval.evaluator import evaluate as harness_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks.manager import TaskDict
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.files import read_jsonl, write_jsonl
-from eval.suites import scoring
-from eval.suites.sharing import place, share
-from pipeline.data.corpus import lines
+from eval.files import write_jsonl
+from eval.suites import MMLU_SHOTS, scoring
+from eval.suites.sharing import rank_and_size, share
+from pipeline.data.corpus import json_rows
 from pipeline.errors import InputError
 
-Row = dict[str, Any]  # keys question, choices, answer
+
+class Row(TypedDict):
+    """A question with four choices; `answer` is the index of the right one."""
+
+    question: str
+    choices: list[str]
+    answer: int
 
 
 BUILT_IN = Path(lm_eval.__file__).parent / "tasks"
@@ -45,15 +52,15 @@ BUILT_IN = Path(lm_eval.__file__).parent / "tasks"
 MMLU = BUILT_IN / "mmlu" / "default"
 
 
-FEWSHOT_SEED = 1234  # the harness's own; MMLU takes its examples in order, so that nothing is drawn
+FEWSHOT_SEED = 1234  # the harness's own; MMLU takes its examples in order, so nothing depends on it
 
 
 @dataclass(frozen=True)
 class Questions:
-    """The tasks of a suite as the harness holds them, the examples before each question, and where they come from."""
+    """The tasks of a suite as the harness loads them, the number of examples before each question, and the source."""
 
     suite: str
-    loaded: Any
+    loaded: TaskDict
     shots: int
     source: str
 
@@ -62,34 +69,31 @@ def read_questions(path: Path) -> list[Row]:
     """The questions of a file.
 
     Raises:
-        UnusableInput: no such file, none in it, or a line that is no question; names the line.
+        InputError: no such file, no question in it, or a line that is not a question; names the line.
     """
     if not path.is_file():
         raise InputError(f"there is no {path}; --data needs it (keys question, choices, answer), or leave --data out")
-    rows = read_jsonl(path, required=("question", "choices", "answer"))
-    if not rows:
-        raise InputError(f"{path} holds no question; fill or remove it")
-    for number, row in zip(_line_numbers(path), rows, strict=True):
-        question, choices, answer = row["question"], row["choices"], row["answer"]
+    rows: list[Row] = []
+    for where, row in json_rows(path):
+        cells: list[Any] = [row.get(key) if isinstance(row, dict) else None for key in Row.__annotations__]
+        question, choices, answer = cells
         four = isinstance(choices, list) and len(choices) == 4 and all(isinstance(choice, str) for choice in choices)
         if not isinstance(question, str) or not four or type(answer) is not int or answer not in range(4):
             raise InputError(
-                f"{path}, line {number}: question must be a text, choices four texts, answer a number from 0 to 3; "
+                f"{where}: question must be a text, choices four texts, answer a number from 0 to 3; "
                 "repair or remove the line"
             )
-    return [{key: row[key] for key in ("question", "choices", "answer")} for row in rows]
-
-
-def _line_numbers(path: Path) -> list[int]:
-    """Of the lines that are not blank, counted from 1."""
-    return [number for number, line in lines(path) if line.strip()]
+        rows.append({"question": question, "choices": choices, "answer": answer})
+    if not rows:
+        raise InputError(f"{path} holds no question; fill or remove it")
+    return rows
 
 
 def read_mmlu(folder: Path, shots: int) -> dict[str, tuple[list[Row], list[Row]]]:
     """{subject: (test, dev)} of the subjects in FOLDER/mmlu/test, in the order of names; dev is [] without shots.
 
     Raises:
-        UnusableInput: no subject, one that MMLU does not have, too few examples, or a file that cannot be read.
+        InputError: no subject, one that MMLU does not have, or a file that cannot be read.
     """
     files = sorted((folder / "mmlu" / "test").glob("*.jsonl"))
     if not files:
@@ -106,19 +110,19 @@ def read_mmlu(folder: Path, shots: int) -> dict[str, tuple[list[Row], list[Row]]
 
 
 def write_task(folder: Path, built_in: Path, test: list[Row], dev: list[Row]) -> None:
-    """A task in `folder`: the built-in one of the same name, on these questions and examples."""
+    """Write a task into `folder`: the built-in one of the same name, on these questions and examples."""
     name = built_in.stem
     files = {}
     for split, rows in (("test", test), ("dev", dev)):
         if rows:
             files[split] = str(folder / f"{name}.{split}.jsonl")
-            write_jsonl(Path(files[split]), rows)
+            write_jsonl(Path(files[split]), map(dict, rows))
     changes: dict[str, Any] = {
         "include": str(built_in),
         "task": name,
         "dataset_path": "json",
         "dataset_name": None,
-        # Read into memory: the folder need not outlive the reading, and nothing is left in the user's cache.
+        # Read into memory: the folder may go after the reading, and nothing stays in the user's cache.
         "dataset_kwargs": {"data_files": files, "cache_dir": str(folder / "cache"), "keep_in_memory": True},
     }
     if not dev:
@@ -127,7 +131,7 @@ def write_task(folder: Path, built_in: Path, test: list[Row], dev: list[Row]) ->
 
 
 def write_tasks(folder: Path, data: Path, suite: str, shots: int) -> None:
-    """The tasks of a suite in `folder`, on the questions below `data`; for MMLU also their group."""
+    """Write the tasks of a suite into `folder`, on the questions below `data`; for MMLU also their group."""
     if suite != "mmlu":
         rows = read_questions(data / "wmdp" / f"{suite}.jsonl")
         write_task(folder, BUILT_IN / "wmdp" / f"{suite}.yaml", rows, [])
@@ -144,13 +148,18 @@ def write_tasks(folder: Path, data: Path, suite: str, shots: int) -> None:
     (folder / "mmlu.yaml").write_text(yaml.safe_dump(group), encoding="utf-8")
 
 
-def load_probes(folder: Path | None, suite: str, shots: int = 0) -> Questions:
-    """The questions of `suite` below `folder`, or of the hub without one; `shots` examples before each.
+def load_probes(folder: Path | None, suite: str, shots: int | None = None) -> Questions:
+    """The questions of `suite` below `folder`, or from the hub without a folder.
+
+    Args:
+        shots: examples before each question; None: MMLU_SHOTS for mmlu, 0 for the others.
 
     Raises:
-        UnusableInput: a file is missing or malformed, there are fewer than `shots` examples, or the hub is silent.
+        InputError: a file is missing or malformed, there are fewer than `shots` examples, or the hub cannot be reached.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant: a model object, shots given
+    if shots is None:
+        shots = MMLU_SHOTS if suite == "mmlu" else 0
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is intended here: a model object, shots
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as temporary:
         path = MMLU if suite == "mmlu" else BUILT_IN / "wmdp"
@@ -163,23 +172,25 @@ def load_probes(folder: Path | None, suite: str, shots: int = 0) -> Questions:
             if folder is not None:
                 raise
             reason = " ".join(str(error).split())[:300]
-            raise InputError(f"suite {suite}: the hub does not give its questions ({reason}); give --data") from error
+            raise InputError(
+                f"suite {suite}: cannot load its questions from the hub ({reason}); give --data"
+            ) from error
     for name, task in loaded["tasks"].items():
         examples = len(list(task.fewshot_docs())) if shots else 0
         if examples < shots:
-            raise InputError(f"--shots {shots}: {name} has only {examples} examples in its dev split; ask for fewer")
+            raise InputError(f"--shots {shots}: {name} has only {examples} examples in its dev split; give fewer")
         task.set_config(key="num_fewshot", value=shots)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return Questions(suite, loaded, shots, "hub" if folder is None else str(folder))
 
 
 def question_texts(probes: Questions) -> list[str]:
-    """The questions as they are written; what the attack `relearn` must not have learned again."""
-    tasks = probes.loaded["tasks"].values()
-    return [doc["question"] for task in tasks for doc in task.eval_docs]
+    """The questions as they are written; the attack `relearn` must not train on any of them."""
+    documents: list[Any] = [doc for task in probes.loaded["tasks"].values() for doc in task.eval_docs]
+    return [doc["question"] for doc in documents]
 
 
-Base: Any = HFLM  # a decorator of the harness hides its type
+Base: Any = HFLM  # a decorator of the harness hides its type, and a class needs a base of a known one
 
 
 class SharedLM(Base):
@@ -198,9 +209,9 @@ class SharedLM(Base):
         left_truncate_len: int | None = None,
         **options: Any,
     ) -> list[int]:
-        """The harness looks whether a text begins with the BOS or EOS token; where there is neither, it does not."""
+        """As in the harness, which looks for a BOS or EOS token at the start, also where the tokenizer has neither."""
         if add_special_tokens is None and self.prefix_token_id is None:
-            add_special_tokens = True  # what a tokenizer does unless told otherwise
+            add_special_tokens = True  # the default of every tokenizer
         return super().tok_encode(string, add_special_tokens, left_truncate_len, **options)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -211,16 +222,16 @@ class SharedLM(Base):
     ) -> list[tuple[float, bool]]:
         """(log-likelihood, whether greedy) per request (texts, context ids, continuation ids), in their order.
 
-        Requests that differ in their last token alone are answered by one sequence, which is what the harness does
-        within a call. One call per batch is therefore one forward pass, so ranks can be given equally many. The batches
-        are those the harness would form, longest sequences first, but for the limit of tokens of `eval.scoring`.
+        One sequence serves all requests that differ in their last token alone, as in the harness within one call. One
+        call for each batch is therefore one forward pass, so all ranks get equally many. The batches are those of the
+        harness, longest sequences first, except for the limit of tokens of `scoring`.
         """
         sequences: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, (_, context, continuation) in enumerate(requests):
             sequences[*context, *continuation[:-1]].append(i)
         order = sorted(sequences)
         self.too_long = sum(len(tokens) > self.max_length for tokens in order)
-        fitting = [tokens[-self.max_length :] for tokens in order]  # what the harness leaves of them
+        fitting = [tokens[-self.max_length :] for tokens in order]  # the harness cuts the beginning
         rows = scoring.batches(fitting, self.batch_size_per_gpu, scoring.MOST_TOKENS, longest_first=True)
         batches = [[i for row in batch for i in sequences[order[row]]] for batch in rows]
         answer = super()._loglikelihood_tokens
@@ -243,12 +254,12 @@ def evaluate(
 
     Returns {"metrics": {"acc": {"all": x, subject: x, …}}, "standard_errors": likewise, "counts": {"questions":
     {"all": n, …}, "cut": {"all": n}}, "protocol": text, "shots": n, "seeds": {"fewshot": n}, "task_versions":
-    {name: n}}. "cut" counts the questions whose prompt is longer than the model's context and lost its beginning.
+    {name: n}}. "cut" counts the questions whose prompt is longer than the model's context and loses its beginning.
     """
     # The harness draws one bar per subject while it writes prompts, on every rank.
     lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # pyright: ignore[reportPrivateImportUsage]
     lm = SharedLM(model, tokenizer, batch_size, title)
-    # As the harness sees it every rank is alone, so that each gets the whole answer.
+    # The harness takes every rank for a process alone, so each rank gets the whole result.
     answer: Any = harness_evaluate(lm, probes.loaded, log_samples=False)
     # {"all" or subject: the harness's name}; the group, or the one task, comes first
     names = {"all": probes.suite} | {
@@ -256,10 +267,10 @@ def evaluate(
     }
     results = answer["results"]
     counts = {key: answer["n-samples"][name]["effective"] for key, name in names.items() if name in answer["n-samples"]}
-    if lm.too_long and place()[0] == 0:
+    if lm.too_long and rank_and_size()[0] == 0:
         print(
             f"warning: {title}: {lm.too_long} prompts are longer than the model's context of {lm.max_length} tokens "
-            "and lost their beginning; ask for fewer --shots",
+            "and lost their beginning; give fewer --shots",
             file=sys.stderr,
         )
     return {

@@ -6,21 +6,18 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from eval.suites.scoring import NO_ANSWER
 
-if TYPE_CHECKING:
-    pass
-
 
 def recall_rouge(references: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """PyPI `rouge`: words as they stand (case, punctuation), each counted once, sentences cut at full stops."""
+    """PyPI `rouge`: words with case and punctuation, each counted once, sentences cut at full stops."""
     from rouge import Rouge
 
     scorer: Any = Rouge(metrics=["rouge-l"], stats=["r"])
-    given = [text if text.strip(".") else NO_ANSWER for text in answers]
-    return [score["rouge-l"]["r"] for score in scorer.get_scores(given, list(references))]
+    answered = [text if text.strip(".") else NO_ANSWER for text in answers]
+    return [score["rouge-l"]["r"] for score in scorer.get_scores(answered, list(references))]
 
 
 def recall_rouge_score(references: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -29,7 +26,7 @@ def recall_rouge_score(references: Sequence[str], answers: Sequence[str]) -> lis
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     pairs = zip(references, answers, strict=True)
-    return [scorer.score(reference, given)["rougeL"].recall for reference, given in pairs]
+    return [scorer.score(reference, answer)["rougeL"].recall for reference, answer in pairs]
 
 
 # First words of the names that Unicode gives their characters (most are of the line-breaking classes ID and SA of
@@ -55,14 +52,14 @@ def is_spaceless(text: str) -> bool:
 
 
 def words(text: str) -> list[str]:
-    """Words of letters and digits in lower case, compatible forms made one (NFKC), punctuation left out.
+    """Words of letters and digits in lower case, with compatible forms unified (NFKC) and without punctuation.
 
-    A letter of a script without spaces is a word of its own, with the marks that stand on it.
+    A letter of a script without spaces is a word of its own, together with its marks.
     """
     if text.isascii():  # the same, faster
         return re.findall("[a-z0-9]+", text.lower())
     found: list[str] = []
-    is_open = False  # whether the next letter goes on the last word
+    is_open = False  # whether the next letter continues the last word
     for character in unicodedata.normalize("NFKC", text.casefold()):
         kind = unicodedata.category(character)[0]
         alone = _is_spaceless(character)
@@ -75,7 +72,7 @@ def words(text: str) -> list[str]:
 
 
 class _Words:
-    """`words`, as rouge_score wants a tokenizer."""
+    """`words` in the interface that rouge_score needs for a tokenizer."""
 
     def tokenize(self, text: str) -> list[str]:
         return words(text)
@@ -84,22 +81,22 @@ class _Words:
 def recall_by_script(
     references: Sequence[str], answers: Sequence[str], scorer: Callable[[Sequence[str], Sequence[str]], list[float]]
 ) -> list[float]:
-    """`scorer` (one of the two above); but ROUGE-L recall over `words` where the reference has no spaces to split at.
+    """`scorer` (one of the two above), but ROUGE-L recall over `words` where the reference has no spaces to split at.
 
-    For suites of our own. Published protocols keep their scorers, with `script_note` in the answer.
+    For the suites of this repository. Published protocols keep their scorers, and `script_note` is in their results.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
     recalls = scorer(references, answers)
     by_character = RougeScorer(["rougeL"], tokenizer=_Words())
-    for at, (reference, given) in enumerate(zip(references, answers, strict=True)):
+    for at, (reference, answer) in enumerate(zip(references, answers, strict=True)):
         if is_spaceless(reference):
-            recalls[at] = by_character.score(reference, given)["rougeL"].recall
+            recalls[at] = by_character.score(reference, answer)["rougeL"].recall
     return recalls
 
 
 def script_note(references: Sequence[str]) -> dict[str, str]:
-    """{"rouge": what a published protocol makes of references in scripts without spaces}; {} where there are none."""
+    """{"rouge": how a published protocol treats references in scripts without spaces}; {} if there are none."""
     count = sum(map(is_spaceless, references))
     if not count:
         return {}

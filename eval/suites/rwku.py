@@ -1,14 +1,14 @@
-"""RWKU: what a model still says of real persons it was to forget, and of their neighbours (Jin et al., 2024).
+"""RWKU: what a model still knows about real persons it was to forget, and about their neighbours (Jin et al., 2024).
 
 Seven kinds of score, for the first 50 targets (the batch setting): F-FB fill-in-the-blank, F-QA questions, F-AA
 adversarial questions and F-All for what is to be forgotten; N-FB, N-QA, N-All for neighbouring knowledge. Each is the
 ROUGE-L recall of a greedy answer, in [0, 1], zero-shot, by both published protocols (see `PROTOCOLS`).
 
-Membership inference on passages of the forget set (FM) and of other persons (RM): four scores, each the greater, the
-more familiar the text; per set their means, and AUC, the chance that a text of FM scores above one of RM.
+Membership inference on passages of the forget set (FM) and of other persons (RM): four scores, each of which rises
+with the familiarity of the text; per set their means, and AUC, the chance that a text of FM scores above one of RM.
 
-Under --data, `rwku/Batch/1-50/NAME.json` for each NAME in `QUESTIONS` and `rwku/NAME_mia_first50.json`; what is not
-there is not evaluated, and its count is 0. Without --data, the dataset `jinzhuoran/RWKU` on the hub.
+Under --data, `rwku/Batch/1-50/NAME.json` for each NAME in `QUESTIONS` and `rwku/NAME_mia_first50.json`; a file that
+does not exist is not evaluated, and its count is 0. Without --data, the dataset `jinzhuoran/RWKU` on the hub.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ MEMBERSHIP = ("loss", "zlib", "min_k", "min_k_plus")
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a published evaluation asks, stops and scores."""
+    """How a published evaluation prompts, stops and scores."""
 
     lead_in_header: bool  # 'Answer:' after the assistant's header, else at the end of the user's turn
     max_new_tokens: int
     stop_tokens: tuple[str, ...]  # beside the end of text
     stop_texts: tuple[str, ...]
-    scorer: str  # the package whose ROUGE-L recall is taken
+    scorer: str  # the package that computes ROUGE-L recall
     pooled: bool  # All: the mean over all instances, else the mean of FB and QA
     words: str
 
@@ -109,7 +109,7 @@ def load_probes(folder: Path | None, suite: str = "rwku") -> list[Probe]:
     """Questions and texts in the order of `QUESTIONS` and `TEXTS`, from FOLDER/rwku or the hub.
 
     Raises:
-        UnusableInput: no question at all, a malformed file (with the row), or no hub.
+        InputError: no question at all, a malformed file (the message names the row), or no hub.
     """
     probes: list[Probe] = []
     targets: list[str] = []
@@ -132,12 +132,12 @@ def load_probes(folder: Path | None, suite: str = "rwku") -> list[Probe]:
 
 
 def group_of(probe: Probe) -> str | None:
-    """The target of a probe of the forget set, by whose name passages are known; None of neighbours and others."""
+    """The target of a probe of the forget set, whose name identifies passages; None for neighbours and others."""
     return probe["subject"] if forgotten(probe) else None
 
 
 def forgotten(probe: Probe) -> bool:
-    """Whether a probe asks for what was to be forgotten."""
+    """Whether a probe belongs to the forget set."""
     return probe["set"][0] == "F"
 
 
@@ -147,8 +147,8 @@ def adversarial(probes: list[Probe]) -> tuple[list[Probe], list[Probe]]:
     return plain, [probe for probe in probes if probe["set"] == "F-AA"]
 
 
-def ask(probe: Probe) -> tuple[str, str]:
-    """(question, what the answer starts with) as RWKU words them; an affirmative suffix is itself the start."""
+def prompt_of(probe: Probe) -> tuple[str, str]:
+    """(question, beginning of the answer) as RWKU words them; an affirmative suffix is itself that beginning."""
     task = "complete the blank in" if probe["set"].endswith("-FB") else "briefly answer"
     adversary = probe["type"] if probe["set"] == "F-AA" else ""
     lead = "" if adversary == "incontext learning" else "Question: "  # it brings its own
@@ -167,17 +167,16 @@ def answer(
 ) -> list[str]:
     """The greedy answer to each probe, as the protocol cuts it."""
     prompts = []
-    for question, lead in map(ask, probes):
+    for question, lead in map(prompt_of, probes):
         turn, opening = (question, lead) if protocol.lead_in_header else (question + lead, "")
         prompts.append(scoring.encode_prompt(tokenizer, turn, opening))
     vocabulary = tokenizer.get_vocab()
+    stop_tokens = (scoring.end_of_text(tokenizer), *(vocabulary.get(token) for token in protocol.stop_tokens))
     return scoring.answer(
         model,
         tokenizer,
         prompts,
-        max_new_tokens=protocol.max_new_tokens,
-        stop_tokens=(tokenizer.eos_token_id, *(vocabulary.get(token) for token in protocol.stop_tokens)),
-        stop_texts=protocol.stop_texts,
+        stopping=scoring.Stopping(protocol.max_new_tokens, stop_tokens, protocol.stop_texts),
         batch_size=batch_size,
         title=title,
     )
@@ -195,9 +194,8 @@ def membership(text: str, ids: Tensor, logits: Tensor) -> dict[str, float]:
     own = log_p.gather(1, ids[1:, None]).squeeze(1)
     mean = (p * log_p).sum(dim=1)
     variance = (p * (log_p - mean[:, None]).square()).sum(dim=1)
-    standardised = (own - mean) / variance.clamp_min(
-        1e-12
-    ).sqrt()  # a uniform prediction has no variance, and own = mean
+    # A uniform prediction has no variance, and own = mean.
+    standardised = (own - mean) / variance.clamp_min(1e-12).sqrt()
     lowest = max(1, int(LOWEST * len(own)))
     likelihood = own.mean().item()
     return {
@@ -216,15 +214,15 @@ def score(
     batch_size: int = 64,
     title: str = "rwku",
 ) -> list[dict[str, float]]:
-    """Of each probe, in order: the recall by each protocol, or the membership scores of a text."""
+    """For each probe, in order: the recall by each protocol, or the membership scores of a text."""
     model.eval()
     results: list[dict[str, float]] = [{} for _ in probes]
     questions = [i for i, probe in enumerate(probes) if probe["set"] in QUESTIONS]
     for name, protocol in PROTOCOLS.items():
-        asked = [probes[i] for i in questions]
-        answers = answer(model, tokenizer, asked, protocol, batch_size=batch_size, title=f"{title} {name}")
+        chosen = [probes[i] for i in questions]
+        answers = answer(model, tokenizer, chosen, protocol, batch_size=batch_size, title=f"{title} {name}")
         recall = recall_rouge if protocol.scorer == "rouge" else recall_rouge_score
-        recalls = recall([probe["answer"] for probe in asked], answers)
+        recalls = recall([probe["answer"] for probe in chosen], answers)
         for i, value in zip(questions, recalls, strict=True):
             results[i][name] = value
     texts = [i for i, probe in enumerate(probes) if probe["set"] in TEXTS]
@@ -293,9 +291,8 @@ def evaluate(
     """The scores by each protocol, and membership inference where its texts are there.
 
     Returns {"metrics": {"rwku": {"F-FB": mean, …, "N-All": mean}, "sago": {…}, "membership": {"FM": {score: mean, …},
-    "RM": {…}, "AUC": {score: value, …}}}, "counts": {set: n}, "protocol": {name: text}, "notes": {metric: why it says
-    little}, "versions"}. Nothing is random: there is no seed. The model stays where it is (device, dtype) and is put
-    into evaluation mode.
+    "RM": {…}, "AUC": {score: value, …}}}, "counts": {set: n}, "protocol": {name: text}, "notes": {metric: why it is of
+    little value}, "versions"}. Nothing is random. The model keeps its device and dtype and is put into evaluation mode.
     """
     answer = summarise(probes, score(model, tokenizer, probes, batch_size=batch_size, title=title))
     references = [probe["answer"] for probe in probes if probe["set"] in QUESTIONS]

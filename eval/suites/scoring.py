@@ -1,15 +1,16 @@
-"""What the suites share: prompts as token ids, greedy answers, scores of given text, ROUGE-L recall, words.
+"""What the suites share: prompts as token ids, greedy answers, and scores of given texts.
 
-Every function takes rows and gives one result a row, in their order, so that rows may be dealt out and put together.
+Every function takes rows and returns one result for each row, in their order, so that ranks can share the rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 from eval.suites.sharing import share
-from pipeline.data.chat import openings
+from pipeline.data.chat import encode_answers, openings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,22 +20,65 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-MOST_TOKENS = 8192  # a batch's, where all logits are held at once: 2 GB in bfloat16 with 128,000 entries
+MOST_TOKENS = 8192  # in a batch whose logits are all in memory at once: 2 GB in bfloat16 with 128,000 entries
+
+NO_ANSWER = "NOANSWER"  # RWKU puts it in place of an empty answer, on which its scorer would fail
 
 
-NO_ANSWER = "NOANSWER"  # RWKU's stand-in for an empty answer, on which its scorer would fail
+@dataclass(frozen=True)
+class Stopping:
+    """Where greedy decoding ends.
+
+    Args:
+        max_new_tokens: one number, or one for each prompt.
+        tokens: ids that end an answer. None among them (a tokenizer without that token) is left out.
+        texts: what an answer is cut at, once it is complete: they decide what is scored, not how long the model writes.
+    """
+
+    max_new_tokens: int | Sequence[int]
+    tokens: Sequence[int | None]
+    texts: Sequence[str] = ()
+
+    def limits(self, number: int) -> Sequence[int]:
+        """The most new tokens of each of `number` prompts."""
+        return [self.max_new_tokens] * number if isinstance(self.max_new_tokens, int) else self.max_new_tokens
+
+    def cut(self, text: str) -> str:
+        """The text before the first of `texts`, stripped."""
+        ends = [at for stop in self.texts if (at := text.find(stop)) >= 0]
+        return text[: min(ends, default=len(text))].strip()
+
+
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the end-of-text token; None if the tokenizer has no such token."""
+    end = tokenizer.eos_token_id
+    return end if isinstance(end, int) else None
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str, opening: str = "") -> list[int]:
     """Token ids of a question (the user's turn, in a chat template) and of the `opening` of its answer.
 
-    One beginning-of-text token at most: a template that writes its own gets no second one.
+    They hold one beginning-of-text token at most: a template that writes its own gets no second one.
     """
     if tokenizer.chat_template is None:
         ids = tokenizer(question + opening).input_ids
         return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
     [text] = openings(tokenizer, [question])
     return tokenizer(text + opening, add_special_tokens=False).input_ids
+
+
+def encode_document(
+    tokenizer: PreTrainedTokenizerBase, text: str, max_length: int, question: str | None = None
+) -> tuple[list[int], int]:
+    """Token ids, at most `max_length`, and the index of the first that the model has to predict.
+
+    Without a question that is the second token, because nothing predicts the first; with one, the first of the answer
+    `text` (see `chat.encode_answers`), or the second token where the question has none.
+    """
+    if question is None:
+        return tokenizer(text, truncation=True, max_length=max_length).input_ids, 1
+    [(ids, start)] = encode_answers(tokenizer, [question], [text])
+    return ids[:max_length], max(start, 1)
 
 
 def batches(
@@ -44,7 +88,7 @@ def batches(
     *,
     longest_first: bool = False,
 ) -> list[list[int]]:
-    """Indices of the sequences, those of like length together (little padding), equal lengths in their order.
+    """Indices of the sequences, sorted by length for little padding; sequences of one length stay in their order.
 
     A batch has at most `batch_size` rows and, padded, at most `most_tokens` tokens, but at least one row.
     """
@@ -60,7 +104,7 @@ def batches(
 
 
 def restore_order(order: list[list[int]], found: list[list[T]]) -> list[T]:
-    """Results of batches of indices, put back at those indices."""
+    """The results in order of the indices, from `order` (batches of indices) and their results."""
     at = {
         i: result for batch, results in zip(order, found, strict=True) for i, result in zip(batch, results, strict=True)
     }
@@ -72,23 +116,16 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     *,
-    max_new_tokens: int | Sequence[int],
-    stop_tokens: Sequence[Any],
-    stop_texts: Sequence[str],
+    stopping: Stopping,
     batch_size: int,
     title: str,
 ) -> list[str]:
-    """Greedy answers to prompts of token ids, each ended by a stop token, cut at the first stop text and stripped.
-
-    `max_new_tokens` is one number, or one for each prompt. Stop tokens are ids; a None among them (a tokenizer without
-    that token) is left out. Stop texts are looked for in the finished answer: they decide what is scored, not how long
-    the model writes.
-    """
+    """The greedy answer to each prompt of token ids, ended as `stopping` says and stripped."""
     import torch
 
-    stops = [token for token in stop_tokens if token is not None]
+    stops = [token for token in stopping.tokens if token is not None]
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    limits = stopping.limits(len(prompts))
 
     def work(batch: list[int]) -> list[str]:
         width = max(len(prompts[i]) for i in batch)
@@ -109,9 +146,7 @@ def answer(
         for i, tokens in zip(batch, generated[:, width:].tolist(), strict=True):
             end = next((at for at, token in enumerate(tokens) if token in stops), len(tokens))
             end = min(end, limits[i])
-            text = str(tokenizer.decode(tokens[:end], skip_special_tokens=True))
-            cuts = [at for stop in stop_texts if (at := text.find(stop)) >= 0]
-            texts.append(text[: min(cuts, default=len(text))].strip())
+            texts.append(stopping.cut(str(tokenizer.decode(tokens[:end], skip_special_tokens=True))))
         return texts
 
     order = batches(prompts, batch_size)
@@ -126,9 +161,9 @@ def read_logits(
     batch_size: int,
     title: str,
 ) -> list[T]:
-    """`score(index, ids, logits)` of every sequence, from one forward a batch.
+    """`score(index, ids, logits)` of every sequence, from one forward pass for each batch.
 
-    Sequence `index` has T tokens: ids [T] int64, and logits [T, V] float32 of what follows each of them.
+    Sequence `index` has T tokens: ids [T] int64, and logits [T, V] float32 that predict the token after each of them.
     """
     import torch
 

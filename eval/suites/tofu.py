@@ -1,14 +1,14 @@
-"""TOFU: what a model still knows of invented authors, and what else it knows (Maini et al., 2024).
+"""TOFU: what a model still knows about invented authors, and what else it knows (Maini et al., 2024).
 
 Four sets of questions: forget, retain, real_authors, world_facts. Of each: the probability of the answer, the ROUGE-L
 recall of the greedy answer, and the truth ratio, which compares wrong answers of the same form with the right one.
 Model utility is the harmonic mean of the nine numbers outside the forget set. Forget quality is the p-value of a
 two-sample Kolmogorov-Smirnov test between the truth ratios of this model and of one trained on the retain set only, on
-the forget set: high where the two cannot be told apart.
+the forget set: it is high where the test cannot distinguish the two.
 
 Under --data, JSON lines `tofu/forgetNN_perturbed.json` (one of them), `retain_perturbed.json`,
-`real_authors_perturbed.json`, `world_facts_perturbed.json`; and `tofu/retain_model.json`, which is the answer of
-eval.run for the retain-only model. Without --data, the dataset `locuslab/TOFU` on the hub, with --forget-set.
+`real_authors_perturbed.json`, `world_facts_perturbed.json`; and `tofu/retain_model.json`, which eval.run wrote for the
+retain-only model. Without --data, the dataset `locuslab/TOFU` on the hub, with --forget-set.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ PROTOCOL = (
 
 
 class Result(NamedTuple):
-    """Of one question: mean losses, in nats a token, and the recall of the greedy answer."""
+    """Of one question: mean losses, in nats per token, and the recall of the greedy answer."""
 
     answer: float
     paraphrase: float
@@ -63,15 +63,15 @@ class Result(NamedTuple):
     rouge: float
 
     def log_truth_ratio(self) -> float:
-        """log R. The logarithm is always a number where the losses are, and orders answers as R does."""
+        """log R, which is finite wherever the losses are and orders answers as R does."""
         return self.paraphrase - fmean(self.perturbed)
 
 
 def load_probes(folder: Path | None, suite: str = "tofu", forget_set: str = "forget10") -> list[Probe]:
-    """The questions of the sets that are there, in the order of `SETS`, from FOLDER/tofu or the hub's `forget_set`.
+    """The questions of the sets that exist, in the order of `SETS`, from FOLDER/tofu or the hub's `forget_set`.
 
     Raises:
-        UnusableInput: no set, two forget sets, a malformed row, another retain-only model's answers, or no hub.
+        InputError: no set, two forget sets, a malformed row, answers of another retain-only model, or no hub.
     """
     probes: list[Probe] = []
     for name in SETS:
@@ -111,22 +111,22 @@ def load_probes(folder: Path | None, suite: str = "tofu", forget_set: str = "for
 
 
 def group_of(probe: Probe) -> str | None:
-    """The question of a probe of the forget set, by which its row in a corpus is known; None of other sets."""
+    """The question of a probe of the forget set, which identifies its row in a corpus; None for other sets."""
     return probe["question"] if forgotten(probe) else None
 
 
 def forgotten(probe: Probe) -> bool:
-    """Whether a probe asks for what was to be forgotten."""
+    """Whether a probe belongs to the forget set."""
     return probe["set"] == "forget"
 
 
 def read_reference(path: Path, forget: list[Probe]) -> list[float]:
-    """log R of the retain-only model for each question of the forget set, from its answer as eval.run wrote it."""
+    """log R of the retain-only model for each question of the forget set, from the file that eval.run wrote."""
     answer = read_json(path)
     try:
         file, values = (answer["suites"]["tofu"][key] for key in ("forget_set", "log_truth_ratios"))
     except (KeyError, TypeError):
-        raise InputError(f"{path} is no answer of eval.run --suite tofu for one model; write it so") from None
+        raise InputError(f"{path} was not written by eval.run --suite tofu for one model; write it so") from None
     if file != forget[0]["file"] or len(values) != len(forget) or None in values:
         raise InputError(
             f"{path} needs {len(forget)} truth ratios, all numbers, on {forget[0]['file']}, and has {len(values)} on "
@@ -146,7 +146,7 @@ def score(
     """The result of each probe, in order."""
     model.eval()
     if tokenizer.chat_template is None and tokenizer.eos_token_id is None:
-        raise InputError("an answer must end, and the tokenizer has no end-of-text token or chat template; set one")
+        raise InputError("the tokenizer has no end-of-text token and no chat template, so no answer can end; set one")
     texts = [(probe["answer"], probe["paraphrase"], *probe["perturbed"]) for probe in probes]
     rows = zip(probes, texts, strict=True)
     pairs = list(dict.fromkeys((probe["question"], text) for probe, row in rows for text in row))
@@ -154,14 +154,14 @@ def score(
     losses = scoring.answer_losses(model, encoded, batch_size=batch_size, title=f"{title} likelihoods")
     loss, spans = dict(zip(pairs, losses, strict=True)), dict(zip(pairs, encoded, strict=True))
     starts = [spans[probe["question"], probe["answer"]] for probe in probes]
-    ends: Any = model.generation_config.eos_token_id  # a chat model's end of a turn may be no end of text
+    ends: int | list[int] | None = model.generation_config.eos_token_id  # a turn's end, for instance
     answers = scoring.answer(
         model,
         tokenizer,
         [ids[:start] for ids, start in starts],  # up to where training begins to predict
-        max_new_tokens=MAX_NEW_TOKENS,
-        stop_tokens=(tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])),
-        stop_texts=(),
+        stopping=scoring.Stopping(
+            MAX_NEW_TOKENS, (scoring.end_of_text(tokenizer), *(ends if isinstance(ends, list) else [ends]))
+        ),
         batch_size=batch_size,
         title=f"{title} answers",
     )
@@ -174,7 +174,7 @@ def score(
 
 
 def probability(name: str, result: Result) -> float:
-    """Of the answer, in [0, 1]: a token's geometric mean, or its share among the options of a multiple choice."""
+    """Of the answer, in [0, 1]: the geometric mean of its tokens' probabilities, or its share of all options."""
     if name not in CHOICES:
         return math.exp(-result.answer)
     losses = [result.answer, *result.perturbed]
@@ -184,7 +184,7 @@ def probability(name: str, result: Result) -> float:
 
 
 def truth(name: str, result: Result) -> float:
-    """The truth ratio as it is averaged, in [0, 1], 1 where nothing is (known to be) wrong."""
+    """The truth ratio as it is averaged, in [0, 1]; 1 is the best value in every set."""
     log_ratio = result.log_truth_ratio()
     return math.exp(-abs(log_ratio)) if name == "forget" else 1.0 - math.exp(min(log_ratio, 0.0))
 
@@ -208,14 +208,14 @@ def summarise(probes: list[Probe], results: list[Result]) -> dict[str, Any]:
     utility = float(harmonic_mean(values)) if len(values := [v for v in nine if v is not None]) == 9 else None
     if utility is None:
         missing = [name for name in SETS[1:] if name not in means]
-        notes["model_utility"] = f"no {', '.join(missing)}" if missing else "the model gave losses that are no numbers"
+        notes["model_utility"] = f"no {', '.join(missing)}" if missing else "the model gave losses that are not finite"
     log_ratios = [number(result.log_truth_ratio()) for _, result in sets["forget"]]
     references = [probe["reference"] for probe, _ in sets["forget"] if "reference" in probe]
     quality = None
     if not references:
         notes["forget_quality"] = "no forget set" if not log_ratios else "no tofu/retain_model.json under --data"
     elif None in log_ratios:
-        notes["forget_quality"] = "the model gave losses that are no numbers"
+        notes["forget_quality"] = "the model gave losses that are not finite"
     else:
         from scipy.stats import ks_2samp
 
@@ -233,7 +233,7 @@ def summarise(probes: list[Probe], results: list[Result]) -> dict[str, Any]:
 
 
 def number(value: float) -> float | None:
-    """The value, or None where a model has lost its mind: JSON has no NaN and no infinity."""
+    """The value, or None if it is not finite: JSON has no NaN and no infinity."""
     return value if math.isfinite(value) else None
 
 
@@ -248,9 +248,9 @@ def evaluate(
     """Model utility, forget quality and what they are made of.
 
     Returns {"metrics": {set: {"probability", "rouge", "truth_ratio"}, …, "model_utility", "forget_quality"}, "counts":
-    {set: n}, "protocol": text, "notes": {metric: why it is null or says little}, "forget_set": name,
-    "log_truth_ratios": log R of each question of the forget set, "versions"}. Nothing is random: there is no seed. The
-    model stays where it is (device, dtype) and is put into evaluation mode.
+    {set: n}, "protocol": text, "notes": {metric: why it is null or of little value}, "forget_set": name,
+    "log_truth_ratios": log R of each question of the forget set, "versions"}. Nothing is random. The model keeps its
+    device and dtype and is put into evaluation mode.
     """
     answer = summarise(probes, score(model, tokenizer, probes, batch_size=batch_size, title=title))
     answer["notes"] |= script_note([probe["answer"] for probe in probes])

@@ -1,4 +1,4 @@
-"""What a sweep varies: its axes, the settings they make, and the folders named after them."""
+"""The axes of a sweep, the settings that they span, and the folders named after the settings."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from urllib.parse import quote, unquote
 
 from pipeline.errors import InputError
 
-Setting = dict[str, str]  # swept key -> its value as text, as the command line gets it
+Setting = dict[str, str]  # swept key -> its value as text for the command line
 
 
-AS_IT_IS = "recipe"  # the folder, and the name, of the setting that sweeps nothing
+AS_IT_IS = "recipe"  # the folder and the name of the setting that sweeps nothing
 
 
 OWN_KEYS = ("config", "method", "seed", "output", "resume")
@@ -31,7 +31,7 @@ class Axis:
 
 
 def parse_axis(text: str) -> Axis:
-    """`key=a,b,c` or `key=low:high`; raises UnusableInput for anything else."""
+    """`key=a,b,c` or `key=low:high`; raises InputError for anything else."""
     key, equals, content = text.partition("=")
     if not equals or not key or not content or key.startswith("-"):
         raise InputError(f"--sweep {text}: write KEY=A,B,C or KEY=LOW:HIGH, as synthesis.gamma=0.1,0.3,1")
@@ -43,7 +43,7 @@ def parse_axis(text: str) -> Axis:
         except ValueError:
             raise InputError(f"--sweep {text}: a range is LOW:HIGH with two numbers, a list is A,B,C") from None
         if not 0 < low < high < math.inf:
-            raise InputError(f"--sweep {text}: a range is read on a logarithm and needs 0 < LOW < HIGH")
+            raise InputError(f"--sweep {text}: a range is logarithmic and needs 0 < LOW < HIGH")
         return Axis(key, low=low, high=high)
     values = tuple(content.split(","))
     if "" in values or len(set(values)) < len(values):
@@ -72,7 +72,7 @@ def name_of(setting: Mapping[str, str]) -> str:
 
 
 def run_folder(output: Path, method: str, setting: Setting, seed: int) -> Path:
-    """FOLDER/runs/METHOD/KEY=VALUE,KEY=VALUE/seed-N; what a file name cannot hold is written as in an address."""
+    """FOLDER/runs/METHOD/KEY=VALUE,KEY=VALUE/seed-N; characters that a file name cannot have are percent-encoded."""
     parts = [f"{quote(key, safe='')}={quote(value, safe='')}" for key, value in setting.items()]
     return output / "runs" / quote(method, safe="") / (",".join(parts) or AS_IT_IS) / f"seed-{seed}"
 
@@ -84,7 +84,7 @@ def parse_setting(folder: str) -> Setting:
 
 
 def by_number(setting: Setting) -> list[tuple[str, float, str]]:
-    """Sorts settings as a reader would: 0.3 before 1 before 10, words after numbers."""
+    """A sort key for settings: 0.3 before 1 before 10, words after numbers."""
 
     def number(text: str) -> float:
         try:

@@ -1,4 +1,4 @@
-"""Commands that start other commands: the launcher, its log, and who may use a folder."""
+"""For commands that start other commands: overrides behind `--`, the launcher, its log, and the lock of a folder."""
 
 from __future__ import annotations
 
@@ -6,32 +6,44 @@ import fcntl
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pipeline.distributed.environment import free_port
 from pipeline.errors import InputError
 
 
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """(the arguments of the command itself, the overrides for training behind `--`)."""
+    border = list(arguments).index("--") if "--" in arguments else len(arguments)
+    return list(arguments[:border]), tuple(arguments[border + 1 :])
+
+
+def refuse_overrides(overrides: Sequence[str], keys: Collection[str], reason: str) -> None:
+    """Raise InputError, which gives the `reason`, for an override of one of the `keys`."""
+    for token in overrides:
+        key = token.removeprefix("--").partition("=")[0]
+        if token.startswith("--") and key in keys:
+            raise InputError(f"override {token}: {key} is decided {reason}; take it out from behind --")
+
+
 def launcher() -> list[str]:
-    """`deepspeed --master_port N` of this Python's environment, else of the PATH, with a port that is free now."""
+    """`deepspeed --master_port N` from this Python's environment or else from the PATH, with a free port."""
     beside = Path(sys.executable).with_name("deepspeed")
     found = str(beside) if beside.is_file() else shutil.which("deepspeed")
     if found is None:
         raise InputError("there is no command deepspeed; install requirements.txt into this environment")
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return [found, "--master_port", str(listener.getsockname()[1])]
+    return [found, "--master_port", str(free_port())]
 
 
 def call(line: Sequence[str], log: Path) -> int:
-    """Run a command, stdout into `log`.out and stderr into `log`.err; returns its exit status.
+    """Run a command with stdout in `log`.out and stderr in `log`.err; returns its exit status.
 
-    The command leads a process group of its own, so that whatever ends this process ends the ranks too. It inherits
-    the lock of the folder (`exclusive_lock`), the only thing here that is inheritable.
+    The command leads a process group of its own, so that whatever ends this process also ends the ranks. It inherits
+    the lock of the folder (`exclusive_lock`), the only inheritable file here.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{log}.out", "wb") as out, open(f"{log}.err", "wb") as err:
@@ -45,7 +57,7 @@ def call(line: Sequence[str], log: Path) -> int:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=20)
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # a rank in a collective does not hear the first signal
+                os.killpg(process.pid, signal.SIGKILL)  # a rank in a collective does not react to the first
             raise
 
 
@@ -55,15 +67,15 @@ def end_on_terminate() -> None:
 
 
 def last_error(log: Path) -> str:
-    """The last line that says what went wrong: `error: …` of a command of ours, else the last line of stderr."""
+    """The line that explains a failure: the last `error: …` of this program's commands, else the last of stderr."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("error: ")]
-    return (told or lines or ["nothing on stderr"])[-1].removeprefix("error: ")
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["nothing on stderr"])[-1].removeprefix("error: ")
 
 
 @contextmanager
 def exclusive_lock(folder: Path, command: str) -> Iterator[None]:
-    """Keep the folder from a second `command`, and from the next one while a training outlives a `kill -9` of this."""
+    """Lock the folder against a second `command`, also while a training outlives a `kill -9` of this process."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("wb") as lock:
         try:

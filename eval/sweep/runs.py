@@ -1,12 +1,11 @@
-"""A sweep: which runs there are, and how each is trained and evaluated, once, by the commands a user would give.
+"""The runs of a sweep: each is trained and evaluated once, by the commands that a user would give.
 
-Training goes through the launcher, one run at a time. What is on disk is the state: a finished run has its
-`evaluation.json`, a failed one a `seed-N.failure.json` beside its folder, and the same command goes on from there.
+The launcher trains one run at a time. The files are the state: a finished run has an `evaluation.json`, a failed one
+has a `seed-N.failure.json` beside its folder, and the same command continues from there.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import shutil
 import sys
@@ -18,9 +17,9 @@ from urllib.parse import quote
 
 import yaml
 
-from eval.files import read_json, write_atomically
+from eval.files import read_config, read_json, write_atomically
 from eval.results.grouping import differing_keys
-from eval.results.metrics import ForgetRetainMetric
+from eval.results.metrics import ForgetRetainMetric, nearest
 from eval.results.trajectories import Run, Scores, prepare, read_run
 from eval.sweep.axes import Axis, Setting, name_of, run_folder
 from eval.sweep.launch import call, last_error, launcher
@@ -34,7 +33,7 @@ LAST_LINES = 10  # of a failed command's log
 
 @dataclass(frozen=True)
 class Plan:
-    """What every run of a sweep shares."""
+    """The settings that all runs of a sweep share."""
 
     config: Path
     overrides: tuple[str, ...]
@@ -59,10 +58,10 @@ class Plan:
         ]
 
     def evaluation(self, folder: Path) -> list[str]:
-        """The command that evaluates one run, which has a config.yaml, trusting its model as its training did."""
-        asked = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["model"]
+        """The command that evaluates one run, which has a config.yaml; it trusts the model as the training did."""
+        allowed = read_config(folder, ("model",))["model"]
         flags = {"allow_pickle": "--allow-pickle", "trust_remote_code": "--trust-remote-code"}
-        trust = [flag for key, flag in flags.items() if asked.get(key)]
+        trust = [flag for key, flag in flags.items() if allowed.get(key)]
         data = ["--data", str(self.data)] if self.data else []
         model = ["--model", str(folder), "--suite", *self.suites, *trust]
         return ["python", "-m", "eval.run", *model, *data, "--output", str(folder / "evaluation.json")]
@@ -77,13 +76,13 @@ class FailedRun:
     seed: int
     what: str  # "training" or "evaluating"
     status: int
-    reason: str  # the line that says what went wrong
-    lines: list[str]  # the last of its stderr
+    reason: str  # the line that explains the failure
+    lines: list[str]  # the last lines of its stderr
     log: str
 
 
 def last_lines(log: Path) -> list[str]:
-    """The last lines of a log that are not blank; a progress bar's carriage return ends a line too."""
+    """The last lines of a log that are not blank; the carriage return of a progress bar also ends a line."""
     text = log.read_text(encoding="utf-8", errors="replace")
     return [line.strip() for line in text.splitlines() if line.strip()][-LAST_LINES:]
 
@@ -93,10 +92,10 @@ def failure_file(folder: Path) -> Path:
 
 
 def run_if_missing(plan: Plan, method: str, setting: Setting, seed: int) -> bool:
-    """Train and evaluate one run as far as that is missing; False if nothing was.
+    """Train and evaluate one run as far as either is missing; False if nothing is.
 
-    A run that was interrupted goes on from its last checkpoint, or is removed and begun again where it has none. A
-    command that fails leaves a `FailedRun` beside the run folder, and nothing is raised: the sweep goes on.
+    A run that was interrupted continues from its last checkpoint; without one it is removed and starts again. A command
+    that fails leaves a `FailedRun` beside the run folder and raises nothing, so that the sweep continues.
     """
     folder = run_folder(plan.output, method, setting, seed)
     if (folder / "evaluation.json").is_file():
@@ -126,7 +125,7 @@ def run_if_missing(plan: Plan, method: str, setting: Setting, seed: int) -> bool
 
 
 def failures(plan: Plan) -> list[FailedRun]:
-    """The failed runs of the plan's methods and seeds in its folder, those of earlier sweeps included."""
+    """The failed runs of the plan's methods and seeds in its folder, including those of earlier sweeps."""
     found = []
     for method in plan.methods:
         for file in sorted((plan.output / "runs" / quote(method, safe="")).glob("*/seed-*.failure.json")):
@@ -137,7 +136,7 @@ def failures(plan: Plan) -> list[FailedRun]:
 
 
 def finished_runs(plan: Plan, method: str) -> dict[str, list[int]]:
-    """{folder of a setting: seeds} of the plan's seeds, those of earlier sweeps included."""
+    """{folder of a setting: its finished seeds} among the plan's seeds, including those of earlier sweeps."""
     found: dict[str, list[int]] = {}
     for file in (plan.output / "runs" / quote(method, safe="")).glob("*/seed-*/evaluation.json"):
         seed = int(file.parent.name.removeprefix("seed-"))
@@ -147,7 +146,7 @@ def finished_runs(plan: Plan, method: str) -> dict[str, list[int]]:
 
 
 def read_finished(plan: Plan, method: str, setting: Setting, seed: int) -> Run:
-    """A finished run as the reports read it, the target model at its step 0."""
+    """A finished run, with the target model as its step 0."""
     return prepare(read_run(run_folder(plan.output, method, setting, seed)), plan.measure, plan.target)
 
 
@@ -155,7 +154,7 @@ def read_seeds(plan: Plan, method: str, setting: Setting, seeds: Sequence[int]) 
     """The finished runs of one method in one setting.
 
     Raises:
-        UnusableInput: they differ in more than their seed, as after the data or the model were made anew.
+        InputError: they differ in more than their seed, for instance because the data or the model changed.
     """
     runs = [read_finished(plan, method, setting, seed) for seed in seeds]
     for run in runs:
@@ -168,9 +167,7 @@ def read_seeds(plan: Plan, method: str, setting: Setting, seeds: Sequence[int]) 
 
 
 def read_presets(config: Path, methods: Sequence[str]) -> dict[str, Any]:
-    """What decides these methods' runs in the recipe: {"base": its keys, "methods": {name: preset}}."""
-    import yaml
-
+    """The keys of the recipe that decide these methods' runs: {"base": shared keys, "methods": {name: preset}}."""
     try:
         recipe = yaml.safe_load(config.read_text(encoding="utf-8"))
         presets = recipe.pop("methods")
@@ -181,17 +178,18 @@ def read_presets(config: Path, methods: Sequence[str]) -> dict[str, Any]:
         raise InputError(f"--config {config} has no table methods:; name a recipe that has") from error
     for method in methods:
         if method not in known:
-            near = difflib.get_close_matches(method, known, n=1, cutoff=0.0)[0]
-            raise InputError(f"{config} has no method {method!r}; the nearest is {near!r} ({', '.join(known)})")
+            raise InputError(
+                f"{config} has no method {method!r}; the nearest is {nearest(method, known)!r} ({', '.join(known)})"
+            )
     return {"base": recipe, "methods": {method: presets[method] for method in methods}}
 
 
 def refuse_another_sweep(plan: Plan, presets: dict[str, Any]) -> None:
-    """Finished runs are not repeated, so a folder may only grow by runs that mean the same; keeps what they mean."""
+    """Write `sweep.json`; raises InputError if the folder holds runs of other settings, which are not repeated."""
     file = plan.output / "sweep.json"
     shared = {"suites": plan.suites, "data": plan.data and str(plan.data), "overrides": plan.overrides}
     now = json.loads(json.dumps({**shared, **presets}, default=str))
-    if file.is_file() and any(plan.output.glob("runs/*/*/seed-*/")):  # else only a slip, refused when training began
+    if file.is_file() and any(plan.output.glob("runs/*/*/seed-*/")):  # else a mistake that training refused
         before = read_json(file)
         changed = [key for key in now if key != "methods" and before.get(key) != now[key]]
         changed += [m for m, preset in now["methods"].items() if before["methods"].get(m, preset) != preset]

@@ -1,23 +1,39 @@
-"""A sweep whose settings are proposed by Optuna."""
+"""The settings of a sweep, from the grid or from Optuna, and the loop over its runs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from statistics import fmean
 
 from eval.results.metrics import ForgetRetainMetric
 from eval.results.trajectories import Run, at_level, lowest
 from eval.sweep.axes import Setting, grid, run_folder
-from eval.sweep.runs import Plan, failure_file, read_seeds
+from eval.sweep.runs import Plan, failure_file, read_seeds, run_if_missing
+
+
+def run_sweep(plan: Plan, after_run: Callable[[], object]) -> list[Path]:
+    """Train and evaluate every run of the plan that is missing; calls `after_run` after each.
+
+    Returns the failure file of each run, which exists if the run failed (see `failure_file`).
+    """
+    files = []
+    for method in plan.methods:
+        for setting in propose(plan, method):
+            for seed in plan.seeds:
+                files.append(failure_file(run_folder(plan.output, method, setting, seed)))
+                if run_if_missing(plan, method, setting, seed):
+                    after_run()
+    return files
 
 
 def propose(plan: Plan, method: str) -> Iterator[Setting]:
-    """The settings of a method: the grid, or proposals that learn from how the runs of those before came out.
+    """The settings of a method: the grid, or proposals of Optuna that learn from the finished runs.
 
-    A study is kept in FOLDER/studies.db under everything that its objective depends on. The sampler is seeded by the
-    number of trials that ended, so a study that was interrupted proposes again what it had in hand. A setting with a
-    failed run counts as tried, and as worse than any other (a pruned trial without a value).
+    FOLDER/studies.db holds the study under everything that its objective depends on. The number of ended trials seeds
+    the sampler, so a study that was interrupted proposes the same setting again. A setting with a failed run counts as
+    tried and as worse than any other (a pruned trial without a value).
     """
     if all(axis.values for axis in plan.axes):
         yield from grid(plan.axes)
@@ -44,7 +60,7 @@ def propose(plan: Plan, method: str) -> Iterator[Setting]:
         for axis in plan.axes:
             if axis.values:
                 setting[axis.key] = trial.suggest_categorical(axis.key, axis.values)
-            else:  # four digits: a setting that can be typed
+            else:  # four digits, so that a user can type the setting
                 setting[axis.key] = f"{trial.suggest_float(axis.key, axis.low, axis.high, log=True):.4g}"
         yield setting
         folders = [run_folder(plan.output, method, setting, seed) for seed in plan.seeds]
@@ -56,6 +72,6 @@ def propose(plan: Plan, method: str) -> Iterator[Setting]:
 
 
 def trial_score(run: Run, measure: ForgetRetainMetric) -> float:
-    """Retain score at the level, in [0, 1]; for a run that never gets there, how far it stays away, below 0."""
+    """Retain score at the level, in [0, 1]; for a run that never reaches it, minus the distance to it."""
     point = at_level(run.trajectory, measure)
     return point[measure.retain] if point else measure.level - lowest(run, measure)

@@ -1,8 +1,9 @@
-"""Rank and number of ranks, as a launcher writes them into the environment. Imports no torch."""
+"""Rank and number of ranks, as a launcher writes them into the environment, and a free port. Imports no torch."""
 
 from __future__ import annotations
 
 import os
+import socket
 
 
 def world_from_environment() -> tuple[int, int]:
@@ -15,3 +16,10 @@ def world_from_environment() -> tuple[int, int]:
         if rank in os.environ and size in os.environ:
             return int(os.environ[rank]), int(os.environ[size])
     return 0, 1
+
+
+def free_port() -> int:
+    """A TCP port of this machine that no process listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 from datetime import timedelta
 from typing import NoReturn, TypeVar
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d
 
-from pipeline.distributed.environment import world_from_environment
+from pipeline.distributed.environment import free_port, world_from_environment
 from pipeline.distributed.signals import STOPPED
 from pipeline.errors import InputError
 
@@ -42,7 +41,7 @@ def start(timeout: float = 30.0) -> torch.device:
         for name, alone in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
             os.environ.setdefault(name, alone)
         if "MASTER_PORT" not in os.environ:
-            os.environ["MASTER_PORT"] = str(_free_port())
+            os.environ["MASTER_PORT"] = str(free_port())
         deepspeed.init_distributed(verbose=False, timeout=limit)
     else:
         from mpi4py import MPI
@@ -54,19 +53,13 @@ def start(timeout: float = 30.0) -> torch.device:
                 "mpi4py uses another MPI; use the mpirun of that MPI, or set MPI4PY_LIBMPI to the libmpi.so of this one"
             )
         # DeepSpeed's discovery uses one fixed port, so two jobs on a host would collide.
-        port = MPI.COMM_WORLD.bcast(_free_port() if MPI.COMM_WORLD.Get_rank() == 0 else None)
+        port = MPI.COMM_WORLD.bcast(free_port() if MPI.COMM_WORLD.Get_rank() == 0 else None)
         deepspeed.init_distributed(distributed_port=port, verbose=False, timeout=limit)
     accelerator = get_accelerator()
     assert accelerator is not None
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device(accelerator.current_device_name())
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 def skip_shm_op() -> None:

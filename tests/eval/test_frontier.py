@@ -16,6 +16,7 @@ from matplotlib import image
 
 from eval import bios, frontier
 from eval.files import exit_status
+from eval.reporting import sections, sweep_report
 from eval.results import comparison, stats
 from eval.results.metrics import MEASURES
 from eval.results.trajectories import Run
@@ -116,13 +117,14 @@ NEVER = [(10, 0.9, 0.99), (20, 0.4, 0.95)]
 
 def test_a_table_is_over_the_seeds_that_reached_the_level() -> None:
     groups = [group(trained(REACHES), trained(EARLY, seed=1), trained(NEVER, seed=2)), group(trained(NEVER, gamma=0.1))]
-    header, row, missed = frontier.settings_table(groups, ["bios.retain.all"], {"sago": groups[0]})
-    assert header == ["method", "setting", "retain", "steps", "seeds that reached it"]
+    header, row, missed = sweep_report.settings_table(groups, ["bios.retain.all"], {"sago": groups[0]})
+    assert header == ["method", "setting", "retain", "step", "seeds that reached it"]
     # (0.74 + 0.6) / 2; |0.74 - 0.6| / sqrt(2); (18 + 20) / 2; 2 / sqrt(2)
     assert row == ["sago", "synthesis.gamma=1 *", "0.670 ± 0.099", "19.0 ± 1.4", "2 of 3"]
     assert missed == ["sago", "synthesis.gamma=0.1", "–", "–", "0 of 1"]
-    said = frontier.never_reached(groups)
-    assert "gamma=1) seed 2: 0.400" in said and "gamma=0.1) seed 0: 0.400" in said and "seed 1" not in said
+    runs = [(f"seed {member.seed}", member.run) for member in groups[0].members if not member.point]
+    assert "each): seed 2: 0.400." in sections.never_reached(runs, BIOS)
+    assert sections.never_reached([], BIOS) == "Every run reached the level."
 
 
 def test_the_best_setting_reaches_the_level_first_and_retains_most_second() -> None:
@@ -243,8 +245,8 @@ class Pretender:
         (folder / "final").mkdir(parents=True)
         gamma = float(options.get("--synthesis.gamma", 1))
         synthesis = {"alpha": 1.0, "gamma": gamma, **RECIPE["methods"][options["--method"]]["synthesis"]}
-        told = {"seed": int(options["--seed"]), "objective": {"forget": "ga", "retain": "nll"}, "synthesis": synthesis}
-        (folder / "config.yaml").write_text(yaml.safe_dump({**told, "optimizer": {"lr": 0.1}}))
+        told = {"seed": int(options["--seed"]), "model": {}, "objective": {"forget": "ga", "retain": "nll"}}
+        (folder / "config.yaml").write_text(yaml.safe_dump({**told, "synthesis": synthesis, "optimizer": {"lr": 0.1}}))
         numbers = ("forget_loss", "retain_loss", "cos_forget_retain", "cos_combined_forget", "cos_combined_retain")
         rows = ({"step": step, **dict.fromkeys(numbers, gamma)} for step in (1, 2))
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -274,7 +276,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fix
     Its figure is drawn in the one test that looks at it.
     """
     if request.function is not test_a_grid_runs_everything_once:
-        monkeypatch.setattr(frontier, "png", lambda figure: b"")
+        monkeypatch.setattr(sweep_report, "png", lambda figure: b"")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     monkeypatch.setattr(frontier, "end_on_terminate", lambda: None)  # the test runner keeps its own
 
@@ -563,7 +565,7 @@ def test_a_folder_has_one_user(
 def test_what_ends_the_command_ends_what_it_called(tmp_path: Path) -> None:
     """A process that a killed child leaves behind would go on writing into a run folder that is begun again."""
     script = (
-        "import pathlib; from eval import launch\n"
+        "import pathlib; from eval.sweep import launch\n"
         "launch.end_on_terminate()\n"
         f"launch.call(['sh', '-c', 'sleep 60 & echo $!; wait'], pathlib.Path({str(tmp_path / 'log')!r}))"
     )

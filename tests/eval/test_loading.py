@@ -17,10 +17,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval import loading as run
-from eval import robustness
+from eval import loading, robustness
 from eval.attacks import run as attack_run
-from eval.attacks import spec
 from eval.files import write_jsonl
 from eval.loading import Trust
 from eval.results.metrics import choose
@@ -73,9 +71,9 @@ def pickled(request: pytest.FixtureRequest, world: World, tmp_path: Path) -> tup
 def test_pickles_are_refused_unless_asked_for(pickled: tuple[Path, torch.Tensor]) -> None:
     folder, right = pickled
     with pytest.raises(InputError, match="--allow-pickle") as caught:
-        run.load(folder)
+        loading.load(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
-    model: Any = run.load(folder, trust=Trust(allow_pickle=True))[0]
+    model: Any = loading.load(folder, trust=Trust(allow_pickle=True))[0]
     assert torch.equal(model(input_ids=torch.tensor([[3, 5, 7]])).logits, right)
 
 
@@ -84,7 +82,7 @@ def test_a_pickled_adapter_is_refused(world: World, tmp_path: Path) -> None:
     pickle_weights(tmp_path / "adapter", "adapter_model")
     for trust in (Trust(), Trust(allow_pickle=True)):
         with pytest.raises(InputError, match=r"the adapter in .*adapter has no adapter_model\.safetensors"):
-            run.load(tmp_path / "adapter", trust=trust)
+            loading.load(tmp_path / "adapter", trust=trust)
 
 
 def make_strange(world: World, folder: Path, trace: Path) -> Path:
@@ -181,7 +179,7 @@ def test_an_attack_trains_with_what_its_command_allows(
         shutil.copytree(finished / "final", log.with_suffix("") / "final")
         return 0
 
-    monkeypatch.setattr(spec, "call", train_nothing)
+    monkeypatch.setattr(attack_run, "call", train_nothing)
     plan, *_ = robustness.parse_command_line(attack(finished, *flags))
     (made,) = attack_run.attacks_of(plan, ["retain"])
     attack_run.train(plan, made)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from eval import loading, run
+from eval import evaluation, run
 from eval.files import write_jsonl
 from tests.conftest import World
 from tests.distributed import run_distributed
@@ -56,7 +56,7 @@ def exports(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluate_watched(exports: Path, sharded: bool) -> None:
     """The command. After each loading: how many models are alive, and how many bytes the process has."""
-    load, models, alive, sizes = loading.load, [], [], []
+    load, models, alive, sizes = evaluation.load, [], [], []
 
     def watched(*arguments: Any, **options: Any) -> tuple[Any, Any]:
         model, tokenizer = load(*arguments, **options)
@@ -65,7 +65,7 @@ def evaluate_watched(exports: Path, sharded: bool) -> None:
         sizes.append(psutil.Process().memory_info().rss)
         return model, tokenizer
 
-    loading.load = watched
+    evaluation.load = watched
     gc.disable()  # what is freed by chance, on some later allocation, is not freed in time
     more = ["--ds-config", exports / "zero3.json"] if sharded else []
     given = ["--model", exports / "run", "--data", exports, "--output", exports / f"answer-{sharded}.json", *more]

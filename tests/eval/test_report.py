@@ -15,7 +15,7 @@ from matplotlib import image
 
 from eval import report
 from eval.files import exit_status
-from eval.reporting import figures, tables
+from eval.reporting import figures, run_report, tables
 from eval.reporting.pages import as_markdown
 from eval.results import grouping, method, trajectories
 from eval.results.metrics import MEASURES, ForgetRetainMetric
@@ -262,7 +262,7 @@ def test_means_are_over_the_seeds_that_reached_the_level_and_say_so(tmp_path: Pa
         ["2", "0.400", "not reached", "–"],
         ["0", "0.400", "not reached", "–"],
     ]
-    assert "ga+nll sago seed 2, ga+nll sum seed 0" in as_markdown(report.compose(groups, BIOS, None))
+    assert "ga+nll sago seed 2: 0.400; ga+nll sum seed 0: 0.400" in as_markdown(run_report.compose(groups, BIOS, None))
 
 
 def test_cosines_are_means_over_the_steps_that_have_them(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The attacks: rounding and splitting against computations of their own, and all of them on a run with two ranks."""
 
-import importlib
 import json
 import math
 import shutil
@@ -17,12 +16,13 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from eval import bios, loading, robustness, run
+from eval import bios, loading, robustness
 from eval.attacks import relearn as relearning
 from eval.attacks import run as attack_run
 from eval.attacks import spec
 from eval.attacks.matching import Matcher
 from eval.attacks.quantize import round_linear_layers, rounded
+from eval.evaluation import load_suites
 from eval.files import read_jsonl, write_jsonl
 from eval.suites import biographies, rwku, tofu
 from eval.suites import bios as bios_suite
@@ -125,12 +125,13 @@ def plan_of(
             (tmp_path / name).write_text(json.dumps(rows))
         else:
             write_jsonl(tmp_path / name, rows)
-    module = importlib.import_module(run.SUITES[suite])
+    (loaded,) = load_suites([suite], tmp_path, {"mmlu": {"shots": 0}})
     corpus = {"field": None, "prompt": None, "response": None, **forget}
     given = {"group": None, "steps": 1, "lr": 1.0, "seed": 0, "overrides": (), "ranks": 1, "batch_size": 1, **more}
     config = {"model": {"path": "x"}, "data": {"forget": corpus, "retain": None}}
-    probes = module.load_probes(tmp_path, suite)
-    return spec.Plan(tmp_path, config, suite, module, probes, folder=tmp_path, trust=loading.Trust(), **given)
+    return spec.Plan(
+        tmp_path, config, suite, loaded.module, loaded.probes, folder=tmp_path, trust=loading.Trust(), **given
+    )
 
 
 def quiz(name: str) -> dict[str, list[dict[str, Any]]]:
@@ -188,9 +189,11 @@ def test_what_is_learned_again_is_not_asked_whatever_its_columns_are_called(
     learned = {texts.index(row) for row in attack.rows}
     assert learned and all(number ^ 1 in learned for number in learned) == (group is not None)
     things = PEOPLE if suite in ("bios", "rwku") else THINGS
-    asked = {number for number, thing in enumerate(things) if any(thing in str(probe) for probe in attack.exam.probes)}
+    asked = {
+        number for number, thing in enumerate(things) if any(thing in str(probe) for probe in attack.evaluation.probes)
+    }
     assert asked == {*range(10)} - learned, "each probe is of one row, and all others stay"
-    assert attack.told is not None and attack.told["excluded_probes"] == len(learned)
+    assert attack.selection is not None and attack.selection["excluded_probes"] == len(learned)
 
 
 @pytest.mark.parametrize("suite", ["wmdp_bio", "wmdp_cyber", "mmlu"])
@@ -200,9 +203,13 @@ def test_a_quiz_of_which_a_question_is_learned_again_is_refused(tmp_path: Path, 
     plan = plan_of(tmp_path, suite, files, {"field": "content"})
     rows = [{"content": f"In {year} somebody measured the lamp."} for year in range(10)]
     attack = attack_run.relearn(plan, rows, {})
-    assert attack.exam.probes is plan.probes and attack.told is not None and attack.told["excluded_probes"] == 0
+    assert (
+        attack.evaluation.probes is plan.probes
+        and attack.selection is not None
+        and attack.selection["excluded_probes"] == 0
+    )
     again = [{"content": f"Exercise. WHAT IS {thing}? a"} for thing in THINGS]
-    with pytest.raises(InputError, match=f"1 questions of suite {suite} stand in what is learned again"):
+    with pytest.raises(InputError, match=f"the relearned rows contain 1 questions of suite {suite}"):
         attack_run.relearn(plan, again, {})
 
 
@@ -214,7 +221,7 @@ def test_what_cannot_be_matched_is_refused(tmp_path: Path) -> None:
         attack_run.relearn(plan, reworded, {})
     one = [{**rows[0], "a": f"Answer {number}."} for number in range(10)]
     alone = plan_of(tmp_path / "one", suite, {"tofu/forget01_perturbed.json": TOFU[:1]}, forget, group="a")
-    with pytest.raises(InputError, match="none is left to ask"):
+    with pytest.raises(InputError, match="no probe would remain"):
         attack_run.relearn(alone, one, {})
     assert "group_of" in str(
         attack_run.unavailable_reason(replace(plan, module=json), "relearn")
@@ -227,8 +234,8 @@ def test_copies_of_what_is_learned_again_are_not_held_out(tmp_path: Path) -> Non
     twice = [{**row, "id": str(number)} for number, row in enumerate(rows * 2)]
     attack = attack_run.relearn(replace(plan, group="id"), twice, {})  # each copy is a group
     learned = {row["content"] for row in attack.rows}
-    assert len(learned) == 2 and not learned & {row["content"] for row in attack.exam.documents}
-    assert len(attack.exam.documents) == 20 - 4
+    assert len(learned) == 2 and not learned & {row["content"] for row in attack.evaluation.documents}
+    assert len(attack.evaluation.documents) == 20 - 4
     with pytest.raises(InputError, match="copies"):
         attack_run.relearn(replace(plan, group="id"), [{**rows[0], "id": str(n)} for n in range(4)], {})
 
@@ -251,10 +258,10 @@ def test_groups_of_the_real_benchmarks(data: Path) -> None:
     config = {"model": {"path": "x"}, "data": {"forget": {"field": "text", "prompt": None, "response": None}}}
     plan = spec.Plan(data, config, "rwku", rwku, probes, None, 1, 1.0, 0, (), 1, 1, data, loading.Trust())
     attack = attack_run.relearn(plan, passages, {})
-    assert attack.told is not None and len(attack.told["groups"]) == 1
-    learned = set(attack.told["groups"])
+    assert attack.selection is not None and len(attack.selection["groups"]) == 1
+    learned = set(attack.selection["groups"])
     assert len(attack.rows) == sum(row["subject"] in learned for row in passages)
-    asked = {probe["subject"] for probe in attack.exam.probes if rwku.forgotten(probe)}
+    asked = {probe["subject"] for probe in attack.evaluation.probes if rwku.forgotten(probe)}
     assert len(asked) == 4 and not asked & learned
     plain, adversarial = rwku.adversarial(probes)
     assert (len(plain), len(adversarial)) == (5 + 5, 11)
@@ -265,7 +272,7 @@ def test_groups_of_the_real_benchmarks(data: Path) -> None:
         data, config, "tofu", tofu, tofu.load_probes(data), None, 1, 1.0, 0, (), 1, 1, data, loading.Trust()
     )
     attack = attack_run.relearn(plan, rows, {})
-    assert attack.told is not None and attack.told["excluded_probes"] == 1 and len(attack.rows) == 1
+    assert attack.selection is not None and attack.selection["excluded_probes"] == 1 and len(attack.rows) == 1
 
 
 def test_a_corpus_is_read_whatever_its_format(tmp_path: Path) -> None:
@@ -452,7 +459,7 @@ def test_all_attacks_on_two_ranks(
         raise AssertionError("nothing is missing")
 
     # What is there is not repeated; what is missing is done, and alone; other settings are refused.
-    monkeypatch.setattr(spec, "call", never)
+    monkeypatch.setattr(attack_run, "call", never)
     del answer["attacks"][3]
     output.write_text(json.dumps(answer))
     assert command(*arguments) == 0
@@ -482,7 +489,7 @@ def test_a_failing_training_is_one_line(
         Path(f"{log}.err").write_text("noise\nerror: train.batch_size 3 does not divide\n")
         return 2
 
-    monkeypatch.setattr(spec, "call", fail)
+    monkeypatch.setattr(attack_run, "call", fail)
     line = ("--run", run_folder, "--suite", "bios", "--data", run_folder.parent, "--", "--train.batch_size", 3)
     assert command(*line) == 2
     error = capsys.readouterr().err
@@ -495,7 +502,7 @@ def test_a_failing_training_is_one_line(
     [
         (["--attacks", "relern"], "nearest is 'relearn'"),
         (["--suite", "bois"], "nearest is 'bios'"),
-        (["--run", "nowhere"], "--run nowhere has no config.yaml"),
+        (["--run", "nowhere"], "cannot read nowhere/config.yaml"),
         (["--data", "nowhere"], "python -m eval.bios"),
         (["--steps", 0], "--steps 0"),
         (["--lr", "nan"], "--lr nan"),

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval import bios, run
+from eval.evaluation import find_models
 from eval.suites import biographies
 from eval.suites import bios as bios_suite
 
@@ -99,7 +100,7 @@ def test_a_run_folder_gives_its_trajectory(world: Path, run_folder: Path, monkey
 
 def test_an_unfinished_run_is_evaluated_as_far_as_it_got(run_folder: Path) -> None:
     shutil.rmtree(run_folder / "final")
-    found = [(step, path.name) for step, path in run.find_models(run_folder)]
+    found = [(step, path.name) for step, path in find_models(run_folder)]
     assert found == [(2, "step-000002"), (9, "step-000009"), (10, "step-000010")]
 
 
@@ -126,7 +127,7 @@ def test_without_data_the_probes_come_from_seed_zero(tmp_path: Path, monkeypatch
         ({"--data": "nowhere"}, "nowhere", "python -m eval.bios"),
         ({"--batch-size": 0}, "--batch-size 0", "1 or more"),
         ({"--output": "."}, "--output .", "name a file"),
-        ({"--forget-set": "forget05"}, "--forget-set", "of suite tofu"),
+        ({"--forget-set": "forget05"}, "--forget-set", "belongs to suite tofu"),
     ],
 )
 def test_unusable_input(world: Path, tmp_path: Path, changes: dict[str, Any], culprit: str, remedy: str) -> None:

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from eval import report
-from eval.reporting import tables
+from eval.reporting import run_report, sections, tables
 from eval.reporting.pages import as_markdown
 from eval.results import grouping, trajectories
 from eval.results.metrics import MEASURES, ForgetRetainMetric, choose
@@ -50,7 +49,7 @@ def test_each_suite_is_read_by_its_own_measure(
     point = trajectories.at_level(run.trajectory, measure)
     assert measure.level == level and point is not None
     assert point["step"] == pytest.approx(step) and point[measure.retain] == pytest.approx(retain)
-    text = as_markdown(report.compose(groups, measure, None))
+    text = as_markdown(run_report.compose(groups, measure, None))
     assert measure.forget in text and f"{retain:.3f}" in text and "asked" in text
 
 
@@ -58,7 +57,7 @@ def test_runs_of_several_suites_show_all_their_scores(tmp_path: Path) -> None:
     both = [wmdp(0.4, 0.6) | wmdp(0.5, 0.6, "wmdp_bio"), wmdp(0.2, 0.5) | wmdp(0.3, 0.5, "wmdp_bio")]
     groups, measure = read(make_run(tmp_path / "run", both))
     assert measure.forget == "wmdp_bio.acc.all"  # the first of the table
-    columns = tables.headline_columns(groups, measure)
+    columns = sections.headline_columns(tables.score_columns(groups), measure)
     assert tables.matched_table(groups, measure, columns, None)[0][1:3] == ["mmlu.acc", "wmdp_cyber.acc"]
     assert [row[0] for row in tables.every_score(groups, measure, None)[1:]] == [
         *("wmdp_cyber.acc.all", "mmlu.acc.all", "mmlu.acc.anatomy", "wmdp_bio.acc.all"),
@@ -119,7 +118,7 @@ def test_an_export_without_the_score_is_left_out_and_told(tmp_path: Path) -> Non
             "tofu.model_utility": 0.6 - 0.4 / 3,
         }
     )
-    assert f"{tmp_path / 'run'}: step 20" in as_markdown(report.compose(groups, measure, None))
+    assert f"{tmp_path / 'run'}: step 20" in as_markdown(run_report.compose(groups, measure, None))
     with pytest.raises(InputError, match=r"no score tofu.model_utility"):
         read(make_run(tmp_path / "none", [tofu(0.8, None)]))
 
@@ -180,7 +179,7 @@ def test_attacks_are_averaged_over_runs(tmp_path: Path) -> None:
     assert relearn[1:7] == ["rwku", "relearn (steps 9)", same, "0.400 ± 0.141", "0.800 ± 0.000", "0.500 ± 0.000"]
     assert relearn[7:] == ["0.400 ± 0.000", "4.000 ± 0.000", "3.000 ± 0.000", "7 ± 0", "2"]
     assert probes[1:5] == ["rwku", "probes", same, "0.040 ± 0.014"] and probes[-1] == "2"
-    text = as_markdown(report.compose(groups, measure, None))
+    text = as_markdown(run_report.compose(groups, measure, None))
     assert "bf16, seed 3" in text and "python -m eval.robustness" in text
 
 
@@ -198,11 +197,11 @@ def test_layers_are_drawn_where_they_were_logged(tmp_path: Path, monkeypatch: py
         f"{key}__model.layers.{n}": [0.1 * n] for key in ("cos_forget_retain", "conflict_fraction") for n in (0, 1)
     }
     groups, measure = read(make_run(tmp_path / "with", [wmdp(0.4, 0.6)], **layers))
-    assert "layers.png" in report.draw(groups, measure, None)
-    assert "(layers.png)" in as_markdown(report.compose(groups, measure, None))
+    assert "layers.png" in run_report.draw(groups, measure, None)
+    assert "(layers.png)" in as_markdown(run_report.compose(groups, measure, None))
     groups, measure = read(make_run(tmp_path / "without", [wmdp(0.4, 0.6)]))
-    monkeypatch.setattr(report, "png", lambda figure: b"")  # the other figures were drawn above
-    assert "layers.png" not in report.draw(groups, measure, None)
+    monkeypatch.setattr(run_report, "png", lambda figure: b"")  # the other figures were drawn above
+    assert "layers.png" not in run_report.draw(groups, measure, None)
 
 
 def test_what_neither_corpus_mentions_is_beside_the_rest(tmp_path: Path) -> None:
@@ -213,7 +212,7 @@ def test_what_neither_corpus_mentions_is_beside_the_rest(tmp_path: Path) -> None
     one = make_run(tmp_path / "one", [bios(0.2, 0.8, 1.0), bios(0.0, 0.4, 0.9)])  # halfway: neighbours 0.6, facts 0.95
     other = make_run(tmp_path / "other", [bios(0.1, 0.3, 0.7)], rule="sum")
     groups, measure = read(one, other)
-    text = as_markdown(report.compose(groups, measure, None)).partition("## What neither corpus mentions")[2]
-    assert "> **Note.** Nothing in the training looks after" in text
+    text = as_markdown(run_report.compose(groups, measure, None)).partition("## What neither corpus mentions")[2]
+    assert "> **Note.** Nothing in the training protects what the retain corpus does not cover" in text
     assert "| npo+nll sago | 0.600 | 0.950 | 0.900 | 15.0 | 1 of 1 |" in text
     assert "lowest under npo+nll sum (0.300), highest under npo+nll sago (0.600)" in text

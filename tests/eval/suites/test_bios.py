@@ -109,7 +109,7 @@ def test_writing_again_changes_nothing_and_strange_folders_are_refused(folder: P
     with pytest.raises(InputError, match="another seed"):
         bios.write(folder, seed=1)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="no complete benchmark"):
+    with pytest.raises(InputError, match="is not a complete benchmark"):
         bios.write(tmp_path, seed=0)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

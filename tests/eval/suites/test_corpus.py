@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from eval import loading, run
 from eval.attacks import relearn as relearning
+from eval.evaluation import find_models
 from eval.results.metrics import choose
 from eval.suites import corpus, rouge, scoring
 from pipeline.config.schema import Corpus
@@ -218,7 +219,7 @@ def test_an_empty_thinking_block_is_not_scored(world: World) -> None:
     before = "user: kara?<end>assistant: <t>\n\n</t>\n\n"
     encoded = corpus.encode(tokenizer, {"prompt": "kara?", "response": "mivi su"}, 500)
     assert tokenizer.decode(encoded.ids) == before + "mivi su<end>"
-    assert tokenizer.decode(encoded.ids[: encoded.scored]) == before and encoded.asked == encoded.scored
+    assert tokenizer.decode(encoded.ids[: encoded.scored]) == before and encoded.continued == encoded.scored
     assert tokenizer.decode(scoring.encode_prompt(tokenizer, "kara?", "Answer:")) == before + "Answer:"
 
 
@@ -244,8 +245,8 @@ def test_what_cannot_be_used_is_named(files: dict[str, str] | None, said: str, t
 
 
 def test_a_name_of_the_hub_is_asked_for_there(tmp_path: Path) -> None:
-    assert run.find_models(Path("some-one/a.model")) == [(None, Path("some-one/a.model"))]
+    assert find_models(Path("some-one/a.model")) == [(None, Path("some-one/a.model"))]
     with pytest.raises(InputError, match=r"some-one/a\.model is no folder, and the hub does not give it"):
         loading.load(Path("some-one/a.model"))
     with pytest.raises(InputError, match="no name of the hub"):
-        run.find_models(tmp_path / "nowhere" / "model")
+        find_models(tmp_path / "nowhere" / "model")

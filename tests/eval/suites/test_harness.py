@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from eval import bios, loading, run
 from eval.suites import bios as bios_suite
 from eval.suites import harness
-from eval.suites import sharing as ranks
 from pipeline.errors import InputError
 from tests.distributed import free_port, run_distributed
 
@@ -197,6 +196,12 @@ def test_two_ranks_are_one(folder: Path, one_rank: dict[str, Any], tmp_path: Pat
     assert [entry["suites"]["bios"]["metrics"]["retain"]["all"] for entry in two["trajectory"]] == [0.0, 1.0]
 
 
+def on_all_ranks(number: int) -> list[int]:
+    numbers = [0, 0]
+    torch.distributed.all_gather_object(numbers, number)
+    return numbers
+
+
 def evaluate_sharded(folder: Path, output: Path, expected: list[float]) -> None:
     """The command, and what it does not tell: that the weights are sharded, and the likelihoods."""
     sys.argv = ["run.py", *arguments(folder, output, "--ds-config", folder / "zero3.json", "--local_rank=0")]
@@ -207,11 +212,11 @@ def evaluate_sharded(folder: Path, output: Path, expected: list[float]) -> None:
     calls: list[int] = []
     model.register_forward_hook(lambda *_: calls.append(1))
     assert quiz_likelihoods(model, tokenizer) == pytest.approx(expected, rel=1e-5)
-    assert ranks.gather(len(calls)) == [2, 2]  # three batches: the second rank repeats the last
+    assert on_all_ranks(len(calls)) == [2, 2]  # three batches: the second rank repeats the last
     calls.clear()
     prompts = [f"{colour} fruit:" for colour in FRUIT] + ["pear"]  # the last goes on for longer
     assert bios_suite.answer(model, tokenizer, prompts, batch_size=1, title="")[:3] == list(FRUIT.values())
-    first, second = ranks.gather(len(calls))
+    first, second = on_all_ranks(len(calls))
     assert first == second  # ranks generate until the last of them is done
 
 
@@ -252,7 +257,7 @@ def test_a_batch_has_a_limit_of_tokens(folder: Path, monkeypatch: pytest.MonkeyP
     whole = lm.loglikelihood(requests)
     assert max(rows * width for rows, width in shapes) > 2000
     shapes.clear()
-    monkeypatch.setattr("eval.scoring.MOST_TOKENS", 100)
+    monkeypatch.setattr("eval.suites.scoring.MOST_TOKENS", 100)
     limited = lm.loglikelihood(requests)
     assert all(rows * width <= 100 or rows == 1 for rows, width in shapes)
     assert max(rows for rows, _ in shapes) > 3 and max(width for _, width in shapes) == 90
@@ -362,7 +367,7 @@ def test_a_silent_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ("more", "culprit"),
     [
         (["--suite", "mmlu", "--shots", "-1"], "--shots -1"),
-        (["--suite", "bios", "--shots", "3"], "--shots is of suite mmlu alone"),
+        (["--suite", "bios", "--shots", "3"], "--shots belongs to suite mmlu alone"),
         (["--suite", "mmlu", "--ds-config", "zero2.json"], "stage must be 3"),
         (["--suite", "mmlu", "--ds-config", "nowhere.json"], "nowhere.json"),
     ],

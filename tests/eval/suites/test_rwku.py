@@ -144,7 +144,7 @@ def test_both_protocols_equal_a_direct_computation(
 def test_without_a_chat_template_the_prompt_is_plain_text(probes: list[rwku.Probe], learned: tuple[Any, Any]) -> None:
     tokenizer = learned[1]
     question = "Please complete the blank in the following question.\nQuestion: An author is a ___\nAnswer:"
-    turn, lead = rwku.ask({"set": "F-FB", "query": "An author is a ___", "type": "cloze", "answer": "writer"})
+    turn, lead = rwku.prompt_of({"set": "F-FB", "query": "An author is a ___", "type": "cloze", "answer": "writer"})
     tokenizer.chat_template = None
     try:
         for ids in (scoring.encode_prompt(tokenizer, turn, lead), scoring.encode_prompt(tokenizer, turn + lead)):

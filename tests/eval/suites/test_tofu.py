@@ -170,7 +170,7 @@ def test_losses_without_bounds() -> None:
     assert answer["metrics"]["model_utility"] == 0.0 and answer["log_truth_ratios"] == [6500.0]
     answer = tofu.summarise(probes, [lost] * 4)
     assert answer["metrics"]["model_utility"] is None and answer["metrics"]["forget_quality"] is None
-    assert set(answer["notes"].values()) == {"the model gave losses that are no numbers"}
+    assert set(answer["notes"].values()) == {"the model gave losses that are not finite"}
     json.dumps(answer, allow_nan=False)
 
 
@@ -191,7 +191,7 @@ def test_retain_only_model(folder: Path, learned: tuple[Any, Any], short: int, t
     again = tofu.evaluate(*learned, tofu.load_probes(tmp_path))
     assert again["metrics"]["forget_quality"] == pytest.approx(1.0) and again["notes"] == {}
     file.write_text(json.dumps({"trajectory": []}))
-    with pytest.raises(InputError, match=r"retain_model\.json is no answer of eval\.run --suite tofu for one model"):
+    with pytest.raises(InputError, match=r"retain_model\.json was not written by eval\.run --suite tofu for one model"):
         tofu.load_probes(tmp_path)
     answer["log_truth_ratios"].pop()
     file.write_text(json.dumps({"suites": {"tofu": answer}}))

@@ -25,8 +25,8 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from eval.evaluation import find_models
 from eval.loading import load
-from eval.run import find_models
 from pipeline.config.deepspeed import deepspeed_config
 from pipeline.config.schema import Lora, Model, RunConfig
 from pipeline.errors import InputError

@@ -1,0 +1,115 @@
+"""Every suite on every model of a folder: what `python -m eval.run` does once its arguments are checked."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from eval.files import read_jsonl
+from eval.loading import Trust, is_model, load
+from eval.suites import SUITES, Probes, Suite, load_suite, sharing
+from pipeline.errors import InputError
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class LoadedSuite:
+    """A suite with its probes, which were read before any model."""
+
+    name: str
+    module: Suite
+    probes: Probes
+
+
+def load_suites(names: list[str], folder: Path | None, options: dict[str, dict[str, Any]]) -> list[LoadedSuite]:
+    """The suites with their probes; `options` are further arguments of `load_probes`, by the suite's name.
+
+    Raises:
+        InputError: see `Suite.load_probes`.
+    """
+    loaded = []
+    for name in names:
+        module = load_suite(name)
+        loaded.append(LoadedSuite(name, module, module.load_probes(folder, name, **options.get(name, {}))))
+    return loaded
+
+
+def find_models(folder: Path) -> list[tuple[int | None, Path]]:
+    """(step, model folder) of each model to evaluate: those of a run by step, or one model with step None.
+
+    A path that is not a folder and could be a name on the hub counts as one.
+
+    Raises:
+        InputError: `folder` is neither a run with exports, nor a model, nor a name on the hub.
+    """
+    if not (folder / "metrics.jsonl").is_file() or not (folder / "exports").is_dir():
+        if not (is_model(folder) or (not folder.exists() and HUB_NAME.fullmatch(str(folder)))):
+            raise InputError(
+                f"--model {folder} is no Hugging Face model folder (no config.json, no adapter_config.json), "
+                "no run folder (metrics.jsonl, exports/) and no name of the hub; name one of these"
+            )
+        return [(None, folder)]
+    models = {
+        int(match[1]): path
+        for path in (folder / "exports").iterdir()
+        if (match := re.fullmatch(r"step-(\d+)", path.name)) and is_model(path)
+    }
+    steps = [int(row["step"]) for row in read_jsonl(folder / "metrics.jsonl", required=("step",))]
+    if steps and is_model(folder / "final"):
+        models[steps[-1]] = folder / "final"  # the same weights as an export of that step
+    if not models:
+        raise InputError(f"{folder} holds no exported model yet; set train.export_every or let the run finish")
+    return sorted(models.items())
+
+
+def evaluate_all(
+    models: list[tuple[int | None, Path]],
+    suites: list[LoadedSuite],
+    batch_size: int,
+    ds_config: dict[str, Any] | None,
+    trust: Trust,
+) -> tuple[list[dict[str, Any]], str]:
+    """One {"step", "model", "suites"} for each model, and the dtype of the last model."""
+
+    def evaluate(folder: Path) -> tuple[dict[str, Any], str]:  # a scope of its own: no model outlives it
+        with sharing.raise_on_all_ranks():
+            model, tokenizer = load(folder, ds_config, trust)
+        results = {
+            suite.name: suite.module.evaluate(
+                model, tokenizer, suite.probes, batch_size=batch_size, title=f"{suite.name} {folder.name}"
+            )
+            for suite in suites
+        }
+        return results, str(model.dtype).removeprefix("torch.")
+
+    entries, dtype = [], ""
+    for step, folder in models:
+        results, dtype = evaluate(folder)
+        entries.append({"step": step, "model": str(folder), "suites": results})
+    return entries, dtype
+
+
+def provenance(names: list[str], sharded: bool, dtype: str) -> dict[str, Any]:
+    """{"command", "versions", "dtype", "ranks"} of the evaluation that this process runs."""
+    packages = ["torch", "transformers", "rouge_score"]
+    if "eval.suites.harness" in (SUITES[name] for name in names):
+        packages.append("lm_eval")
+    if sharded:
+        packages.append("deepspeed")
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    return {
+        "command": shlex.join(["python", "-m", "eval.run", *arguments]),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name.replace("_", "-")) for name in packages},
+        },
+        "dtype": dtype,
+        "ranks": sharing.rank_and_size()[1],
+    }

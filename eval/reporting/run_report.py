@@ -1,0 +1,196 @@
+"""The report on runs: its sections in order, its figures, and its files."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+from eval.files import write_atomically
+from eval.reporting import figures, sections, tables
+from eval.reporting.pages import Block, Figure, Heading, Table, Text, Warn, as_html, as_markdown, png
+from eval.results import paper
+from eval.results.metrics import COLLATERAL, IN_RETAIN, ForgetRetainMetric
+from eval.results.trajectories import COSINES, Run, Scores, at_level
+
+LOSSES = {"forget_loss": "forget loss", "retain_loss": "retain loss"}
+GEOMETRY = {**COSINES, "conflict_fraction": "conflict fraction"}
+LAYERS = {"cos_forget_retain": "forget-retain", "conflict_fraction": "conflict fraction"}
+
+
+def compose(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: Scores | None) -> list[Block]:
+    """The report in order, before it becomes Markdown or HTML."""
+    runs = [run for members in groups.values() for run in members]
+    return [
+        *results(groups, measure, target),
+        *beside_the_paper(groups, measure),
+        *outside(groups, measure, target),
+        Heading("Loss dynamics"),
+        Figure("losses.png", "Forget and retain loss during training (the paper's Figure 1): mean over each method's "
+               "seeds, running mean over a twentieth of the steps."),
+        *geometry(groups, measure),
+        *robustness(groups),
+        *cost(groups, measure),
+        Heading("Every score at the level"),
+        Table(tables.every_score(groups, measure, target)),
+        Heading("Every run"),
+        Table(tables.seed_table(groups, measure)),
+        *left_out(runs, measure),
+        *sections.how_it_was_made(runs, commands_of(runs)),
+    ]  # fmt: skip
+
+
+def results(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: Scores | None) -> list[Block]:
+    """At the matched level, and at the end of the runs."""
+    columns = sections.headline_columns(tables.score_columns(groups), measure)
+    runs = [(f"{name} seed {run.seed}", run) for name, members in groups.items() for run in members]
+    missed = [(name, run) for name, run in runs if not at_level(run.trajectory, measure)]
+    early = [run.folder for _, run in runs if run.trajectory[0][measure.forget] <= measure.level]
+    blocks: list[Block] = [
+        Heading(f"Results at {measure.forget} {measure.level:g}"),
+        Text(f"{sections.reading(measure, target is not None)} {sections.never_reached(missed, measure)}"),
+        Table(tables.matched_table(groups, measure, columns, target)),
+        Figure("frontier.png", "Forget against retain score along each run; the markers are the points at the level "
+               "(dashed; dotted: chance; cross and line: the target model)."),
+        Heading("The best export at or below the level"),
+        Text("A run may rise above the level again after it first crosses it: an objective that saturates (NPO) stops "
+             "forgetting, and the model relearns what it had lost of the retain set. This table takes, of the exports "
+             "at or below the level, the one with the highest retain score, as early stopping would. The table shows "
+             "the score that selected the export, and a longer run has more exports to select from."),
+        Table(tables.best_table(groups, measure, [measure.forget, *columns])),
+        Heading("Results at the end of the runs"),
+        Text("The last export of each run, whatever it has forgotten by then."),
+        Table(tables.end_table(groups, measure, [measure.forget, *columns], target)),
+        Figure("points.png", "Where each method ends, mean ± sd of seeds, in the form of the paper's Figures 3 and 4; "
+               "a dashed line joins a rule to sum with the same settings, the grey one is the target model"
+               + ("; grey: the paper's own points." if paper.rows(measure.suite) else ".")),
+    ]  # fmt: skip
+    if early:
+        first = ", ".join(map(str, early))
+        warning = f"At or below the level from their first point, which is where they are read: {first}."
+        blocks.insert(2, Warn(f"{warning} Give --target, or a lower --level."))
+    return blocks
+
+
+def beside_the_paper(groups: dict[str, list[Run]], measure: ForgetRetainMetric) -> list[Block]:
+    """The paper's rows for this benchmark below those of the runs."""
+    rows = tables.paper_table(groups, measure)
+    if not rows:
+        return []
+    models = sorted({run.model for members in groups.values() for run in members})
+    return [
+        Heading("Beside the paper's Tables 1 and 2"),
+        Text(f"The paper's rows are its figures for {paper.TARGETS[measure.suite]} (Xiao et al., ACL 2026), as "
+             "printed: one seed, tuned to about equal forgetting but not interpolated to a level. The runs here began "
+             f"with {', '.join(models)}; with other models or questions the numbers are not comparable."),
+        Table(rows),
+    ]  # fmt: skip
+
+
+def outside(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: Scores | None) -> list[Block]:
+    """What neither corpus mentions."""
+    scores = tables.score_columns(groups)
+    columns = [score for score in scores if score in COLLATERAL]
+    if not columns:
+        return []
+    in_retain = [score for score in IN_RETAIN if score in scores]
+    shown = list(dict.fromkeys([*columns, *in_retain, measure.retain]))
+    return [
+        Heading("What neither corpus mentions"),
+        Warn("Nothing in the training protects what the retain corpus does not cover, and the rule that retains that "
+             "corpus best may damage the rest most: a high retain score says nothing about it. Put everything that "
+             "must be retained into the retain corpus."),
+        Text(" ".join(f"{COLLATERAL[column][0].upper()}{COLLATERAL[column][1:]}." for column in columns)
+             + "".join(f" For comparison: {IN_RETAIN[score]}." for score in in_retain)),
+        Text(" ".join(tables.most_hurt(groups, measure, columns))),
+        *([Table(tables.matched_table(groups, measure, shown, target))] if len(shown) > 1 else []),
+    ]  # fmt: skip
+
+
+def geometry(groups: dict[str, list[Run]], measure: ForgetRetainMetric) -> list[Block]:
+    """Cosines and conflict over the steps, and for each layer if that was logged."""
+    runs = [run for members in groups.values() for run in members]
+    blocks: list[Block] = [
+        Heading("Geometry of the gradients"),
+        Text("Cosines of the two gradients and of the combined one, mean over all steps, mean ± sd over seeds; `sum` "
+             f"logs them with synthesis.geometry. {tables.prediction(groups, measure)} The paper's rows are WMDP "
+             "Cyber, 100 steps."),
+        Table(tables.cosine_table(groups)),
+        Figure("geometry.png", "The same numbers during training, drawn in the same way."),
+    ]  # fmt: skip
+    if figures.layers_of(runs, next(iter(LAYERS))):
+        blocks.append(Figure("layers.png", "Each layer, mean over the steps that logged it: where the two tasks "
+                             "conflict."))  # fmt: skip
+    return blocks
+
+
+def robustness(groups: dict[str, list[Run]]) -> list[Block]:
+    """What attacks recovered, of the runs that have a robustness.json."""
+    rows = tables.attack_table(groups)
+    if len(rows) == 1:
+        absent = "No RUN/robustness.json: none of these runs was attacked (python -m eval.robustness)."
+        return [Heading("Robustness"), Text(absent)]
+    attacked = [run.robustness for members in groups.values() for run in members if run.robustness]
+    settings = dict.fromkeys(f"{a.get('dtype', 'dtype unknown')}, seed {a.get('seed', 'unknown')}" for a in attacked)
+    return [
+        Heading("Robustness"),
+        Text("A forget score that rises under attack was hidden, not gone. Before: the unlearned model; after: the "
+             "same model attacked; original: the model before unlearning, on the same probes. NLL: nats per token of "
+             "the forget corpus, or of its part that was not relearned. `probes` puts the questions as an adversary "
+             f"does. Mean ± sd over the runs ({'; '.join(settings)}); RUN/robustness.json has every score."),
+        Table(rows),
+    ]  # fmt: skip
+
+
+def cost(groups: dict[str, list[Run]], measure: ForgetRetainMetric) -> list[Block]:
+    return [
+        Heading("Cost"),
+        Text(f"Median over the steps after the first {tables.WARM_UP_STEPS}, mean ± sd over seeds; the time is that of "
+             "the slowest rank, memory the largest peak of a rank (GPU: allocated by torch; CPU: the whole process). "
+             "The ratio to `sum` compares separate runs with the same settings, perhaps on other machines: "
+             "`python -m pipeline.planning.step_cost` measures rules in alternating steps."),
+        Table(tables.cost_table(groups, measure)),
+    ]  # fmt: skip
+
+
+def left_out(runs: list[Run], measure: ForgetRetainMetric) -> list[Block]:
+    """The exports that could not be read, if any."""
+    some = [f"{run.folder}: step {', '.join(f'{step:g}' for step in run.left_out)}" for run in runs if run.left_out]
+    scores = f"{measure.forget} or {measure.retain}"
+    return [Warn(f"Exports whose {scores} is not finite are left out: {'; '.join(some)}.")] if some else []
+
+
+def commands_of(runs: list[Run]) -> list[str]:
+    """The commands that train, evaluate and attack the runs, and that of this report."""
+    train = ["deepspeed", "--module", "pipeline.train", "--output", "NEW_FOLDER", "--config"]
+    commands = [shlex.join([*train, str(run.folder / "config.yaml")]) for run in runs]
+    commands += [run.command for run in runs]
+    commands += [run.robustness["command"] for run in runs if run.robustness and "command" in run.robustness]
+    return [*commands, shlex.join(["python", "-m", "eval.report", *sys.argv[1:]])]
+
+
+def draw(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: Scores | None) -> dict[str, bytes]:
+    """{file: PNG} of all figures."""
+    drawings = {
+        "frontier.png": figures.draw_frontier(groups, measure, target),
+        "points.png": figures.draw_points(groups, measure, target),
+        "losses.png": figures.draw_curves(groups, LOSSES),
+        "geometry.png": figures.draw_curves(groups, GEOMETRY),
+    }
+    runs = [run for members in groups.values() for run in members]
+    if figures.layers_of(runs, next(iter(LAYERS))):
+        drawings["layers.png"] = figures.draw_layers(groups, LAYERS)
+    return {name: png(figure) for name, figure in drawings.items()}
+
+
+def write_report(
+    folder: Path, groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: Scores | None
+) -> list[list[str]]:
+    """Write `index.html`, `report.md` and the figures into `folder`; returns the first table."""
+    blocks, images = compose(groups, measure, target), draw(groups, measure, target)
+    title = f"Unlearning compared at {measure.forget} {measure.level:g}"
+    for name, image in images.items():
+        write_atomically(folder / name, image)
+    write_atomically(folder / "report.md", f"# {title}\n\n{as_markdown(blocks)}")
+    write_atomically(folder / "index.html", as_html(title, blocks, images))
+    return next(block.rows for block in blocks if isinstance(block, Table))

@@ -1,0 +1,185 @@
+"""The report on a sweep: `frontier.json`, `frontier.md` and `frontier.png`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from eval.files import write_atomically
+from eval.reporting import sections, tables
+from eval.reporting.figures import draw_best
+from eval.reporting.pages import Block, Code, Figure, Heading, Table, Text, Warn, as_markdown, png
+from eval.results.comparison import (
+    Group,
+    Trained,
+    answer_sum,
+    best_groups,
+    collect,
+    cosine_and_retention,
+    seed_means,
+    sum_against_others,
+)
+from eval.results.metrics import label
+from eval.results.stats import pareto, summarise
+from eval.results.trajectories import COMB_RETAIN
+from eval.sweep.axes import name_of
+from eval.sweep.runs import FailedRun, Plan, failures
+
+
+def describe(plan: Plan, groups: Sequence[Group], failed: Sequence[FailedRun]) -> dict[str, Any]:
+    """The content of `frontier.json`."""
+    columns = columns_of(plan, groups)
+    best = best_groups(groups)
+    points = [{"method": g.method, "setting": g.setting, **point} for g in groups for point in seed_means(g)]
+    members = [member for group in groups for member in group.members]
+    return {
+        "command": shlex.join(["python", "-m", "eval.frontier", *sys.argv[1:]]),
+        "suites": plan.suites,
+        "forget": plan.measure.forget,
+        "retain": plan.measure.retain,
+        "level": plan.measure.level,
+        "seeds": plan.seeds,
+        "settings": [
+            {
+                "method": group.method,
+                "setting": group.setting,
+                "seeds": [member.seed for member in group.members],
+                "reached": len(group.points),
+                "steps": summarise(point["step"] for point in group.points),
+                "scores": {key: summarise(p[key] for p in group.points if key in p) for key in columns},
+                "best": best[group.method] is group and bool(group.points),
+            }
+            for group in groups
+        ],
+        "pareto": pareto(points),
+        "sum_against_others": sum_against_others(groups),
+        "correlation": {
+            "all": cosine_and_retention(members),
+            "methods": {m: cosine_and_retention(member for member in members if member.method == m) for m in best},
+        },
+        "runs": [describe_run(plan, member) for member in members],
+        "failures": [asdict(failure) for failure in failed],
+    }
+
+
+def describe_run(plan: Plan, member: Trained) -> dict[str, Any]:
+    """One entry under "runs" of `frontier.json`."""
+    return {
+        "method": member.method,
+        "setting": member.setting,
+        "seed": member.seed,
+        "folder": str(member.run.folder),
+        "command": shlex.join(plan.training(member.method, member.setting, member.seed)),
+        "evaluation": member.run.command,
+        "environment": member.run.environment,
+        "lowest_forget": member.lowest,
+        "matched": member.point,
+        COMB_RETAIN: member.cosine,
+        "left_out": member.run.left_out,
+        "trajectory": member.run.trajectory,
+    }
+
+
+def columns_of(plan: Plan, groups: Sequence[Group]) -> list[str]:
+    """The columns of the tables (see `headline_columns`); the first run decides which scores there are."""
+    scores = groups[0].members[0].run.trajectory[-1] if groups else {}
+    return sections.headline_columns(scores, plan.measure)
+
+
+def settings_table(groups: Iterable[Group], columns: Sequence[str], best: Mapping[str, Group]) -> list[list[str]]:
+    """A row per method and setting, mean ± sd over the seeds that reached the level; the best ones have a star."""
+    rows = [["method", "setting", *(label(column, columns) for column in columns), *tables.LEVEL_TITLES]]
+    for group in groups:
+        star = " *" if best.get(group.method) is group and group.points else ""
+        cells = tables.level_cells(group.points, len(group.members), columns)
+        rows.append([group.method, name_of(group.setting) + star, *cells])
+    return rows
+
+
+def correlation_table(correlation: dict[str, Any]) -> list[list[str]]:
+    def cell(value: float | None) -> str:
+        return "–" if value is None else f"{value:.2f}"
+
+    rows = {"all runs": correlation["all"], **correlation["methods"]}
+    return [["runs of", "n", "Pearson", "Spearman"]] + [
+        [name, str(row["n"]), cell(row["pearson"]), cell(row["spearman"])] for name, row in rows.items()
+    ]
+
+
+def pareto_table(points: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    return [["method", "setting", "step", "forget", "retain"]] + [
+        [p["method"], name_of(p["setting"]), f"{p['step']:g}", f"{p['forget']:.3f}", f"{p['retain']:.3f}"]
+        for p in points
+    ]
+
+
+def failed_table(failed: Iterable[FailedRun]) -> list[list[str]]:
+    rows = [["method", "setting", "seed", "in", "status", "error", "log"]]
+    return rows + [[f.method, name_of(f.setting), str(f.seed), f.what, str(f.status), f.reason, f.log] for f in failed]
+
+
+def compose(plan: Plan, groups: Sequence[Group], failed: Sequence[FailedRun], described: dict[str, Any]) -> list[Block]:
+    """`frontier.md` in order."""
+    runs = [member.run for group in groups for member in group.members]
+    blocks: list[Block] = [Heading(f"Methods at their best, at {plan.measure.forget} {plan.measure.level:g}")]
+    blocks += compare(plan, groups, described) if groups else [Text("No run has finished.")]
+    if failed:
+        logs = "\n\n".join(f"{failure.log}\n" + "\n".join(f"  {line}" for line in failure.lines) for failure in failed)
+        blocks += [
+            Heading("Runs that failed"),
+            Warn(f"{len(failed)} runs failed and are in no number above. The same command tries them again, except "
+                 "settings that a study has counted as tried."),
+            Table(failed_table(failed)),
+            Code(logs),
+        ]  # fmt: skip
+    commands = [described["command"]]
+    commands += [line for run in described["runs"] for line in (run["command"], run["evaluation"])]
+    return [*blocks, *sections.how_it_was_made(runs, commands)]
+
+
+def compare(plan: Plan, groups: Sequence[Group], described: dict[str, Any]) -> list[Block]:
+    """What the finished runs show."""
+    columns, best, measure = columns_of(plan, groups), best_groups(groups), plan.measure
+    members = [member for group in groups for member in group.members]
+    missed = [(f"{m.method} ({name_of(m.setting)}) seed {m.seed}", m.run) for m in members if not m.point]
+    tried = ", ".join(f"{method} {sum(group.method == method for group in groups)}" for method in best)
+    return [
+        Text(f"Suites {', '.join(plan.suites)}; {len(members)} runs finished. "
+             f"{sections.reading(measure, plan.target is not None)} {sections.never_reached(missed, measure)}"),
+        Text("The best setting of a method is the one that brings most seeds to the level and, among those, retains "
+             "most. It is chosen and reported on the same runs, which favours a method with more settings; settings "
+             f"tried: {tried}."),
+        Table(settings_table([group for group in best.values() if group.points], columns, {})),
+        Figure("frontier.png", "Forget against retain score, each method at its best setting: mean of the seeds, "
+               "± sd shaded; dashed the level."),
+        Heading("Every setting (* the best of its method)"),
+        Table(settings_table(groups, columns, best)),
+        Heading("Does a plain sum with its best ratio reach the same frontier?"),
+        Text(answer_sum(described["sum_against_others"], measure.level)),
+        Heading("Does cos(g, g_r) predict retention?"),
+        Text("Correlation of cos(g, g_r), mean over the steps of a run up to the level, with its retain score "
+             "there. Runs that miss the level or that log no cosine (sum without synthesis.geometry) are left out."),
+        Table(correlation_table(described["correlation"])),
+        Heading("Pareto front"),
+        Text("Of all evaluated steps of all settings, means over seeds: no other point forgets more and "
+             "retains at least as much, or forgets as much and retains more."),
+        Table(pareto_table(described["pareto"])),
+    ]  # fmt: skip
+
+
+def write_report(plan: Plan) -> list[list[str]]:
+    """Write the three files from the finished runs; returns the table of the best settings, empty without a run."""
+    groups, failed = collect(plan), failures(plan)
+    described = describe(plan, groups, failed)
+    if groups:
+        best = {f"{m}, {name_of(g.setting)}": [one.run for one in g.members] for m, g in best_groups(groups).items()}
+        figure = draw_best(best, described["pareto"], plan.measure, plan.target)
+        write_atomically(plan.output / "frontier.png", png(figure))
+    blocks = compose(plan, groups, failed, described)
+    write_atomically(plan.output / "frontier.md", as_markdown(blocks))
+    write_atomically(plan.output / "frontier.json", json.dumps(described, indent=1) + "\n")
+    return next((block.rows for block in blocks if isinstance(block, Table)), []) if groups else []

@@ -11,4 +11,4 @@ if [ ! -e "$stamp" ]; then
     .venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
     touch "$stamp"
 fi
-.venv-docs/bin/mkdocs build --strict "$@"
+NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict "$@"

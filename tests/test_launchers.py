@@ -1,4 +1,4 @@
-"""Every launcher that the README names, on two machines made of this one; what the scripts in launch/ ask of theirs.
+"""Every launcher that docs/guides/cluster.md names, on two machines made of this one; what the scripts in launch/ ask of theirs.
 
 The two machines (`two_machines.sh`) are as separate as the kernel can make them, but for the disks: ssh between them,
 gradients over a wire. Whatever starts the two ranks, the model is bit for bit that of two ranks on one machine.

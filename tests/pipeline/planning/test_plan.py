@@ -471,7 +471,7 @@ PAGE = Path("docs/results/plan.md")
 
 
 def run_documented(command: str, folder: Path) -> tuple[str, list[str]]:
-    """(what `command` prints, cells of its row in docs/guides/cluster.md), the hub's model replaced by one of its shape."""
+    """(what `command` prints, cells of docs/guides/cluster.md), the hub's model replaced by one of its shape."""
     from transformers import LlamaConfig, MistralConfig
 
     config, machines, _, given = plan.parse(shlex.split(command)[3:])

@@ -1,4 +1,4 @@
-"""Every launcher of docs/guides/cluster.md, on two machines made of this one; and the scripts in launch/.
+"""Every launcher that the README names, on two machines made of this one; what the scripts in launch/ ask of theirs.
 
 The two machines (`two_machines.sh`) are as separate as the kernel can make them, but for the disks: ssh between them,
 gradients over a wire. Whatever starts the two ranks, the model is bit for bit that of two ranks on one machine.

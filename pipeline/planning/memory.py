@@ -1,7 +1,7 @@
 """What a run holds, sends and takes, by arithmetic on the shapes of its model and of its machines.
 
 `states` is what DeepSpeed 0.19.8 keeps on each stage, `working` what a micro-batch needs beside it, `traffic` what
-collectives move in a step, `seconds` how long that takes. docs/results/plan.md says how far to trust the figures.
+collectives move in a step, `seconds` how long that takes. docs/plan.md says how far to trust the figures.
 """
 
 from __future__ import annotations

@@ -462,7 +462,7 @@ def test_bad_input_is_one_line_and_status_2(
 
 # -- the documentation -------------------------------------------------------------------------------------------------
 
-DENSE: dict[str, dict[str, Any]] = {  # config.json of the models that docs/results/plan.md names
+DENSE: dict[str, dict[str, Any]] = {  # config.json of the models that docs/plan.md and README.md name
     "HuggingFaceH4/zephyr-7b-beta": {},
     "meta-llama/Llama-3.1-70B": {"hidden_size": 8192, "intermediate_size": 28672, "layers": 80, "heads": 64},
     "meta-llama/Llama-3.1-405B": {"hidden_size": 16384, "intermediate_size": 53248, "layers": 126, "heads": 128},

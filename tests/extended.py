@@ -1,4 +1,4 @@
-"""What docs/extending.md adds, on an engine: run by tests/test_extending.py in a copy of the repository that has it.
+"""What docs/guides/extending.md adds, on an engine: run by tests/test_extending.py in a copy that has it.
 
 One rank: neither a rule nor an objective knows how many there are, and a second would cost as long again.
 """

@@ -1,4 +1,4 @@
-"""docs/extending.md: its edits are made to a copy of the repository, and what they add is run there, as it stands.
+"""docs/guides/extending.md: its edits are made to a copy of the repository, and what they add is run there.
 
 `tests/extended.py` is run in that copy only: the new rule and objective on an engine beside the plain loop, the recipe.
 """
@@ -14,14 +14,12 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-COPIED = ("pipeline", "eval", "tests", "ds_configs", "launch", "pyproject.toml")
+COPIED = ("pipeline", "eval", "tests", "docs", "ds_configs", "launch", "pyproject.toml")
 BLOCK = re.compile(r"^```(diff|python|yaml)\n# (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUN = (
-    *(
-        "tests/pipeline/synthesis/test_synthesis.py",
-        "tests/pipeline/losses/test_objectives.py",
-        "tests/eval/test_cloze.py",
-    ),
+    "tests/pipeline/synthesis/test_synthesis.py",
+    "tests/pipeline/losses/test_objectives.py",
+    "tests/eval/suites/test_cloze.py",
     "tests/extended.py",
 )
 
@@ -49,7 +47,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, folder / name)
-    text = (REPOSITORY / "docs" / "extending.md").read_text()
+    text = (REPOSITORY / "docs" / "guides" / "extending.md").read_text()
     found = BLOCK.findall(text)
     assert len(found) == sum(text.count(f"```{language}\n") for language in ("diff", "python", "yaml")) > 0
     for language, file, lines in found:

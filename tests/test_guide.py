@@ -1,4 +1,4 @@
-"""Pages that quote: the messages of docs/troubleshooting.md, and the tests that docs/numerics.md names, are there.
+"""Pages that quote: messages in docs/guides/troubleshooting.md and tests in docs/concepts/numerics.md are there.
 
 A heading of the first that is a message of ours is, part by part, a text of the source.
 """
@@ -17,7 +17,9 @@ OURS = ("error: ", "warning: ", "RuntimeError: ", "rank …: ")
 FOREIGN = ("RuntimeError: cannot load MPI library",)  # mpi4py's
 QUOTED = [
     quoted
-    for heading in re.findall("^### (.*)$", (REPOSITORY / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    for heading in re.findall(
+        "^### (.*)$", (REPOSITORY / "docs" / "guides" / "troubleshooting.md").read_text(), re.MULTILINE
+    )
     for quoted in re.findall("`([^`]+)`", heading)
     if quoted.startswith(OURS) and quoted not in FOREIGN
 ]
@@ -37,7 +39,7 @@ def template(node: ast.AST) -> str:
 
 @cache
 def texts() -> frozenset[str]:
-    files = [file for room in ("pipeline", "eval") for file in sorted((REPOSITORY / room).glob("*.py"))]
+    files = [file for folder in ("pipeline", "eval") for file in sorted((REPOSITORY / folder).rglob("*.py"))]
     return frozenset(template(node) for file in files for node in ast.walk(ast.parse(file.read_text())))
 
 
@@ -61,9 +63,9 @@ def test_a_message_that_is_not_ours_would_be_noticed() -> None:
 
 
 def test_the_tests_that_prove_the_numerics_are_there() -> None:
-    page = (REPOSITORY / "docs" / "numerics.md").read_text()
+    page = (REPOSITORY / "docs" / "concepts" / "numerics.md").read_text()
     cited = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", page)
     assert len(cited) > 20
     for file, name in cited:
-        source = (REPOSITORY / "tests" / "pipeline" / file).read_text()
-        assert not name or f"def {name}(" in source, (file, name)
+        (found,) = (REPOSITORY / "tests" / "pipeline").rglob(file)
+        assert not name or f"def {name}(" in found.read_text(), (file, name)

@@ -93,7 +93,7 @@ def test_stopped_again_and_again(seed: int, whole: Path, world: World, tmp_path:
     assert_same(whole, folder)
 
 
-# What a launcher makes of the statuses of its ranks: theirs to change, and told in docs/troubleshooting.md.
+# What a launcher makes of the statuses of its ranks: theirs to change, and told in docs/guides/troubleshooting.md.
 LAUNCHERS = {
     "deepspeed": ["deepspeed", "--num_gpus", "2", "--no_local_rank", "--no_python"],
     "torchrun": ["torchrun", "--standalone", "--nproc_per_node", "2", "--no-python"],
@@ -153,7 +153,7 @@ def test_statuses(launcher: str, end: str, world: World, tmp_path: Path) -> None
     began = time.monotonic()
     if strike is not None:
         strike(started)
-    if launcher == "deepspeed" and strike == stop_launcher:  # it does not tell them: README, "When a run is cut off"
+    if launcher == "deepspeed" and strike == stop_launcher:  # it does not tell them: docs/guides/resume.md
         status, before = started.process.wait(20), lines(folder)
         deadline = time.monotonic() + 60
         while lines(folder) < before + 3:

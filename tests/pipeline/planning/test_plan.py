@@ -120,11 +120,11 @@ DENSE: dict[str, dict[str, Any]] = {  # config.json of the models that docs/plan
     "meta-llama/Llama-3.1-70B": {"hidden_size": 8192, "intermediate_size": 28672, "layers": 80, "heads": 64},
     "meta-llama/Llama-3.1-405B": {"hidden_size": 16384, "intermediate_size": 53248, "layers": 126, "heads": 128},
 }
-PAGE = Path("docs/plan.md")
+PAGE = Path("docs/results/plan.md")
 
 
 def run_documented(command: str, folder: Path) -> tuple[str, list[str]]:
-    """(what `command` prints, cells of the README's row for it), the hub's model replaced by one of its shape."""
+    """(what `command` prints, cells of docs/guides/cluster.md), the hub's model replaced by one of its shape."""
     from transformers import LlamaConfig, MistralConfig
 
     config, machines, _, given = plan.parse(shlex.split(command)[3:])
@@ -157,7 +157,7 @@ def test_the_documentation_is_what_the_command_prints(number: int, tmp_path: Pat
     command, printed = BLOCKS[number]
     found, cells = run_documented(command, tmp_path)
     assert printed == found
-    assert f"| {' | '.join(cells)} |" in Path("README.md").read_text(), cells
+    assert f"| {' | '.join(cells)} |" in Path("docs/guides/cluster.md").read_text(), cells
 
 
 if __name__ == "__main__":
@@ -172,4 +172,4 @@ if __name__ == "__main__":
             return f"```bash\n{block[1]}\n```\n\n```text\n{printed}\n```\n"
 
         PAGE.write_text(BLOCK.sub(anew, PAGE.read_text()))
-    sys.stdout.write("\n".join([*rows, ""]))  # for the README
+    sys.stdout.write("\n".join([*rows, ""]))  # for docs/guides/cluster.md

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import gc
 import json
 import logging
@@ -18,7 +19,7 @@ import torch
 
 from pipeline.config.schema import REPOSITORY
 from pipeline.errors import InputError
-from pipeline.zero.compat import INSTALL, INTERNALS, OLDEST, TOO_NEW, check_version, require, unexpected
+from pipeline.zero.compat import INSTALL, INTERNALS, OLDEST, TOO_NEW, check_version, release_memory, require, unexpected
 from tests.distributed import run_distributed
 
 LISTED = {name for names in INTERNALS.values() for name in names}
@@ -77,6 +78,33 @@ def test_old_versions_are_refused_and_new_ones_warned_of(caplog: pytest.LogCaptu
         for version in ("0.20.0", "1.0"):
             check_version(version)
     assert len(caplog.messages) == 2 and "0.20.0" in caplog.messages[0] and INSTALL in caplog.messages[0]
+
+
+class Complete:
+    """A coordinator with a recorded order, as far as its cached method reads it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return (lambda: True) if name == "is_complete_trace" else []
+
+
+def test_models_that_were_sharded_are_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache is found where the garbage collector finds it, and both places are emptied."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    name = "deepspeed.runtime.zero.partitioned_param_coordinator"
+    caches = [one for one in gc.get_objects() if type(one) is functools._lru_cache_wrapper and one.__module__ == name]
+    assert len(caches) == 1
+    model: Any = torch.nn.Module()
+    model.ds_external_parameters = lambda: []  # what DeepSpeed gives a module that it shards
+    cache = caches[0]
+    cache(Complete(), model, 0)
+    assert cache.cache_info().currsize == 1
+    monkeypatch.setattr(parameter_offload, "FWD_MODULE_STACK", [model])
+    seen = weakref.ref(model)
+    release_memory()
+    assert not parameter_offload.FWD_MODULE_STACK and cache.cache_info().currsize == 0
+    del model
+    assert seen() is None
 
 
 # -- the step ----------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from pipeline.optim import make_optimizer, make_schedule
 from pipeline.synthesis.combine import Synthesis
 from pipeline.zero import checkpoint
 from pipeline.zero.combiner import GradientCombiner
+from pipeline.zero.engine import Engine
 
 WEIGHTS = ".weights.json"  # in a run folder: digests of the model's files, so that a resumed run need not read them
 
@@ -50,20 +51,20 @@ def open_data(config: RunConfig, zero: dict[str, Any]) -> tuple[PreTrainedTokeni
     return tokenizer, samplers
 
 
-def make_engine(config: RunConfig, zero: dict[str, Any], model: PreTrainedModel, steps: int) -> Any:
+def make_engine(config: RunConfig, zero: dict[str, Any], model: PreTrainedModel, steps: int) -> Engine:
     """The DeepSpeed engine around `model`, whose forward pass returns what objectives ask for."""
     with console.capture_stdout(), blaming_the_file(config):
-        engine, *_ = deepspeed.initialize(
+        engine: Any = deepspeed.initialize(
             model=model,
             optimizer=make_optimizer(config, model, zero),  # pyright: ignore[reportArgumentType]
             lr_scheduler=lambda optimizer: make_schedule(config, optimizer, steps),
             config=zero,
-        )
+        )[0]
     install_outputs(engine)
     return engine
 
 
-def make_combiner(config: RunConfig, engine: Any) -> GradientCombiner:
+def make_combiner(config: RunConfig, engine: Engine) -> GradientCombiner:
     wanted = config.synthesis
     synthesis = Synthesis(wanted.rule, wanted.scope, wanted.alpha, wanted.gamma, wanted.zero_forget)
     combine_tasks = len(config.tasks) == 2 and (wanted.rule != "sum" or wanted.geometry)

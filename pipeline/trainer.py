@@ -46,7 +46,9 @@ from pipeline.startup import (
 from pipeline.synthesis.geometry import Geometry
 from pipeline.zero import checkpoint
 from pipeline.zero.combiner import GradientCombiner
+from pipeline.zero.engine import Engine
 from pipeline.zero.nvme import check_nvme_path
+from pipeline.zero.self_test import self_test
 
 GEOMETRY = (
     *("cos_forget_retain", "cos_combined_forget", "cos_combined_retain", "conflict_fraction"),
@@ -66,7 +68,7 @@ class StepResult(NamedTuple):
 class TrainStep:
     """Algorithm 1 of the paper, lines 3 to 7, on shards; a task that the run does not have is None."""
 
-    engine: Any
+    engine: Engine
     combiner: GradientCombiner
     forget: Task | None
     retain: Task | None
@@ -246,6 +248,8 @@ def setup(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: 
     on_nvme = offload.get("device") == "nvme"
     if on_nvme:
         local_main_first(lambda: check_nvme_path(Path(offload["nvme_path"])))
+    with console.capture_stdout(), raise_on_all_ranks(), blaming_the_file(config):
+        self_test(zero)
     with raise_on_all_ranks(), blaming_the_file(config):
         model = load_model(config.model, zero, config.seed)
     weights = weight_digests(model, folder / WEIGHTS)

@@ -1,7 +1,7 @@
 """The memory of a run, by arithmetic on the shapes of its model and its cluster.
 
 `states` is the memory of model, gradients and optimizer in DeepSpeed 0.19.8 by stage, `working` what a micro-batch
-needs beside it. docs/plan.md says how far to trust the figures.
+needs beside it. docs/results/plan.md says how far to trust the figures.
 """
 
 from __future__ import annotations

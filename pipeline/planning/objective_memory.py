@@ -155,7 +155,7 @@ def references(sizes: dict[str, int], layer: int, batch: Batch, device: torch.de
     def whole_forward(engine: Engine) -> Tensor:
         """[B, T, H] after block `layer`, seen by a hook while the whole model runs."""
         seen: list[Tensor] = []
-        block = blocks_of(engine.module)[layer]
+        block = blocks_of(engine.module)[layer]  # pyright: ignore[reportArgumentType]
         hook = block.register_forward_hook(lambda *call: seen.append(call[2]))
         forward(engine, batch, Logits())
         hook.remove()

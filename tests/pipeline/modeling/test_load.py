@@ -110,7 +110,7 @@ def cases_of(world: World, folder: Path) -> dict[str, dict[str, Any]]:
         attention = {**LORA, "targets": ["q_proj", "v_proj"]}
         # Mixtral: at AdamW's default eps of 1e-8, one element of A whose gradient passes through zero, where the update
         # is lr g / (|g| + eps), makes 99.9 % of the squared error (2.2e-5); at 1e-6 the error is 1.5e-6.
-        eps = {"optimizer": {"eps": 1e-6}} if name == "mixtral" else {}
+        eps: dict[str, Any] = {"optimizer": {"eps": 1e-6}} if name == "mixtral" else {}
         add(f"{name}-lora", model={**path, "lora": attention}, data=short, train={"micro_batch_size": 1}, **eps)
     compiled: dict[str, Any] = {"torch_compile": True}
     add("compiled-2", 2, model={**compiled, "lora": LORA}, optimizer=SGD)

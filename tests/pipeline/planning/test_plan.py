@@ -1,4 +1,4 @@
-"""The command: what it chooses and prints, and that docs/plan.md is what it prints."""
+"""The command: what it chooses and prints, and that docs/results/plan.md is what it prints."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_bad_input_is_one_line_and_status_2(
     assert not (tmp_path / "run").exists()
 
 
-DENSE: dict[str, dict[str, Any]] = {  # config.json of the models that docs/plan.md and README.md name
+DENSE: dict[str, dict[str, Any]] = {  # config.json of the models that docs/results/plan.md and README.md name
     "HuggingFaceH4/zephyr-7b-beta": {},
     "meta-llama/Llama-3.1-70B": {"hidden_size": 8192, "intermediate_size": 28672, "layers": 80, "heads": 64},
     "meta-llama/Llama-3.1-405B": {"hidden_size": 16384, "intermediate_size": 53248, "layers": 126, "heads": 128},

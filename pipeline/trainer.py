@@ -162,7 +162,8 @@ class Trainer(TrainStep):
         measured = asdict(result.geometry) if result.geometry is not None else {}
         for name in GEOMETRY:
             self.metrics.record(name, measured.get(name))
-        self.metrics.record("grad_norm", float(self.engine.get_global_grad_norm()) if result.applied else None)
+        norm = self.engine.get_global_grad_norm() if result.applied else None
+        self.metrics.record("grad_norm", None if norm is None else float(norm))
         self.metrics.record("lr", lr)
         self.metrics.record("skipped", 0 if result.applied else 1)
         self.metrics.record("seconds", seconds, reduce="max")

@@ -182,9 +182,10 @@ def poison(config: dict[str, Any], steps: list[int], bad: float, task: str, *, r
 
     def counted(self: TrainStep, number: int) -> StepResult:
         now[0] = number
-        before = [p.ds_tensor.clone() for p in self.engine.module.parameters()]
+        parameters: list[Any] = list(self.engine.module.parameters())
+        before = [p.ds_tensor.clone() for p in parameters]
         result = step(self, number)
-        pairs = zip(before, self.engine.module.parameters(), strict=True)
+        pairs = zip(before, parameters, strict=True)
         assert all(torch.equal(old, p.ds_tensor) for old, p in pairs) == (number in steps), f"step {number}"
         return result
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 # What needs a GPU; and slow tests of what no Python package brings: a browser, sshd, a mounted disk, libaio.
-HARDWARE = {"pipeline/test_synthesis.py": 1}
-MACHINE = {"browser.py": 1, "test_launchers.py": 2, "pipeline/test_full_disk.py": 1, "pipeline/test_nvme.py": 2}
+HARDWARE = {"pipeline/synthesis/test_synthesis.py": 1}
+MACHINE = {"browser.py": 1, "test_launchers.py": 2, "pipeline/test_full_disk.py": 1, "pipeline/zero/test_nvme.py": 2}
 
 
 def count_skips(file: Path) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.files import read_json
+from pipeline.config.files import DEEPSPEED_FILES, find_file
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ def load_sharded(folder: Path, ds_config: dict[str, Any], trust: Trust) -> PreTr
 
 def read_ds_config(path: Path) -> dict[str, Any]:
     """A DeepSpeed file. Only `zero_optimization` is used; raises InputError unless it is stage 3."""
+    path = find_file(path, "--ds-config", DEEPSPEED_FILES)
     config = read_json(path)
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     if not isinstance(zero, dict) or zero.get("stage") != 3:

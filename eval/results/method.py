@@ -14,6 +14,7 @@ from pipeline.errors import InputError
 NOT_METHOD = (
     *("output", "cache", "seed", "method"),
     *("train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints", "train.export_every"),
+    *("train.max_skipped", "model.gradient_checkpointing", "model.allow_pickle"),
     *("train.timeout_minutes", "synthesis.geometry", "synthesis.layer_geometry_every", "synthesis.stash_device"),
 )
 

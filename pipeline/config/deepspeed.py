@@ -64,6 +64,11 @@ def deepspeed_config(config: RunConfig) -> Tree:
     stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
     if stage not in (0, 1, 2, 3) or not isinstance(zero, dict):
         raise InputError(f"train.deepspeed: {path}: zero_optimization.stage must be 0, 1, 2 or 3")
+    if stage == 0 and config.model.dtype == "float16":
+        raise InputError(
+            f"train.deepspeed: {path}: without ZeRO DeepSpeed does not scale the loss in float16; use stage 1, or "
+            "model.dtype bfloat16"
+        )
     if stage:  # else bf16 runs accumulate in bf16; without ZeRO DeepSpeed has no other way
         merged.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     _check_offload(zero, stage, config, path)

@@ -50,6 +50,8 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
         model = load_whole(config.path, dtype=getattr(torch, config.dtype), **options)
     except WrongWeights as error:
         raise InputError(f"model.path: {error}") from None
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:  # RuntimeError: shapes differ
         reason = " ".join(str(error).split())[:300]
         if config.attn_implementation and (isinstance(error, ImportError) or "attn_implementation" in reason):

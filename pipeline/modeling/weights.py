@@ -59,17 +59,20 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
     auto: Any = AutoModelForCausalLM
     model: Any = None
     found: dict[str, Any] = {}
-    fault = None
+    fault: str | None = None
+    failure: Exception | None = None
     try:  # ignore mismatches here: the error of transformers would not name the tensor that has another shape
         model, found = auto.from_pretrained(base, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    except RuntimeError as error:  # under ZeRO-3 it raises that error all the same
-        if "size mismatch" not in str(error):
+    except Exception as error:  # under ZeRO-3 it raises a mismatch all the same, on the rank that reads the tensors
+        if not is_deepspeed_zero3_enabled() and "size mismatch" not in str(error):
             raise
-        fault = " ".join(str(error).split())[:300]
-    if is_deepspeed_zero3_enabled():  # only the first rank has read the tensors
+        failure, fault = error, " ".join(str(error).split())[:300]
+    if is_deepspeed_zero3_enabled():  # whatever one rank met, all leave here together
         faults: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(faults, fault)
-        fault = faults[0]
+        fault = next((one for one in faults if one is not None), None)
+        if failure is not None and "size mismatch" not in str(failure):
+            raise failure
     if model is None or fault is not None:
         raise WrongWeights(f"the weights in {base} are not the model's: {fault}")
     names = tensor_names(base, getattr(model.config, "_commit_hash", None))

@@ -90,8 +90,11 @@ def save(engine: Engine, combiner: GradientCombiner, run: Path, step: int, *, ke
             unfinished = folder / f".{MARKER}"
             unfinished.write_text(json.dumps(marker), encoding="utf-8")
             os.replace(unfinished, folder / MARKER)
-            tidy(run, keep)
         dist.barrier()
+    if dist.get_rank() == 0:
+        with disk_errors(folder.parent):  # the new checkpoint stays, even if an old one cannot be removed
+            tidy(run, keep)
+    dist.barrier()
 
 
 def _rank_state(engine: Engine, combiner: GradientCombiner) -> RankState:

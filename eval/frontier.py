@@ -28,13 +28,14 @@ from eval.sweep.axes import OWN_KEYS, Axis, parse_sweep
 from eval.sweep.launch import end_on_terminate, exclusive_lock, refuse_overrides, split_overrides
 from eval.sweep.runs import DEFAULT_TRIALS, Plan, read_presets, refuse_another_sweep
 from eval.sweep.search import run_sweep
+from pipeline.config.files import RECIPES, find_file
 from pipeline.errors import InputError
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval.frontier", description="Compare methods at their best.")
     add = parser.add_argument
-    add("--config", type=Path, required=True, metavar="RECIPE", help="a YAML file with methods:")
+    add("--config", type=Path, required=True, metavar="RECIPE", help="a YAML file with methods:, or the name of a recipe")
     add("--methods", nargs="+", required=True, metavar="NAME", help="presets of the recipe")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default 0 1 2")
     add("--sweep", nargs="+", default=[], metavar="KEY=…", help="A,B,C: a list; LOW:HIGH: a range")
@@ -76,9 +77,10 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, dict[str, Any]]:
         if target and score not in target:
             raise InputError(f"{options.target} has no score {score}; evaluate the target on {suite_of(score)} too")
     methods = tuple(dict.fromkeys(options.methods))
-    presets = read_presets(options.config, methods)
+    recipe = find_file(options.config, "--config", RECIPES)
+    presets = read_presets(recipe, methods)
     plan = Plan(
-        config=options.config,
+        config=recipe,
         overrides=overrides,
         suites=tuple(suites),
         data=options.data,

@@ -35,7 +35,7 @@ from pipeline.errors import InputError
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval.frontier", description="Compare methods at their best.")
     add = parser.add_argument
-    add("--config", type=Path, required=True, metavar="RECIPE", help="a YAML file with methods:, or the name of a recipe")
+    add("--config", type=Path, required=True, metavar="RECIPE", help="a YAML file with methods:, or a shipped name")
     add("--methods", nargs="+", required=True, metavar="NAME", help="presets of the recipe")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default 0 1 2")
     add("--sweep", nargs="+", default=[], metavar="KEY=…", help="A,B,C: a list; LOW:HIGH: a range")

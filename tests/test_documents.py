@@ -222,7 +222,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     site = tmp_path / "site"
     assert "optimizer.max_grad_norm" in (site / "reference" / "configuration" / "index.html").read_text()
     assert "--gpu-memory GIB" in (site / "reference" / "commands" / "index.html").read_text()
-    assert "GradientCombiner" in (site / "guides" / "own-loop" / "index.html").read_text()
+    assert "zero_allow_untested_optimizer" in (site / "guides" / "own-loop" / "index.html").read_text()
     assert "pipeline.synthesis.synthesize" in (site / "reference" / "library" / "index.html").read_text()
 
 

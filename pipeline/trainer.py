@@ -202,13 +202,12 @@ class Trainer(TrainStep):
             checkpoint.save(self.engine, self.combiner, folder, done, keep=keep, identity=self.run.fingerprint)
 
     def finish(self) -> None:
-        """The end of the log, the final export with its card, the summary; then the folder is free."""
+        """The end of the log, the final export with its card, the summary."""
         run, written = self.run, to_yaml(self.run.config)
         card = model_card(written, run.config.model.path, run.identity["model"], run.corpora, self.metrics.last)
         self.metrics.finish(card)
         run.export(run.folder / "final", card)
         self.metrics.summarise(time.perf_counter() - run.began)
-        run.lock.release()
 
 
 def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bool = False) -> None:
@@ -220,7 +219,10 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
     """
     trainer = setup(config, zero, resume, quiet)
     if trainer is not None:
-        trainer.fit()
+        try:
+            trainer.fit()
+        finally:
+            trainer.run.lock.release()
 
 
 def setup(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bool = False) -> Trainer | None:

@@ -188,7 +188,7 @@ def train(
     frozen = copy.deepcopy(model)
     if config["model"].get("lora") is None:
         for name, parameter in model.named_parameters():
-            patterns = config["model"].get("train", [".*"])
+            patterns = config["model"].get("trainable", [".*"])
             parameter.requires_grad_(any(re.search(pattern, name) for pattern in patterns))
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     objective, synthesis, batch = config["objective"], config["synthesis"], config["train"]["batch_size"]

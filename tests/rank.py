@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 import transformers.models.llama.modeling_llama
 from deepspeed.accelerator import get_accelerator
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 OURS = ("pipeline", "eval", "tests")
 LIBRARIES = (torch, deepspeed, transformers, peft)
@@ -91,6 +92,7 @@ class Surroundings:
             for name, value in names.items():
                 if now.get(name) is not value:
                     setattr(owner, name, value)
+        unset_hf_deepspeed_config()  # else transformers loads the next model partitioned, as long as the last one lives
         for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
             del sys.modules[name]
         gc.collect()

@@ -7,6 +7,7 @@ and whether the optimizer applies what they write.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -140,11 +141,15 @@ def _accumulate(engine: Engine, direction: dict[str, list[Any]]) -> None:
 
 @contextmanager
 def _without_trace() -> Iterator[None]:
-    """DeepSpeed numbers parameters and lists modules for a whole process: give both back as they were."""
+    """DeepSpeed numbers parameters and lists modules for a whole process: restore both, and print nothing."""
     number, modules = partition_parameters.Init.param_id, list(parameter_offload.FWD_MODULE_STACK)
+    library = logging.getLogger("DeepSpeed")
+    level = library.level
+    library.setLevel(logging.ERROR)  # it warns of the tiny model's optimizer
     try:
         yield
     finally:
+        library.setLevel(level)
         partition_parameters.Init.param_id = number
         parameter_offload.FWD_MODULE_STACK[:] = modules
         clear_release_cache()

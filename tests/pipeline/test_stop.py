@@ -22,8 +22,8 @@ from tests.interrupted import SECTIONS, Started, assert_same, lines
 
 DEAF = """
 import ctypes
-from pipeline import ranks
-ranks.ECHO, asked = 1.0, ranks.stop_on_sigterm()
+from pipeline.distributed import signals
+signals.DUPLICATE_SIGTERM_S, asked = 1.0, signals.stop_on_sigterm()
 print("ready", flush=True)
 assert asked.wait(60)
 print("asked", flush=True)

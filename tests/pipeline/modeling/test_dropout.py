@@ -112,12 +112,11 @@ def test_a_rate_that_the_configuration_of_the_model_refuses() -> None:
 
 def train_watched(configurations: list[dict[str, Any]], report: str) -> None:
     """Run each. Report, of every forward pass on rank 0, [whether it builds a graph, whether dropout is on]."""
+    from pipeline import trainer
     from pipeline.config.deepspeed import deepspeed_config
     from pipeline.config.schema import RunConfig
-    from pipeline.modeling import load as model
-    from pipeline.trainer import run
 
-    load, passes = model.load_model, []
+    load, passes = trainer.load_model, []
 
     def load_and_watch(*arguments: Any) -> Any:
         made = load(*arguments)
@@ -128,10 +127,10 @@ def train_watched(configurations: list[dict[str, Any]], report: str) -> None:
         made.base_model.register_forward_pre_hook(note)
         return made
 
-    model.load_model = load_and_watch
+    trainer.load_model = load_and_watch
     for keys in configurations:
         config = RunConfig.model_validate(keys)
-        run(config, deepspeed_config(config))
+        trainer.run(config, deepspeed_config(config))
     if dist.get_rank() == 0:
         Path(report).write_text(json.dumps(passes))
 

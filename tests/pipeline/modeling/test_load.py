@@ -271,10 +271,9 @@ def test_merged_adapted_and_evaluated_are_one_model(runs: dict[str, dict[str, An
 
 
 def test_cards_name_the_original(runs: dict[str, dict[str, Any]], world: World) -> None:
-    folder = hashlib.sha256()
-    for name in ("model.safetensors", "config.json"):
-        content = hashlib.sha256((world.folder / "model" / name).read_bytes()).hexdigest()
-        folder.update(f"{name} {content}\n".encode())
+    files = [world.folder / "model" / name for name in ("config.json", "model.safetensors")]
+    lines = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n" for file in files]
+    folder = hashlib.sha256("".join(lines).encode())
     for name, library in (("lora-zero3-sago", "peft"), ("lora-merged", "transformers"), ("plain", "transformers")):
         card = (final_of(runs[name]) / "README.md").read_text()
         assert f"base_model: {world.folder / 'model'}" in card and f"library_name: {library}" in card

@@ -163,7 +163,7 @@ def poison(config: dict[str, Any], steps: list[int], bad: float, task: str, *, r
     from pipeline.trainer import StepResult, TrainStep
     from pipeline.zero.combiner import Combined, GradientCombiner
 
-    stash, combine, step, now = GradientCombiner.stash_forget, GradientCombiner.combine, TrainStep.train_step, [0]
+    stash, combine, step, now = GradientCombiner.stash_forget, GradientCombiner.combine, TrainStep.train_step, [-1]
 
     def spoil(combiner: GradientCombiner) -> None:
         if now[0] in steps and dist.get_rank() == 1:

@@ -586,6 +586,7 @@ def test_what_ends_the_command_ends_what_it_called(tmp_path: Path) -> None:
 # The real thing
 
 
+@pytest.mark.slow
 def test_a_real_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rules, one seed on one rank, on a target that knows four people by heart; starting takes most of the time."""
     import torch

@@ -76,6 +76,7 @@ def test_two_runs_that_start_together_are_one(world: World, tmp_path: Path) -> N
     assert "Traceback" not in refused and lines(tmp_path / "run") == 2
 
 
+@pytest.mark.slow
 def test_a_run_under_way_is_not_resumed_beside_itself_but_after_a_kill(world: World, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     config = world.write(tmp_path / "run.yaml", folder, train={"steps": 100_000})

@@ -98,18 +98,25 @@ class Started:
 
     def ended(self) -> tuple[int, str]:
         """Status, and what it wrote to stderr. No process may be left a minute later: launchers wait for theirs."""
-        status, deadline = self.process.wait(200), time.monotonic() + 60
+        status = self.process.wait(200)
+        self.wait_for_the_others()
+        return status, self.log.read_text()
+
+    def wait_for_the_others(self) -> None:
+        """Until no process of its group is left, which may hold the run folder."""
+        deadline = time.monotonic() + 60
         while True:
             try:
                 os.killpg(self.process.pid, 0)
             except ProcessLookupError:
-                return status, self.log.read_text()
+                return
             assert time.monotonic() < deadline, "processes are left"
             time.sleep(0.1)
 
     def kill(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.wait_for_the_others()
 
 
 def is_rank(process: psutil.Process) -> bool:

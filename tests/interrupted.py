@@ -44,10 +44,10 @@ def complete(config: Path, *more: str, ranks: int = 2) -> None:
     Raises:
         AssertionError: it does not end well.
     """
-    run_distributed(run_attack, ranks, ["--config", str(config), *more])
+    run_distributed(run_in_process, ranks, ["--config", str(config), *more])
 
 
-def run_attack(arguments: list[str]) -> None:
+def run_in_process(arguments: list[str]) -> None:
     """What the command does with its arguments, but for how it ends."""
     from pipeline import trainer as train
     from pipeline.config.deepspeed import deepspeed_config

@@ -73,6 +73,8 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
         fault = next((one for one in faults if one is not None), None)
         if failure is not None and "size mismatch" not in str(failure):
             raise failure
+        if fault is not None and "size mismatch" not in fault:
+            raise WrongWeights(f"another rank could not load the weights in {base}: {fault}")
     if model is None or fault is not None:
         raise WrongWeights(f"the weights in {base} are not the model's: {fault}")
     names = tensor_names(base, getattr(model.config, "_commit_hash", None))

@@ -142,9 +142,9 @@ def states(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster) 
         held = mine if zero.stage == 3 else shape.trained
         (host if zero.parameters_on == "cpu" else gpu)["reference"] = b * held
     gpu["buffers"] = buffers(shape, zero)
-    stretch = min(zero.sub_group, mine) if zero.stage == 3 else mine
+    updated = min(zero.sub_group, mine) if zero.stage == 3 else mine
     if not offloaded:  # the gradient as one fp32 tensor, and what AdamW computes before it writes
-        memory.step = stretch * 4 * (2 if moments else 1)
+        memory.step = updated * 4 * (2 if moments else 1)
     if zero.stage in (1, 2) and offloaded:
         memory.step = 0
     return memory

@@ -150,14 +150,14 @@ def random_tasks(options: argparse.Namespace, config: RunConfig) -> list[Task]:
     return tasks
 
 
-def joint_step(engine: Any, shards: GradientCombiner, tasks: list[Task], step: int) -> None:
+def joint_step(engine: Any, combiner: GradientCombiner, tasks: list[Task], step: int) -> None:
     """`sum` in its fastest schedule: each forward and backward contains a micro-batch of both tasks."""
     import torch
 
     from pipeline.data.batches import Batch
     from pipeline.modeling.outputs import TokenLosses, forward
 
-    shards.clear()
+    combiner.clear()
     forget, retain = tasks
     for pair in zip(forget.sampler.batches(step), retain.sampler.batches(step), strict=True):
         both = Batch(*(torch.cat(parts) for parts in zip(*(vars(b).values() for b in pair), strict=True)))
@@ -167,7 +167,7 @@ def joint_step(engine: Any, shards: GradientCombiner, tasks: list[Task], step: i
         loss = retain.objective.terms(loss_inputs(losses[size:], pair[1])) / retain.loss_denominator(step)
         loss = loss + forget.objective.terms(loss_inputs(losses[:size], pair[0])) / forget.loss_denominator(step)
         engine.backward(loss * engine.world_size, scale_wrt_gas=False)
-    shards.combine()
+    combiner.combine()
     engine.step()
 
 

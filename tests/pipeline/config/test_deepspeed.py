@@ -257,3 +257,11 @@ def test_shipped_deepspeed_files_are_found_from_any_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert deepspeed_config(config("--train.deepspeed", "ds_configs/zero3.json"))["zero_optimization"]["stage"] == 3
+
+
+def test_fp16_without_zero_is_refused(deepspeed: Any) -> None:
+    """DeepSpeed divides by a loss scale there that it has not multiplied with."""
+    model = {"path": "some/model", "dtype": "float16"}
+    message = refusal(lambda: deepspeed({"zero_optimization": {"stage": 0}}, model=model))
+    assert "ds.json" in message and "float16" in message and "stage 1" in message
+    assert deepspeed({"zero_optimization": {"stage": 1}}, model=model)["fp16"]["enabled"] is True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pipeline.errors import FatalError
 from pipeline.modeling import digests as models_digests
 from pipeline.zero import checkpoint
 from tests.distributed import run_distributed
@@ -81,10 +83,10 @@ def save_at(stage: int, folder: Path) -> None:
         summed.add(file.name)
         return real_sum(file)
 
-    def keep(engine: Any, shards: Any, step: int) -> None:
+    def keep(engine: Any, combiner: Any, step: int) -> None:
         engine.lr_scheduler = SimpleNamespace(state_dict=dict)
         torch.save, checkpoint.checksum = save, checksum
-        checkpoint.save(engine, shards, folder, 1, keep=1, identity={})
+        checkpoint.save(engine, combiner, folder, 1, keep=1, identity={})
         torch.save, checkpoint.checksum = real_save, real_sum
         engine.lr_scheduler = None
 
@@ -97,3 +99,29 @@ def save_at(stage: int, folder: Path) -> None:
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_who_writes_a_file_of_a_checkpoint_sums_it(stage: int, tmp_path: Path) -> None:
     run_distributed(save_at, 2, stage, tmp_path)
+
+
+def save_beside_one_that_stays(folder: Path) -> None:
+    from pipeline.distributed import process_group as ranks
+
+    ranks.start()
+
+    def refuse(run: Path, keep: int) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(run))
+
+    def keep(engine: Any, combiner: Any, step: int) -> None:
+        engine.lr_scheduler = SimpleNamespace(state_dict=dict)
+        checkpoint.tidy = refuse
+        with pytest.raises(FatalError, match="Permission denied"):
+            checkpoint.save(engine, combiner, folder, 1, keep=1, identity={})
+        engine.lr_scheduler = None
+
+    train_on_engine(Case(zero={"stage": 3}, steps=1), between=keep)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_leaves_the_new_one_whole(tmp_path: Path) -> None:
+    run_distributed(save_beside_one_that_stays, 1, tmp_path)
+    new = checkpoint.newest(tmp_path)
+    assert new == tmp_path / "checkpoints" / "step-000001"
+    files = json.loads((new / checkpoint.MARKER).read_text())["files"]
+    assert files and all(checkpoint.checksum(new / name) == value for name, value in files.items())

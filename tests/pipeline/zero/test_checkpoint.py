@@ -24,7 +24,7 @@ from pipeline.zero.checkpoint import MARKER, newest, tidy
 from tests import oracle
 from tests.conftest import World
 from tests.distributed import run_distributed
-from tests.interrupted import SECTIONS, Started, assert_same, complete, lines, numbers, run, run_attack
+from tests.interrupted import SECTIONS, Started, assert_same, complete, lines, numbers, run, run_in_process
 
 
 def test_an_eventful_run_ends_bit_identical(whole: Path, world: World, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def write_refusal(config: Path) -> None:
     from pipeline.errors import InputError
 
     with pytest.raises(InputError) as caught:
-        run_attack(["--config", str(config), "--resume"])
+        run_in_process(["--config", str(config), "--resume"])
     config.with_suffix(".refusal").write_text(str(caught.value))
 
 

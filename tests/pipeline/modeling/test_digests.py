@@ -122,6 +122,6 @@ def save_beside_one_that_stays(folder: Path) -> None:
 def test_an_old_checkpoint_that_cannot_be_removed_leaves_the_new_one_whole(tmp_path: Path) -> None:
     run_distributed(save_beside_one_that_stays, 1, tmp_path)
     new = checkpoint.newest(tmp_path)
-    assert new == tmp_path / "checkpoints" / "step-000001"
+    assert new is not None and new == tmp_path / "checkpoints" / "step-000001"
     files = json.loads((new / checkpoint.MARKER).read_text())["files"]
     assert files and all(checkpoint.checksum(new / name) == value for name, value in files.items())

@@ -106,7 +106,9 @@ class Corpus(Section):
         description=".txt file with one refusal per line, for objectives that teach refusals; null: a built-in list",
     )
     name: str | None = Field(None, description="the hub data set's configuration")
-    split: str = Field("train", description="the hub data set's split")
+    split: str = Field(
+        "train", description="the data set's split, or rows of it: train[40:80]; of a file, only the rows count"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -10,10 +10,12 @@ import csv
 import gzip
 import hashlib
 import json
+import re
 import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -74,7 +76,9 @@ def read_rows(corpus: Corpus, key: str = "", columns: dict[str, str] | None = No
     if format_of(path) is not None:
         with readable(path, f"{key}path: " if key else ""):
             source = file_digest(path)
-        return _local_rows(path, corpus.field or "text"), source
+        _, start, stop = split_of(corpus, key)
+        part = "" if (start, stop) == (0, None) else f"[{start}:{stop}]"
+        return islice(_local_rows(path, corpus.field or "text"), start, stop), source + part
     found, source = _saved_dataset(corpus, key) if is_saved_dataset(path) else _hub_dataset(corpus, key)
     for name, column in (columns or {}).items():
         if column not in found.column_names:
@@ -82,6 +86,15 @@ def read_rows(corpus: Corpus, key: str = "", columns: dict[str, str] | None = No
             raise InputError(f"{key}{name}: {corpus.path} has no {column!r}; it has {there}")
     table = found if columns is None else found.select_columns(list(columns.values()))
     return ((f"{corpus.path}, row {number}", row) for number, row in enumerate(table, 1)), source
+
+
+def split_of(corpus: Corpus, key: str = "") -> tuple[str, int, int | None]:
+    """(split, first row, row after the last or None) of `corpus.split`, as `train[40:80]`, for data that are local."""
+    match = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", corpus.split)
+    if match is None:
+        raise InputError(f"{key}split: {corpus.split!r} is no split of local data; write NAME, or NAME[FIRST:LAST+1]")
+    name, start, stop = match.groups()
+    return name, int(start or 0), int(stop) if stop else None
 
 
 def _assemble(rows: Iterable[tuple[str, ...]], questions: bool, refusals: list[str]) -> Iterator[Row]:
@@ -242,12 +255,16 @@ def _saved_dataset(corpus: Corpus, key: str) -> tuple[datasets.Dataset, str]:
     except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:  # ValueError: also malformed JSON
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{key}path: {path} is no whole folder of save_to_disk: {reason}; save it again") from None
+    name, start, stop = split_of(corpus, key)
     if isinstance(found, datasets.DatasetDict):
-        if corpus.split not in found:
-            raise InputError(f"{key}split: {path} has no {corpus.split!r}; it has {', '.join(map(str, found))}")
-        path, found = path / corpus.split, found[corpus.split]
-    files = sorted(path.glob("*.arrow"))
-    return found, _sha256(json.dumps([[file.name, file_digest(file)] for file in files]))
+        if name not in found:
+            raise InputError(f"{key}split: {path} has no {name!r}; it has {', '.join(map(str, found))}")
+        path, found = path / name, found[name]
+    files = [[file.name, file_digest(file)] for file in sorted(path.glob("*.arrow"))]
+    if (start, stop) == (0, None):
+        return found, _sha256(json.dumps(files))
+    rows = range(len(found))[start:stop]
+    return found.select(rows), _sha256(json.dumps([files, rows.start, rows.stop]))
 
 
 def _hub_dataset(corpus: Corpus, key: str) -> tuple[datasets.Dataset, str]:

@@ -110,6 +110,24 @@ def test_a_folder_of_save_to_disk_is_a_corpus(
         read(first)
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_split_may_be_some_of_the_rows(
+    saved: bool, read: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    path = tmp_path / "saved" if saved else write(tmp_path / "corpus.jsonl", DOCUMENTS)
+    if saved:
+        datasets.Dataset.from_list([{"text": text} for text in DOCUMENTS]).save_to_disk(path)
+    whole, digests = read(path), set()
+    for rows in (slice(1, 3), slice(None, 2), slice(2, None), slice(1, 1000)):
+        text = "[{}:{}]".format(*("" if end is None else end for end in (rows.start, rows.stop)))
+        part = read(path, split=f"train{text}")
+        assert tokens(part) == truncated(tokenizer, DOCUMENTS[rows]), text
+        digests.add(part.digest)
+    assert len(digests | {whole.digest}) == 5, "other rows must be another corpus"
+    with pytest.raises(InputError, match=r"data\.forget\.split: 'train\[:10%\]' is no split of local data; write NAME"):
+        read(path, split="train[:10%]")
+
+
 GOOD = '{"text": "kara lovi"}\n'
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config.schema import REPOSITORY
+from pipeline.distributed.environment import free_port
+from tests.oracle import weight_change_error
 
 pytestmark = pytest.mark.slow  # 90 MB of download, and minutes
 
@@ -50,3 +56,44 @@ def test_what_is_there_is_not_made_again(folder: Path, tmp_path: Path) -> None:
         ["bash", "launch/smollm2.sh", str(tmp_path / "other")], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert other.returncode == 2 and "holds no model" in other.stderr
+
+
+def trained(folder: Path, output: Path, rule: str, ranks: int, zero: str) -> dict[str, torch.Tensor]:
+    """The exported weights after four steps of NPO on 4 + 4 questions of TOFU."""
+    questions = {"prompt": "question", "response": "answer"}
+    rows = REPOSITORY / "tests" / "data" / "tofu"
+    config = {
+        "output": str(output),
+        "cache": str(output.parent / "cache"),
+        "model": {"path": str(folder), "dtype": "float32"},
+        "data": {
+            "packing": "documents",
+            "forget": {"path": str(rows / "forget01_perturbed.json"), **questions},
+            "retain": {"path": str(rows / "retain_perturbed.json"), **questions},
+        },
+        "objective": {"forget": "npo", "retain": "nll"},
+        "synthesis": {"rule": rule},
+        # Plain SGD: Adam's first step is the sign of each gradient, which rounding decides where it is nearly 0.
+        "optimizer": {"name": "sgd", "lr": 0.01, "schedule": "constant", "warmup_ratio": 0.0},
+        "train": {"steps": 4, "batch_size": 4, "micro_batch_size": 4 // ranks, "deepspeed": zero},
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    file = output.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(config))
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
+    line = [*launcher, "--master_port", str(free_port()), "--module", "pipeline.train", "--config", str(file)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return load_file(output / "final" / "model.safetensors")
+
+
+@pytest.mark.parametrize(("rule", "bound"), [("sum", 2e-5), ("pcgrad", 2e-5), ("sago", 2e-4)])
+def test_two_ranks_under_zero3_train_as_one_rank_without(rule: str, bound: float, folder: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "zero0.json"
+    plain.write_text('{"zero_optimization": {"stage": 0}}')
+    sharded = trained(folder, tmp_path / "two" / "run", rule, 2, "zero3")
+    alone = trained(folder, tmp_path / "one" / "run", rule, 1, str(plain))
+    error = weight_change_error(sharded, alone, load_file(folder / "model.safetensors"))
+    print(f"{rule}: {error:.1e}")  # shown by pytest -s
+    assert error < bound

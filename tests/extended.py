@@ -17,7 +17,7 @@ from pipeline.config.schema import REPOSITORY, RunConfig
 from tests import oracle, test_recipes
 from tests.conftest import World
 from tests.distributed import run_distributed
-from tests.pipeline.zero import test_sharded, test_stages
+from tests.pipeline.zero import stages, test_sharded
 from tests.toy import Case, train_cases
 
 
@@ -48,14 +48,14 @@ def of_recipe(world: World, folder: Path) -> RunConfig:
 
 
 def test_the_additions_equal_the_plain_loop_and_the_recipe_trains(world: World, tmp_path: Path) -> None:
-    options = test_stages.RULES["cautious"]
-    cases = {"3-small cautious": Case(zero=test_stages.CONFIGURATIONS["3-small"], micro=4, **options)}
+    options = stages.RULES["cautious"]
+    cases = {"3-small cautious": Case(zero=stages.CONFIGURATIONS["3-small"], micro=4, **options)}
     program = test_sharded.configurations(world, tmp_path)["unlikelihood-pcgrad"]
     (tmp_path / "recipe").mkdir()
     recipe = of_recipe(world, tmp_path / "recipe")
     run_distributed(train_all, 1, cases, str(tmp_path / "made.pt"), [program], [recipe])
 
-    test_stages.assert_equal_to_plain(torch.load(tmp_path / "made.pt", weights_only=False), cases, 1)
+    stages.assert_equal_to_plain(torch.load(tmp_path / "made.pt", weights_only=False), cases, 1)
     final = load_file(Path(program["output"]) / "final" / "model.safetensors")
     initial = load_file(world.folder / "model" / "model.safetensors")
     error = oracle.weight_change_error(final, oracle.train(program)[0], initial)

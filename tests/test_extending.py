@@ -18,6 +18,8 @@ COPIED = ("pipeline", "eval", "tests", "docs", "ds_configs", "launch", "pyprojec
 BLOCK = re.compile(r"^```(diff|python|yaml)\n# (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUN = (
     "tests/pipeline/synthesis/test_synthesis.py",
+    "tests/pipeline/synthesis/test_shards.py",
+    "tests/pipeline/synthesis/test_arguments.py",
     "tests/pipeline/losses/test_objectives.py",
     "tests/eval/suites/test_cloze.py",
     "tests/extended.py",

@@ -3,11 +3,9 @@
 import base64
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -17,59 +15,25 @@ from eval import report
 from eval.files import exit_status
 from eval.reporting import figures, run_report, tables
 from eval.reporting.pages import as_markdown
-from eval.results import grouping, method, trajectories
-from eval.results.metrics import MEASURES, ForgetRetainMetric
-from pipeline.config.load import resolve
-from pipeline.errors import InputError
-from tests.conftest import World
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-BIOS = MEASURES[0]
-Points = list[tuple[int, float, float]]  # step, forget, retain
-REACHES: Points = [(10, 0.5, 0.9), (20, 0.0, 0.7), (30, 0.2, 0.8)]  # 0.1 is 4/5 of the way: step 18, retain 0.74
-ON_THE_DOT: Points = [(10, 0.3, 0.8), (20, 0.1, 0.6)]  # step 20, retain 0.6
-NEVER: Points = [(10, 0.9, 0.99), (20, 0.4, 0.95)]
-
-
-def entry(step: int, forget: float, retain: float) -> dict[str, Any]:
-    metrics = {"forget": {"FB": forget, "all": forget}, "retain": {"FB": retain, "all": retain}}
-    return {"step": step, "suites": {"bios": {"metrics": metrics}}}
-
-
-def make_run(
-    folder: Path, points: Points, *, seed: int = 0, rule: str = "sago", lr: float = 1e-3, **extra: Any
-) -> Path:
-    """A run of three steps whose third was skipped: no cosines there."""
-    folder.mkdir(parents=True)
-    config = {
-        "seed": seed,
-        "objective": {"forget": "ga", "retain": "nll"},
-        "synthesis": {"rule": rule, "scope": None, "alpha": 1.0, "gamma": 1.0, **extra},
-        "optimizer": {"lr": lr},
-        "train": {"steps": 3},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    rows = []
-    for step, cosine in ((1, 0.2), (2, 0.6), (3, None)):
-        row: dict[str, Any] = {"step": step, "forget_loss": -float(step), "retain_loss": 1 / step}
-        row["skipped"] = cosine is None
-        row |= {"cos_forget_retain": cosine and -cosine, "cos_combined_forget": cosine, "cos_combined_retain": cosine}
-        rows.append(row | {"conflict_fraction": None if rule == "sum" else cosine})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluation = {"trajectory": [entry(*point) for point in points], "command": "python -m eval.run --model it"}
-    evaluation |= {"versions": {"torch": "9.9"}, "dtype": "float32"}
-    (folder / "evaluation.json").write_text(json.dumps(evaluation))
-    return folder
+from eval.results import trajectories
+from pipeline.config.schema import REPOSITORY
+from tests.eval.reported import (
+    BIOS,
+    NEVER,
+    ON_THE_DOT,
+    REACHES,
+    Points,
+    alter,
+    entry,
+    make_run,
+    read,
+    spoil,
+)
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "eval.report", *map(str, arguments)]
     return subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
-
-
-def read(*folders: Path, measure: ForgetRetainMetric = BIOS) -> dict[str, list[trajectories.Run]]:
-    runs = [trajectories.prepare(trajectories.read_run(folder), measure, None) for folder in folders]
-    return grouping.group_runs(runs)
 
 
 def trajectory(points: Points) -> list[trajectories.Scores]:
@@ -91,121 +55,6 @@ def test_the_target_is_step_zero(tmp_path: Path) -> None:
     run = trajectories.prepare(trajectories.read_run(folder), BIOS, start)
     point = trajectories.at_level(run.trajectory, BIOS)
     assert point is not None and point["step"] == pytest.approx(9.0) and point["bios.retain.all"] == pytest.approx(0.55)
-
-
-def test_grouping_is_by_method_and_not_by_seed(tmp_path: Path) -> None:
-    groups = read(
-        make_run(tmp_path / "a", REACHES, seed=1),
-        make_run(tmp_path / "b", REACHES, seed=0, geometry=True),  # measures more, computes the same
-        make_run(tmp_path / "c", REACHES, rule="sum", lr=1e-3),
-        make_run(tmp_path / "d", REACHES, rule="sum", lr=3e-3),
-    )
-    assert {name: [run.folder.name for run in runs] for name, runs in groups.items()} == {
-        "ga+nll sago": ["b", "a"],
-        "ga+nll sum optimizer.lr=0.001": ["c"],
-        "ga+nll sum optimizer.lr=0.003": ["d"],
-    }
-
-
-def alter(folder: Path, key: str, value: Any) -> Path:
-    """Set one key, dotted, of a run's config.yaml."""
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    *sections, name = key.split(".")
-    section = config
-    for part in sections:
-        section[part] = section.get(part) or {}
-        section = section[part]
-    section[name] = value
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    return folder
-
-
-METHOD = {  # each of them makes another model of the same data
-    "model.lora": {"r": 8, "alpha": 16.0},
-    "model.path": "another/base",
-    "model.dtype": "bfloat16",
-    "train.steps": 50,
-    "train.batch_size": 16,
-    "optimizer.schedule": "cosine",
-    "optimizer.max_grad_norm": 0.5,
-    "data.max_length": 99,
-    "data.a_key_of_tomorrow": True,
-}
-SAME = {  # the same numbers, elsewhere, or saved and measured otherwise
-    "output": "elsewhere",
-    "cache": "there",
-    "method": "a_name",
-    "train.micro_batch_size": 2,
-    "train.checkpoint_every": 7,
-    "train.keep_checkpoints": 3,
-    "train.export_every": 9,
-    "train.max_skipped": 3,
-    "model.gradient_checkpointing": True,
-    "model.allow_pickle": True,
-    "train.timeout_minutes": 1.5,
-    "synthesis.geometry": True,
-    "synthesis.layer_geometry_every": 5,
-    "synthesis.stash_device": "host",
-}
-
-
-def test_what_is_not_the_same_method_is_not_averaged(tmp_path: Path) -> None:
-    """One run for each key, each by itself, beside two seeds of one method that differ in everything that is none."""
-    plain = [make_run(tmp_path / "plain", REACHES, seed=0), make_run(tmp_path / "again", REACHES, seed=1)]
-    for key, value in SAME.items():
-        alter(plain[1], key, value)
-    others = [
-        alter(make_run(tmp_path / key, REACHES, seed=number), key, value)
-        for number, (key, value) in enumerate(METHOD.items(), start=2)
-    ]
-    groups = read(*plain, *others)
-    by_folder = {run.folder.name: name for name, runs in groups.items() for run in runs}
-    assert len(groups) == 1 + len(METHOD) and by_folder["plain"] == by_folder["again"]
-    assert {name: len(runs) for name, runs in groups.items()}[by_folder["plain"]] == 2
-    for key, value in METHOD.items():
-        leaves = value if isinstance(value, dict) else {"": value}
-        for leaf, x in leaves.items():
-            assert f"{key}{'.' * bool(leaf)}{leaf}={x}" in by_folder[key]
-
-
-def test_keys_that_make_no_method_are_keys(world: World) -> None:
-    """A renamed key would quietly split seeds."""
-    config = resolve(world.write(world.folder / "grouping.yaml", "runs/x")).model_dump()
-    known = {f"{s}.{k}" for s, keys in config.items() if isinstance(keys, dict) for k in keys} | {*config}
-    assert {*method.NOT_METHOD} == {*SAME, "seed"} <= known
-    assert {f"data.forget.{k}" for k in method.COVERED_BY_DIGEST} <= {
-        f"data.forget.{k}" for k in config["data"]["forget"]
-    }
-
-
-def test_content_decides_and_not_the_path(tmp_path: Path) -> None:
-    digest = "0123456789abcdef" * 4
-
-    def run(called: str, seed: int, place: str, model: str, **corpus: str) -> Path:
-        folder = alter(make_run(tmp_path / called, REACHES, seed=seed), "model.path", place)
-        for key, value in {"path": "a.jsonl", **corpus}.items():
-            alter(folder, f"data.forget.{key}", value)
-        (folder / "digests.json").write_text(json.dumps({"model.path": model, "data.forget.path": digest}))
-        return folder
-
-    moved = read(run("a", 0, "here", digest), run("b", 1, "there", digest, path="b.jsonl", name="x", split="y"))
-    assert list(moved) == ["ga+nll sago"] and len(moved["ga+nll sago"]) == 2
-    other = digest[::-1]
-    anew = read(run("c", 0, "here", digest), run("d", 1, "here", other))
-    assert list(anew) == ["ga+nll sago model.path=01234567", "ga+nll sago model.path=fedcba98"]
-    two = read(run("e", 0, "here", digest), run("f", 1, "there", other))
-    assert list(two) == ["ga+nll sago model.path=here", "ga+nll sago model.path=there"]
-    spoil(tmp_path / "e" / "digests.json", "[]")
-    with pytest.raises(InputError, match=r"digests\.json is not as training writes it"):
-        read(tmp_path / "e")
-
-
-def test_one_run_twice_is_no_second_seed(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "a", REACHES)
-    shutil.copytree(folder, tmp_path / "copy")
-    for twice in ((folder, folder), (folder, tmp_path / "copy")):
-        with pytest.raises(InputError, match="one method and one seed"):
-            read(*twice)
 
 
 def test_cost_is_beside_the_sum_of_the_same_settings(tmp_path: Path) -> None:
@@ -316,12 +165,6 @@ def test_the_command_writes_a_report_that_stands_alone(tmp_path: Path) -> None:
     assert "ga+nll sago seed 1" in markdown and "torch 9.9" in markdown
     for said in ("--config " + str(runs[0] / "config.yaml"), "python -m eval.run --model it", "python -m eval.report"):
         assert said in markdown
-
-
-def spoil(path: Path, content: str | None) -> None:
-    path.unlink(missing_ok=True)
-    if content is not None:
-        path.write_text(content)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,8 @@
-"""MMLU and WMDP: the harness's own command line, a computation by hand, several ranks, sharded weights, bad input.
-
-The MMLU questions are real ones (`tests/data`).
-"""
+"""MMLU and WMDP: the harness's own command line, a computation by hand, several ranks, sharded weights."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,78 +12,34 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from eval import bios, loading, run
+from eval import loading, run
 from eval.suites import bios as bios_suite
 from eval.suites import harness
 from pipeline.errors import InputError
 from tests.distributed import free_port, run_distributed
+from tests.eval.suites.questions import (
+    FRUIT,
+    NUM_QUESTIONS,
+    QUIZ,
+    ROW,
+    SUBJECTS,
+    by_hand,
+    make_folder,
+    read_rows,
+    write_rows,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-SUBJECTS = ("astronomy", "marketing", "miscellaneous")
-NUM_QUESTIONS = {
-    "astronomy": 7,
-    "marketing": 5,
-    "miscellaneous": 8,
-}  # unequal, so that a plain mean of subjects is wrong
-QUIZ = [  # the form of WMDP, not its questions
-    {
-        "question": f"Which of these is {colour}? ",
-        "choices": ["a plum", "a pear", "an apple", "a lime"],
-        "answer": answer,
-    }
-    for colour, answer in (("red", 2), ("green", 1), ("blue", 0), ("sour", 3), ("round", 2), ("oval", 0), ("small", 1))
-]
-FRUIT = {"red": "apple", "green": "pear", "blue": "plum"}
 ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}  # every tensor is sharded
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`data/` (three MMLU subjects, a quiz, three probes); `run/`: a model before and after learning."""
+    """Questions, and a run that is asked them (`make_folder`)."""
     folder = tmp_path_factory.mktemp("harness")
-    texts = []
-    for subject in SUBJECTS:
-        for split in ("dev", "test"):
-            rows = read_rows(data / "mmlu" / split / f"{subject}.jsonl")
-            write_rows(folder / "data" / "mmlu" / split / f"{subject}.jsonl", rows)
-        texts += [" ".join([row["question"], *row["choices"]]) for row in rows]
-    write_rows(folder / "data" / "wmdp" / "wmdp_bio.jsonl", QUIZ)
-    probes = [{"split": "retain", "kind": "QA", "prompt": f"{c} fruit:", "answer": f} for c, f in FRUIT.items()]
-    write_rows(folder / "data" / "bios" / "probes.jsonl", probes)
-    answers = [f"{probe['prompt']} {probe['answer']}\n" for probe in probes]
-    tokenizer = bios.build_tokenizer([*texts, *answers])
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=2048,
-        initializer_range=0.2,  # a timid model gives every question the same answer
-    )
-    model: Any = LlamaForCausalLM(shape)
-    for name, steps in (("exports/step-000001", 0), ("final", 90)):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        for step in range(steps):
-            ids = torch.tensor([tokenizer(answers[step % 3]).input_ids])
-            model(input_ids=ids, labels=ids).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        model.save_pretrained(folder / "run" / name)
-        tokenizer.save_pretrained(folder / "run" / name)
-    write_rows(folder / "run" / "metrics.jsonl", [{"step": 1}, {"step": 2}])
+    make_folder(folder, data)
     (folder / "zero3.json").write_text(json.dumps(ZERO3))
     return folder
 
@@ -104,31 +56,6 @@ def one_rank(folder: Path) -> dict[str, Any]:
         patch.setattr(sys, "argv", ["run.py", *arguments(folder, folder / "one.json")])
         run.main()
     return json.loads((folder / "one.json").read_text())
-
-
-def by_hand(
-    model: Any, tokenizer: Any, subject: str, dev: list[dict[str, Any]], test: list[dict[str, Any]]
-) -> list[int]:
-    """The choice of each question: the prompt in full, one forward pass for each of the four answers."""
-
-    def put(row: dict[str, Any], answer: str = "") -> str:
-        choices = "".join(f"{letter}. {choice}\n" for letter, choice in zip("ABCD", row["choices"], strict=True))
-        return f"{row['question'].strip()}\n{choices}Answer:{answer}"
-
-    head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
-    examples = "".join(put(row, f" {'ABCD'[row['answer']]}") + "\n\n" for row in dev)
-    chosen = []
-    for row in test:
-        prompt = head + examples + put(row)
-        start = len(tokenizer(prompt).input_ids)
-        scores = []
-        for letter in "ABCD":
-            ids = torch.tensor([tokenizer(f"{prompt} {letter}").input_ids])
-            with torch.no_grad():
-                log_p = model(input_ids=ids).logits[0].log_softmax(-1)
-            scores.append(sum(float(log_p[at - 1, ids[0, at]]) for at in range(start, ids.shape[1])))
-        chosen.append(scores.index(max(scores)))
-    return chosen
 
 
 def test_scores_are_those_of_a_computation_by_hand(folder: Path, one_rank: dict[str, Any]) -> None:
@@ -302,39 +229,6 @@ def test_a_prompt_that_does_not_fit_is_counted(
     assert "lost their beginning" in capsys.readouterr().err
 
 
-ROW = {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 1}
-
-
-@pytest.mark.parametrize(
-    ("suite", "files", "culprit", "remedy"),
-    [
-        ("wmdp_bio", {}, "wmdp/wmdp_bio.jsonl", "leave --data out"),
-        ("wmdp_bio", {"wmdp/wmdp_bio.jsonl": []}, "wmdp_bio.jsonl holds no question", "remove it"),
-        ("wmdp_bio", {"wmdp/wmdp_bio.jsonl": [ROW, {"question": "Which?"}]}, "wmdp_bio.jsonl, line 2", "choices"),
-        ("wmdp_bio", {"wmdp/wmdp_bio.jsonl": [ROW, {**ROW, "answer": 4}]}, "wmdp_bio.jsonl, line 2", "0 to 3"),
-        ("wmdp_bio", {"wmdp/wmdp_bio.jsonl": [{**ROW, "answer": "B"}]}, "wmdp_bio.jsonl, line 1", "0 to 3"),
-        ("wmdp_bio", {"wmdp/wmdp_bio.jsonl": [{**ROW, "choices": ["a", "b"]}]}, "line 1", "four texts"),
-        ("mmlu", {}, "mmlu/test/SUBJECT.jsonl", "leave --data out"),
-        ("mmlu", {"mmlu/test/anatomi.jsonl": [ROW]}, "anatomi.jsonl", "rename"),
-        ("mmlu", {"mmlu/test/anatomy.jsonl": [ROW]}, "mmlu/dev/anatomy.jsonl", "--data needs it"),
-        ("mmlu", {"mmlu/test/anatomy.jsonl": [ROW], "mmlu/dev/anatomy.jsonl": [ROW]}, "mmlu_anatomy", "fewer"),
-    ],
-)
-def test_unusable_questions(
-    tmp_path: Path, suite: str, files: dict[str, list[dict[str, Any]]], culprit: str, remedy: str
-) -> None:
-    for name, rows in files.items():
-        write_rows(tmp_path / name, rows)
-    with pytest.raises(InputError) as caught:
-        harness.load_probes(tmp_path, suite, **({"shots": 5} if suite == "mmlu" else {}))
-    assert culprit in str(caught.value) and remedy in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_without_shots_no_examples_are_needed(tmp_path: Path) -> None:
-    write_rows(tmp_path / "mmlu" / "test" / "anatomy.jsonl", [ROW])
-    assert harness.load_probes(tmp_path, "mmlu", shots=0).shots == 0
-
-
 def test_without_data_the_hub_is_asked_for_all_subjects(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub is played by a function: 57 subjects, of which astronomy has three questions and the others one."""
     asked = []
@@ -355,27 +249,3 @@ def test_without_data_the_hub_is_asked_for_all_subjects(folder: Path, monkeypatc
     )
     with pytest.raises(InputError, match="--shots 3"):
         harness.load_probes(None, "mmlu", shots=3)
-
-
-def test_a_silent_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"suite wmdp_bio.*give --data"):
-        harness.load_probes(None, "wmdp_bio")
-
-
-@pytest.mark.parametrize(
-    ("more", "culprit"),
-    [
-        (["--suite", "mmlu", "--shots", "-1"], "--shots -1"),
-        (["--suite", "bios", "--shots", "3"], "--shots belongs to suite mmlu alone"),
-        (["--suite", "mmlu", "--ds-config", "zero2.json"], "stage must be 3"),
-        (["--suite", "mmlu", "--ds-config", "nowhere.json"], "nowhere.json"),
-    ],
-)
-def test_unusable_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], culprit: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("zero2.json").write_text('{"zero_optimization": {"stage": 2}}')
-    monkeypatch.setattr(sys, "argv", ["run.py", "--model", "model", "--output", "out.json", *more])
-    with pytest.raises(InputError, match=culprit):
-        run.main()
-    assert os.listdir() == ["zero2.json"]

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from tests import oracle
 from tests.conftest import World
 from tests.distributed import run_distributed
+from tests.pipeline.zero.stages import FP32_WIRE, OFFLOAD, RULES, SGD, assert_equal_to_plain, train
 from tests.pipeline.zero.test_sharded import train_cases as train_program
-from tests.pipeline.zero.test_stages import FP32_WIRE, OFFLOAD, RULES, SGD, assert_equal_to_plain, train
 from tests.toy import Case, engine_of, model_of, weights_of
 
 pytestmark = pytest.mark.slow

@@ -17,10 +17,7 @@ with stemming). A wrong answer drawn from the same attribute scores about 0.03.
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +25,7 @@ from eval.files import exit_status, read_jsonl, write_jsonl
 from eval.suites.biographies import generate
 from eval.suites.bios import FILES
 from pipeline.errors import InputError
+from pipeline.files import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -99,19 +97,14 @@ def write(folder: Path, seed: int) -> bool:
 
     logging.disable_progress_bar()  # a bar for one small file is noise
     benchmark = generate(seed)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with whole(folder) as unfinished:
+        unfinished.mkdir()
         for name in ("all", "forget", "retain"):
-            write_jsonl(temporary / f"{name}.jsonl", ({"text": text} for text in getattr(benchmark, name)))
-        write_jsonl(temporary / "probes.jsonl", benchmark.probes)
+            write_jsonl(unfinished / f"{name}.jsonl", ({"text": text} for text in getattr(benchmark, name)))
+        write_jsonl(unfinished / "probes.jsonl", benchmark.probes)
         tokenizer = build_tokenizer(benchmark.all)
-        tokenizer.save_pretrained(temporary / "base")
-        build_model(tokenizer, seed).save_pretrained(temporary / "base")
-        temporary.chmod(0o755)  # mkdtemp's 0700 would hide the folder from other users
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        tokenizer.save_pretrained(unfinished / "base")
+        build_model(tokenizer, seed).save_pretrained(unfinished / "base")
     return True
 
 

@@ -1,11 +1,10 @@
-"""Reading and writing for the commands of this package: complete files or none, and errors that a reader can act on."""
+"""Reading and writing for the commands of this package, with errors that a reader can act on."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -93,17 +92,3 @@ def check_texts(rows: object, keys: Iterable[str], where: str) -> list[dict[str,
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one compact JSON object per line, in UTF-8 with "\\n" ends on every platform."""
     path.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file under another name and rename it, so that neither a reader nor a kill ever leaves half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content if isinstance(content, bytes) else content.encode())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a report from other users
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -33,12 +33,13 @@ from typing import Any
 from eval.attacks.record import begin, missing, table
 from eval.attacks.run import Evaluator, attacks_of, run_attack, unavailable_reason
 from eval.attacks.spec import ATTACKS, Plan
-from eval.files import exit_status, read_config, write_atomically
+from eval.files import exit_status, read_config
 from eval.loading import add_trust_options, check_trust, is_model, trust_of
 from eval.results.metrics import nearest
 from eval.suites import SUITES, check_suites, load_suite
 from eval.sweep.launch import end_on_terminate, exclusive_lock, refuse_overrides, split_overrides
 from pipeline.errors import InputError
+from pipeline.files import write_whole
 
 STEPS = 100
 OWN_KEYS = ("config", "method", "output", "resume", "seed", "train.steps", "optimizer.lr", "model.path")
@@ -137,7 +138,7 @@ def main() -> None:
         record, evaluator = begin(plan, data, output), Evaluator(plan)
         for attack in missing(attacks, record, output):
             record["attacks"].append(run_attack(plan, attack, evaluator))
-            write_atomically(output, json.dumps(record, indent=1) + "\n")
+            write_whole(output, json.dumps(record, indent=1) + "\n")
     print(table(record["attacks"]) + f"\nread {output}")
 
 

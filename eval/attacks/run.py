@@ -18,13 +18,14 @@ from eval.attacks.matching import Matcher
 from eval.attacks.quantize import COLUMNS, round_linear_layers
 from eval.attacks.relearn import Row, Split, columns_of, mean_nll, read_corpus, split_corpus, without_copies
 from eval.attacks.spec import FRACTION, Attack, EvalSpec, Metrics, Plan
-from eval.files import write_atomically, write_jsonl
+from eval.files import write_jsonl
 from eval.loading import is_model, load
 from eval.results.metrics import flatten
 from eval.suites import AdversarialSuite, GroupedSuite, Probes, WholeSuite
 from eval.suites.corpus import sample
 from eval.sweep.launch import call, last_error, launcher
 from pipeline.errors import InputError
+from pipeline.files import write_whole
 
 
 class Evaluator:
@@ -208,7 +209,7 @@ def train(plan: Plan, attack: Attack) -> tuple[Path, str]:
     if attack.rows:
         write_jsonl(Path(attack.corpus["path"]), attack.rows)
     file = output.with_suffix(".yaml")
-    write_atomically(file, yaml.safe_dump(training_config(plan, attack.corpus, output), sort_keys=False))
+    write_whole(file, yaml.safe_dump(training_config(plan, attack.corpus, output), sort_keys=False))
     line = ["--num_gpus", str(plan.ranks), "--module", "pipeline.train", "--config", str(file), *plan.overrides]
     print(f"training   {attack.name}", flush=True)
     status = call([*launcher(), *line], output.with_suffix(".training"))

@@ -6,12 +6,12 @@ import shlex
 import sys
 from pathlib import Path
 
-from eval.files import write_atomically
 from eval.reporting import figures, sections, tables
 from eval.reporting.pages import Block, Figure, Heading, Table, Text, Warn, as_html, as_markdown, png
 from eval.results import paper
 from eval.results.metrics import COLLATERAL, IN_RETAIN, ForgetRetainMetric
 from eval.results.trajectories import COSINES, Run, Scores, at_level
+from pipeline.files import write_whole
 
 LOSSES = {"forget_loss": "forget loss", "retain_loss": "retain loss"}
 GEOMETRY = {**COSINES, "conflict_fraction": "conflict fraction"}
@@ -190,7 +190,7 @@ def write_report(
     blocks, images = compose(groups, measure, target), draw(groups, measure, target)
     title = f"Unlearning compared at {measure.forget} {measure.level:g}"
     for name, image in images.items():
-        write_atomically(folder / name, image)
-    write_atomically(folder / "report.md", f"# {title}\n\n{as_markdown(blocks)}")
-    write_atomically(folder / "index.html", as_html(title, blocks, images))
+        write_whole(folder / name, image)
+    write_whole(folder / "report.md", f"# {title}\n\n{as_markdown(blocks)}")
+    write_whole(folder / "index.html", as_html(title, blocks, images))
     return next(block.rows for block in blocks if isinstance(block, Table))

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from eval.files import write_atomically
 from eval.reporting import sections, tables
 from eval.reporting.figures import draw_best
 from eval.reporting.pages import Block, Code, Figure, Heading, Table, Text, Warn, as_markdown, png
@@ -28,6 +27,7 @@ from eval.results.stats import pareto, summarise
 from eval.results.trajectories import COMB_RETAIN
 from eval.sweep.axes import name_of
 from eval.sweep.runs import FailedRun, Plan, failures
+from pipeline.files import write_whole
 
 
 def describe(plan: Plan, groups: Sequence[Group], failed: Sequence[FailedRun]) -> dict[str, Any]:
@@ -178,8 +178,8 @@ def write_report(plan: Plan) -> list[list[str]]:
     if groups:
         best = {f"{m}, {name_of(g.setting)}": [one.run for one in g.members] for m, g in best_groups(groups).items()}
         figure = draw_best(best, described["pareto"], plan.measure, plan.target)
-        write_atomically(plan.output / "frontier.png", png(figure))
+        write_whole(plan.output / "frontier.png", png(figure))
     blocks = compose(plan, groups, failed, described)
-    write_atomically(plan.output / "frontier.md", as_markdown(blocks))
-    write_atomically(plan.output / "frontier.json", json.dumps(described, indent=1) + "\n")
+    write_whole(plan.output / "frontier.md", as_markdown(blocks))
+    write_whole(plan.output / "frontier.json", json.dumps(described, indent=1) + "\n")
     return next((block.rows for block in blocks if isinstance(block, Table)), []) if groups else []

@@ -17,13 +17,14 @@ from urllib.parse import quote
 
 import yaml
 
-from eval.files import read_config, read_json, write_atomically
+from eval.files import read_config, read_json
 from eval.results.grouping import differing_keys
 from eval.results.metrics import ForgetRetainMetric, nearest
 from eval.results.trajectories import Run, Scores, prepare, read_run
 from eval.sweep.axes import Axis, Setting, name_of, run_folder
 from eval.sweep.launch import call, last_error, launcher
 from pipeline.errors import InputError
+from pipeline.files import write_whole
 
 DEFAULT_TRIALS = 20  # the sampler's first ten are random
 
@@ -105,7 +106,7 @@ def run_if_missing(plan: Plan, method: str, setting: Setting, seed: int) -> bool
 
     def fail(what: str, status: int, log: Path) -> bool:
         failure = FailedRun(method, setting, seed, what, status, last_error(log), last_lines(log), str(log))
-        write_atomically(failure_file(folder), json.dumps(asdict(failure), indent=1) + "\n")
+        write_whole(failure_file(folder), json.dumps(asdict(failure), indent=1) + "\n")
         print(f"failed     {title}: {failure.reason}; the log is {log}", file=sys.stderr, flush=True)
         return True
 
@@ -197,4 +198,4 @@ def refuse_another_sweep(plan: Plan, presets: dict[str, Any]) -> None:
             what = ", ".join(f"the keys of {plan.config}" if key == "base" else key for key in changed)
             raise InputError(f"{plan.output} holds runs with another choice of {what}; name another --output")
         now["methods"] = {**before["methods"], **now["methods"]}
-    write_atomically(file, json.dumps(now, indent=1) + "\n")
+    write_whole(file, json.dumps(now, indent=1) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from transformers import (
 )
 
 from pipeline.config.schema import Lora
+from pipeline.files import whole
 from pipeline.modeling.lora import merge_adapters, write_adapter
 
 
@@ -41,23 +41,22 @@ def export(
     """Write `folder` for `AutoModelForCausalLM.from_pretrained`: safetensors, tokenizer, model card.
 
     The safetensors are a model's, or with `lora` and without `lora.merge` an adapter's as peft writes it.
-    The folder is complete or absent, because it is written beside its place and then renamed. Every rank must call.
+    The folder is complete or absent (`files.whole`). Every rank must call.
     """
     adapter_alone = lora is not None and not lora.merge
     weights = gather_weights(model, trained_only=adapter_alone)
     if dist.get_rank() == 0:
-        unfinished = folder.with_name(f".{folder.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if adapter_alone:
-            write_adapter(model, weights, unfinished)
-        else:
-            model.save_pretrained(unfinished, state_dict=weights if lora is None else merge_adapters(model, weights))
-        tokenizer.save_pretrained(unfinished)
-        if card is not None:
-            (unfinished / "README.md").write_text(card, encoding="utf-8")
-        written = unfinished / ("adapter_config.json" if adapter_alone else "config.json")
-        for file in unfinished.iterdir():  # safetensors writes files for this user alone, Python follows the umask
-            shutil.copymode(written, file)
-        shutil.rmtree(folder, ignore_errors=True)  # an export of the run before it was resumed
-        os.replace(unfinished, folder)
+        with whole(folder) as unfinished:
+            if adapter_alone:
+                write_adapter(model, weights, unfinished)
+            else:
+                whole_model = weights if lora is None else merge_adapters(model, weights)
+                model.save_pretrained(unfinished, state_dict=whole_model)
+            tokenizer.save_pretrained(unfinished)
+            if card is not None:
+                (unfinished / "README.md").write_text(card, encoding="utf-8")
+            written = unfinished / ("adapter_config.json" if adapter_alone else "config.json")
+            for file in unfinished.iterdir():  # safetensors writes files for this user alone, Python follows the umask
+                shutil.copymode(written, file)
+            shutil.rmtree(folder, ignore_errors=True)  # an export of the run before it was resumed
     dist.barrier()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 from pipeline.data.batches import Batch, collate
 from pipeline.data.tokenize import Sequences
+from pipeline.files import whole
 from pipeline.modeling.outputs import HiddenStates, Logits, TokenLosses, forward
 from pipeline.monitoring.console import is_live
 from pipeline.zero.parameters import local_share, release_gathered
@@ -92,14 +92,11 @@ def sequence_nll(
 
 
 def _save(nll: Tensor, file: Path) -> None:
-    """Write the cache, whole or not at all; log a warning where the disk refuses it, because the run works without."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    """Write the cache; log a warning where the disk refuses it, because the run works without."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"nll": nll}, unfinished)
-        os.replace(unfinished, file)
+        with whole(file) as unfinished:
+            save_file({"nll": nll}, unfinished)
     except (OSError, SafetensorError) as error:
-        unfinished.unlink(missing_ok=True)
         log.warning("cannot write the reference cache %s (%s): a resumed run computes it again", file, error)
 
 

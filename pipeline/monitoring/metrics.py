@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import shlex
 import statistics
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import disk_errors
+from pipeline.files import sync, write_whole
 from pipeline.monitoring import console
 from pipeline.monitoring.console import Progress
 from pipeline.monitoring.tensorboard import COSINES, GIB, TensorBoardWriter
@@ -101,6 +101,8 @@ class Monitor:
     def sync(self) -> None:
         """Flush the log to disk, before a checkpoint: a run that is killed later does not log these steps again."""
         if self.is_writer:
+            with disk_errors(self.log):
+                sync(self.log)
             with disk_errors(self.events):
                 self.board.writer.flush()
 
@@ -167,13 +169,11 @@ def results(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _keep_lines(file: Path, number: int) -> list[dict[str, Any]]:
-    """Truncate a log to its first `number` lines, atomically, and return the rows."""
+    """Truncate a log to its first `number` lines and return the rows."""
     if not file.exists():
         return []
     kept = file.read_text(encoding="utf-8").splitlines(keepends=True)[:number]
-    unfinished = file.with_name(f".{file.name}")
-    unfinished.write_text("".join(kept), encoding="utf-8")
-    os.replace(unfinished, file)
+    write_whole(file, "".join(kept))
     return [json.loads(line) for line in kept]
 
 

@@ -16,6 +16,8 @@ from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
+from pipeline.files import write_whole
+
 _NAMES = "monitors.json"  # in the run folder: the identifiers of this run in W&B and Comet
 
 
@@ -65,7 +67,7 @@ class ExternalTrackers:
             self.comet.log_parameters(hyperparameters)
             names["comet"] = self.comet.get_key()
         if names:
-            _replace(self.folder / _NAMES, json.dumps(names).encode())
+            write_whole(self.folder / _NAMES, json.dumps(names))
         if self.start and self.monitors.csv_monitor is not None:
             for file in Path(self.monitors.csv_monitor.log_dir).glob("*.csv"):
                 _cut(file, self.start)
@@ -94,11 +96,4 @@ def _cut(file: Path, start: int) -> None:
     rows = file.read_bytes().splitlines(keepends=True)
     while len(rows) > 1 and (not rows[-1].endswith(b"\n") or int(rows[-1].split(b",")[0]) > start):
         rows.pop()
-    _replace(file, b"".join(rows))
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """Replace the content of `file` atomically."""
-    unfinished = file.with_name(f".{file.name}")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, file)
+    write_whole(file, b"".join(rows))

@@ -1,9 +1,9 @@
 """Save and resume: DeepSpeed shards a checkpoint, and a marker says that it is complete.
 
-A checkpoint counts once its marker exists, which is written last: a kill while saving leaves the one before it. The
-marker has a checksum of each file, and what identifies the run. What DeepSpeed does not save (the moving average of a
-rule, the random state) lies beside its files, one file a rank. The position in the data is not saved: a batch is a
-function of the step.
+A checkpoint counts once its marker exists, which is written last, when all else is on the disk: a kill or a power cut
+while saving leaves the one before it. The marker has a checksum of each file, and what identifies the run. What
+DeepSpeed does not save (the moving average of a rule, the random state) lies beside its files, one file a rank. The
+position in the data is not saved: a batch is a function of the step.
 
 DeepSpeed's files are pickles, which run code when they are loaded: resume only a run folder of your own.
 """
@@ -11,7 +11,6 @@ DeepSpeed's files are pickles, which run code when they are loaded: resume only 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import zlib
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from pipeline.distributed import errors as rank_errors
 from pipeline.errors import InputError, disk_errors, shorten
+from pipeline.files import remove_unfinished, sync, write_whole
 from pipeline.zero.combiner import GradientCombiner
 from pipeline.zero.engine import Engine
 from pipeline.zero.optimizer_state import Fragment, optimizer_layout
@@ -83,13 +83,14 @@ def save(engine: Engine, combiner: GradientCombiner, run: Path, step: int, *, ke
         dist.barrier()
         sums: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
         own = [file for file in sorted(folder.iterdir()) if _is_own(file.name)]
+        for file in own:  # an older checkpoint is removed below: this one must outlast a power cut by then
+            sync(file)
         dist.all_gather_object(sums, {file.name: checksum(file) for file in own})
         if dist.get_rank() == 0:
             files = {name: value for part in sums for name, value in part.items()}
             marker: Marker = {"step": step, "ranks": dist.get_world_size(), "run": identity, "files": files}
-            unfinished = folder / f".{MARKER}"
-            unfinished.write_text(json.dumps(marker), encoding="utf-8")
-            os.replace(unfinished, folder / MARKER)
+            write_whole(folder / MARKER, json.dumps(marker))
+            sync(folder.parent)
         dist.barrier()
     if dist.get_rank() == 0:
         with disk_errors(folder.parent):  # the new checkpoint stays, even if an old one cannot be removed
@@ -122,8 +123,8 @@ def tidy(run: Path, keep: int) -> None:
     for old in sorted({*run.glob("checkpoints/step-*")} - {*complete[-keep:]}):
         (old / MARKER).unlink(missing_ok=True)  # first: half a checkpoint must not look complete
         shutil.rmtree(old)
-    for old in (*run.glob(".*.unfinished"), *run.glob("exports/.*.unfinished")):
-        shutil.rmtree(old)
+    for folder in (run, run / "exports"):
+        remove_unfinished(folder)
 
 
 def newest(run: Path) -> Path | None:

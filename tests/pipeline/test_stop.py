@@ -62,8 +62,8 @@ def moment(dice: random.Random, started: Started, folder: Path) -> str:
         started.wait_for(there.exists)
     else:
         there = dice.choice(exports)
-        partial = there.with_name(f".{there.name}.unfinished")
-        started.wait_for(lambda: partial.exists() or there.exists())
+        partial = f".{there.name}.*.unfinished"
+        started.wait_for(lambda: any(there.parent.glob(partial)) or there.exists())
     time.sleep(dice.random() * 0.2)
     return what
 

@@ -217,12 +217,53 @@ def test_half_a_checkpoint_is_not_one_and_is_swept_away(tmp_path: Path) -> None:
         (folder / "shard.pt").touch()
         if done:
             (folder / MARKER).touch()
-    (tmp_path / "exports" / ".step-000004.unfinished").mkdir(parents=True)
+    (tmp_path / "exports" / ".step-000004.1f.unfinished").mkdir(parents=True)
+    (tmp_path / ".config.yaml.2e.unfinished").touch()
     found = newest(tmp_path)
     assert found is not None and found.name == "step-000006"
     tidy(tmp_path, keep=2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
-    assert not list((tmp_path / "exports").iterdir())
+    assert not list((tmp_path / "exports").iterdir()) and not list(tmp_path.glob(".*"))
+
+
+def note_the_disk(config: Path) -> None:
+    """A run on this rank; writes the paths of its fsync and unlink calls and of its renames, in order, to a file."""
+    made: list[list[str]] = []
+    fsync, replace, rmtree = os.fsync, os.replace, shutil.rmtree
+
+    def noting_fsync(handle: int) -> None:
+        made.append(["fsync", os.readlink(f"/proc/self/fd/{handle}")])
+        fsync(handle)
+
+    def noting_replace(source: Path, target: Path) -> None:
+        made.append(["replace", str(target)])
+        replace(source, target)
+
+    def noting_rmtree(path: Path, *arguments: Any, **named: Any) -> None:
+        made.append(["remove", str(path)] if path.exists() else ["nothing", str(path)])
+        rmtree(path, *arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", noting_fsync)
+        patch.setattr(os, "replace", noting_replace)
+        patch.setattr(shutil, "rmtree", noting_rmtree)
+        run_in_process(["--config", str(config)])
+    config.with_suffix(".calls").write_text(json.dumps(made))
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_counts_and_before_another_goes(world: World, tmp_path: Path) -> None:
+    """So that a power cut, which loses what the disk has not written, leaves a whole one."""
+    train = {"steps": 2, "checkpoint_every": 1, "keep_checkpoints": 1}
+    config = world.write(tmp_path / "run.yaml", tmp_path / "run", train=train)
+    run_distributed(note_the_disk, 1, config)
+    calls = json.loads(config.with_suffix(".calls").read_text())
+    first, second = (tmp_path / "run" / "checkpoints" / f"step-00000{step}" for step in (1, 2))
+    marked, removed = calls.index(["replace", str(second / MARKER)]), calls.index(["remove", str(first)])
+    on_disk = {path for call, path in calls[:marked] if call == "fsync"}
+    files = [str(file) for file in second.iterdir() if file.name != MARKER]
+    assert len(files) >= 3 and {*files, str(tmp_path / "run" / "metrics.jsonl")} <= on_disk
+    then = {path for call, path in calls[marked:removed] if call == "fsync"}
+    assert {str(second), str(second.parent)} <= then
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,12 +282,12 @@ def test_killed_at_a_random_moment(seed: int, whole: Path, world: World, tmp_pat
         there = folder / "checkpoints" / f"step-{step:06d}"
     else:
         there = folder / "final" if step == 12 else folder / "exports" / f"step-{step:06d}"
-    partial = there.with_name(f".{there.name}.unfinished")  # of an export, and gone in a moment
+    partial = f".{there.name}.*.unfinished"  # of an export, and gone in a moment
     started = Started(config)
     if seed % 3 == 2:
         started.wait_for_lines(folder, dice.randrange(12))
     else:
-        started.wait_for(lambda: there.exists() or partial.exists())
+        started.wait_for(lambda: there.exists() or any(there.parent.glob(partial)))
     time.sleep(dice.random() * (0.1 if seed % 3 < 2 else 0.5))
     started.kill()
     state = (

@@ -99,7 +99,7 @@ def evaluate_all(
 def provenance(names: list[str], sharded: bool, dtype: str) -> dict[str, Any]:
     """{"command", "versions", "dtype", "ranks"} of the evaluation that this process runs."""
     packages = ["torch", "transformers", "rouge_score"]
-    if "eval.suites.harness" in (SUITES[name] for name in names):
+    if any(SUITES[name].startswith("eval.suites.harness") for name in names):
         packages.append("lm_eval")
     if sharded:
         packages.append("deepspeed")

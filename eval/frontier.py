@@ -1,7 +1,7 @@
 """Run methods over settings and seeds, and compare each at its best: the frontier of forgetting against retention.
 
     python -m eval.frontier --config RECIPE --methods NAME [NAME …] --output FOLDER [--seeds 0 1 2]
-        [--sweep KEY=A,B,C | KEY=LOW:HIGH …] [--trials N] [--suite NAME [NAME …]]
+        [--sweep KEY=A,B,C | KEY=LOW:HIGH …] [--trials N] [--suite NAME [NAME …]] [--tasks NAME [NAME …]]
         [--forget SUITE.METRIC] [--retain SUITE.METRIC] [--level X] [-- --key value, for every run]
 
 Lists are tried exhaustively. With a range in the sweep, the Tree-structured Parzen Estimator of Optuna proposes
@@ -24,6 +24,7 @@ from eval.results.comparison import collect
 from eval.results.metrics import add_metric_options, choose, suite_of
 from eval.results.trajectories import read_target
 from eval.suites import check_suites
+from eval.suites.task_options import add_task_options, task_arguments, task_options
 from eval.sweep.axes import OWN_KEYS, Axis, parse_sweep
 from eval.sweep.launch import end_on_terminate, exclusive_lock, refuse_overrides, split_overrides
 from eval.sweep.runs import DEFAULT_TRIALS, Plan, read_presets, refuse_another_sweep
@@ -41,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--sweep", nargs="+", default=[], metavar="KEY=…", help="A,B,C: a list; LOW:HIGH: a range")
     add("--suite", nargs="+", default=["bios"], metavar="NAME", help="of eval.run (default bios)")
     add("--data", type=Path, metavar="FOLDER", help="local copies of the suites' data")
+    add_task_options(parser)
     add("--target", type=Path, metavar="FILE.json", help="evaluation of the model before unlearning")
     add("--output", type=Path, required=True, metavar="FOLDER", help="runs, studies and the report")
     add("--ranks", type=int, default=2, metavar="N", help="processes that train (default 2)")
@@ -92,6 +94,7 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, dict[str, Any]]:
         axes=tuple(axes),
         ranks=options.ranks,
         trials=options.trials or DEFAULT_TRIALS,
+        tasks=tuple(task_arguments(task_options(options, suites))),
     )
     return plan, presets
 

@@ -35,7 +35,7 @@ from eval.attacks.run import Evaluator, attacks_of, run_attack, unavailable_reas
 from eval.attacks.spec import ATTACKS, Plan
 from eval.files import exit_status, read_config
 from eval.loading import add_trust_options, check_trust, is_model, trust_of
-from eval.results.metrics import nearest
+from eval.results.metrics import GENERAL, nearest
 from eval.suites import SUITES, check_suites, load_suite
 from eval.sweep.launch import end_on_terminate, exclusive_lock, refuse_overrides, split_overrides
 from pipeline.errors import InputError
@@ -100,6 +100,8 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, list[str], Path 
     options = make_parser().parse_args(own)
     check(options, overrides)
     (suite,) = check_suites([options.suite])
+    if suite in GENERAL:
+        raise InputError(f"--suite {suite} measures general ability, which no attack brings back; name another suite")
     config = read_finished(options.run)
     output = options.output or options.run / "robustness.json"
     if output.is_dir() or output.suffix != ".json":

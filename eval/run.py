@@ -1,7 +1,8 @@
 """Evaluate a model folder, or every export of a training run, on named suites.
 
     python -m eval.run --model FOLDER --suite NAME [NAME …] --output FILE.json [--data FOLDER] [--batch-size N]
-                       [--shots N] [--ds-config FILE.json] [--allow-pickle] [--trust-remote-code]
+                       [--shots N] [--tasks NAME [NAME …] [--tasks-dir FOLDER] [--limit N]] [--ds-config FILE.json]
+                       [--allow-pickle] [--trust-remote-code]
 
 The command reads weights from safetensors only and does not run code that comes with a model, unless the last two
 options allow it.
@@ -28,6 +29,7 @@ from eval.evaluation import evaluate_all, find_models, load_suites, provenance
 from eval.files import exit_status
 from eval.loading import add_trust_options, read_ds_config, trust_of
 from eval.suites import MMLU_SHOTS, SUITES, check_suites, sharing
+from eval.suites.task_options import add_task_options, task_options
 from pipeline.errors import InputError
 from pipeline.files import write_whole
 
@@ -44,6 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=64, metavar="N", help="prompts in one batch (default 64)")
     add("--shots", type=int, metavar="N", help=f"examples before each question of mmlu (default {MMLU_SHOTS})")
     add("--forget-set", choices=FORGET_SETS, help=f"of tofu from the hub (default {FORGET_SETS[-1]})")
+    add_task_options(parser)
     add("--ds-config", type=Path, metavar="FILE.json", help="a ZeRO-3 file: each rank holds a share of the model")
     add_trust_options(parser)
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # `deepspeed` adds it
@@ -63,6 +66,8 @@ def check(arguments: argparse.Namespace, suites: list[str]) -> dict[str, dict[st
     if arguments.shots is not None and arguments.shots < 0:
         raise InputError(f"--shots {arguments.shots}: give 0 or more")
     options: dict[str, dict[str, Any]] = {}
+    if tasks := task_options(arguments, suites):
+        options["lm_eval"] = tasks
     if arguments.shots is not None:
         options["mmlu"] = {"shots": arguments.shots}
     if arguments.forget_set is not None:

@@ -25,6 +25,7 @@ def compose(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: S
         *results(groups, measure, target),
         *beside_the_paper(groups, measure),
         *outside(groups, measure, target),
+        *general(groups, measure, target),
         Heading("Loss dynamics"),
         Figure("losses.png", "Forget and retain loss during training (the paper's Figure 1): mean over each method's "
                "seeds, running mean over a twentieth of the steps."),
@@ -42,7 +43,7 @@ def compose(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: S
 
 def results(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: Scores | None) -> list[Block]:
     """At the matched level, and at the end of the runs."""
-    columns = sections.headline_columns(tables.score_columns(groups), measure)
+    columns = sections.headline_columns(tables.score_columns(groups), measure, tables.general_of(groups))
     runs = [(f"{name} seed {run.seed}", run) for name, members in groups.items() for run in members]
     missed = [(name, run) for name, run in runs if not at_level(run.trajectory, measure)]
     early = [run.folder for _, run in runs if run.trajectory[0][measure.forget] <= measure.level]
@@ -104,6 +105,21 @@ def outside(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: S
              + "".join(f" For comparison: {IN_RETAIN[score]}." for score in in_retain)),
         Text(" ".join(tables.most_hurt(groups, measure, columns))),
         *([Table(tables.matched_table(groups, measure, shown, target))] if len(shown) > 1 else []),
+    ]  # fmt: skip
+
+
+def general(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: Scores | None) -> list[Block]:
+    """The tasks of lm-evaluation-harness, if some run was evaluated on them."""
+    columns = list(tables.general_of(groups).columns)
+    if not columns:
+        return []
+    return [
+        Heading("General ability"),
+        Text("Tasks of lm-evaluation-harness, scored by it: what the model could do before it learned either corpus, "
+             "which nothing in the training protects unless the retain corpus covers it. "
+             f"{tables.LOWER}: lower is better, and the score is not in [0, 1]."),
+        Text(" ".join(tables.most_hurt(groups, measure, columns))),
+        Table(tables.matched_table(groups, measure, [measure.retain, *columns], target)),
     ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 
 from eval.reporting.pages import Block, Code, Heading, Table, Text
-from eval.results.metrics import ForgetRetainMetric, headlines
+from eval.results.metrics import ForgetRetainMetric, GeneralAbility, headlines
 from eval.results.trajectories import Run, lowest
 
 
@@ -34,10 +34,10 @@ def never_reached(missed: Iterable[tuple[str, Run]], measure: ForgetRetainMetric
     return f"Never reached the level, and are in no mean (the lowest forget score of each): {'; '.join(names)}."
 
 
-def headline_columns(scores: Iterable[str], measure: ForgetRetainMetric) -> list[str]:
-    """The retain score first, then the other headlines except the forget score."""
-    both = (measure.forget, measure.retain)
-    return [measure.retain, *(score for score in headlines(scores) if score not in both)]
+def headline_columns(scores: Iterable[str], measure: ForgetRetainMetric, general: GeneralAbility) -> list[str]:
+    """The retain score first, then the other headlines except the forget score, general ability last."""
+    found = dict.fromkeys([*headlines(scores), *general.headlines])
+    return [measure.retain, *(score for score in found if score not in (measure.forget, measure.retain))]
 
 
 def how_it_was_made(runs: Sequence[Run], commands: Iterable[str]) -> list[Block]:

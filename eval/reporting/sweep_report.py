@@ -22,7 +22,7 @@ from eval.results.comparison import (
     seed_means,
     sum_against_others,
 )
-from eval.results.metrics import label
+from eval.results.metrics import GeneralAbility, label
 from eval.results.stats import pareto, summarise
 from eval.results.trajectories import COMB_RETAIN
 from eval.sweep.axes import name_of
@@ -87,12 +87,18 @@ def describe_run(plan: Plan, member: Trained) -> dict[str, Any]:
 def columns_of(plan: Plan, groups: Sequence[Group]) -> list[str]:
     """The columns of the tables (see `headline_columns`); the first run decides which scores there are."""
     scores = groups[0].members[0].run.trajectory[-1] if groups else {}
-    return sections.headline_columns(scores, plan.measure)
+    return sections.headline_columns(scores, plan.measure, general_of(groups))
 
 
-def settings_table(groups: Iterable[Group], columns: Sequence[str], best: Mapping[str, Group]) -> list[list[str]]:
+def general_of(groups: Sequence[Group]) -> GeneralAbility:
+    """The scores of general ability of the first run."""
+    return groups[0].members[0].run.general if groups else GeneralAbility()
+
+
+def settings_table(groups: Sequence[Group], columns: Sequence[str], best: Mapping[str, Group]) -> list[list[str]]:
     """A row per method and setting, mean ± sd over the seeds that reached the level; the best ones have a star."""
-    rows = [["method", "setting", *(label(column, columns) for column in columns), *tables.LEVEL_TITLES]]
+    names = [tables.marked(label(column, columns), column, general_of(groups)) for column in columns]
+    rows = [["method", "setting", *names, *tables.LEVEL_TITLES]]
     for group in groups:
         star = " *" if best.get(group.method) is group and group.points else ""
         cells = tables.level_cells(group.points, len(group.members), columns)

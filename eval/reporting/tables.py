@@ -10,7 +10,7 @@ from typing import Any
 
 from eval.results import paper
 from eval.results.grouping import plain_of
-from eval.results.metrics import ADVERSARIAL, MEASURES, ForgetRetainMetric, label
+from eval.results.metrics import ADVERSARIAL, MEASURES, ForgetRetainMetric, GeneralAbility, label
 from eval.results.stats import correlate, mean_sd
 from eval.results.trajectories import COMB_RETAIN, COSINES, Run, Scores, at_level, best_below, lowest, mean_of
 
@@ -33,6 +33,9 @@ def cells(points: Sequence[Scores], columns: Iterable[str]) -> list[str]:
     return [mean_sd(point[column] for point in points if column in point) for column in columns]
 
 
+LOWER = "↓"  # beside the name of a score: lower is better
+
+
 LEVEL_TITLES = ("step", "seeds that reached it")  # of the two last cells of `level_cells`
 
 
@@ -48,9 +51,24 @@ def score_columns(groups: Groups) -> list[str]:
     return [key for key in dict.fromkeys(key for run in runs for key in run.trajectory[-1]) if key != "step"]
 
 
-def titles(columns: Sequence[str], measure: ForgetRetainMetric) -> list[str]:
+def general_of(groups: Groups) -> GeneralAbility:
+    """The scores of general ability that some run has."""
+    found = [run.general for runs in groups.values() for run in runs]
+    return GeneralAbility(
+        tuple(dict.fromkeys(column for general in found for column in general.columns)),
+        frozenset().union(*(general.lower_is_better for general in found)),
+    )
+
+
+def marked(title: str, column: str, general: GeneralAbility) -> str:
+    """The title of a column, with an arrow where lower is better."""
+    return f"{title} {LOWER}" if column in general.lower_is_better else title
+
+
+def titles(columns: Sequence[str], measure: ForgetRetainMetric, groups: Groups) -> list[str]:
     """The titles of the columns; they keep the names of their suites if there are several."""
-    return [label(column, [*columns, measure.forget, measure.retain]) for column in columns]
+    of, general = [*columns, measure.forget, measure.retain], general_of(groups)
+    return [marked(label(column, of), column, general) for column in columns]
 
 
 def target_row(target: Scores, columns: Iterable[str], end: Iterable[str]) -> list[str]:
@@ -60,7 +78,7 @@ def target_row(target: Scores, columns: Iterable[str], end: Iterable[str]) -> li
 
 def matched_table(groups: Groups, measure: ForgetRetainMetric, columns: Sequence[str], target: Scores | None) -> Rows:
     """Scores at the level, mean ± sd over the seeds that reached it, with the step and the number of these seeds."""
-    rows = [["method", *titles(columns, measure), *LEVEL_TITLES]]
+    rows = [["method", *titles(columns, measure, groups), *LEVEL_TITLES]]
     if target:
         rows.append(target_row(target, columns, ("0", "reference")))
     for name, runs in groups.items():
@@ -70,7 +88,7 @@ def matched_table(groups: Groups, measure: ForgetRetainMetric, columns: Sequence
 
 def best_table(groups: Groups, measure: ForgetRetainMetric, columns: Sequence[str]) -> Rows:
     """Scores of each run's best export at or below the level, mean ± sd over the seeds that have one."""
-    rows = [["method", *titles(columns, measure), "step", "seeds that have one"]]
+    rows = [["method", *titles(columns, measure, groups), "step", "seeds that have one"]]
     for name, runs in groups.items():
         points = [point for run in runs if (point := best_below(run.trajectory, measure))]
         steps = mean_sd((point["step"] for point in points), digits=0)
@@ -80,7 +98,7 @@ def best_table(groups: Groups, measure: ForgetRetainMetric, columns: Sequence[st
 
 def end_table(groups: Groups, measure: ForgetRetainMetric, columns: Sequence[str], target: Scores | None) -> Rows:
     """Scores of each run's last export, mean ± sd over all seeds."""
-    rows = [["method", *titles(columns, measure), "step", "seeds"]]
+    rows = [["method", *titles(columns, measure, groups), "step", "seeds"]]
     if target:
         rows.append(target_row(target, columns, ("0", "reference")))
     for name, runs in groups.items():
@@ -96,8 +114,8 @@ def paper_table(groups: Groups, measure: ForgetRetainMetric) -> Rows:
     if not theirs:
         return []
     columns = list(paper.COLUMNS[measure.suite])
-    retain, *_ = titles([measure.retain], measure)
-    at_the_end = [f"{title}, at the end" for title in titles(columns, measure)]
+    retain, *_ = titles([measure.retain], measure, groups)
+    at_the_end = [f"{title}, at the end" for title in titles(columns, measure, groups)]
     rows = [["method", *at_the_end, f"{retain}, at forget {measure.level:g}"]]
     for name, runs in groups.items():
         ends = [run.trajectory[-1] for run in runs]
@@ -107,26 +125,26 @@ def paper_table(groups: Groups, measure: ForgetRetainMetric) -> Rows:
 
 def every_score(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) -> Rows:
     """At the level, a row for each score and a column for each method."""
-    columns = score_columns(groups)
+    columns, general = score_columns(groups), general_of(groups)
     rows = [["score", *(["target model"] if target else []), *groups]]
     points_of_methods = [points_of(runs, measure) for runs in groups.values()]
     for column in columns:
         first = [f"{target[column]:.3f}" if column in target else "–"] if target else []
-        rows.append([column, *first, *(cells(points, [column])[0] for points in points_of_methods)])
+        rows.append([marked(column, column, general), *first, *(cells(points, [column])[0] for points in points_of_methods)])
     return rows
 
 
 def most_hurt(groups: Groups, measure: ForgetRetainMetric, columns: Iterable[str]) -> list[str]:
-    """A sentence per column: the methods with its lowest and its highest mean at the level."""
-    sentences = []
+    """A sentence per column: the methods with its worst and its best mean at the level."""
+    sentences, general = [], general_of(groups)
     for column in columns:
         found = {name: [p[column] for p in points_of(runs, measure) if column in p] for name, runs in groups.items()}
         means = {name: fmean(values) for name, values in found.items() if values}
         if len(means) > 1:
-            worst, best = min(means, key=lambda name: means[name]), max(means, key=lambda name: means[name])
-            sentences.append(
-                f"{column}: lowest under {worst} ({means[worst]:.3f}), highest under {best} ({means[best]:.3f})."
-            )
+            low, high = min(means, key=lambda name: means[name]), max(means, key=lambda name: means[name])
+            ends = [f"lowest under {low} ({means[low]:.3f})", f"highest under {high} ({means[high]:.3f})"]
+            ends = ends[::-1] if column in general.lower_is_better else ends  # the worst first
+            sentences.append(f"{marked(column, column, general)}: {', '.join(ends)}.")
     return sentences
 
 

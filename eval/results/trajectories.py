@@ -20,7 +20,7 @@ from typing import Any
 
 from eval.files import read_config, read_json, read_jsonl
 from eval.results.method import dotted, method_of, read_digests
-from eval.results.metrics import ForgetRetainMetric, flatten, nearest, suite_of
+from eval.results.metrics import ForgetRetainMetric, GeneralAbility, flatten, general_ability, nearest, suite_of
 from pipeline.errors import InputError
 
 Scores = dict[str, float]  # "step", and "suite.metric" -> value
@@ -51,6 +51,7 @@ class Run:
     environment: str = ""
     protocols: dict[str, str] = field(default_factory=dict)  # suite -> words
     robustness: dict[str, Any] | None = None
+    general: GeneralAbility = GeneralAbility()
     paths: dict[str, str] = field(default_factory=dict)  # for the keys of `method` that are digests
 
     @property
@@ -123,6 +124,7 @@ def read_run(folder: Path) -> Run:
         environment=f"{versions}; {evaluation.get('dtype', 'dtype unknown')}; {ranks} rank{'s' * (ranks != 1)}",
         protocols={suite: protocol(result) for suite, result in evaluation["trajectory"][-1]["suites"].items()},
         robustness=read_robustness(folder / "robustness.json"),
+        general=general_ability(evaluation["trajectory"][-1]["suites"]),
         paths={key: str(path) for key, path in dotted(config).items() if key in digests},
     )
 
@@ -163,10 +165,17 @@ def prepare(run: Run, measure: ForgetRetainMetric, target: Scores | None) -> Run
     """The run with the target model as its step 0, without exports that lack a score of the metric.
 
     Raises:
-        InputError: no export has both scores, or the target lacks one; names the most similar score.
+        InputError: a score is lower for a better model, no export has both, or the target lacks one; names the most
+            similar score.
     """
     wanted = (measure.forget, measure.retain)
     source = run.folder / "evaluation.json"
+    for option, score in zip(("--forget", "--retain"), wanted, strict=True):
+        if score in run.general.lower_is_better:
+            raise InputError(
+                f"{option} {score}: a better model has a lower one ({source}), and runs are compared by scores that "
+                "are higher for it; name such a score, as lm_eval.TASK.acc"
+            )
     for score in wanted:
         for scores, where in ((run.trajectory, source), ([target] if target else [], "--target")):
             names = {key for entry in scores for key in entry} - {"step"}

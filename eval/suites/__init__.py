@@ -19,6 +19,7 @@ SUITES = {
     "wmdp_bio": "eval.suites.harness",
     "wmdp_cyber": "eval.suites.harness",
     "mmlu": "eval.suites.harness",
+    "lm_eval": "eval.suites.harness_tasks",
     "rwku": "eval.suites.rwku",
     "tofu": "eval.suites.tofu",
 }

@@ -1,4 +1,4 @@
-"""WMDP and MMLU by lm-evaluation-harness: its prompts, its scoring, its means; batches are shared over ranks.
+"""WMDP and MMLU by lm-evaluation-harness: its prompts, its scoring, its means (`eval/suites/shared_lm.py`).
 
 A prompt reads "…\\nA. …\\nB. …\\nC. …\\nD. …\\nAnswer:"; the answer is the most likely of " A" to " D". WMDP has no
 examples before a question (as in Li et al. 2024), MMLU the first five of each subject's `dev` split.
@@ -10,30 +10,21 @@ and differs in the source of its questions. Without a folder, the harness loads 
 
 from __future__ import annotations
 
-import copy
-import functools
 import logging
-import sys
 import tempfile
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
 import datasets
 import lm_eval
-import lm_eval.api.task
 import yaml
-from lm_eval.evaluator import evaluate as harness_evaluate
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks.manager import TaskDict
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.files import write_jsonl
-from eval.suites import MMLU_SHOTS, scoring
-from eval.suites.sharing import rank_and_size, share
+from eval.suites import MMLU_SHOTS
+from eval.suites.shared_lm import SEEDS, LoadedTasks, SharedLM, evaluate_tasks, seed_generators
 from pipeline.data.corpus import json_rows
 from pipeline.errors import InputError
 
@@ -52,15 +43,12 @@ BUILT_IN = Path(lm_eval.__file__).parent / "tasks"
 MMLU = BUILT_IN / "mmlu" / "default"
 
 
-FEWSHOT_SEED = 1234  # the harness's own; MMLU takes its examples in order, so nothing depends on it
-
-
 @dataclass(frozen=True)
 class Questions:
     """The tasks of a suite as the harness loads them, the number of examples before each question, and the source."""
 
     suite: str
-    loaded: TaskDict
+    loaded: LoadedTasks
     shots: int
     source: str
 
@@ -166,6 +154,7 @@ def load_probes(folder: Path | None, suite: str, shots: int | None = None) -> Qu
         if folder is not None:
             path = Path(temporary)
             write_tasks(path, folder, suite, shots)
+        seed_generators()
         try:
             loaded = TaskManager(include_path=str(path), include_defaults=False).load([suite])
         except (OSError, ValueError) as error:
@@ -180,66 +169,13 @@ def load_probes(folder: Path | None, suite: str, shots: int | None = None) -> Qu
         if examples < shots:
             raise InputError(f"--shots {shots}: {name} has only {examples} examples in its dev split; give fewer")
         task.set_config(key="num_fewshot", value=shots)
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    return Questions(suite, loaded, shots, "hub" if folder is None else str(folder))
+    return Questions(suite, LoadedTasks.now(loaded), shots, "hub" if folder is None else str(folder))
 
 
 def question_texts(probes: Questions) -> list[str]:
     """The questions as they are written; the attack `relearn` must not train on any of them."""
-    documents: list[Any] = [doc for task in probes.loaded["tasks"].values() for doc in task.eval_docs]
+    documents: list[Any] = [doc for task in probes.loaded.tasks["tasks"].values() for doc in task.eval_docs]
     return [doc["question"] for doc in documents]
-
-
-Base: Any = HFLM  # a decorator of the harness hides its type, and a class needs a base of a known one
-
-
-class SharedLM(Base):
-    """The harness's model with its batches shared over ranks, and a count of the questions that did not fit."""
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, title: str) -> None:
-        # A copy: to a tokenizer without padding the harness adds a token, which the model does not have.
-        super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        self.title = title
-        self.too_long = 0
-
-    def tok_encode(
-        self,
-        string: str,
-        add_special_tokens: bool | None = None,
-        left_truncate_len: int | None = None,
-        **options: Any,
-    ) -> list[int]:
-        """As in the harness, which looks for a BOS or EOS token at the start, also where the tokenizer has neither."""
-        if add_special_tokens is None and self.prefix_token_id is None:
-            add_special_tokens = True  # the default of every tokenizer
-        return super().tok_encode(string, add_special_tokens, left_truncate_len, **options)
-
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=True)
-
-    def _loglikelihood_tokens(
-        self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
-    ) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether greedy) per request (texts, context ids, continuation ids), in their order.
-
-        One sequence serves all requests that differ in their last token alone, as in the harness within one call. One
-        call for each batch is therefore one forward pass, so all ranks get equally many. The batches are those of the
-        harness, longest sequences first, except for the limit of tokens of `scoring`.
-        """
-        sequences: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for i, (_, context, continuation) in enumerate(requests):
-            sequences[*context, *continuation[:-1]].append(i)
-        order = sorted(sequences)
-        self.too_long = sum(len(tokens) > self.max_length for tokens in order)
-        fitting = [tokens[-self.max_length :] for tokens in order]  # the harness cuts the beginning
-        rows = scoring.batches(fitting, self.batch_size_per_gpu, scoring.MOST_TOKENS, longest_first=True)
-        batches = [[i for row in batch for i in sequences[order[row]]] for batch in rows]
-        answer = super()._loglikelihood_tokens
-        answers = share(batches, lambda batch: answer([requests[i] for i in batch], disable_tqdm=True), self.title)
-        answered = {
-            i: one for batch, some in zip(batches, answers, strict=True) for i, one in zip(batch, some, strict=True)
-        }
-        return [answered[i] for i in range(len(requests))]
 
 
 def evaluate(
@@ -256,23 +192,14 @@ def evaluate(
     {"all": n, …}, "cut": {"all": n}}, "protocol": text, "shots": n, "seeds": {"fewshot": n}, "task_versions":
     {name: n}}. "cut" counts the questions whose prompt is longer than the model's context and loses its beginning.
     """
-    # The harness draws one bar per subject while it writes prompts, on every rank.
-    lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # pyright: ignore[reportPrivateImportUsage]
     lm = SharedLM(model, tokenizer, batch_size, title)
-    # The harness takes every rank for a process alone, so each rank gets the whole result.
-    answer: Any = harness_evaluate(lm, probes.loaded, log_samples=False)
+    answer = evaluate_tasks(lm, probes.loaded)
     # {"all" or subject: the harness's name}; the group, or the one task, comes first
     names = {"all": probes.suite} | {
-        name.removeprefix("mmlu_"): name for name in probes.loaded["tasks"] if name != probes.suite
+        name.removeprefix("mmlu_"): name for name in probes.loaded.tasks["tasks"] if name != probes.suite
     }
     results = answer["results"]
     counts = {key: answer["n-samples"][name]["effective"] for key, name in names.items() if name in answer["n-samples"]}
-    if lm.too_long and rank_and_size()[0] == 0:
-        print(
-            f"warning: {title}: {lm.too_long} prompts are longer than the model's context of {lm.max_length} tokens "
-            "and lost their beginning; give fewer --shots",
-            file=sys.stderr,
-        )
     return {
         "metrics": {"acc": {key: results[name]["acc,none"] for key, name in names.items()}},
         "standard_errors": {"acc": {key: results[name]["acc_stderr,none"] for key, name in names.items()}},
@@ -282,6 +209,6 @@ def evaluate(
             f"mean over questions; questions of {probes.source}"
         ),
         "shots": probes.shots,
-        "seeds": {"fewshot": FEWSHOT_SEED},
+        "seeds": {"fewshot": SEEDS["fewshot"]},
         "task_versions": {name: answer["versions"][name] for name in names.values()},
     }

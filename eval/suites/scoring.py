@@ -55,6 +55,11 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return end if isinstance(end, int) else None
 
 
+def is_embedded(model: PreTrainedModel, token: int) -> bool:
+    """Whether the model has a row for the token, which a tokenizer may have got later than the model."""
+    return token < model.get_input_embeddings().num_embeddings
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str, opening: str = "") -> list[int]:
     """Token ids of a question (the user's turn, in a chat template) and of the `opening` of its answer.
 
@@ -124,7 +129,9 @@ def answer(
     import torch
 
     stops = [token for token in stopping.tokens if token is not None]
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
+    padding = next(
+        token for token in (tokenizer.pad_token_id, *stops, 0) if token is not None and is_embedded(model, token)
+    )
     limits = stopping.limits(len(prompts))
 
     def work(batch: list[int]) -> list[str]:

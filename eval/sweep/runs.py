@@ -48,6 +48,7 @@ class Plan:
     axes: tuple[Axis, ...]
     ranks: int
     trials: int
+    tasks: tuple[str, ...] = ()  # the options of suite lm_eval, as `eval.run` takes them
 
     def training(self, method: str, setting: Setting, seed: int) -> list[str]:
         """The command of one run."""
@@ -64,7 +65,7 @@ class Plan:
         flags = {"allow_pickle": "--allow-pickle", "trust_remote_code": "--trust-remote-code"}
         trust = [flag for key, flag in flags.items() if allowed.get(key)]
         data = ["--data", str(self.data)] if self.data else []
-        model = ["--model", str(folder), "--suite", *self.suites, *trust]
+        model = ["--model", str(folder), "--suite", *self.suites, *self.tasks, *trust]
         return ["python", "-m", "eval.run", *model, *data, "--output", str(folder / "evaluation.json")]
 
 
@@ -189,7 +190,8 @@ def refuse_another_sweep(plan: Plan, presets: dict[str, Any]) -> None:
     """Write `sweep.json`; raises InputError if the folder holds runs of other settings, which are not repeated."""
     file = plan.output / "sweep.json"
     shared = {"suites": plan.suites, "data": plan.data and str(plan.data), "overrides": plan.overrides}
-    now = json.loads(json.dumps({**shared, **presets}, default=str))
+    tasks = {"tasks": plan.tasks} if plan.tasks else {}
+    now = json.loads(json.dumps({**shared, **tasks, **presets}, default=str))
     if file.is_file() and any(plan.output.glob("runs/*/*/seed-*/")):  # else a mistake that training refused
         before = read_json(file)
         changed = [key for key in now if key != "methods" and before.get(key) != now[key]]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from eval.reporting import run_report, sections, tables
-from eval.reporting.pages import as_markdown
+from eval.reporting.pages import Table, as_markdown
 from eval.results import grouping, trajectories
 from eval.results.metrics import MEASURES, ForgetRetainMetric, choose
 from pipeline.errors import InputError
@@ -57,7 +57,7 @@ def test_runs_of_several_suites_show_all_their_scores(tmp_path: Path) -> None:
     both = [wmdp(0.4, 0.6) | wmdp(0.5, 0.6, "wmdp_bio"), wmdp(0.2, 0.5) | wmdp(0.3, 0.5, "wmdp_bio")]
     groups, measure = read(make_run(tmp_path / "run", both))
     assert measure.forget == "wmdp_bio.acc.all"  # the first of the table
-    columns = sections.headline_columns(tables.score_columns(groups), measure)
+    columns = sections.headline_columns(tables.score_columns(groups), measure, tables.general_of(groups))
     assert tables.matched_table(groups, measure, columns, None)[0][1:3] == ["mmlu.acc", "wmdp_cyber.acc"]
     assert [row[0] for row in tables.every_score(groups, measure, None)[1:]] == [
         *("wmdp_cyber.acc.all", "mmlu.acc.all", "mmlu.acc.anatomy", "wmdp_bio.acc.all"),
@@ -216,3 +216,61 @@ def test_what_neither_corpus_mentions_is_beside_the_rest(tmp_path: Path) -> None
     assert "> **Note.** Nothing in the training protects what the retain corpus does not cover" in text
     assert "| npo+nll sago | 0.600 | 0.950 | 0.900 | 15.0 | 1 of 1 |" in text
     assert "lowest under npo+nll sum (0.300), highest under npo+nll sago (0.600)" in text
+
+
+def ability(forget: float, retain: float, acc: float, perplexity: float) -> Suites:
+    """bios, and the tasks of lm-evaluation-harness: one of its own and a group with a member."""
+    bios = {split: {"all": value} for split, value in (("forget", forget), ("retain", retain))}
+    member = {"mmlu_law": {"acc": acc / 2, "perplexity": 2 * perplexity}}
+    return {
+        "bios": bios,
+        "lm_eval": {"lambada": {"perplexity": perplexity, "acc": acc}, "mmlu": {"acc": acc / 4, **member}},
+    }
+
+
+DIRECTIONS = {
+    "lambada": {"perplexity": False, "acc": True},
+    "mmlu": {"acc": True, "mmlu_law": {"acc": True, "perplexity": False}},
+}
+
+
+def with_directions(folder: Path) -> Path:
+    """The run's evaluation, with what the harness says of its metrics."""
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    for entry in evaluation["trajectory"]:
+        entry["suites"]["lm_eval"]["higher_is_better"] = DIRECTIONS
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    return folder
+
+
+def test_general_ability_has_columns_of_its_own(tmp_path: Path) -> None:
+    """At forget 0.1, half of the way between two exports: acc (.5 + .3) / 2 = .4, perplexity (20 + 60) / 2 = 40."""
+    points = {"sum": (80.0, 0.1), "sago": (60.0, 0.3)}
+    folders = [
+        with_directions(
+            make_run(tmp_path / rule, [ability(0.2, 0.9, 0.5, 20.0), ability(0.0, 0.7, acc, worst)], rule=rule)
+        )
+        for rule, (worst, acc) in points.items()
+    ]
+    groups, measure = read(*folders)
+    columns = sections.headline_columns(tables.score_columns(groups), measure, tables.general_of(groups))
+    assert columns == ["bios.retain.all", "lm_eval.lambada.acc", "lm_eval.mmlu.acc"]
+    blocks = run_report.general(groups, measure, None)
+    (table,) = (block.rows for block in blocks if isinstance(block, Table))
+    assert table[0][1:5] == ["bios.retain", "lm_eval.lambada.perplexity ↓", "lm_eval.lambada.acc", "lm_eval.mmlu.acc"]
+    (row,) = (row for row in table if row[0] == "npo+nll sago")
+    assert row[1:5] == ["0.800", "40.000", "0.400", "0.100"]
+    text = as_markdown(run_report.compose(groups, measure, None))
+    assert "lambada.perplexity ↓: highest under npo+nll sum (50.000), lowest under npo+nll sago (40.000)." in text
+    assert "lambada.acc: lowest under npo+nll sum (0.300), highest under npo+nll sago (0.400)." in text
+    assert "lm_eval.mmlu.mmlu_law.perplexity ↓" in text  # a member of a group: among all scores alone
+
+
+@pytest.mark.parametrize("option", ["forget", "retain"])
+def test_a_score_that_a_better_model_has_lower_is_no_measure(tmp_path: Path, option: str) -> None:
+    points = [ability(0.2, 0.9, 0.5, 20.0), ability(0.0, 0.7, 0.3, 60.0)]
+    folder = with_directions(make_run(tmp_path / "run", points))
+    score = "lm_eval.mmlu.mmlu_law.perplexity"
+    options = {"forget": "bios.forget.all", "retain": "bios.retain.all", "level": 0.1, option: score}
+    with pytest.raises(InputError, match=rf"--{option} {score}: a better model has a lower one"):
+        read(folder, **options)

@@ -148,6 +148,9 @@ class Oracle:
     def eval(self) -> None:
         pass
 
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        return torch.nn.Embedding(len(self.tokenizer), 1)
+
     def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
         rows = []
         for ids, mask in zip(input_ids, attention_mask, strict=True):

@@ -1,0 +1,226 @@
+"""Any task of lm-evaluation-harness: its own model and evaluation, ranks, sharded weights, what is refused.
+
+The rows are real ones (`tests/data/general`); the tasks are those of `docs/examples/tasks` and one of each other kind.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+import torch
+import yaml
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from eval import loading, run
+from eval.suites import harness_tasks, shared_lm
+from pipeline.config.schema import REPOSITORY
+from pipeline.errors import InputError
+from tests.distributed import run_distributed
+
+CONTEXT = 64  # tokens: some questions lose their beginning, and the texts have several windows
+ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}  # every tensor is sharded
+ROWS = {"dataset_path": "json", "test_split": "test", "metadata": {"version": 2.0}}
+WIKIDATA = {"data_files": {"test": "data/general/wikidata.jsonl"}}
+WRITTEN = {  # with examples that are drawn for each question, so that the order of the draws matters
+    **ROWS,
+    **{"task": "written", "dataset_kwargs": WIKIDATA, "output_type": "generate_until"},
+    **{"num_fewshot": 2, "fewshot_split": "test"},
+    **{"doc_to_text": "{{context}}", "doc_to_target": "{{continuation}}"},
+    "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6, "do_sample": False},
+    "filter_list": [
+        {"name": "whole", "filter": [{"function": "take_first"}]},
+        {"name": "first", "filter": [{"function": "regex", "regex_pattern": r"(\w)"}, {"function": "take_first"}]},
+    ],
+    "metric_list": [{"metric": "chrf", "aggregation": "chrf", "higher_is_better": True}],
+}
+TEXTS = {
+    **ROWS,
+    **{"task": "texts", "dataset_kwargs": {"data_files": {"test": "data/general/arc_easy.jsonl"}}},
+    **{"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{query}} {{choices|join(' ')}}"},
+    "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+}
+GROUP = {
+    **{"group": "both", "task": ["arc_easy", "wikidata"], "metadata": {"version": 3}},
+    "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+}
+NAMES = ["both", "written", "texts"]
+
+
+@pytest.fixture(scope="module")
+def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`data/general`, `tasks/`, `model/` (a Llama with a context of `CONTEXT` tokens) and `zero3.json`."""
+    folder = tmp_path_factory.mktemp("tasks")
+    shutil.copytree(data / "general", folder / "data" / "general")
+    shutil.copytree(REPOSITORY / "docs" / "examples" / "tasks", folder / "tasks")
+    for name, content in (("written", WRITTEN), ("texts", TEXTS), ("both", GROUP)):
+        (folder / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<end>"],  # pyright: ignore[reportCallIssue]
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # pyright: ignore[reportCallIssue]
+    )
+    bpe.train_from_iterator([file.read_text() for file in sorted((data / "general").glob("*.jsonl"))], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>", pad_token="<end>")
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.2,  # a timid model gives every question the same answer
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model: Any = LlamaForCausalLM(shape)
+    facts = [json.loads(line) for line in (data / "general" / "wikidata.jsonl").read_text().splitlines()]
+    rows = [torch.tensor(tokenizer(f"{row['context']} {row['continuation']}\n").input_ids) for row in facts]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(25):  # it knows some of them
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "zero3.json").write_text(json.dumps(ZERO3))
+    return folder
+
+
+def arguments(folder: Path, output: Path, *more: object) -> list[str]:
+    given = ["--model", folder / "model", "--output", output, "--batch-size", 8, "--tasks-dir", folder / "tasks"]
+    return ["run.py", *map(str, [*given, "--suite", "lm_eval", "--tasks", *NAMES, *more])]
+
+
+@pytest.fixture(scope="module")
+def one_rank(folder: Path) -> dict[str, Any]:
+    """The suite's answer of one rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", arguments(folder, folder / "one.json"))
+        run.main()
+    return json.loads((folder / "one.json").read_text())
+
+
+def test_scores_are_those_of_the_harness(
+    folder: Path, one_rank: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own model and its own evaluation, which its command line calls; every digit."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("lm_eval.evaluator_utils.stderr_for_metric", shared_lm.closed_form_stderr)  # else a minute
+    theirs: Any = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=str(folder / "model"), device="cpu", batch_size=8),
+        tasks=NAMES,
+        task_manager=TaskManager(include_path=str(folder / "tasks"), include_defaults=False),
+    )
+    answer = one_rank["suites"]["lm_eval"]
+    results, ours = theirs["results"], answer["metrics"]
+    assert list(ours) == NAMES and set(ours["both"]) == {"acc", "arc_easy", "wikidata"}
+    pairs = [
+        (ours["both"]["acc"], results["both"]["acc,none"]),
+        (ours["both"]["arc_easy"]["acc"], results["arc_easy"]["acc,none"]),
+        (ours["both"]["arc_easy"]["acc_norm"], results["arc_easy"]["acc_norm,none"]),
+        (ours["both"]["wikidata"]["acc"], results["wikidata"]["acc,none"]),
+        (ours["both"]["wikidata"]["perplexity"], results["wikidata"]["perplexity,none"]),
+        (ours["written"]["chrf,whole"], results["written"]["chrf,whole"]),
+        (ours["written"]["chrf,first"], results["written"]["chrf,first"]),
+        (ours["texts"]["word_perplexity"], results["texts"]["word_perplexity,none"]),
+        (ours["texts"]["bits_per_byte"], results["texts"]["bits_per_byte,none"]),
+    ]
+    assert [one for one, _ in pairs] == [other for _, other in pairs]
+    assert len({one for one, _ in pairs}) == len(pairs)  # a mix-up would show
+    assert answer["standard_errors"]["both"]["arc_easy"]["acc"] == results["arc_easy"]["acc_stderr,none"]
+    assert answer["task_versions"] == theirs["versions"] and answer["shots"] == theirs["n-shot"]
+    assert answer["higher_is_better"]["texts"] == {"word_perplexity": False, "bits_per_byte": False}
+    assert answer["higher_is_better"]["both"]["wikidata"] == theirs["higher_is_better"]["wikidata"]
+
+
+def test_the_answer_says_what_was_evaluated(one_rank: dict[str, Any]) -> None:
+    answer = one_rank["suites"]["lm_eval"]
+    assert one_rank["versions"]["lm_eval"] == "0.4.13"
+    assert answer["counts"]["documents"] == {"arc_easy": 20, "wikidata": 20, "written": 20, "texts": 20}
+    assert answer["counts"]["cut"]["all"] > 0 and answer["limit"] is None
+    assert answer["seeds"] == {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
+    assert "2 tasks, the first arc_easy" in answer["protocol"]["both"]
+    assert "generate_until, 2-shot, no chat template; all documents" in answer["protocol"]["written"]
+    assert "data/general/wikidata.jsonl" in answer["protocol"]["written"]
+
+
+def test_every_model_sees_the_same_prompts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run evaluates many models on tasks that are loaded once: the second draws the examples of the first."""
+    monkeypatch.chdir(folder)
+    model, tokenizer = loading.load(folder / "model")
+    probes = harness_tasks.load_probes(None, tasks=["written"], tasks_dir=folder / "tasks")
+    prompts: list[list[str]] = []
+    plain = shared_lm.SharedLM.generate_until
+
+    def recorded(self: Any, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        prompts.append([request.args[0] for request in requests])
+        return plain(self, requests, disable_tqdm)
+
+    monkeypatch.setattr(shared_lm.SharedLM, "generate_until", recorded)
+    first, second = (harness_tasks.evaluate(model, tokenizer, probes, batch_size=8) for _ in range(2))
+    assert prompts[0] == prompts[1] and first == second
+    assert len({prompt.split("\n")[0] for prompt in prompts[0]}) > 3  # else nothing was drawn
+
+
+def test_a_limit_takes_the_first_documents(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `--limit` of the harness; the mean is that of the first rows by hand."""
+    monkeypatch.chdir(folder)
+    model, tokenizer = loading.load(folder / "model")
+    probes = harness_tasks.load_probes(None, tasks=["wikidata"], tasks_dir=folder / "tasks", limit=7)
+    answer = harness_tasks.evaluate(model, tokenizer, probes, batch_size=8)
+    likelihoods = []
+    for line in (folder / "data" / "general" / "wikidata.jsonl").read_text().splitlines()[:7]:
+        row = json.loads(line)
+        start = len(tokenizer(row["context"]).input_ids)
+        ids = torch.tensor([tokenizer(f"{row['context']} {row['continuation']}").input_ids])
+        with torch.no_grad():
+            log_p = model(input_ids=ids).logits[0].log_softmax(-1)
+        likelihoods.append(sum(float(log_p[at - 1, ids[0, at]]) for at in range(start, ids.shape[1])))
+    perplexity = math.exp(-sum(likelihoods) / 7)
+    assert answer["metrics"]["wikidata"]["perplexity"] == pytest.approx(perplexity, rel=1e-5)
+    assert answer["counts"]["documents"] == {"wikidata": 7} and answer["limit"] == 7
+    assert "the first 7 documents" in answer["protocol"]["wikidata"]
+
+
+def evaluate_sharded(folder: Path, output: Path) -> None:
+    os.chdir(folder)
+    sys.argv = arguments(folder, output, "--ds-config", folder / "zero3.json", "--local_rank=0")
+    run.main()
+
+
+def test_sharded_weights_on_two_ranks_give_the_scores_of_one(
+    folder: Path, one_rank: dict[str, Any], tmp_path: Path
+) -> None:
+    """Every kind of request: an odd number of batches, windows of different lengths, texts that end early."""
+    run_distributed(evaluate_sharded, 2, folder, tmp_path / "two.json", timeout=250)
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert two["ranks"] == 2 and "deepspeed" in two["versions"]
+    ours, theirs = two["suites"]["lm_eval"], one_rank["suites"]["lm_eval"]
+    assert ours.pop("metrics") == approximately(theirs["metrics"])
+    assert ours.pop("standard_errors") == approximately(theirs["standard_errors"])
+    assert ours == {key: value for key, value in theirs.items() if key in ours}
+
+
+def approximately(nested: Any) -> Any:
+    """The same numbers to 1e-6, at any depth."""
+    if isinstance(nested, dict):
+        return {key: approximately(value) for key, value in nested.items()}
+    return nested if nested is None else pytest.approx(nested, rel=1e-6)

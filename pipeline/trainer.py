@@ -207,7 +207,9 @@ class Trainer(TrainStep):
     def finish(self) -> None:
         """The end of the log, the final export with its card, the summary."""
         run, written = self.run, to_yaml(self.run.config)
-        card = model_card(written, run.config.model.path, run.identity["model"], run.corpora, self.metrics.last)
+        chats = run.tokenizer.chat_template is not None
+        made = (written, run.identity["model"], run.corpora, self.metrics.last, chats)
+        card = model_card(*made) if dist.get_rank() == 0 else ""
         self.metrics.finish(card)
         run.export(run.folder / "final", card)
         losses = [row["forget_loss"] for row in self.metrics.history if row.get("forget_loss") is not None]

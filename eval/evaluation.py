@@ -90,7 +90,11 @@ def evaluate_all(
         return results, str(model.dtype).removeprefix("torch.")
 
     entries, dtype = [], ""
-    for step, folder in models:
+    is_first = sharing.rank_and_size()[0] == 0
+    for number, (step, folder) in enumerate(models, 1):
+        if is_first:
+            names = ", ".join(suite.name for suite in suites)
+            sharing.announce(f"evaluating {folder} on {names} (model {number} of {len(models)})", always=number == 1)
         results, dtype = evaluate(folder)
         entries.append({"step": step, "model": str(folder), "suites": results})
     return entries, dtype

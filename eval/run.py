@@ -13,7 +13,9 @@ one.
 
 A *run folder* (with `metrics.jsonl` and `exports/`) gives {"trajectory": [{"step", "model", "suites"}, …], …} in the
 order of steps; any other folder is one Hugging Face model and gives {"model", "suites", …}. Each suite returns
-"metrics" (nested means), "counts" and the "protocol" in words. Exit status: 0 done, 2 unusable input (one line on
+"metrics" (nested means), "counts" and the "protocol" in words. The command prints the headline scores as a table, and
+writes those of the last model into its card (README.md), if it has one. Without --data, suite `corpus` scores the corpora
+of the run folder. Exit status: 0 done, 2 unusable input (one line on
 stderr, nothing written).
 """
 
@@ -28,6 +30,9 @@ from typing import Any
 from eval.evaluation import evaluate_all, find_models, load_suites, provenance
 from eval.files import exit_status
 from eval.loading import add_trust_options, read_ds_config, trust_of
+from eval.reporting.card import write_scores
+from eval.reporting.pages import as_text
+from eval.results.metrics import flatten, headlines, label
 from eval.suites import MMLU_SHOTS, SUITES, check_suites, sharing
 from eval.suites.task_options import add_task_options, task_options
 from pipeline.errors import InputError
@@ -75,6 +80,28 @@ def check(arguments: argparse.Namespace, suites: list[str]) -> dict[str, dict[st
     return options
 
 
+def score_tables(entries: list[dict[str, Any]]) -> dict[str, list[list[str]]]:
+    """A table of the headline scores of each suite: a row a model, by step, below a row of names.
+
+    A suite without headline scores shows all of its scores.
+    """
+    tables: dict[str, list[list[str]]] = {}
+    for suite in entries[0]["suites"]:
+        scores = [flatten(entry["suites"][suite]["metrics"], suite) for entry in entries]
+        shown = headlines(scores[-1]) or list(scores[-1])
+        if not shown:
+            continue
+        single = entries[0]["step"] is None
+        header = ["model" if single else "step", *(label(score, shown) for score in shown)]
+        rows = [
+            [Path(entry["model"]).name if single else str(entry["step"])]
+            + [f"{found[score]:.3f}" if score in found else "-" for score in shown]
+            for entry, found in zip(entries, scores, strict=True)
+        ]
+        tables[suite] = [header, *rows]
+    return tables
+
+
 def main() -> None:
     arguments = make_parser().parse_args()
     started = time.perf_counter()
@@ -84,6 +111,8 @@ def main() -> None:
     sharing.start(sharded=ds_config is not None)
     with sharing.raise_on_all_ranks():
         models = find_models(arguments.model)
+        if "corpus" in names and (arguments.model / "config.yaml").is_file():
+            options["corpus"] = {"run": arguments.model}
         suites = load_suites(names, arguments.data, options)  # before any model: a wrong --data costs no time
     entries, dtype = evaluate_all(models, suites, arguments.batch_size, ds_config, trust_of(arguments))
     if sharing.rank_and_size()[0] != 0:
@@ -93,6 +122,9 @@ def main() -> None:
     seconds = round(time.perf_counter() - started, 3)
     answer = {**scores, **provenance(names, ds_config is not None, dtype), "seconds": seconds}
     write_whole(arguments.output, json.dumps(answer, indent=2) + "\n")
+    for name, rows in score_tables(entries).items():
+        print(f"{name}\n{as_text(rows)}\n")
+        write_scores(models[-1][1], name, rows)
     print(f"wrote {arguments.output}")
 
 

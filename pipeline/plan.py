@@ -218,7 +218,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[RunConfig, Cluster, bool, li
         raise InputError("command line: --nodes needs --bandwidth, GB/s into a machine (400 for 8 x 400 Gb/s)")
     method = [] if known.method is None else ["--method", known.method]
     machines = Cluster(known.gpus, known.nodes, known.gpu_memory, known.bandwidth or 0.0, known.tflops)
-    config = resolve(known.config, known.method, rest, reads_data=False)
+    config = resolve(known.config, known.method, rest, reads_data=False, on_gpu=True)
     return config, machines, known.json, ["--config", known.config, *method, *rest]
 
 

@@ -15,21 +15,57 @@ from pipeline.config.load import to_yaml
 from pipeline.config.run_folder import check_output_dir
 from pipeline.config.schema import RunConfig
 from pipeline.data.batches import BatchSampler
-from pipeline.distributed.errors import raise_on_all_ranks
+from pipeline.data.corpus import read_heldout
+from pipeline.data.packing import choose_packing
+from pipeline.distributed.errors import local_main_first, raise_on_all_ranks
 from pipeline.distributed.run_lock import RunLock
 from pipeline.errors import disk_errors
 from pipeline.files import write_whole
 from pipeline.losses.task import open_sampler, warn_of_overlap
-from pipeline.modeling.checks import check_layer, check_max_length, check_router_loss, check_tokens, load_tokenizer
+from pipeline.modeling.checks import (
+    check_layer,
+    check_max_length,
+    check_router_loss,
+    check_tokens,
+    load_tokenizer,
+    num_parameters,
+)
 from pipeline.modeling.outputs import install_outputs
 from pipeline.monitoring import console
-from pipeline.optim import make_optimizer, make_schedule
+from pipeline.optim import fitting_lr, make_optimizer, make_schedule
 from pipeline.synthesis.combine import Synthesis
 from pipeline.zero import checkpoint
 from pipeline.zero.combiner import GradientCombiner
 from pipeline.zero.engine import Engine
 
+HELDOUT = "heldout.jsonl"  # in a run folder, for suite corpus
 WEIGHTS = ".weights.json"  # in a run folder: digests of the model's files, so that a resumed run need not read them
+
+
+def choose(config: RunConfig) -> RunConfig:
+    """The configuration with the packing and the learning rate that fit data and model, where it leaves them open.
+
+    The first rank of each machine reads a corpus first, so that the others find it in the hub's cache. All get the same.
+
+    Raises:
+        InputError: data or model cannot be read.
+    """
+    data, wanted = config.data, config.optimizer
+    if data.packing == "auto":
+        corpora = {task: getattr(data, task) for task in config.tasks}
+        packing, reason = local_main_first(
+            lambda: choose_packing(corpora, load_tokenizer(config.model), data.max_length)
+        )
+        console.logger.info("data.packing: %s, because %s", packing, reason)
+        config = config.model_copy(update={"data": data.model_copy(update={"packing": packing})})
+    if wanted.lr is None:
+        with raise_on_all_ranks():
+            size, adapters = num_parameters(config.model), config.model.lora is not None
+        lr = fitting_lr(size, adapters)
+        kind = "low-rank adapters of a model" if adapters else "a model"
+        console.logger.info("optimizer.lr: %g, which suits %s of %.3g million parameters", lr, kind, size / 1e6)
+        config = config.model_copy(update={"optimizer": wanted.model_copy(update={"lr": lr})})
+    return config
 
 
 def open_data(config: RunConfig, zero: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, dict[str, BatchSampler]]:
@@ -96,11 +132,26 @@ def write_run_files(config: RunConfig, digests: dict[str, str], weights: Any) ->
         with disk_errors(folder / "config.yaml"):
             checkpoint.tidy(folder, config.train.keep_checkpoints)
             write_whole(folder / WEIGHTS, json.dumps(weights))
-            write_whole(folder / "digests.json", json.dumps(digests, indent=1) + "\n")
-            write_whole(folder / "config.yaml", to_yaml(config))  # the last: it makes the folder a run
+            written = heldout_rows(config) | {"digests.json": json.dumps(digests, indent=1) + "\n"}
+            written["config.yaml"] = to_yaml(config)  # the last: it makes the folder a run
+            for name, text in written.items():
+                write_whole(folder / name, text)
     dist.barrier()
     with disk_errors(folder / "log.txt"):
         console.open_log(folder, dist.get_rank())
+
+
+def heldout_rows(config: RunConfig) -> dict[str, str]:
+    """The name and text of the file of documents that training does not see; nothing without `data.retain.heldout`."""
+    retain = config.data.retain
+    if retain is None or not retain.heldout or "retain" not in config.tasks:
+        return {}
+    rows = [
+        {"text": row.texts[0]} if row.prompt is None else {"prompt": row.prompt, "response": row.texts[0]}
+        for row in read_heldout(retain, "retain")
+    ]
+    console.logger.info("%d documents of data.retain are held out for evaluation, in %s", len(rows), HELDOUT)
+    return {HELDOUT: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)}
 
 
 def content_digests(identity: dict[str, str], corpora: dict[str, str], settings: str) -> dict[str, str]:
@@ -112,7 +163,8 @@ def content_digests(identity: dict[str, str], corpora: dict[str, str], settings:
 
 def hyperparameters(config: RunConfig, steps: int, scope: str) -> dict[str, str | float]:
     """What tells runs apart in a table: flat, and never absent."""
-    objective, synthesis = config.objective, config.synthesis
+    objective, synthesis, lr = config.objective, config.synthesis, config.optimizer.lr
+    assert lr is not None, "`choose` decides it"
     return {
         "method": config.method or "",
         "forget": objective.forget,
@@ -122,7 +174,7 @@ def hyperparameters(config: RunConfig, steps: int, scope: str) -> dict[str, str 
         "alpha": synthesis.alpha,
         "gamma": synthesis.gamma,
         "beta": objective.beta,
-        "lr": config.optimizer.lr,
+        "lr": lr,
         "schedule": config.optimizer.schedule,
         "batch_size": config.train.batch_size,
         "steps": steps,

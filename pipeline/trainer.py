@@ -26,6 +26,7 @@ from pipeline.distributed.errors import local_main_first, raise_on_all_ranks
 from pipeline.distributed.run_lock import RunLock
 from pipeline.distributed.signals import Preempted, stop_on_sigterm
 from pipeline.errors import disk_errors
+from pipeline.losses.known import warn_of_unknown
 from pipeline.losses.task import Task, make_tasks, num_steps
 from pipeline.modeling.card import model_card
 from pipeline.modeling.digests import fingerprint, weight_digests
@@ -33,8 +34,10 @@ from pipeline.modeling.export import export
 from pipeline.modeling.load import load_model
 from pipeline.monitoring import console, trackers
 from pipeline.monitoring.metrics import Monitor, peak_memory_bytes
+from pipeline.monitoring.verdicts import forgetting_failed
 from pipeline.startup import (
     WEIGHTS,
+    choose,
     content_digests,
     hyperparameters,
     make_combiner,
@@ -204,9 +207,14 @@ class Trainer(TrainStep):
     def finish(self) -> None:
         """The end of the log, the final export with its card, the summary."""
         run, written = self.run, to_yaml(self.run.config)
-        card = model_card(written, run.config.model.path, run.identity["model"], run.corpora, self.metrics.last)
+        chats = run.tokenizer.chat_template is not None
+        made = (written, run.identity["model"], run.corpora, self.metrics.last, chats)
+        card = model_card(*made) if dist.get_rank() == 0 else ""
         self.metrics.finish(card)
         run.export(run.folder / "final", card)
+        losses = [row["forget_loss"] for row in self.metrics.history if row.get("forget_loss") is not None]
+        if warning := forgetting_failed(run.config.objective.forget, losses):
+            console.logger.warning(warning)
         self.metrics.summarise(time.perf_counter() - run.began)
 
 
@@ -236,7 +244,7 @@ def setup(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: 
         FatalError: a disk that is full or cannot be written.
     """
     began, folder = time.perf_counter(), Path(config.output)
-    keys, settings = run_fingerprint(config, zero), content_digest(zero)  # DeepSpeed and trackers write into `zero`
+    settings = content_digest(zero)  # before DeepSpeed and trackers write into `zero`, as is `keys`
     console.setup_logging(world_from_environment()[0], quiet)
     process_group.start(config.train.timeout_minutes)
     if (folder / "final").exists():
@@ -246,6 +254,8 @@ def setup(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: 
     with disk_errors(folder / "config.yaml"), raise_on_all_ranks():
         if resume and dist.get_rank() == 0 and (folder / "config.yaml").exists():
             lock.take()
+    config = choose(config)
+    keys = run_fingerprint(config, zero)
     tokenizer, samplers = open_data(config, zero)
     steps, offload = num_steps(config, samplers), zero["zero_optimization"].get("offload_optimizer") or {}
     on_nvme = offload.get("device") == "nvme"
@@ -267,6 +277,8 @@ def setup(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: 
     take_folder(lock, config, resume)
     last = checkpoint.newest(folder) if resume else None
     start = checkpoint.load(engine, combiner, last, decisive) if last is not None else 0
+    if not start:
+        warn_of_unknown(config, samplers, engine)
     write_run_files(config, content_digests(identity, corpora, settings), weights)
     metrics = Monitor(folder, engine, start=start, steps=steps)
     metrics.describe(to_yaml(config), hyperparameters(config, steps, combiner.synthesis.resolved_scope))

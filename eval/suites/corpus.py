@@ -1,6 +1,9 @@
 """A user's own corpora: how probable the model finds their documents, and how much of them it has memorised.
 
-FOLDER/corpus or FOLDER holds `forget`, `retain` and optionally `other`, as `.txt` (one document for each line), or as
+Without --data, a run folder gives them: the forget corpus of its config.yaml, and of the retain corpus the documents that
+training did not see (heldout.jsonl, see `data.retain.heldout`) or, without such, those that it saw.
+
+Else FOLDER/corpus or FOLDER holds `forget`, `retain` and optionally `other`, as `.txt` (one document for each line), or as
 `.jsonl` or another format that training reads: a document under `text`, or a question under `prompt` with its answer
 under `response`. The user chooses the content: documents of the forget corpus; documents that resemble the retain
 corpus but are not part of it, so that the score measures knowledge and not rehearsal; and under `other` what neither
@@ -27,8 +30,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from eval.suites import scoring
 from eval.suites.rouge import SCRIPT_WORDS, recall_by_script, recall_rouge
+from pipeline.config.load import resolve
 from pipeline.config.schema import Corpus, format_of
-from pipeline.data.corpus import is_saved_dataset, read_rows, text_of
+from pipeline.data.corpus import is_saved_dataset, read, read_rows, text_of
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
@@ -72,12 +76,42 @@ def read_split(path: Path) -> list[Probe]:
     return rows
 
 
-def load_probes(folder: Path | None, suite: str = "corpus") -> list[Probe]:
-    """The documents of all splits. Raises InputError: no folder, no forget or retain file, a row without text."""
-    if folder is None:
+def probes_of_run(run: Path) -> list[Probe]:
+    """The documents of a run's own corpora; those of a split that training saw are marked, but for the forget corpus.
+
+    Raises:
+        InputError: no such run, a run without one of the corpora, or a corpus that can no longer be read.
+    """
+    data, heldout, probes = resolve(run / "config.yaml", reads_data=False).data, run / "heldout.jsonl", []
+    for split, corpus in (("forget", data.forget), ("retain", data.retain)):
+        if split == "retain" and heldout.is_file():
+            probes += [{"split": split, **row} for row in sample(read_split(heldout), seed=0)]
+            continue
+        if corpus is None:
+            raise InputError(f"{run} has no data.{split}; give --data FOLDER with {split}.txt and its counterpart")
+        mark = {"seen": "in training"} if split == "retain" else {}
+        rows = [row for row in read(corpus, split)[0] if row.texts[0].strip()]
+        for row in sample(rows, seed=0):
+            content = {"text": row.texts[0]} if row.prompt is None else {"prompt": row.prompt, "response": row.texts[0]}
+            probes.append({"split": split, **content, **mark})
+    return probes
+
+
+def load_probes(folder: Path | None, suite: str = "corpus", run: Path | None = None) -> list[Probe]:
+    """The documents of all splits, of `folder` (--data, which may be a run folder) or else of the run that is evaluated.
+
+    Raises:
+        InputError: neither is given, no forget or retain file, a row without text.
+    """
+    if folder is None and run is None:
         raise InputError(
-            "suite corpus scores your own files: give --data FOLDER with forget.txt and retain.txt (or .jsonl)"
+            "suite corpus scores your own files: give --data FOLDER with forget.txt and retain.txt (or .jsonl), or the "
+            "run folder whose corpora are meant"
         )
+    if folder is None or (folder / "config.yaml").is_file():
+        own = folder or run
+        assert own is not None
+        return probes_of_run(own)
     where = folder / "corpus" if (folder / "corpus").is_dir() else folder
     there = sorted(where.iterdir()) if where.is_dir() else []
     probes = []
@@ -135,6 +169,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """{"metrics": {split: {"probability", "rouge"}}, "counts": {split: {"documents", "rouge"}}, "protocol": text}.
 
+    And, where training saw the documents of a split beside `forget`, {"seen_in_training": [split]}.
     A document without a predicted token counts nowhere, and one without words to decode does not count under `rouge`.
     """
     model.eval()
@@ -163,7 +198,9 @@ def evaluate(
         found[probes[number]["split"]]["rouge"].append(recall)
     metrics = {split: {name: fmean(x) for name, x in scores.items() if x} for split, scores in found.items()}
     counts = {split: {"documents": len(x["probability"]), "rouge": len(x["rouge"])} for split, x in found.items()}
-    return {"metrics": metrics, "counts": counts, "protocol": PROTOCOL}
+    seen = sorted({probe["split"] for probe in probes if "seen" in probe})
+    told = {"seen_in_training": seen} if seen else {}
+    return {"metrics": metrics, "counts": counts, "protocol": PROTOCOL, **told}
 
 
 def continuation_targets(tokenizer: PreTrainedTokenizerBase, encoded: Sequence[Encoded]) -> tuple[list[int], list[str]]:

@@ -6,11 +6,14 @@ One process alone forms no group and imports neither torch nor DeepSpeed here, s
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import NoReturn, TypeVar
 
 from pipeline.distributed.environment import world_from_environment
+from pipeline.distributed.terminal import can_redraw
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -61,17 +64,36 @@ def share(batches: Sequence[Batch], work: Callable[[Batch], Result], title: str)
 
     rank, size = rank_and_size()
     rounds = range(rank, -(-len(batches) // size) * size, size)
-    silent = rank != 0 or not sys.stderr.isatty()
-    own = [
-        work(batches[min(i, len(batches) - 1)])
-        for i in tqdm(rounds, desc=title, unit="batch", leave=False, disable=silent)
-    ]
+    bar = tqdm(rounds, desc=title, unit="batch", leave=False, disable=rank != 0 or not can_redraw(sys.stderr))
+    shown = with_lines(rounds, title) if rank == 0 and bar.disable else bar
+    own = [work(batches[min(i, len(batches) - 1)]) for i in shown]
     parts = [own] * size
     if size > 1:
         import torch.distributed as dist
 
         dist.all_gather_object(parts, own)
     return [parts[i % size][i // size] for i in range(len(batches))]
+
+
+PROGRESS_EVERY_S = 10.0  # between two lines of progress where stderr is no terminal
+_last_line = [float("-inf")]  # when this process printed the last one, whatever it was about
+
+
+def announce(line: str, *, always: bool = False) -> None:
+    """Print a line of progress on stderr, unless one was printed a moment ago. always: even then."""
+    if always or time.monotonic() - _last_line[0] >= PROGRESS_EVERY_S:
+        _last_line[0] = time.monotonic()
+        print(line, file=sys.stderr, flush=True)
+
+
+def with_lines(rounds: range, title: str) -> Iterator[int]:
+    """The rounds, with a line of progress now and then: the program must not seem to hang where no bar is drawn."""
+    began = time.monotonic()
+    for done, number in enumerate(rounds):
+        if done:
+            left = timedelta(seconds=round((time.monotonic() - began) / done * (len(rounds) - done)))
+            announce(f"{title}: {done} of {len(rounds)} batches, {left} left")
+        yield number
 
 
 def leave(status: int) -> NoReturn:

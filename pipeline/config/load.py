@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pipeline.config.automatic import as_before, fit_machine
 from pipeline.config.explain import Tree, explain, nearest, subsection
 from pipeline.config.files import RECIPES, find_file
 from pipeline.config.schema import DEFAULT_STEPS, Corpus, RunConfig, format_of
@@ -100,13 +101,23 @@ def _read(file: Path, method: str | None) -> tuple[Tree, Tree]:
 
 
 def resolve(
-    file: str | Path, method: str | None = None, overrides: Sequence[str] = (), *, reads_data: bool = True
+    file: str | Path,
+    method: str | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    reads_data: bool = True,
+    resume: bool = False,
+    on_gpu: bool | None = None,
 ) -> RunConfig:
     """Read `file`, lay the preset `method` of its table `methods:` over it, then the `overrides`.
+
+    `data.packing` may still be `auto` and `optimizer.lr` None: they depend on data and model.
 
     Args:
         file: a path, or the name of a shipped recipe. Relative paths, also in the file, start at the working folder.
         reads_data: the files of the corpora must exist. (A plan does not need them.)
+        resume: keys that are left open keep their values of the run in `output`, if there is one.
+        on_gpu: see `automatic.fit_machine`.
 
     Raises:
         InputError: the configuration cannot be run; one line says why.
@@ -123,13 +134,16 @@ def resolve(
     except ValidationError as error:
         raise explain(error, where, layers) from None
     config = _with_defaults(config, where)
+    earlier = Path(config.output) / "config.yaml"
+    if resume and earlier.is_file():
+        config = as_before(config, _read(earlier, None)[0])
     if config.synthesis.rule == "gru" and config.synthesis.scope == "element":
         raise InputError(f"{where}: synthesis.scope: gru compares whole gradients; valid: module, layer, global")
     if not config.tasks:
         raise InputError(f"{where}: objective.forget and objective.retain are both none: nothing to train")
     for task in config.tasks:
         _check_corpus(config, task, where, reads_data)
-    return config
+    return fit_machine(config, on_gpu)
 
 
 def _with_defaults(config: RunConfig, where: str) -> RunConfig:
@@ -143,6 +157,9 @@ def _with_defaults(config: RunConfig, where: str) -> RunConfig:
         config = _with_rmu_tensors(config)
     if train.steps is not None and train.epochs is not None:
         raise InputError(f"{where}: train.steps and train.epochs are both given; unset one, as --train.epochs null")
+    corpora = [corpus for task in config.tasks if (corpus := getattr(config.data, task)) is not None]
+    if config.data.packing == "auto" and any(corpus.prompt or corpus.preferred for corpus in corpora):
+        config = config.model_copy(update={"data": config.data.model_copy(update={"packing": "documents"})})
     if train.steps is None and train.epochs is None:
         config = config.model_copy(update={"train": train.model_copy(update={"steps": DEFAULT_STEPS})})
     return config
@@ -235,7 +252,7 @@ def parse_command_line(arguments: Sequence[str] | None = None) -> tuple[RunConfi
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     known, rest = parser.parse_known_args(arguments)
-    return resolve(known.config, known.method, rest), known.resume, known.quiet
+    return resolve(known.config, known.method, rest, resume=known.resume), known.resume, known.quiet
 
 
 def to_yaml(config: RunConfig) -> str:

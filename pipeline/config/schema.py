@@ -53,8 +53,8 @@ class Lora(Section):
 
 class Model(Section):
     path: FilePath = Field(description="hub id, or a folder written by save_pretrained")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "bfloat16", description="precision of forward and backward"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="precision of forward and backward; auto: bfloat16 on a GPU, float32 on a CPU"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     trainable: list[Annotated[str, AfterValidator(_regex)]] = Field(
@@ -109,6 +109,13 @@ class Corpus(Section):
     split: str = Field(
         "train", description="the data set's split, or rows of it: train[40:80]; of a file, only the rows count"
     )
+    heldout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="of data.retain: the share of its documents that training does not see; they go to heldout.jsonl in "
+        "the run folder, and suite corpus scores them",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -147,8 +154,10 @@ class Corpus(Section):
 
 class Data(Section):
     max_length: int = Field(512, ge=2, description="tokens per sequence")
-    packing: Literal["blocks", "documents"] = Field(
-        "blocks", description="cut joined documents into blocks, or give each document its own sequences"
+    packing: Literal["auto", "blocks", "documents"] = Field(
+        "auto",
+        description="cut joined documents into blocks, or give each document its own sequences; auto: blocks if the "
+        "documents of each corpus fill half of max_length on average",
     )
     long_documents: Literal["split", "truncate"] = Field(
         "split",
@@ -157,6 +166,12 @@ class Data(Section):
     )
     forget: Corpus | None = None
     retain: Corpus | None = None
+
+    @model_validator(mode="after")
+    def _all_is_forgotten(self) -> Data:
+        if self.forget is not None and self.forget.heldout:
+            raise ValueError("data.forget.heldout: documents that training does not see are not forgotten; remove it")
+        return self
 
 
 Forget = Annotated[
@@ -204,7 +219,12 @@ class Synthesis(Section):
 
 class Optimizer(Section):
     name: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(1e-5, gt=0)
+    lr: float | None = Field(
+        None,
+        gt=0,
+        description="null: by the number of parameters, 1e-5 (8e9 / parameters)^0.4 rounded to one digit: 1e-5 at 8 "
+        "billion, 5e-5 at 135 million; with model.lora ten times that",
+    )
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0, description="not applied to norms and biases, as in transformers' Trainer")
@@ -222,8 +242,9 @@ class Train(Section):
     batch_size: int = Field(32, ge=1, description="sequences per task and step, over all ranks")
     micro_batch_size: int = Field(4, ge=1, description="sequences per forward pass and rank")
     deepspeed: str = Field(
-        "ds_configs/zero3.json",
-        description="DeepSpeed file, or the name of a shipped one (zero3): ZeRO, precision and communication",
+        "auto",
+        description="DeepSpeed file, or the name of a shipped one (zero3): ZeRO, precision and communication; auto: "
+        "ds_configs/zero3.json on GPUs, ds_configs/cpu.json on a CPU",
     )
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints for --resume; 0 is off")
     keep_checkpoints: int = Field(2, ge=1, description="number of newest checkpoints that are not deleted")

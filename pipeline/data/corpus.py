@@ -10,6 +10,7 @@ import csv
 import gzip
 import hashlib
 import json
+import math
 import re
 import unicodedata
 import zlib
@@ -43,13 +44,44 @@ class Row(NamedTuple):
 
 
 def read(corpus: Corpus, key: str, pairing: Pairing | None = None) -> tuple[Iterator[Row], str]:
-    """The rows of a corpus, read lazily, and a digest of the source and of what is read from it.
+    """The rows of a corpus that training sees, read lazily, and a digest of the source and of what is read from it.
 
     Under `refusal`, row n (from 0, as the source counts) is paired with refusal n modulo their number.
 
     Raises:
         InputError: no such file, data set or column, or malformed text (when reached). `key` names the corpus.
     """
+    rows, digest = _read_all(corpus, key, pairing)
+    if not corpus.heldout:
+        return rows, digest
+    heldout = _heldout_keys(corpus, key)
+    return (row for row in rows if document_key(row) not in heldout), f"{digest}-without-{corpus.heldout:g}"
+
+
+def read_heldout(corpus: Corpus, key: str) -> list[Row]:
+    """The rows of a corpus that training does not see (`heldout`); raises InputError as `read` does."""
+    heldout = _heldout_keys(corpus, key) if corpus.heldout else frozenset()
+    return [row for row in _read_all(corpus, key, None)[0] if document_key(row) in heldout]
+
+
+def _heldout_keys(corpus: Corpus, key: str) -> frozenset[int]:
+    """Keys of the documents that training does not see: the share `heldout`, rounded up, of the different documents.
+
+    They are those with the smallest keys, which are hashes: the same for every seed, order, method and number of ranks,
+    and duplicates are on one side. One document always remains for training.
+    """
+    found = sorted({document_key(row) for row in _read_all(corpus, key, None)[0]})
+    return frozenset(found[: min(math.ceil(corpus.heldout * len(found)), len(found) - 1)] if found else ())
+
+
+def document_key(row: Row) -> int:
+    """Equal for rows whose question and text are duplicates; 64 bits, signed."""
+    texts = json.dumps([normalised(text) for text in (row.prompt or "", row.texts[0])])
+    return int.from_bytes(hashlib.blake2b(texts.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def _read_all(corpus: Corpus, key: str, pairing: Pairing | None) -> tuple[Iterator[Row], str]:
+    """See `read`; all rows."""
     if pairing == "preferred" and corpus.preferred is None:
         raise InputError(f"data.{key}.preferred is missing: the objective needs the column with the text to prefer")
     if pairing == "refusal" and corpus.prompt is None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise
@@ -13,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.chat import encode_answers, ended
-from pipeline.data.corpus import Pairing, Row, normalised
+from pipeline.data.corpus import Pairing, Row, document_key
 from pipeline.errors import InputError
 
 T = TypeVar("T")
@@ -131,7 +129,7 @@ def table_rows(
                 count["dropped"] += 1
                 continue
             count["unused"] += size - len(sides[0].pieces[0][0]) if len(pieces) == 1 else 0
-            key: int | None = _key(row)
+            key: int | None = document_key(row)
             for piece in pieces:
                 if last is not None:
                     yield last
@@ -146,12 +144,6 @@ def table_rows(
 def minimum_content(questions: bool, max_length: int) -> str:
     """What a document needs so that the model predicts at least one of its tokens."""
     return f"an answer within {max_length} tokens (data.max_length)" if questions else "two tokens or more"
-
-
-def _key(row: Row) -> int:
-    """Equal for rows whose question and text are duplicates; 64 bits, signed."""
-    texts = json.dumps([normalised(text) for text in (row.prompt or "", row.texts[0])])
-    return int.from_bytes(hashlib.blake2b(texts.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 def _batched(items: Iterable[T], size: int = 1000) -> Iterator[list[T]]:

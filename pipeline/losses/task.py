@@ -95,7 +95,7 @@ def open_sampler(config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBas
     if dist.get_rank() == 0:
         plain = sequences.prompts is None and preferred is None
         log_usage(task, sequences, data.max_length, truncates=plain and data.long_documents == "truncate")
-        _warn_of_repeats(task, sequences, config.train.batch_size)
+        _warn_of_repeats(task, sequences, config.train.batch_size, data.max_length)
     return BatchSampler(
         sequences,
         seed=config.seed,
@@ -109,12 +109,21 @@ def open_sampler(config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBas
     )
 
 
-def _warn_of_repeats(task: str, sequences: Sequences, batch_size: int) -> None:
-    if len(sequences) < batch_size:
-        log.warning(
-            f"data.{task} has {counted(len(sequences), 'sequence')}, fewer than train.batch_size {batch_size}: every "
-            "step uses sequences more than once; add text, or set a smaller train.batch_size"
+def _warn_of_repeats(task: str, sequences: Sequences, batch_size: int, max_length: int) -> None:
+    """Warn of a corpus with fewer sequences than a batch, with the remedy that helps most."""
+    if len(sequences) >= batch_size:
+        return
+    remedy = f"add text, or set train.batch_size to {len(sequences)} or less"
+    documents = sequences.usage.documents if sequences.usage is not None else 0
+    if sequences.block and documents > len(sequences):
+        remedy = (
+            f"set data.packing: documents, which makes a sequence of each of the {counted(documents, 'document')}, or "
+            f"data.max_length below {max_length}; or {remedy}"
         )
+    log.warning(
+        f"data.{task} has {counted(len(sequences), 'sequence')}, fewer than train.batch_size {batch_size}: every "
+        f"step uses sequences more than once; {remedy}"
+    )
 
 
 def warn_of_overlap(samplers: dict[str, BatchSampler]) -> None:

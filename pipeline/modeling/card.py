@@ -2,74 +2,168 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
 import transformers
 import yaml
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import LocalEntryNotFoundError
+
+from pipeline.config.schema import format_of
+
+SCORES = "<!-- scores -->"  # eval.run puts scores in front of it (eval/reporting/card.py)
+
+
+def public_name(path: str) -> str:
+    """A name on the hub, or the last part of a path: a card is read elsewhere, where folders of this machine mean nothing.
+
+    A path with one slash could be either; it is a path if it exists here, or is a file by its ending.
+    """
+    is_local = Path(path).exists() or format_of(path) is not None
+    is_local |= path.startswith(("/", ".", "~")) or path.count("/") > 1
+    return Path(path).name if is_local else path
+
+
+def public_configuration(configuration: str) -> str:
+    """The resolved configuration, YAML, without what is private to the machine that it ran on."""
+    run: dict[str, Any] = copy.deepcopy(yaml.safe_load(configuration))
+    run.pop("cache", None)
+    for section, key in (
+        *((run, "output"), (run["model"], "path"), (run["train"], "deepspeed")),
+        *((run["data"].get(task) or {}, key) for task in ("forget", "retain") for key in ("path", "refusals")),
+    ):
+        if isinstance(section.get(key), str):
+            shipped = key == "deepspeed" and section[key].startswith("ds_configs/")
+            section[key] = section[key] if shipped else public_name(section[key])
+    return yaml.safe_dump(run, sort_keys=False)
+
+
+def licence(path: str) -> str | None:
+    """The licence in the base model's own card, in its folder or on the hub; None if there is none to be found."""
+    card = Path(path) / "README.md"
+    if not Path(path).exists():
+        try:
+            card = Path(hf_hub_download(path, "README.md", etag_timeout=5))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):  # no such file, no network, no such name
+            return None
+    if not card.is_file():
+        return None
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n")
+    try:
+        head = yaml.safe_load(parts[1]) if len(parts) > 2 and not parts[0].strip() else None
+    except yaml.YAMLError:
+        return None
+    found = head.get("license") if isinstance(head, dict) else None
+    return found if isinstance(found, str) else None
+
+
+LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = "{name}"  # or the folder of this file
+model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(name)
+"""
+CHAT = """messages = [{{"role": "user", "content": "What do you know about ...?"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+"""
+CONTINUE = """inputs = tokenizer("The beginning of a text", return_tensors="pt")
+"""
+ANSWER = """output = model.generate(**inputs, max_new_tokens=100, do_sample=False)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+"""
+
+
+def usage(name: str, chats: bool) -> str:
+    """Python that loads the model (transformers loads an adapter's base by itself, with peft) and prints an answer."""
+    return (LOAD + (CHAT if chats else CONTINUE) + ANSWER).format(name=name)
 
 
 def model_card(
-    configuration: str, base: str, weights: str, corpora: dict[str, str], last_step: Mapping[str, object]
+    configuration: str,
+    weights: str,
+    corpora: dict[str, str],
+    last_step: Mapping[str, object],
+    chats: bool,
 ) -> str:
-    """README.md of the exported folder: the method, the model and the data, and how to reproduce it.
+    """README.md of the exported folder: how to load it, the method, the model and the data, and how to reproduce it.
+
+    It names no folder of this machine.
 
     Args:
         configuration: the resolved run configuration, YAML.
-        base: `model.path`. weights: `fingerprint` of its weights.
+        weights: `fingerprint` of the weights of the base.
         corpora: digest of the text of each task.
         last_step: the numbers that `metrics.jsonl` has for the last step.
+        chats: whether the tokenizer has a chat template.
     """
     run = yaml.safe_load(configuration)
+    public = public_configuration(configuration)
+    named, base = yaml.safe_load(public), public_name(run["model"]["path"])
+    found = licence(run["model"]["path"])
     synthesis, objective, train = run["synthesis"], run["objective"], run["train"]
     duration = f"{train['steps']} steps" if train["steps"] else f"{train['epochs']} passes over the corpus"
     tasks = " and ".join(f"{task} `{objective[task]}`" for task in corpora)
-    rows = "\n".join(f"| {task} | `{run['data'][task]['path']}` | `{digest}` |" for task, digest in corpora.items())
+    rows = "\n".join(f"| {task} | `{named['data'][task]['path']}` | `{digest}` |" for task, digest in corpora.items())
     lora = run["model"]["lora"]
     library = "peft" if lora and not lora["merge"] else "transformers"
-    adapters = f"The trained tensors are low-rank adapters (r {lora['r']}, alpha {lora['alpha']})" if lora else ""
-    if lora:
-        adapters += (
-            ", merged into the weights of this folder.\n\n"
-            if lora["merge"]
-            else "; this folder contains only them.\n\n"
-        )
+    name = Path(run["output"]).name
     measured = [(name, value) for name, value in last_step.items() if isinstance(value, float) and "/" not in name]
     numbers = "\n".join(f"| {name} | {value:.4g} |" for name, value in measured)
     return f"""---
 base_model: {base}
 library_name: {library}
 pipeline_tag: text-generation
-tags: [unlearning]
+{f"license: {found}{chr(10)}" if found else ""}tags: [unlearning]
 ---
 
-# {Path(run["output"]).name}
+# {name}
 
 `{base}` after {duration} of {tasks}, combined by `{synthesis["rule"]}` at scope \
 `{synthesis["scope"] or "of the paper"}` (retain weight alpha {synthesis["alpha"]}, forget weight gamma \
 {synthesis["gamma"]}).
 
-{adapters}Weights at the start (SHA-256 of the files, or hub commit): `{weights}`
+{SCORES}
+
+## How to use it
+
+```python
+{usage(name, chats)}```
+
+`hf upload NAME .` in this folder puts it on the hub, where NAME is a repository of yours. Measure forgetting and
+retention with `python -m eval.run --model <this folder> --suite <name>`; the scores are then written here.
+
+## How it was made
+
+{adapters(lora)}Weights at the start (SHA-256 of the files, or hub commit): `{weights}`
 
 | corpus | source | SHA-256 of the file, or hub fingerprint; and of the columns read from it |
 |---|---|---|
 {rows}
 
-## Last step
-| measure | value |
+| measure, at the last step | value |
 |---|---|
 {numbers}
 
-Measure forgetting and retention with `python -m eval.run --model <this folder> --suite <name>`.
-
-## How to reproduce it
-Save this as `config.yaml`, set `output` to a new folder, and run
-`deepspeed --module pipeline.train --config config.yaml`:
+To make it again, save this as `config.yaml`, set `output` to a new folder and the paths to those of the files with these
+digests, and run `deepspeed --module pipeline.train --config config.yaml`:
 
 ```yaml
-{configuration}```
+{public}```
 
 Made with torch {torch.__version__}, deepspeed {deepspeed.__version__}, transformers {transformers.__version__}.
 """
+
+
+def adapters(lora: dict[str, Any] | None) -> str:
+    """A sentence about adapters, if they were trained."""
+    if not lora:
+        return ""
+    what = f"The trained tensors are low-rank adapters (r {lora['r']}, alpha {lora['alpha']})"
+    where = ", merged into the weights of this folder" if lora["merge"] else "; this folder contains only them"
+    return f"{what}{where}.\n\n"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -58,6 +60,22 @@ def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = missing_package(config.path) or " ".join(str(error).split())[:300]
         raise InputError(f"model.path: no tokenizer can be loaded from {config.path!r}: {reason}") from None
+
+
+def num_parameters(config: Model) -> int:
+    """Parameters of the model, tied ones once, from `config.json` alone.
+
+    Raises:
+        InputError: see `load_model_config`; or transformers has no causal language model of this kind.
+    """
+    shape = load_model_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
+    except (ValueError, NotImplementedError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"model.path: {config.path!r} cannot be built: {reason}; set optimizer.lr") from None
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def check_layer(config: Model, layer: int) -> None:

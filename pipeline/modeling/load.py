@@ -47,7 +47,8 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
     if not config.allow_pickle:
         options["use_safetensors"] = True  # else transformers loads a pickle where there are no safetensors
     try:
-        model = load_whole(config.path, dtype=getattr(torch, config.dtype), **options)
+        dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)  # auto: as it was saved
+        model = load_whole(config.path, dtype=dtype, **options)
     except WrongWeights as error:
         raise InputError(f"model.path: {error}") from None
     except torch.OutOfMemoryError:

@@ -21,6 +21,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from pipeline.distributed.terminal import can_redraw
+
 PROGRESS_EVERY_S = 10.0  # between two lines of progress where stderr is no terminal
 
 
@@ -83,8 +85,8 @@ def log_end(error: BaseException) -> bool:
 
 
 def is_live() -> bool:
-    """Whether a progress bar may be redrawn: a terminal, on rank 0, without --quiet."""
-    return logger.isEnabledFor(logging.INFO) and sys.stderr.isatty()
+    """Whether a progress bar may be redrawn: a terminal that has a width, on rank 0, without --quiet."""
+    return logger.isEnabledFor(logging.INFO) and can_redraw(sys.stderr)
 
 
 @contextmanager
@@ -161,7 +163,7 @@ class Progress:
         self.bar = tqdm(
             total=steps,
             initial=start,
-            desc="unlearning",
+            desc="training",
             unit=" steps",
             mininterval=0.5,
             dynamic_ncols=True,

@@ -141,7 +141,8 @@ class Monitor:
         model = self.folder if exports.is_dir() else final  # every export on the way, if there are any
         found_in = ("--model", str(model), "--suite", "SUITE", "--output", str(self.folder / "evaluation.json"))
         rows.append(("next", f"python -m eval.run {shlex.join(found_in)}"))
-        console.logger.info("unlearned\n%s", console.table(rows))
+        forgets = any(row.get("forget_loss") is not None for row in self.history)
+        console.logger.info("%s\n%s", "unlearned" if forgets else "trained", console.table(rows))
 
 
 def results(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -78,7 +78,7 @@ def model_without_weights(config: RunConfig) -> PreTrainedModel:
     """
     logging.set_verbosity_error()
     wanted = config.model.attn_implementation
-    padded = config.data.packing == "documents" and wanted in (None, "sdpa")
+    padded = config.data.packing != "blocks" and wanted in (None, "sdpa")
     AttentionInterface.register("rehearsed", partial(_attention, padded=padded))
     shape = load_model_config(config.model)
     if "retain" in config.tasks:

@@ -39,6 +39,7 @@ def deepspeed(config: Resolve, tmp_path: Path) -> Callable[..., dict[str, Any]]:
         file = tmp_path / "ds.json"
         file.write_text(content if isinstance(content, str) else json.dumps(content))
         train = {"deepspeed": str(file), **changed.pop("train", {})}
-        return deepspeed_config(config(train=train, **changed))
+        model = {"dtype": "bfloat16", **changed.pop("model", {})}  # as a run on GPUs has it
+        return deepspeed_config(config(train=train, model=model, **changed))
 
     return make

@@ -152,7 +152,7 @@ def test_cards_name_the_original(runs: dict[str, dict[str, Any]], world: World) 
     folder = hashlib.sha256("".join(lines).encode())
     for name, library in (("lora-zero3-sago", "peft"), ("lora-merged", "transformers"), ("plain", "transformers")):
         card = (final_of(runs[name]) / "README.md").read_text()
-        assert f"base_model: {world.folder / 'model'}" in card and f"library_name: {library}" in card
+        assert "base_model: model\n" in card and f"library_name: {library}" in card
         assert folder.hexdigest() in card
     adapter = json.loads((final_of(runs["lora-zero3-sago"]) / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == str(world.folder / "model")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.automatic import fit_machine
 from pipeline.config.schema import RunConfig
 
 
@@ -12,4 +13,4 @@ def configuration_of(path: Path, **sections: Any) -> RunConfig:
     corpus = {"path": "some/corpus"}
     base: dict[str, Any] = {"output": "unused", "data": {"forget": corpus, "retain": corpus}, **sections}
     base["model"] = {"path": str(path), **base.get("model", {})}
-    return RunConfig.model_validate(base)
+    return fit_machine(RunConfig.model_validate(base), on_gpu=True)

@@ -1,0 +1,32 @@
+"""The scores of a model in its card, README.md of the model folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from eval.files import write_atomically
+from eval.reporting.pages import Heading, Table, as_markdown
+
+PLACE = "<!-- scores -->"  # in the card that training writes (pipeline/modeling/card.py): sections go in front of it
+
+
+def write_scores(model: Path, suite: str, rows: list[list[str]]) -> None:
+    """Put the table of a suite into the card of a model, in place of an earlier one of the suite.
+
+    A card without the mark that this program writes is somebody else's, and stays as it is.
+    """
+    card = model / "README.md"
+    if not card.is_file():
+        return
+    text = card.read_text(encoding="utf-8")
+    if PLACE not in text:
+        return
+    begin, end = f"<!-- scores of {suite} -->\n", f"<!-- end of {suite} -->\n"
+    section = begin + as_markdown([Heading(f"Scores on {suite}"), Table([rows[0], rows[-1]])]) + end
+    earlier = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    if earlier.search(text):
+        text = earlier.sub(lambda _: section, text)
+    else:
+        text = text.replace(PLACE, section + PLACE, 1)
+    write_atomically(card, text)

@@ -1,0 +1,47 @@
+"""The notebook of the documents runs from its first cell to its last, and shows what it promises."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config.schema import REPOSITORY
+
+pytestmark = pytest.mark.slow  # it trains three models: minutes; and needs tests/requirements-slow.txt
+NOTEBOOK = REPOSITORY / "docs" / "notebooks" / "quickstart.ipynb"
+
+
+@pytest.fixture
+def notebook() -> Any:
+    import nbformat
+
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def test_the_notebook_runs_and_shows_scores_and_text(notebook: Any, tmp_path: Path) -> None:
+    from nbclient import NotebookClient
+
+    for part in ("pipeline", "eval", "launch", "ds_configs", "docs"):  # its runs stay out of the repository
+        (tmp_path / part).symlink_to(REPOSITORY / part)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    resources = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=1200, resources=resources).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs), "no figure"
+    printed = "".join(output["text"] for output in outputs if output["output_type"] == "stream")
+    forgotten, kept = printed.split("to keep:")
+    for part in (forgotten, kept):  # the model before unlearning continues both documents as they are written
+        text, before = (
+            next(line for line in part.splitlines() if f"{name}: ..." in line) for name in ("text", "before")
+        )
+        assert text.split("... ")[1].split()[:3] == before.split("... ")[1].split()[:3]
+    sago = next(line for line in kept.splitlines() if " sago: ..." in line)
+    assert sago.split("... ")[1].split()[0] in kept.split("text: ... ")[1]
+
+
+def test_the_notebook_is_committed_without_outputs(notebook: Any) -> None:
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert cells and all(not cell.outputs and cell.execution_count is None for cell in cells)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -30,12 +34,6 @@ SECTIONS: dict[str, Any] = {  # gru has a state; kl asks the original, which is 
 def command(config: Path, *more: str, ranks: int = 2) -> list[str]:
     module = ["--module", "pipeline.train", "--config", str(config), *more]
     return ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()), *module]
-
-
-def run(config: Path, *more: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(config, *more, ranks=ranks), cwd=REPOSITORY, capture_output=True, text=True, timeout=400
-    )
 
 
 def complete(config: Path, *more: str, ranks: int = 2) -> None:
@@ -117,6 +115,57 @@ class Started:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.wait_for_the_others()
+
+
+class Copied:
+    """A run of two ranks under way: the whole command, to its exit status, on ranks of the pool in place of a launcher.
+
+    They are copies of a process that has imported everything, so their start costs seconds less than `Started`'s. How
+    launchers pass on signals and statuses is tested where there are launchers (test_stop.py).
+    """
+
+    def __init__(self, config: Path, *more: str) -> None:
+        self.log, self.began = config.with_suffix(".stderr"), time.time()
+        self.ids = [config.with_suffix(f".rank-{rank}") for rank in (0, 1)]
+        for file in self.ids:
+            file.unlink(missing_ok=True)
+        given = ["--config", str(config), *more]
+        self.call = ThreadPoolExecutor(1).submit(run_distributed, whole_command, 2, given, self.log, self.ids)
+
+    def wait_for(self, happened: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 300
+        while not happened():
+            assert not self.call.done() and time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.01)
+
+    def wait_for_lines(self, folder: Path, number: int) -> None:
+        """Until it has itself brought the log to `number` lines."""
+        log = folder / "metrics.jsonl"
+        self.wait_for(lambda: log.exists() and log.stat().st_mtime > self.began and lines(folder) >= number)
+
+    def ranks(self) -> list[psutil.Process]:
+        return [psutil.Process(int(file.read_text())) for file in self.ids]
+
+    def ended(self) -> tuple[set[int], str]:
+        """Statuses of the ranks that did not end well, and what all wrote to stderr."""
+        with pytest.raises(AssertionError) as caught:
+            self.call.result(200)
+        statuses = {int(code) for code in re.findall(r"ended with exit code (-?\d+)", str(caught.value))}
+        return statuses, self.log.read_text()
+
+    def kill(self) -> None:
+        for rank in self.ranks():
+            rank.kill()
+        assert self.ended()[0] == {-signal.SIGKILL}
+
+
+def whole_command(arguments: list[str], log: Path, ids: list[Path]) -> None:
+    """On each rank: `pipeline.train`, which ends the process. Its stderr goes to `log`, its process id to a file."""
+    from pipeline import train
+
+    os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), sys.stderr.fileno())
+    ids[int(os.environ["RANK"])].write_text(str(os.getpid()))
+    sys.exit(train.main(arguments))
 
 
 def is_rank(process: psutil.Process) -> bool:

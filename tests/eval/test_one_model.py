@@ -19,20 +19,19 @@ from tests.conftest import World
 from tests.distributed import run_distributed
 
 NUM_EXPORTS = 4
-MODEL_BYTES = 192 * 2**20  # large beside what a process gains and loses otherwise
+WHOLE_BYTES = 192 * 2**20  # large beside what a process gains and loses otherwise
+SHARDED_BYTES = 24 * 2**20  # models are counted, no memory is
 WIDTH = 512
 ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
 
-@pytest.fixture(scope="module")
-def exports(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`run/`: four exports of about MODEL_BYTES, which are one file under four names."""
-    folder = tmp_path_factory.mktemp("exports")
+def make_exports(world: World, folder: Path, size: int) -> None:
+    """`run/`: four exports of about `size` bytes, which are one file under four names."""
     tokenizer = AutoTokenizer.from_pretrained(world.folder / "model")
     shape = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
-        intermediate_size=MODEL_BYTES // (4 * 4 * 3 * WIDTH) - WIDTH,  # 4 bytes, 4 blocks, 3 tensors of the MLP
+        intermediate_size=size // (4 * 4 * 3 * WIDTH) - WIDTH,  # 4 bytes, 4 blocks, 3 tensors of the MLP
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -51,7 +50,6 @@ def exports(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "wmdp").mkdir()
     write_jsonl(folder / "wmdp" / "wmdp_bio.jsonl", [quiz, {**quiz, "question": "Who?"}])
     (folder / "zero3.json").write_text(json.dumps(ZERO3))
-    return folder
 
 
 def evaluate_watched(exports: Path, sharded: bool) -> None:
@@ -72,15 +70,16 @@ def evaluate_watched(exports: Path, sharded: bool) -> None:
     sys.argv = ["run.py", *map(str, given), "--suite", "bios", "wmdp_bio"]
     run.main()
     assert alive == [1] * NUM_EXPORTS, alive
-    share = MODEL_BYTES / (2 if sharded else 1)
-    growth = [(size - sizes[0]) / share for size in sizes]
-    print(f"growth since the first model, in shares of a model: {[round(one, 3) for one in growth]}", flush=True)
+    if sharded:  # the resident size moves by more than a share of a model between exports, either way: no bound here
+        return
+    growth = [(size - sizes[0]) / WHOLE_BYTES for size in sizes]
+    print(f"growth since the first model, in models: {[round(one, 3) for one in growth]}", flush=True)
     # The first model also brings libraries and the allocator's reserve; later ones bring nothing.
-    # Sharded, the resident size still grows, by about half a share an export: not explained yet, so no bound there.
-    assert sharded or growth[-1] - growth[1] < 0.3, growth
+    assert growth[-1] - growth[1] < 0.3, growth
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_two_ranks_hold_one_model_at_a_time(sharded: bool, exports: Path) -> None:
-    run_distributed(evaluate_watched, 2, exports, sharded)
-    assert len(json.loads((exports / f"answer-{sharded}.json").read_text())["trajectory"]) == NUM_EXPORTS
+def test_two_ranks_hold_one_model_at_a_time(sharded: bool, world: World, tmp_path: Path) -> None:
+    make_exports(world, tmp_path, SHARDED_BYTES if sharded else WHOLE_BYTES)
+    run_distributed(evaluate_watched, 2, tmp_path, sharded)
+    assert len(json.loads((tmp_path / f"answer-{sharded}.json").read_text())["trajectory"]) == NUM_EXPORTS

@@ -17,6 +17,8 @@ from eval.files import read_jsonl, write_jsonl
 from eval.suites import biographies
 from eval.suites import bios as bios_suite
 from pipeline.config.load import resolve, to_yaml
+from tests.distributed import run_distributed
+from tests.interrupted import run_in_process
 
 
 def test_adversarial_questions_of_bios() -> None:
@@ -111,8 +113,21 @@ def test_all_attacks_on_two_ranks(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    launch, launched = attack_run.call, list[str]()
+
+    def launch_one(line: list[str], log: Path) -> int:
+        """The first training as it is; the other on ranks of the pool."""
+        launched.append(log.name)
+        if len(launched) == 1:
+            return launch(line, log)
+        given = line[line.index("pipeline.train") + 1 :]
+        run_distributed(run_in_process, int(line[line.index("--num_gpus") + 1]), given)
+        return 0
+
+    monkeypatch.setattr(attack_run, "call", launch_one)
     arguments = ("--run", run_folder, "--suite", "bios", "--data", run_folder.parent, "--steps", 3, "--lr", 0.003)
     assert command(*arguments) == 0
+    assert launched == ["relearn.training", "retain.training"]
     output = run_folder / "robustness.json"
     answer = json.loads(output.read_text())
     entries = {entry["name"]: entry for entry in answer["attacks"]}

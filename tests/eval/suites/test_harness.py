@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from lm_eval.__main__ import cli_evaluate
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from eval import loading, run
 from eval.suites import bios as bios_suite
 from eval.suites import harness
 from pipeline.errors import InputError
-from tests.distributed import free_port, run_distributed
+from tests.distributed import run_distributed
 from tests.eval.suites.questions import (
     FRUIT,
     NUM_QUESTIONS,
@@ -31,7 +33,6 @@ from tests.eval.suites.questions import (
     write_rows,
 )
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}  # every tensor is sharded
 
 
@@ -85,11 +86,11 @@ def test_the_answer_says_what_was_asked(folder: Path, one_rank: dict[str, Any]) 
 
 
 def test_mmlu_is_the_harness_command_line_subject_by_subject(
-    folder: Path, one_rank: dict[str, Any], tmp_path: Path
+    folder: Path, one_rank: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tasks").mkdir()
     harness.write_tasks(tmp_path / "tasks", folder / "data", "mmlu", shots=5)
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", "mmlu", "--num_fewshot", "5"]
+    command = ["lm_eval", "run", "--model", "hf", "--tasks", "mmlu", "--num_fewshot", "5"]
     command += [
         "--model_args",
         f"pretrained={folder / 'run' / 'exports' / 'step-000001'}",
@@ -99,8 +100,8 @@ def test_mmlu_is_the_harness_command_line_subject_by_subject(
         "cpu",
     ]
     command += ["--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / "out")]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
-    assert result.returncode == 0, result.stderr[-2000:]
+    monkeypatch.setattr(sys, "argv", command)
+    cli_evaluate()
     (file,) = (tmp_path / "out").rglob("results_*.json")
     theirs = json.loads(file.read_text())["results"]
     suite = one_rank["trajectory"][0]["suites"]["mmlu"]
@@ -110,13 +111,18 @@ def test_mmlu_is_the_harness_command_line_subject_by_subject(
     assert len({suite["metrics"]["acc"][subject] for subject in SUBJECTS}) == 3  # a mix-up of subjects would show
 
 
+def evaluate_listened(folder: Path, output: Path) -> None:
+    """The command; what each rank says goes to a file beside `output`."""
+    sys.argv = ["run.py", *arguments(folder, output)]
+    with output.with_suffix(f".{os.environ['RANK']}").open("w") as file, redirect_stdout(file):
+        run.main()
+
+
 def test_two_ranks_are_one(folder: Path, one_rank: dict[str, Any], tmp_path: Path) -> None:
     """The quiz and the probes are one batch each, which the second rank can only repeat."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    command = [sys.executable, *launcher, "-m", "eval.run", *arguments(folder, tmp_path / "two.json")]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=400)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.count("wrote") == 1
+    run_distributed(evaluate_listened, 2, folder, tmp_path / "two.json")
+    said = [(tmp_path / f"two.{rank}").read_text() for rank in (0, 1)]
+    assert [text.count("wrote") for text in said] == [1, 0]
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["ranks"] == 2
     assert two["trajectory"] == one_rank["trajectory"]

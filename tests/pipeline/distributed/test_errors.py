@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from pipeline.config.schema import REPOSITORY
 from pipeline.distributed import errors as rank_errors
-from tests.distributed import free_port
+from tests.distributed import Ranks
 
 NCCL = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3690, unhandled system error, NCCL version 2.27.5
 ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error.
@@ -57,44 +56,39 @@ def test_an_error_that_only_mentions_the_network_is_not_one_of_it(
     assert printed.rstrip().endswith(str(error)) and "another rank" not in printed
 
 
-# One of two ranks fails by itself or is killed, while the other waits for it in a collective.
-STRUCK = """
-import os, signal, sys
-from pathlib import Path
-import torch
-import torch.distributed as dist
-from pipeline.distributed import errors, process_group
-from pipeline.monitoring import console
-how, folder, rank = sys.argv[1], Path(sys.argv[2]), int(os.environ["RANK"])
-console.setup_logging(rank)
-process_group.start(0.5)
-if how != "early":
-    console.open_log(folder, rank)
-dist.barrier()
-try:
-    if rank == int(sys.argv[3]):
-        if how == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise ZeroDivisionError("the culprit's own error")
-    dist.all_reduce(torch.ones(1))
-except BaseException as error:
-    process_group.leave(errors.report(error, logged=console.log_end(error)))
-"""
+def strike(how: str, culprit: int, folder: Path) -> None:
+    """On each of two ranks: one fails by itself or is killed, while the other waits for it in a collective."""
+    import torch
+    import torch.distributed as dist
+
+    from pipeline.distributed import errors, process_group
+    from pipeline.monitoring import console
+
+    rank = int(os.environ["RANK"])
+    os.dup2(os.open(folder / f"stderr-{rank}", os.O_CREAT | os.O_WRONLY), sys.stderr.fileno())
+    console.setup_logging(rank)
+    process_group.start(0.5)
+    if how != "early":
+        console.open_log(folder, rank)
+    dist.barrier()
+    try:
+        if rank == culprit:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ZeroDivisionError("the culprit's own error")
+        dist.all_reduce(torch.ones(1))
+    except BaseException as error:
+        process_group.leave(errors.report(error, logged=console.log_end(error)))
 
 
 def struck(how: str, culprit: int, folder: Path) -> list[str]:
-    """What each of two ranks prints on stderr."""
-    port, running = free_port(), []
-    for rank in (0, 1):
-        printed = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        running.append(
-            subprocess.Popen(
-                [sys.executable, "-c", STRUCK, how, str(folder), str(culprit)],
-                cwd=REPOSITORY, env={**os.environ, **{name: str(value) for name, value in printed.items()}},
-                stderr=subprocess.PIPE, text=True,
-            )
-        )  # fmt: skip
-    return [process.communicate(timeout=120)[1] for process in running]
+    """What each of two ranks, of a pool that ends with them, prints on stderr."""
+    ranks = Ranks(2)
+    try:
+        assert ranks.call(strike, (how, culprit, folder), timeout=120).keys() == {0, 1}, "a rank has ended well"
+    finally:
+        ranks.end()
+    return [(folder / f"stderr-{rank}").read_text() for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("culprit", [0, 1])

@@ -94,12 +94,26 @@ ZERO: dict[str, Any] = {
 }
 ON_EACH = ("npo-kl", "rmu-embed_diff")  # stage
 DECAYED = ("retain-only", "decayed-pcgrad", "decayed-sgd")  # likewise: two groups of tensors on each stage
+# By default: AdamW on each way, SGD where weights are stored otherwise. Slow: the rest.
+FEW_DECAYED = [
+    *((name, "decayed-pcgrad") for name in ZERO),
+    *((name, "decayed-sgd") for name in ("stage0", "stage1", "stage2", "none-persistent")),
+]
+MORE_DECAYED = [(name, case) for name in ZERO for case in DECAYED if (name, case) not in FEW_DECAYED]
+# On three ranks by default: each way a loss is normalised or compared with the original (each kind of rule is on three
+# ranks in test_stages.py). Slow: the rest.
 ON_THREE = (
-    *("sum", "sago", "pcgrad-module", "pcgrad-global", "pcgrad-layer", "blur", "gru", "npo-sago", "simnpo-pcgrad"),
-    *("forget-only", "retain-only", "tied", "wga-pcgrad", "undial-pcgrad", "npo-kl", "rmu-embed_diff", "dpo_idk-sum"),
-    "idk-pcgrad",
+    *("sago", "pcgrad-global", "npo-sago", "simnpo-pcgrad", "tied", "undial-pcgrad", "npo-kl", "rmu-embed_diff"),
+    "dpo_idk-sum",
 )
-RUNS = [(2, case) for case in CASES] + [(3, case) for case in ON_THREE]  # ranks, case
+MORE_ON_THREE = (
+    *("sum", "pcgrad-module", "pcgrad-layer", "blur", "gru", "forget-only", "retain-only", "wga-pcgrad", "idk-pcgrad"),
+)
+RUNS = [  # ranks, case
+    *((2, case) for case in CASES),
+    *((3, case) for case in ON_THREE),
+    *(pytest.param(3, case, marks=pytest.mark.slow) for case in MORE_ON_THREE),
+]
 
 
 def train_cases(configurations: list[dict[str, Any]]) -> None:
@@ -168,24 +182,27 @@ def expected(world: World) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """Number of ranks -> the folder of their runs, which are made once."""
+def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Path]:
+    """Number of ranks, case -> the folder of that run. It is made with all others of as many ranks, once."""
 
     @cache
-    def made(ranks: int) -> Path:
+    def made(ranks: int, cases: tuple[str, ...]) -> Path:
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        cases = [config for name, config in configurations(world, folder).items() if (ranks, name) in RUNS]
-        run_distributed(train_cases, ranks, cases)
+        run_distributed(train_cases, ranks, [configurations(world, folder)[name] for name in cases])
         return folder
 
-    return made
+    def run(ranks: int, case: str) -> Path:
+        of_three = MORE_ON_THREE if case in MORE_ON_THREE else ON_THREE
+        return made(ranks, of_three if ranks == 3 else tuple(CASES)) / case
+
+    return run
 
 
 @pytest.mark.parametrize(("ranks", "case"), RUNS)
 def test_weight_change_equals_the_plain_loop(
-    ranks: int, case: str, runs: Callable[[int], Path], expected: dict[str, Any], world: World
+    ranks: int, case: str, runs: Callable[[int, str], Path], expected: dict[str, Any], world: World
 ) -> None:
-    final = load_file(runs(ranks) / case / "final" / "model.safetensors")
+    final = load_file(runs(ranks, case) / "final" / "model.safetensors")
     initial = load_file(world.folder / ("tied" if "tied" in case else "model") / "model.safetensors")
     weights, _ = expected[case]
     assert set(weights) <= set(final)
@@ -212,10 +229,10 @@ def agree_with_the_plain_loop(
 
 @pytest.mark.parametrize(("ranks", "case"), RUNS)
 def test_metrics_equal_the_plain_loop(
-    ranks: int, case: str, runs: Callable[[int], Path], expected: dict[str, Any]
+    ranks: int, case: str, runs: Callable[[int, str], Path], expected: dict[str, Any]
 ) -> None:
-    agree_with_the_plain_loop(case, runs(ranks) / case, expected)
-    lines = [json.loads(line) for line in (runs(ranks) / case / "metrics.jsonl").read_text().splitlines()]
+    agree_with_the_plain_loop(case, runs(ranks, case), expected)
+    lines = [json.loads(line) for line in (runs(ranks, case) / "metrics.jsonl").read_text().splitlines()]
     by_layer = [step for step, line in enumerate(lines) if any("/" in name for name in line)]
     assert by_layer == ([1, 3] if case in ("pcgrad-layer", "sago-host") else [])
 
@@ -228,15 +245,21 @@ def test_the_retain_gradient_of_the_plain_loop_is_zero_first_and_then_not(case: 
     assert min(rest) > 1e-4
 
 
+def on_stages(world: World, folder: Path, wanted: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Configurations of (a key of ZERO, a case), with the DeepSpeed files that they name."""
+    for name, zero in ZERO.items():
+        (folder / f"{name}.json").write_text(json.dumps({"zero_optimization": zero}))
+    made = []
+    for name, case in wanted:
+        keys = configurations(world, folder / name)[case]
+        made.append({**keys, "train": {**keys["train"], "deepspeed": str(folder / f"{name}.json")}})
+    return made
+
+
 @pytest.fixture(scope="module")
 def staged(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stages")
-    settings = []
-    for name, zero in ZERO.items():
-        (folder / f"{name}.json").write_text(json.dumps({"zero_optimization": zero}))
-        for case, keys in configurations(world, folder / name).items():
-            if case in (*ON_EACH, *DECAYED):
-                settings.append({**keys, "train": {**keys["train"], "deepspeed": str(folder / f"{name}.json")}})
+    settings = on_stages(world, folder, [*((name, case) for name in ZERO for case in ON_EACH), *FEW_DECAYED])
     keys = configurations(world, folder / "bf16")["npo-kl"]
     settings.append({**keys, "model": {**keys["model"], "dtype": "bfloat16"}})
     run_distributed(train_cases, 2, settings)
@@ -260,12 +283,18 @@ def test_the_frozen_original_on_every_stage(
     agree_with_the_plain_loop(case, staged / name / case, expected)
 
 
-@pytest.mark.parametrize("name", ZERO)
-@pytest.mark.parametrize("case", DECAYED)
+@pytest.mark.parametrize(("name", "case"), FEW_DECAYED)
 def test_weight_decay_on_every_stage(
     name: str, case: str, staged: Path, expected: dict[str, Any], world: World
 ) -> None:
     assert_weights_agree(name, case, staged, expected, world)
+
+
+@pytest.mark.slow
+def test_weight_decay_on_every_stage_in_the_other_cases(expected: dict[str, Any], world: World, tmp_path: Path) -> None:
+    run_distributed(train_cases, 2, on_stages(world, tmp_path, MORE_DECAYED))
+    for name, case in MORE_DECAYED:
+        assert_weights_agree(name, case, tmp_path, expected, world)
 
 
 def test_the_frozen_original_in_bf16(staged: Path, expected: dict[str, Any]) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import subprocess
-import sys
 from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
@@ -14,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config.schema import REPOSITORY
-from tests.distributed import run_distributed
+from tests.distributed import Ranks, run_distributed
 from tests.pipeline.zero.stages import CONFIGURATIONS, RULES, SGD, STORES
 from tests.toy import (
     Case,
@@ -111,10 +108,12 @@ def check_the_limit() -> None:
 
 
 def test_every_group_of_ranks_has_the_limit_of_the_run() -> None:
-    """In a process of its own: the group of a pool has the limit with which the pool began."""
-    code = f"from {__name__} import check_the_limit; check_the_limit()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    """In a pool of its own: the group of a pool has the limit with which the pool began."""
+    ranks = Ranks(1)
+    try:
+        assert not ranks.call(check_the_limit, (), timeout=100)
+    finally:
+        ranks.end()
 
 
 def check_the_warning() -> None:

@@ -22,14 +22,13 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 from eval.evaluation import evaluate_all, find_models, load_suites, provenance
 from eval.files import exit_status
 from eval.loading import add_trust_options, read_ds_config, trust_of
 from eval.suites import MMLU_SHOTS, SUITES, check_suites, sharing
 from pipeline.errors import InputError
-from pipeline.files import write_whole
+from pipeline.files import Json, write_whole
 
 FORGET_SETS = ("forget01", "forget05", "forget10")  # of TOFU on the hub
 
@@ -50,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check(arguments: argparse.Namespace, suites: list[str]) -> dict[str, dict[str, Any]]:
+def check(arguments: argparse.Namespace, suites: list[str]) -> dict[str, Json]:
     """Further arguments of `load_probes` by the suite's name; raises InputError for options that do not fit."""
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size}: give 1 or more")
@@ -62,7 +61,7 @@ def check(arguments: argparse.Namespace, suites: list[str]) -> dict[str, dict[st
         raise InputError("--forget-set belongs to suite tofu from the hub alone; --data decides the forget set itself")
     if arguments.shots is not None and arguments.shots < 0:
         raise InputError(f"--shots {arguments.shots}: give 0 or more")
-    options: dict[str, dict[str, Any]] = {}
+    options: dict[str, Json] = {}
     if arguments.shots is not None:
         options["mmlu"] = {"shots": arguments.shots}
     if arguments.forget_set is not None:

@@ -23,13 +23,14 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from eval.suites import scoring
 from eval.suites.rouge import SCRIPT_WORDS, recall_by_script, recall_rouge
 from pipeline.config.schema import Corpus, format_of
 from pipeline.data.corpus import is_saved_dataset, read_rows, text_of
 from pipeline.errors import InputError
+from pipeline.files import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -132,7 +133,7 @@ def evaluate(
     *,
     batch_size: int = 64,
     title: str = "corpus",
-) -> dict[str, Any]:
+) -> Json:
     """{"metrics": {split: {"probability", "rouge"}}, "counts": {split: {"documents", "rouge"}}, "protocol": text}.
 
     A document without a predicted token counts nowhere, and one without words to decode does not count under `rouge`.

@@ -36,6 +36,9 @@ from eval.suites import MMLU_SHOTS, scoring
 from eval.suites.sharing import rank_and_size, share
 from pipeline.data.corpus import json_rows
 from pipeline.errors import InputError
+from pipeline.files import Json
+
+Request = tuple[tuple[str, str], list[int], list[int]]  # texts, context ids, continuation ids
 
 
 class Row(TypedDict):
@@ -117,7 +120,7 @@ def write_task(folder: Path, built_in: Path, test: list[Row], dev: list[Row]) ->
         if rows:
             files[split] = str(folder / f"{name}.{split}.jsonl")
             write_jsonl(Path(files[split]), map(dict, rows))
-    changes: dict[str, Any] = {
+    changes: Json = {
         "include": str(built_in),
         "task": name,
         "dataset_path": "json",
@@ -218,7 +221,7 @@ class SharedLM(Base):
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
-        self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """(log-likelihood, whether greedy) per request (texts, context ids, continuation ids), in their order.
 
@@ -249,7 +252,7 @@ def evaluate(
     *,
     batch_size: int = 64,
     title: str = "harness",
-) -> dict[str, Any]:
+) -> Json:
     """Accuracy in [0, 1] as the harness reports it; for MMLU per subject, and over all questions ("all").
 
     Returns {"metrics": {"acc": {"all": x, subject: x, …}}, "standard_errors": likewise, "counts": {"questions":

@@ -9,12 +9,12 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from eval.files import read_jsonl
 from eval.loading import Trust, is_model, load
 from eval.suites import SUITES, Probes, Suite, load_suite, sharing
 from pipeline.errors import InputError
+from pipeline.files import Json
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -28,7 +28,7 @@ class LoadedSuite:
     probes: Probes
 
 
-def load_suites(names: list[str], folder: Path | None, options: dict[str, dict[str, Any]]) -> list[LoadedSuite]:
+def load_suites(names: list[str], folder: Path | None, options: dict[str, Json]) -> list[LoadedSuite]:
     """The suites with their probes; `options` are further arguments of `load_probes`, by the suite's name.
 
     Raises:
@@ -73,12 +73,12 @@ def evaluate_all(
     models: list[tuple[int | None, Path]],
     suites: list[LoadedSuite],
     batch_size: int,
-    ds_config: dict[str, Any] | None,
+    ds_config: Json | None,
     trust: Trust,
-) -> tuple[list[dict[str, Any]], str]:
+) -> tuple[list[Json], str]:
     """One {"step", "model", "suites"} for each model, and the dtype of the last model."""
 
-    def evaluate(folder: Path) -> tuple[dict[str, Any], str]:  # a scope of its own: no model outlives it
+    def evaluate(folder: Path) -> tuple[Json, str]:  # a scope of its own: no model outlives it
         with sharing.raise_on_all_ranks():
             model, tokenizer = load(folder, ds_config, trust)
         results = {
@@ -100,7 +100,7 @@ def evaluate_all(
     return entries, dtype
 
 
-def provenance(names: list[str], sharded: bool, dtype: str) -> dict[str, Any]:
+def provenance(names: list[str], sharded: bool, dtype: str) -> Json:
     """{"command", "versions", "dtype", "ranks"} of the evaluation that this process runs."""
     packages = ["torch", "transformers", "rouge_score"]
     if any(SUITES[name].startswith("eval.suites.harness") for name in names):

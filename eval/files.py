@@ -13,6 +13,7 @@ import yaml
 
 from pipeline.data.corpus import json_rows
 from pipeline.errors import InputError
+from pipeline.files import Json
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
@@ -36,7 +37,7 @@ def read_json(path: Path) -> Any:
         raise InputError(f"cannot read {path}: {error}; give a complete JSON file") from error
 
 
-def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[dict[str, Any]]:
+def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[Json]:
     """The objects of a JSON Lines file (see `json_rows`); raises InputError with the line's number."""
     rows = []
     for where, row in json_rows(path):
@@ -47,7 +48,7 @@ def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[dict[str, Any]]
     return rows
 
 
-def read_hub(path: str, name: str) -> list[dict[str, Any]]:
+def read_hub(path: str, name: str) -> list[Json]:
     """The rows of all splits of configuration `name` of a hub dataset; raises InputError if it cannot be loaded."""
     import datasets  # takes seconds
 
@@ -60,7 +61,7 @@ def read_hub(path: str, name: str) -> list[dict[str, Any]]:
     return [dict(row) for split in cast(datasets.DatasetDict, splits).values() for row in split]
 
 
-def read_config(folder: Path, sections: Iterable[str]) -> dict[str, Any]:
+def read_config(folder: Path, sections: Iterable[str]) -> Json:
     """The resolved configuration of a run, with at least `sections`.
 
     Raises:
@@ -78,7 +79,7 @@ def read_config(folder: Path, sections: Iterable[str]) -> dict[str, Any]:
     return config
 
 
-def check_texts(rows: object, keys: Iterable[str], where: str) -> list[dict[str, Any]]:
+def check_texts(rows: object, keys: Iterable[str], where: str) -> list[Json]:
     """The rows, each an object whose `keys` hold text; raises InputError with the row's number (from 1)."""
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{where} holds no list of rows; get it again")
@@ -89,6 +90,6 @@ def check_texts(rows: object, keys: Iterable[str], where: str) -> list[dict[str,
     return rows
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_jsonl(path: Path, rows: Iterable[Json]) -> None:
     """Write one compact JSON object per line, in UTF-8 with "\\n" ends on every platform."""
     path.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())

@@ -15,7 +15,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from eval.files import exit_status
 from eval.reporting.pages import as_text
@@ -31,6 +30,7 @@ from eval.sweep.runs import DEFAULT_TRIALS, Plan, read_presets, refuse_another_s
 from eval.sweep.search import run_sweep
 from pipeline.config.files import RECIPES, find_file
 from pipeline.errors import InputError
+from pipeline.files import Json
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -66,7 +66,7 @@ def check(options: argparse.Namespace, axes: Sequence[Axis], overrides: Sequence
         raise InputError(f"--output {options.output} is a file; name a folder")
 
 
-def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, dict[str, Any]]:
+def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, Json]:
     """The plan, and the keys of the recipe that decide its methods; raises InputError."""
     own, overrides = split_overrides(arguments)
     options = make_parser().parse_args(own)

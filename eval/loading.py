@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from eval.files import read_json
 from pipeline.config.files import DEEPSPEED_FILES, find_file
 from pipeline.errors import InputError
+from pipeline.files import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,7 +51,7 @@ def is_model(folder: Path) -> bool:
 
 
 def load(
-    folder: Path, ds_config: dict[str, Any] | None = None, trust: Trust = NO_TRUST
+    folder: Path, ds_config: Json | None = None, trust: Trust = NO_TRUST
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in the dtype it was saved in, on the GPU if there is one, and its tokenizer.
 
@@ -119,7 +120,7 @@ def check_trust(folder: Path, trust: Trust) -> None:
         raise refusal(folder, error, trust) from error
 
 
-def load_sharded(folder: Path, ds_config: dict[str, Any], trust: Trust) -> PreTrainedModel:
+def load_sharded(folder: Path, ds_config: Json, trust: Trust) -> PreTrainedModel:
     """The model under ZeRO-3 without an optimizer; raises OSError or ValueError if it cannot be loaded."""
     import deepspeed
     from transformers import AutoConfig
@@ -143,13 +144,13 @@ def load_sharded(folder: Path, ds_config: dict[str, Any], trust: Trust) -> PreTr
     }
     skip_shm_op()
     zero3 = HfDeepSpeedConfig(config)  # while it lives, from_pretrained loads under deepspeed.zero.Init
-    model: Any = load_whole(folder, dtype="auto", **trust.options())
+    model = load_whole(folder, dtype="auto", **trust.options())
     model.zero3 = zero3  # so that generate() also continues until the answers of the last rank end
     deepspeed.initialize(model=model, config=config)  # hooks its modules
     return model
 
 
-def read_ds_config(path: Path) -> dict[str, Any]:
+def read_ds_config(path: Path) -> Json:
     """A DeepSpeed file. Only `zero_optimization` is used; raises InputError unless it is stage 3."""
     path = find_file(path, "--ds-config", DEEPSPEED_FILES)
     config = read_json(path)

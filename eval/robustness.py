@@ -28,7 +28,6 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from eval.attacks.record import begin, missing, table
 from eval.attacks.run import Evaluator, attacks_of, run_attack, unavailable_reason
@@ -39,7 +38,7 @@ from eval.results.metrics import GENERAL, nearest
 from eval.suites import SUITES, check_suites, load_suite
 from eval.sweep.launch import end_on_terminate, exclusive_lock, refuse_overrides, split_overrides
 from pipeline.errors import InputError
-from pipeline.files import write_whole
+from pipeline.files import Json, write_whole
 
 STEPS = 100
 OWN_KEYS = ("config", "method", "output", "resume", "seed", "train.steps", "optimizer.lr", "model.path")
@@ -84,7 +83,7 @@ def check(options: argparse.Namespace, overrides: Sequence[str]) -> None:
             )
 
 
-def read_finished(run: Path) -> dict[str, Any]:
+def read_finished(run: Path) -> Json:
     """The resolved configuration of a finished run whose model is not an adapter; raises InputError for another."""
     config = read_config(run, SECTIONS)
     if (run / "final" / "adapter_config.json").is_file():

@@ -25,7 +25,6 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 from eval.evaluation import evaluate_all, find_models, load_suites, provenance
 from eval.files import exit_status
@@ -36,7 +35,7 @@ from eval.results.metrics import flatten, headlines, label
 from eval.suites import MMLU_SHOTS, SUITES, check_suites, sharing
 from eval.suites.task_options import add_task_options, task_options
 from pipeline.errors import InputError
-from pipeline.files import write_whole
+from pipeline.files import Json, write_whole
 
 FORGET_SETS = ("forget01", "forget05", "forget10")  # of TOFU on the hub
 
@@ -58,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check(arguments: argparse.Namespace, suites: list[str]) -> dict[str, dict[str, Any]]:
+def check(arguments: argparse.Namespace, suites: list[str]) -> dict[str, Json]:
     """Further arguments of `load_probes` by the suite's name; raises InputError for options that do not fit."""
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size}: give 1 or more")
@@ -70,7 +69,7 @@ def check(arguments: argparse.Namespace, suites: list[str]) -> dict[str, dict[st
         raise InputError("--forget-set belongs to suite tofu from the hub alone; --data decides the forget set itself")
     if arguments.shots is not None and arguments.shots < 0:
         raise InputError(f"--shots {arguments.shots}: give 0 or more")
-    options: dict[str, dict[str, Any]] = {}
+    options: dict[str, Json] = {}
     if tasks := task_options(arguments, suites):
         options["lm_eval"] = tasks
     if arguments.shots is not None:
@@ -80,7 +79,7 @@ def check(arguments: argparse.Namespace, suites: list[str]) -> dict[str, dict[st
     return options
 
 
-def score_tables(entries: list[dict[str, Any]]) -> dict[str, list[list[str]]]:
+def score_tables(entries: list[Json]) -> dict[str, list[list[str]]]:
     """A table of the headline scores of each suite: a row a model, by step, below a row of names.
 
     A suite without headline scores shows all of its scores.

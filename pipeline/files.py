@@ -9,6 +9,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+Json = dict[str, Any]  # an object of a JSON or YAML file: who reads one checks what is in it
 
 UNFINISHED = ".unfinished"  # how the name of what is not whole ends
 

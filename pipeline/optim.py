@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
+from pipeline.config.deepspeed import DeepSpeedDict
 from pipeline.config.schema import RunConfig
 
 if TYPE_CHECKING:
     import torch
+    from torch.optim.lr_scheduler import LRScheduler
     from transformers import Trainer
 
 
-def make_optimizer(config: RunConfig, model: torch.nn.Module, zero: dict[str, Any]) -> torch.optim.Optimizer:
+def make_optimizer(config: RunConfig, model: torch.nn.Module, zero: DeepSpeedDict) -> torch.optim.Optimizer:
     """torch's own; DeepSpeed's vectorised Adam where a GPU machine keeps the optimizer in its main memory."""
     import torch
 
@@ -22,10 +25,12 @@ def make_optimizer(config: RunConfig, model: torch.nn.Module, zero: dict[str, An
     if wanted.name == "sgd":
         return torch.optim.SGD(groups, lr=wanted.lr)
     betas = (wanted.betas[0], wanted.betas[1])
-    adam: Any = torch.optim.AdamW
+    adam: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
     offloaded = (zero["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
     if offloaded and torch.cuda.is_available():
-        from deepspeed.ops.adam import DeepSpeedCPUAdam as adam  # AdamW by default
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        adam = DeepSpeedCPUAdam  # AdamW by default
     return adam(groups, lr=wanted.lr, betas=betas, eps=wanted.eps)
 
 
@@ -45,7 +50,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     return [{"params": half, "weight_decay": decay} for half, decay in zip(halves, decays, strict=True) if half]
 
 
-def make_schedule(config: RunConfig, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+def make_schedule(config: RunConfig, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
     """The schedules as `transformers` defines them; with warm-up the first step has learning rate 0."""
     from transformers import get_scheduler
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.deepspeed import deepspeed_config, refuse_uneven_groups, refuse_what_deepspeed_refuses
 from pipeline.config.files import DEEPSPEED_FILES
 from pipeline.config.load import Parser, add_config_options, resolve
+from pipeline.config.objectives import NEEDS
 from pipeline.config.schema import RunConfig
 from pipeline.errors import InputError
 from pipeline.planning.memory import GIB, Cluster, Zero, states, working
@@ -93,7 +94,6 @@ def make_plan(config: RunConfig, machines: Cluster) -> Plan:
     Raises:
         InputError: the batch does not divide over the GPUs; see also `model_without_weights` and `rehearse`.
     """
-    from pipeline.losses.objectives import OBJECTIVES
     from pipeline.planning.meta_trace import model_without_weights, rehearse, shape_of
 
     if config.train.batch_size % machines.world:
@@ -106,7 +106,7 @@ def make_plan(config: RunConfig, machines: Cluster) -> Plan:
     rehearsed: dict[int | None, Pass] = {}
     passes = {}
     for task in config.tasks:
-        layer = config.objective.layer if OBJECTIVES[getattr(config.objective, task)].hidden else None
+        layer = config.objective.layer if NEEDS[getattr(config.objective, task)].hidden else None
         if layer not in rehearsed:
             rehearsed[layer] = rehearse(model, config.data.max_length, layer)
         passes[task] = rehearsed[layer]

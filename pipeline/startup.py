@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import deepspeed
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.config.deepspeed import blaming_the_file, refuse_what_deepspeed_refuses
+from pipeline.config.deepspeed import DeepSpeedDict, blaming_the_file, refuse_what_deepspeed_refuses
 from pipeline.config.load import to_yaml
+from pipeline.config.objectives import NEEDS
 from pipeline.config.run_folder import check_output_dir
 from pipeline.config.schema import RunConfig
 from pipeline.data.batches import BatchSampler
@@ -30,13 +31,13 @@ from pipeline.modeling.checks import (
     load_tokenizer,
     num_parameters,
 )
-from pipeline.modeling.outputs import install_outputs
+from pipeline.modeling.digests import Digest
+from pipeline.modeling.outputs import ModelEngine, install_outputs
 from pipeline.monitoring import console
 from pipeline.optim import fitting_lr, make_optimizer, make_schedule
 from pipeline.synthesis.combine import Synthesis
 from pipeline.zero import checkpoint
 from pipeline.zero.combiner import GradientCombiner
-from pipeline.zero.engine import Engine
 
 HELDOUT = "heldout.jsonl"  # in a run folder, for suite corpus
 WEIGHTS = ".weights.json"  # in a run folder: digests of the model's files, so that a resumed run need not read them
@@ -68,12 +69,12 @@ def choose(config: RunConfig) -> RunConfig:
     return config
 
 
-def open_data(config: RunConfig, zero: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, dict[str, BatchSampler]]:
+def open_data(config: RunConfig, zero: DeepSpeedDict) -> tuple[PreTrainedTokenizerBase, dict[str, BatchSampler]]:
     """The tokenizer, and a sampler for each task; refuses what the model cannot read before its weights are loaded."""
     with raise_on_all_ranks():
         refuse_what_deepspeed_refuses(config, zero)
         tokenizer = load_tokenizer(config.model)
-        if {"rmu", "embed_diff"} & {config.objective.forget, config.objective.retain}:
+        if any(NEEDS[getattr(config.objective, task)].hidden for task in config.tasks):
             check_layer(config.model, config.objective.layer)
         if "retain" in config.tasks:
             check_router_loss(config.model)
@@ -87,20 +88,21 @@ def open_data(config: RunConfig, zero: dict[str, Any]) -> tuple[PreTrainedTokeni
     return tokenizer, samplers
 
 
-def make_engine(config: RunConfig, zero: dict[str, Any], model: PreTrainedModel, steps: int) -> Engine:
+def make_engine(config: RunConfig, zero: DeepSpeedDict, model: PreTrainedModel, steps: int) -> ModelEngine:
     """The DeepSpeed engine around `model`, whose forward pass returns what objectives ask for."""
     with console.capture_stdout(), blaming_the_file(config):
-        engine: Any = deepspeed.initialize(
+        made = deepspeed.initialize(
             model=model,
             optimizer=make_optimizer(config, model, zero),  # pyright: ignore[reportArgumentType]
-            lr_scheduler=lambda optimizer: make_schedule(config, optimizer, steps),
+            lr_scheduler=lambda optimizer: make_schedule(config, optimizer, steps),  # pyright: ignore[reportArgumentType]
             config=zero,
-        )[0]
+        )
+    engine = cast(ModelEngine, made[0])
     install_outputs(engine)
     return engine
 
 
-def make_combiner(config: RunConfig, engine: Engine) -> GradientCombiner:
+def make_combiner(config: RunConfig, engine: ModelEngine) -> GradientCombiner:
     wanted = config.synthesis
     synthesis = Synthesis(wanted.rule, wanted.scope, wanted.alpha, wanted.gamma, wanted.zero_forget)
     combine_tasks = len(config.tasks) == 2 and (wanted.rule != "sum" or wanted.geometry)
@@ -125,7 +127,7 @@ def take_folder(lock: RunLock, config: RunConfig, resume: bool) -> None:
                 lock.share()
 
 
-def write_run_files(config: RunConfig, digests: dict[str, str], weights: Any) -> None:
+def write_run_files(config: RunConfig, digests: dict[str, str], weights: dict[str, Digest]) -> None:
     """`config.yaml` and what goes beside it, by the first rank; then `log.txt` of all ranks."""
     folder = Path(config.output)
     if dist.get_rank() == 0:

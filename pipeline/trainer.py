@@ -8,14 +8,14 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.config.deepspeed import blaming_the_file
+from pipeline.config.deepspeed import DeepSpeedDict, blaming_the_file
 from pipeline.config.load import to_yaml
 from pipeline.config.run_folder import content_digest, run_fingerprint
 from pipeline.config.schema import RunConfig
@@ -26,12 +26,14 @@ from pipeline.distributed.errors import local_main_first, raise_on_all_ranks
 from pipeline.distributed.run_lock import RunLock
 from pipeline.distributed.signals import Preempted, stop_on_sigterm
 from pipeline.errors import disk_errors
+from pipeline.files import Json
 from pipeline.losses.known import warn_of_unknown
 from pipeline.losses.task import Task, make_tasks, num_steps
 from pipeline.modeling.card import model_card
 from pipeline.modeling.digests import fingerprint, weight_digests
 from pipeline.modeling.export import export
 from pipeline.modeling.load import load_model
+from pipeline.modeling.outputs import ModelEngine
 from pipeline.monitoring import console, trackers
 from pipeline.monitoring.metrics import Monitor, peak_memory_bytes
 from pipeline.monitoring.verdicts import forgetting_failed
@@ -49,7 +51,6 @@ from pipeline.startup import (
 from pipeline.synthesis.geometry import Geometry
 from pipeline.zero import checkpoint
 from pipeline.zero.combiner import GradientCombiner
-from pipeline.zero.engine import Engine
 from pipeline.zero.nvme import check_nvme_path
 from pipeline.zero.self_test import self_test
 
@@ -71,7 +72,7 @@ class StepResult(NamedTuple):
 class TrainStep:
     """Algorithm 1 of the paper, lines 3 to 7, on shards; a task that the run does not have is None."""
 
-    engine: Engine
+    engine: ModelEngine
     combiner: GradientCombiner
     forget: Task | None
     retain: Task | None
@@ -116,7 +117,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     identity: dict[str, str]  # digests of the model and of the tokenizer
     corpora: dict[str, str]  # digests of the corpora, by task
-    fingerprint: dict[str, Any]  # what decides the weights; a checkpoint of another run is refused
+    fingerprint: Json  # what decides the weights; a checkpoint of another run is refused
     steps: int
     start: int  # steps that were done before this process
     saves_on_sigterm: bool
@@ -218,7 +219,7 @@ class Trainer(TrainStep):
         self.metrics.summarise(time.perf_counter() - run.began)
 
 
-def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bool = False) -> None:
+def run(config: RunConfig, zero: DeepSpeedDict, resume: bool = False, quiet: bool = False) -> None:
     """Set up and train. Resuming a finished run does nothing.
 
     Raises:
@@ -233,7 +234,7 @@ def run(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bo
             trainer.run.lock.release()
 
 
-def setup(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: bool = False) -> Trainer | None:
+def setup(config: RunConfig, zero: DeepSpeedDict, resume: bool = False, quiet: bool = False) -> Trainer | None:
     """Everything before the first step: read, load, shard, resume. None if the run is complete.
 
     Args:

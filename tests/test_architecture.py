@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.objectives import NEEDS
 from pipeline.config.schema import REPOSITORY
+from pipeline.losses.objectives import TERMS
 from pipeline.zero.compat import INTERNALS
 
 # From the ground up. A package or file imports what stands in the lines above its own, and itself.
@@ -162,6 +164,20 @@ def test_one_file_writes_what_must_be_whole() -> None:
     for file in chain(files("pipeline"), files("eval"), files("launch")):
         if file != REPOSITORY / "pipeline" / "files.py":
             assert not renames(file.read_text(encoding="utf-8")), f"{file}: write it by pipeline.files"
+
+
+def objectives_compared(source: str) -> set[str]:
+    """Names of objectives that a file compares something with, instead of asking the table what an objective needs."""
+    tests = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Compare | ast.BinOp)]
+    constants = [part.value for node in tests for part in ast.walk(node) if isinstance(part, ast.Constant)]
+    return {name for name in constants if name in NEEDS}
+
+
+def test_one_table_says_what_an_objective_needs() -> None:
+    assert objectives_compared('a == "rmu" or b in ("idk", "none") or {"kl"} & c; d = "npo"') == {"rmu", "idk", "kl"}
+    for file in files("pipeline"):
+        assert not objectives_compared(file.read_text(encoding="utf-8")), f"{file}: ask pipeline.config.objectives"
+    assert TERMS.keys() == NEEDS.keys()
 
 
 def test_the_rules_of_synthesis_need_torch_alone() -> None:

@@ -223,6 +223,46 @@ def test_slurm_job_is_requeued_when_it_was_saved_and_then_resumes(
     assert calls.count("|rank|--config|a b.yaml|" + ("--resume|\n" if restarts else "\n")) == 1
 
 
+def slurm_job(tmp_path: Path, submitted_from: Path, command: str) -> subprocess.CompletedProcess[str]:
+    """The script as Slurm runs it: a copy in its spool, in another folder than the job was submitted from."""
+    spool, tools = tmp_path / "spool" / "job12345", tmp_path / "bin"
+    spool.mkdir(parents=True)
+    shutil.copy(REPOSITORY / "launch" / "slurm.sbatch", spool / "slurm_script")
+    for name, text in (
+        ("scontrol", f'[ "$2" = job ] && printf "JobId=$3 JobName=unlearn\n   Command={command}\n" || echo a3'),
+        ("srun", 'echo "$PWD|$PYTHONPATH"'),
+        ("deepspeed", ":"),
+        ("python", "exit 1"),  # has no `pipeline` of its own
+    ):
+        (tools / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "a3", "SLURM_JOB_ID": "12345", "SLURM_SUBMIT_DIR": str(submitted_from)}
+    arguments = ["--config", "my.yaml"]
+    return script(str(spool / "slurm_script"), *arguments, folder=spool, **job, PYTHONPATH="/other")
+
+
+@pytest.mark.parametrize("arguments", ["", " --config my.yaml --output /a/launch/slurm.sbatch"])
+def test_slurm_job_may_be_submitted_from_any_folder(arguments: str, stand_ins: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    done = slurm_job(tmp_path, tmp_path / "mine", f"{REPOSITORY}/launch/slurm.sbatch{arguments}")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'mine'}|{REPOSITORY}:/other\n"), done.stderr
+
+
+def test_slurm_job_of_a_copied_script_finds_the_repository_it_was_submitted_from(
+    stand_ins: Path, tmp_path: Path
+) -> None:
+    done = slurm_job(tmp_path, REPOSITORY, "/home/me/my.sbatch --config my.yaml")
+    assert (done.returncode, done.stdout) == (0, f"{REPOSITORY}|{REPOSITORY}:/other\n"), done.stderr
+
+
+def test_slurm_job_without_a_repository_says_where_to_submit(stand_ins: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    done = slurm_job(tmp_path, tmp_path / "mine", "/home/me/launch/slurm.sbatch --config my.yaml")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: launch/slurm.sbatch: no repository at /home/me or in ")
+    assert "submit it from the root of the repository, or run pip install ." in done.stderr
+
+
 def test_train_starts_two_ranks_where_there_is_no_gpu(stand_ins: Path) -> None:
     assert script("launch/train.sh", "--config", "a b.yaml", DS_ACCELERATOR="cpu").returncode == 0
     assert re.fullmatch(

@@ -9,13 +9,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from eval.attacks.spec import Attack, Plan
 from eval.files import read_json
 from eval.reporting.pages import as_text
 from pipeline.data.corpus import file_digest
 from pipeline.errors import InputError
+from pipeline.files import Json
 
 
 def digest(model: Path) -> str:
@@ -26,7 +26,7 @@ def digest(model: Path) -> str:
     return whole.hexdigest()
 
 
-def begin(plan: Plan, data: Path | None, output: Path) -> dict[str, Any]:
+def begin(plan: Plan, data: Path | None, output: Path) -> Json:
     """The record with the attacks that `output` has already.
 
     Raises:
@@ -59,7 +59,7 @@ def begin(plan: Plan, data: Path | None, output: Path) -> dict[str, Any]:
     return record
 
 
-def missing(attacks: Sequence[Attack], record: dict[str, Any], output: Path) -> list[Attack]:
+def missing(attacks: Sequence[Attack], record: Json, output: Path) -> list[Attack]:
     """The attacks that the record lacks; raises InputError for an attack that it has with other settings."""
     done = {entry["name"]: entry["settings"] for entry in record["attacks"]}
     for attack in attacks:
@@ -70,7 +70,7 @@ def missing(attacks: Sequence[Attack], record: dict[str, Any], output: Path) -> 
     return [attack for attack in attacks if attack.name not in done]
 
 
-def table(entries: Iterable[dict[str, Any]]) -> str:
+def table(entries: Iterable[Json]) -> str:
     """The metrics before and after each attack; only overall scores if there are some, except for probes."""
     rows = [["attack", "metric", "original", "before", "after"]]
     for entry in entries:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from eval.suites import scoring
 from eval.suites.rouge import words
 from pipeline.config.schema import Corpus
 from pipeline.data.corpus import read_rows, text_of
 from pipeline.errors import InputError
+from pipeline.files import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-Row = dict[str, Any]
+Row = Json
 
 
 class Split(NamedTuple):
@@ -27,12 +28,12 @@ class Split(NamedTuple):
     groups: list[str]
 
 
-def columns_of(corpus: dict[str, Any]) -> list[str]:
+def columns_of(corpus: Json) -> list[str]:
     """The columns that training reads."""
     return [corpus[key] for key in ("field", "prompt", "response") if corpus.get(key) is not None]
 
 
-def read_corpus(corpus: dict[str, Any]) -> list[Row]:
+def read_corpus(corpus: Json) -> list[Row]:
     """All rows, with all their columns, of `data.forget` of a resolved configuration, read as training reads it.
 
     Raises:
@@ -95,7 +96,7 @@ def mean_nll(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
-    data: dict[str, Any],
+    data: Json,
     *,
     batch_size: int,
     title: str,

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -25,7 +24,7 @@ from eval.suites import AdversarialSuite, GroupedSuite, Probes, WholeSuite
 from eval.suites.corpus import sample
 from eval.sweep.launch import call, last_error, launcher
 from pipeline.errors import InputError
-from pipeline.files import write_whole
+from pipeline.files import Json, write_whole
 
 
 class Evaluator:
@@ -86,7 +85,7 @@ def attacks_of(plan: Plan, names: Iterable[str]) -> list[Attack]:
     return attacks
 
 
-def relearn(plan: Plan, rows: list[Row], training: dict[str, Any]) -> Attack:
+def relearn(plan: Plan, rows: list[Row], training: Json) -> Attack:
     """Split the corpus into a part to relearn and a part for the test, without the probes of the relearned part."""
     forget, module = plan.config["data"]["forget"], plan.module
     if isinstance(module, GroupedSuite):
@@ -172,7 +171,7 @@ def shorten(text: str) -> str:
     return textwrap.shorten(text, 80, placeholder=" ...")
 
 
-def training_config(plan: Plan, corpus: dict[str, Any], output: Path) -> dict[str, Any]:
+def training_config(plan: Plan, corpus: Json, output: Path) -> Json:
     """The configuration of the run, changed to fine-tune all weights of its `final/` on `corpus`."""
     config = plan.config
     model = {"path": str(plan.final), "trainable": [".*"], "lora": None}
@@ -219,7 +218,7 @@ def train(plan: Plan, attack: Attack) -> tuple[Path, str]:
     return output / "final", shlex.join(["deepspeed", *line])
 
 
-def run_attack(plan: Plan, attack: Attack, evaluator: Evaluator) -> dict[str, Any]:
+def run_attack(plan: Plan, attack: Attack, evaluator: Evaluator) -> Json:
     """Attack the model and evaluate before and after; returns the attack's entry in the file."""
     started, entry = time.perf_counter(), {"name": attack.name, "settings": attack.settings, **(attack.selection or {})}
     target = plan.final

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from eval.attacks.relearn import Row
 from eval.loading import Trust, is_model
 from eval.suites import Probes, Suite
+from pipeline.files import Json
 
 Metrics = dict[str, float]
 
@@ -24,7 +24,7 @@ class Plan:
     """The settings that the attacks of one command share."""
 
     run: Path
-    config: dict[str, Any]  # the run's, resolved
+    config: Json  # the run's, resolved
     suite: str
     module: Suite
     probes: Probes  # all of the suite
@@ -63,10 +63,10 @@ class Attack:
     """One attack: what it trains on, how it rounds the weights, and what it evaluates."""
 
     name: str
-    settings: dict[str, Any]
+    settings: Json
     evaluation: EvalSpec
     plain: EvalSpec | None = None  # evaluated before the attack, if `evaluation` is itself the attack
-    corpus: dict[str, Any] | None = None  # the `data.retain` to train on
+    corpus: Json | None = None  # the `data.retain` to train on
     rows: tuple[Row, ...] = ()  # to write to its path, if it is not a corpus of the run
     bits: int | None = None
-    selection: dict[str, Any] | None = None  # counts and groups of what the attack selected, for the file
+    selection: Json | None = None  # counts and groups of what the attack selected, for the file

@@ -16,6 +16,7 @@ from eval.results.grouping import plain_of
 from eval.results.metrics import ForgetRetainMetric
 from eval.results.stats import summarise
 from eval.results.trajectories import Run, Scores, at_level, mean_of, step_means
+from pipeline.files import Json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -271,9 +272,7 @@ def matched_curve(trajectories: Sequence[list[Scores]], measure: ForgetRetainMet
     return levels, np.array([[p[measure.retain] if p else math.nan for p in row] for row in points])
 
 
-def draw_best(
-    best: Groups, front: Sequence[Mapping[str, Any]], measure: ForgetRetainMetric, target: Scores | None
-) -> Figure:
+def draw_best(best: Groups, front: Sequence[Json], measure: ForgetRetainMetric, target: Scores | None) -> Figure:
     """Forget against retain: for each method's best setting the mean over seeds at each level, ± sd shaded."""
     style = styles(best)
     figure, found = frontier_panels(best, measure, target)

@@ -7,7 +7,6 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from eval.reporting import sections, tables
 from eval.reporting.figures import draw_best
@@ -27,10 +26,10 @@ from eval.results.stats import pareto, summarise
 from eval.results.trajectories import COMB_RETAIN
 from eval.sweep.axes import name_of
 from eval.sweep.runs import FailedRun, Plan, failures
-from pipeline.files import write_whole
+from pipeline.files import Json, write_whole
 
 
-def describe(plan: Plan, groups: Sequence[Group], failed: Sequence[FailedRun]) -> dict[str, Any]:
+def describe(plan: Plan, groups: Sequence[Group], failed: Sequence[FailedRun]) -> Json:
     """The content of `frontier.json`."""
     columns = columns_of(plan, groups)
     best = best_groups(groups)
@@ -66,7 +65,7 @@ def describe(plan: Plan, groups: Sequence[Group], failed: Sequence[FailedRun]) -
     }
 
 
-def describe_run(plan: Plan, member: Trained) -> dict[str, Any]:
+def describe_run(plan: Plan, member: Trained) -> Json:
     """One entry under "runs" of `frontier.json`."""
     return {
         "method": member.method,
@@ -106,7 +105,7 @@ def settings_table(groups: Sequence[Group], columns: Sequence[str], best: Mappin
     return rows
 
 
-def correlation_table(correlation: dict[str, Any]) -> list[list[str]]:
+def correlation_table(correlation: Json) -> list[list[str]]:
     def cell(value: float | None) -> str:
         return "–" if value is None else f"{value:.2f}"
 
@@ -116,7 +115,7 @@ def correlation_table(correlation: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def pareto_table(points: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+def pareto_table(points: Iterable[Json]) -> list[list[str]]:
     return [["method", "setting", "step", "forget", "retain"]] + [
         [p["method"], name_of(p["setting"]), f"{p['step']:g}", f"{p['forget']:.3f}", f"{p['retain']:.3f}"]
         for p in points
@@ -128,7 +127,7 @@ def failed_table(failed: Iterable[FailedRun]) -> list[list[str]]:
     return rows + [[f.method, name_of(f.setting), str(f.seed), f.what, str(f.status), f.reason, f.log] for f in failed]
 
 
-def compose(plan: Plan, groups: Sequence[Group], failed: Sequence[FailedRun], described: dict[str, Any]) -> list[Block]:
+def compose(plan: Plan, groups: Sequence[Group], failed: Sequence[FailedRun], described: Json) -> list[Block]:
     """`frontier.md` in order."""
     runs = [member.run for group in groups for member in group.members]
     blocks: list[Block] = [Heading(f"Methods at their best, at {plan.measure.forget} {plan.measure.level:g}")]
@@ -147,7 +146,7 @@ def compose(plan: Plan, groups: Sequence[Group], failed: Sequence[FailedRun], de
     return [*blocks, *sections.how_it_was_made(runs, commands)]
 
 
-def compare(plan: Plan, groups: Sequence[Group], described: dict[str, Any]) -> list[Block]:
+def compare(plan: Plan, groups: Sequence[Group], described: Json) -> list[Block]:
     """What the finished runs show."""
     columns, best, measure = columns_of(plan, groups), best_groups(groups), plan.measure
     members = [member for group in groups for member in group.members]

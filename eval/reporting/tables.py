@@ -6,13 +6,13 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
-from typing import Any
 
 from eval.results import paper
 from eval.results.grouping import plain_of
 from eval.results.metrics import ADVERSARIAL, MEASURES, ForgetRetainMetric, GeneralAbility, label
 from eval.results.stats import correlate, mean_sd
 from eval.results.trajectories import COMB_RETAIN, COSINES, Run, Scores, at_level, best_below, lowest, mean_of
+from pipeline.files import Json
 
 Rows = list[list[str]]
 
@@ -217,7 +217,7 @@ def cost_table(groups: Groups, measure: ForgetRetainMetric) -> Rows:
     return rows
 
 
-def words_of(settings: Mapping[str, Any]) -> str:
+def words_of(settings: Json) -> str:
     """The settings of an attack as "steps 100, lr 0.001", without its seed and empty ones."""
     shown = {key: value for key, value in settings.items() if key != "seed" and value not in (None, [], {})}
     return ", ".join(f"{key} {value}" for key, value in shown.items())
@@ -247,7 +247,7 @@ ATTACK_COLUMNS = {
 
 def attack_table(groups: Groups) -> Rows:
     """Scores before and after each attack, mean ± sd over the runs; only the header if none was attacked."""
-    found: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
+    found: dict[tuple[str, str, str], list[Json]] = defaultdict(list)
     for name, runs in groups.items():
         for run in runs:
             results = run.robustness or {"suite": "", "attacks": []}

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from eval.results.metrics import ForgetRetainMetric
 from eval.results.stats import correlate, summarise
 from eval.results.trajectories import COMB_RETAIN, Run, Scores, at_level, lowest, mean_of
 from eval.sweep.axes import Setting, by_number, parse_setting
 from eval.sweep.runs import Plan, finished_runs, read_seeds
+from pipeline.files import Json
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,12 @@ def seed_means(group: Group) -> list[dict[str, float]]:
     ]
 
 
-def cosine_and_retention(members: Iterable[Trained]) -> dict[str, Any]:
+def cosine_and_retention(members: Iterable[Trained]) -> Json:
     """{"n", "pearson", "spearman"} of cos(g, g_r) with retention, over the runs that reach the level and log it."""
     return correlate((m.cosine, m.retained) for m in members if m.retained is not None and m.cosine is not None)
 
 
-def sum_against_others(groups: Sequence[Group]) -> list[dict[str, Any]]:
+def sum_against_others(groups: Sequence[Group]) -> list[Json]:
     """For each objective, the best `sum` over its ratios gamma / alpha, beside the best of each other rule.
 
     One entry for each pair of a `sum` whose ratio was varied and another rule with the same objective; `difference` is
@@ -153,7 +153,7 @@ def sum_against_others(groups: Sequence[Group]) -> list[dict[str, Any]]:
     return answers
 
 
-def answer_sum(answers: Sequence[dict[str, Any]], level: float) -> str:
+def answer_sum(answers: Sequence[Json], level: float) -> str:
     """Sentences that answer whether a plain sum with its best ratio reaches the same frontier."""
     if not answers:
         return (

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from eval.results.trajectories import Run
 from pipeline.errors import InputError
+from pipeline.files import Json
 
 
 def differing_keys(one: Run, other: Run) -> list[str]:
@@ -19,7 +19,7 @@ def differing_keys(one: Run, other: Run) -> list[str]:
 def plain_of(name: str, groups: Mapping[str, list[Run]]) -> str | None:
     """The method with rule `sum` that differs from `name` in rule and scope alone."""
 
-    def rest(runs: list[Run]) -> dict[str, Any]:
+    def rest(runs: list[Run]) -> Json:
         return {key: x for key, x in runs[0].settings.items() if key not in ("synthesis.rule", "synthesis.scope")}
 
     found = [other for other, runs in groups.items() if runs[0].rule == "sum"]

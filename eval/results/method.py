@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from eval.files import read_json
 from pipeline.errors import InputError
+from pipeline.files import Json
 
 # Keys of config.yaml that do not distinguish methods: names, places, how often the run saves and measures, and where it
 # computes the same numbers. Every other key does, also one that is added later.
@@ -22,15 +22,15 @@ NOT_METHOD = (
 COVERED_BY_DIGEST = ("name", "split", "refusals")  # of a corpus, beside its path; its digest covers them
 
 
-def dotted(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(config: Json, prefix: str = "") -> Json:
     """{"train": {"steps": 5}} -> {"train.steps": 5}; keys that are null are left out."""
-    leaves: dict[str, Any] = {}
+    leaves: Json = {}
     for key, value in config.items():
         leaves |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return {key: value for key, value in leaves.items() if value is not None}
 
 
-def method_of(config: dict[str, Any], digests: dict[str, str]) -> tuple[tuple[str, str], ...]:
+def method_of(config: Json, digests: dict[str, str]) -> tuple[tuple[str, str], ...]:
     """The method of a run: its whole resolved configuration without NOT_METHOD, as JSON, sorted.
 
     Two runs with the same method are seeds of it. `digests` replace the paths of the files: the same files in another

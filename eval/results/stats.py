@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from statistics import fmean, stdev
-from typing import Any
 
 import numpy as np
+
+from pipeline.files import Json
 
 
 def summarise(values: Iterable[float]) -> dict[str, float | None]:
@@ -30,7 +31,7 @@ def ranks_of(values: Sequence[float]) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[position]
 
 
-def correlate(pairs: Iterable[tuple[float, float]]) -> dict[str, Any]:
+def correlate(pairs: Iterable[tuple[float, float]]) -> Json:
     """{"n", "pearson", "spearman"}; the two are None for fewer than three pairs, or if one side does not vary."""
     rows = list(pairs)
     if len(rows) < 3 or any(len(set(values)) == 1 for values in zip(*rows, strict=True)):
@@ -43,9 +44,9 @@ def correlate(pairs: Iterable[tuple[float, float]]) -> dict[str, Any]:
     }
 
 
-def pareto(points: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def pareto(points: Iterable[Json]) -> list[Json]:
     """The points with `forget` and `retain` that no other point dominates (at least equal in both, better in one)."""
-    front: list[dict[str, Any]] = []
+    front: list[Json] = []
     for point in sorted(points, key=lambda point: (point["forget"], -point["retain"])):
         equal = front and (point["forget"], point["retain"]) == (front[-1]["forget"], front[-1]["retain"])
         if not front or equal or point["retain"] > front[-1]["retain"]:

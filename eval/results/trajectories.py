@@ -16,12 +16,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from eval.files import read_config, read_json, read_jsonl
 from eval.results.method import dotted, method_of, read_digests
 from eval.results.metrics import ForgetRetainMetric, GeneralAbility, flatten, general_ability, nearest, suite_of
 from pipeline.errors import InputError
+from pipeline.files import Json
 
 Scores = dict[str, float]  # "step", and "suite.metric" -> value
 
@@ -44,18 +44,18 @@ class Run:
     method: tuple[tuple[str, str], ...]  # dotted key -> value as JSON; for files the digest of their content
     seed: int
     model: str
-    steps: list[dict[str, Any]]
+    steps: list[Json]
     trajectory: list[Scores]
     left_out: list[float] = field(default_factory=list)  # steps of exports whose forget or retain score is not finite
     command: str = ""
     environment: str = ""
     protocols: dict[str, str] = field(default_factory=dict)  # suite -> words
-    robustness: dict[str, Any] | None = None
     general: GeneralAbility = GeneralAbility()
+    robustness: Json | None = None
     paths: dict[str, str] = field(default_factory=dict)  # for the keys of `method` that are digests
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Json:
         """The settings by their dotted keys."""
         return {key: json.loads(value) for key, value in self.method}
 
@@ -78,7 +78,7 @@ class Run:
         return [suite for suite in dict.fromkeys(of_each[0]) if all(suite in others for others in of_each)]
 
 
-def read_scores(entry: dict[str, Any], source: Path, step: int | None = None) -> Scores:
+def read_scores(entry: Json, source: Path, step: int | None = None) -> Scores:
     """The scores of one model on all suites: {"suites": {suite: {"metrics": …}}} -> {"step", "suite.metric"}.
 
     Raises:
@@ -129,13 +129,13 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def protocol(suite: dict[str, Any]) -> str:
+def protocol(suite: Json) -> str:
     """The protocol of a suite in words; several protocols with their names."""
     found = suite.get("protocol", "unknown")
     return found if isinstance(found, str) else "; ".join(f"{name}: {words}" for name, words in found.items())
 
 
-def read_robustness(path: Path) -> dict[str, Any] | None:
+def read_robustness(path: Path) -> Json | None:
     """The results of the attacks on a run; None if there is no such file. Raises InputError if it is malformed."""
     if not path.is_file():
         return None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from eval.results.metrics import nearest
 from pipeline.errors import InputError
+from pipeline.files import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,7 +51,7 @@ class Suite(Protocol):
         *,
         batch_size: int,
         title: str,
-    ) -> dict[str, Any]:
+    ) -> Json:
         """{"metrics": nested means, "counts": nested numbers of probes, "protocol": text or {name: text}, ...}.
 
         Every rank calls it and gets the whole result; forward passes are shared over ranks by `sharing.share`.

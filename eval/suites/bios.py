@@ -7,13 +7,14 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from eval.files import read_jsonl
 from eval.suites import scoring
 from eval.suites.biographies import ATTRIBUTES, PARAPHRASES, PERSON, Probe, generate
 from eval.suites.rouge import SCRIPT_WORDS, recall_by_script, recall_rouge_score
 from pipeline.errors import InputError
+from pipeline.files import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -124,7 +125,7 @@ def evaluate(
     *,
     batch_size: int = 64,
     title: str = "bios",
-) -> dict[str, Any]:
+) -> Json:
     """Mean ROUGE-L recall, in [0, 1], per split and kind.
 
     Returns {"metrics": {split: {kind: mean, …, "all": mean of the kinds}}, "counts": {split: {kind: n, …}},

@@ -26,7 +26,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from eval.suites import scoring
 from eval.suites.rouge import SCRIPT_WORDS, recall_by_script, recall_rouge
@@ -34,6 +34,7 @@ from pipeline.config.load import resolve
 from pipeline.config.schema import Corpus, format_of
 from pipeline.data.corpus import is_saved_dataset, read, read_rows, text_of
 from pipeline.errors import InputError
+from pipeline.files import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -166,7 +167,7 @@ def evaluate(
     *,
     batch_size: int = 64,
     title: str = "corpus",
-) -> dict[str, Any]:
+) -> Json:
     """{"metrics": {split: {"probability", "rouge"}}, "counts": {split: {"documents", "rouge"}}, "protocol": text}.
 
     And, where training saw the documents of a split beside `forget`, {"seen_in_training": [split]}.

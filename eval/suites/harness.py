@@ -27,6 +27,9 @@ from eval.suites import MMLU_SHOTS
 from eval.suites.shared_lm import SEEDS, LoadedTasks, SharedLM, evaluate_tasks, seed_generators
 from pipeline.data.corpus import json_rows
 from pipeline.errors import InputError
+from pipeline.files import Json
+
+Request = tuple[tuple[str, str], list[int], list[int]]  # texts, context ids, continuation ids
 
 
 class Row(TypedDict):
@@ -105,7 +108,7 @@ def write_task(folder: Path, built_in: Path, test: list[Row], dev: list[Row]) ->
         if rows:
             files[split] = str(folder / f"{name}.{split}.jsonl")
             write_jsonl(Path(files[split]), map(dict, rows))
-    changes: dict[str, Any] = {
+    changes: Json = {
         "include": str(built_in),
         "task": name,
         "dataset_path": "json",
@@ -185,7 +188,7 @@ def evaluate(
     *,
     batch_size: int = 64,
     title: str = "harness",
-) -> dict[str, Any]:
+) -> Json:
     """Accuracy in [0, 1] as the harness reports it; for MMLU per subject, and over all questions ("all").
 
     Returns {"metrics": {"acc": {"all": x, subject: x, …}}, "standard_errors": likewise, "counts": {"questions":

@@ -19,19 +19,20 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from eval.files import check_texts, read_hub, read_json
 from eval.suites import scoring
 from eval.suites.rouge import recall_rouge, recall_rouge_score, script_note
 from pipeline.errors import InputError
+from pipeline.files import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-Probe = dict[str, Any]  # keys set, subject, query, type, answer; or set (FM, RM), subject, text
+Probe = Json  # keys set, subject, query, type, answer; or set (FM, RM), subject, text
 
 
 HUB = "jinzhuoran/RWKU"
@@ -238,13 +239,13 @@ def score(
     return results
 
 
-def summarise(probes: list[Probe], results: list[dict[str, float]]) -> dict[str, Any]:
+def summarise(probes: list[Probe], results: list[dict[str, float]]) -> Json:
     """What `evaluate` returns, from all probes and their results."""
     sets: dict[str, list[dict[str, float]]] = {name: [] for name in (*QUESTIONS, *TEXTS)}
     for probe, result in zip(probes, results, strict=True):
         if all(math.isfinite(value) for value in result.values()):
             sets[probe["set"]].append(result)
-    metrics: dict[str, Any] = {}
+    metrics: Json = {}
     for name, protocol in PROTOCOLS.items():
         means: dict[str, float] = {}
         for side in ("F", "N"):
@@ -287,7 +288,7 @@ def evaluate(
     *,
     batch_size: int = 64,
     title: str = "rwku",
-) -> dict[str, Any]:
+) -> Json:
     """The scores by each protocol, and membership inference where its texts are there.
 
     Returns {"metrics": {"rwku": {"F-FB": mean, …, "N-All": mean}, "sago": {…}, "membership": {"FM": {score: mean, …},

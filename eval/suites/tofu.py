@@ -24,12 +24,13 @@ from eval.suites import scoring
 from eval.suites.rouge import recall_rouge_score, script_note
 from pipeline.data.chat import encode_answers
 from pipeline.errors import InputError
+from pipeline.files import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-Probe = dict[str, Any]  # keys set, file, question, answer, paraphrase, perturbed and, of the forget set, reference
+Probe = Json  # keys set, file, question, answer, paraphrase, perturbed and, of the forget set, reference
 
 
 HUB = "locuslab/TOFU"
@@ -189,7 +190,7 @@ def truth(name: str, result: Result) -> float:
     return math.exp(-abs(log_ratio)) if name == "forget" else 1.0 - math.exp(min(log_ratio, 0.0))
 
 
-def summarise(probes: list[Probe], results: list[Result]) -> dict[str, Any]:
+def summarise(probes: list[Probe], results: list[Result]) -> Json:
     """What `evaluate` returns, from all probes and their results."""
     sets: dict[str, list[tuple[Probe, Result]]] = {name: [] for name in SETS}
     for probe, result in zip(probes, results, strict=True):
@@ -244,7 +245,7 @@ def evaluate(
     *,
     batch_size: int = 64,
     title: str = "tofu",
-) -> dict[str, Any]:
+) -> Json:
     """Model utility, forget quality and what they are made of.
 
     Returns {"metrics": {set: {"probability", "rouge", "truth_ratio"}, …, "model_utility", "forget_quality"}, "counts":

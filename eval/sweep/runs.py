@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import yaml
@@ -24,7 +23,7 @@ from eval.results.trajectories import Run, Scores, prepare, read_run
 from eval.sweep.axes import Axis, Setting, name_of, run_folder
 from eval.sweep.launch import call, last_error, launcher
 from pipeline.errors import InputError
-from pipeline.files import write_whole
+from pipeline.files import Json, write_whole
 
 DEFAULT_TRIALS = 20  # the sampler's first ten are random
 
@@ -168,7 +167,7 @@ def read_seeds(plan: Plan, method: str, setting: Setting, seeds: Sequence[int]) 
     return runs
 
 
-def read_presets(config: Path, methods: Sequence[str]) -> dict[str, Any]:
+def read_presets(config: Path, methods: Sequence[str]) -> Json:
     """The keys of the recipe that decide these methods' runs: {"base": shared keys, "methods": {name: preset}}."""
     try:
         recipe = yaml.safe_load(config.read_text(encoding="utf-8"))
@@ -186,7 +185,7 @@ def read_presets(config: Path, methods: Sequence[str]) -> dict[str, Any]:
     return {"base": recipe, "methods": {method: presets[method] for method in methods}}
 
 
-def refuse_another_sweep(plan: Plan, presets: dict[str, Any]) -> None:
+def refuse_another_sweep(plan: Plan, presets: Json) -> None:
     """Write `sweep.json`; raises InputError if the folder holds runs of other settings, which are not repeated."""
     file = plan.output / "sweep.json"
     shared = {"suites": plan.suites, "data": plan.data and str(plan.data), "overrides": plan.overrides}

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 
-from pipeline.config.explain import Tree
 from pipeline.config.schema import RunConfig
+from pipeline.files import Json
 
 OPEN = {
     "model": {"dtype": "auto"},
@@ -18,7 +18,7 @@ OPEN = {
 }  # each key with the value that leaves it open
 
 
-def as_before(config: RunConfig, before: Tree) -> RunConfig:
+def as_before(config: RunConfig, before: Json) -> RunConfig:
     """The configuration whose open keys have the values of `before`, the `config.yaml` of the run that it continues.
 
     A run is the same on another machine only if nothing is chosen anew.

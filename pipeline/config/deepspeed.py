@@ -16,12 +16,14 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from pipeline.config.explain import Tree
 from pipeline.config.files import DEEPSPEED_FILES, find_file
 from pipeline.config.load import merge, read_text
 from pipeline.config.schema import RunConfig
 from pipeline.config.untested import refuse_untested
 from pipeline.errors import InputError
+from pipeline.files import Json
+
+DeepSpeedDict = Json  # the `config` of `deepspeed.initialize`; DeepSpeed itself has no type for it
 
 
 def accumulation(config: RunConfig, world_size: int) -> int:
@@ -43,7 +45,7 @@ def accumulation(config: RunConfig, world_size: int) -> int:
 MONITORS = {"tensorboard": None, "csv_monitor": None, "wandb": "wandb", "comet": "comet_ml"}
 
 
-def deepspeed_config(config: RunConfig) -> Tree:
+def deepspeed_config(config: RunConfig) -> DeepSpeedDict:
     """The dictionary for `deepspeed.initialize`: the user's file plus what the run configuration decides.
 
     Raises:
@@ -75,7 +77,7 @@ def deepspeed_config(config: RunConfig) -> Tree:
     return merged
 
 
-def _read(path: Path) -> Tree:
+def _read(path: Path) -> Json:
     """
     Raises:
         InputError: no JSON object, or one whose sections are not objects.
@@ -94,7 +96,7 @@ def _read(path: Path) -> Tree:
     return given
 
 
-def _prepare_monitors(given: Tree, config: RunConfig, path: Path) -> None:
+def _prepare_monitors(given: Json, config: RunConfig, path: Path) -> None:
     """Give DeepSpeed's monitors the name of the run.
 
     Raises:
@@ -110,7 +112,7 @@ def _prepare_monitors(given: Tree, config: RunConfig, path: Path) -> None:
         given["comet"].setdefault("samples_log_interval", 1)
 
 
-def _decided_by_the_run(config: RunConfig) -> Tree:
+def _decided_by_the_run(config: RunConfig) -> Json:
     """The keys of a DeepSpeed configuration that the run's own configuration decides."""
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
@@ -128,7 +130,7 @@ def _decided_by_the_run(config: RunConfig) -> Tree:
     }
 
 
-def _refuse_contradictions(given: Tree, decided: Tree, path: Path) -> None:
+def _refuse_contradictions(given: Json, decided: Json, path: Path) -> None:
     """
     Raises:
         InputError: the file sets a key to another value than the run decides.
@@ -145,7 +147,7 @@ def _refuse_contradictions(given: Tree, decided: Tree, path: Path) -> None:
                 )
 
 
-def _check_offload(zero: Tree, stage: int, config: RunConfig, path: Path) -> None:
+def _check_offload(zero: Json, stage: int, config: RunConfig, path: Path) -> None:
     """Check the sections of offload in `zero_optimization`, and pin their memory unless the file says otherwise.
 
     Raises:
@@ -177,7 +179,7 @@ def _check_offload(zero: Tree, stage: int, config: RunConfig, path: Path) -> Non
             )
 
 
-def _without_auto(tree: Tree) -> Tree:
+def _without_auto(tree: Json) -> Json:
     """The tree without the keys whose value is `"auto"`, which DeepSpeed's own models treat as unset; but not the
     stage, which the file must state."""
     return {
@@ -187,7 +189,7 @@ def _without_auto(tree: Tree) -> Tree:
     }
 
 
-def refuse_what_deepspeed_refuses(config: RunConfig, zero: Tree) -> None:
+def refuse_what_deepspeed_refuses(config: RunConfig, zero: DeepSpeedDict) -> None:
     """Run DeepSpeed's own validation before anything is loaded.
 
     Args:
@@ -235,7 +237,7 @@ def _refused(config: RunConfig, error: BaseException) -> InputError:
     return InputError(f"train.deepspeed: {config.train.deepspeed}: DeepSpeed refuses it: {reason}")
 
 
-def refuse_uneven_groups(zero: Tree, world_size: int) -> None:
+def refuse_uneven_groups(zero: DeepSpeedDict, world_size: int) -> None:
     """Refuse ranks that do not divide into ZeRO++'s groups, each of which stores a second copy of the weights.
 
     Args:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.config.schema import RunConfig
 from pipeline.errors import InputError
-
-Tree = dict[str, Any]  # what YAML and JSON files contain; pydantic checks it
+from pipeline.files import Json
 
 RENAMED = {
     "model.train": "model.trainable",
@@ -56,7 +54,7 @@ def _sets(tree: object, location: Sequence[str | int]) -> bool:
     return True
 
 
-def _place(error: ErrorDetails, file: str, layers: dict[str, Tree]) -> str:
+def _place(error: ErrorDetails, file: str, layers: dict[str, Json]) -> str:
     """Where the refused value was written: the last of the layers that sets it, or the file."""
     if error["type"] != "extra_forbidden" and isinstance(
         error["input"], dict
@@ -65,7 +63,7 @@ def _place(error: ErrorDetails, file: str, layers: dict[str, Tree]) -> str:
     return next((name for name in reversed(layers) if _sets(layers[name], error["loc"])), file)
 
 
-def explain(refusal: ValidationError, file: str, layers: dict[str, Tree]) -> InputError:
+def explain(refusal: ValidationError, file: str, layers: dict[str, Json]) -> InputError:
     """One line for the first error of pydantic; a misspelt key comes before the missing key that it leaves behind.
 
     Args:

@@ -6,16 +6,18 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.automatic import as_before, fit_machine
-from pipeline.config.explain import Tree, explain, nearest, subsection
+from pipeline.config.explain import explain, nearest, subsection
 from pipeline.config.files import RECIPES, find_file
+from pipeline.config.objectives import NEEDS
 from pipeline.config.schema import DEFAULT_STEPS, Corpus, RunConfig, format_of
 from pipeline.errors import InputError
+from pipeline.files import Json
 
 
 class _Loader(yaml.SafeLoader):
@@ -27,7 +29,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+def _parse_yaml(text: str, where: str) -> object:
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -51,7 +53,7 @@ def read_text(path: Path, key: str) -> str:
         raise InputError(f"{key}: cannot read {path.absolute()}: {reason}") from None
 
 
-def merge(base: Tree, over: Tree) -> Tree:
+def merge(base: Json, over: Json) -> Json:
     """`over` wins; dictionaries merge key by key."""
     merged = dict(base)
     for key, value in over.items():
@@ -60,9 +62,9 @@ def merge(base: Tree, over: Tree) -> Tree:
     return merged
 
 
-def _overrides(tokens: Sequence[str]) -> Tree:
+def _overrides(tokens: Sequence[str]) -> Json:
     """`--a.b VALUE` and `--a.b=VALUE`, values in YAML, as a nested dictionary."""
-    tree: Tree = {}
+    tree: Json = {}
     rest = list(tokens)
     while rest:
         token = rest.pop(0)
@@ -74,13 +76,15 @@ def _overrides(tokens: Sequence[str]) -> Tree:
                 raise InputError(f"command line: {token} needs a value")
             text = rest.pop(0)
         value = _parse_yaml(text, f"command line: {token}")
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        tree = merge(tree, value)
+        *sections, name = key.split(".")
+        nested: Json = {name: value}
+        for part in reversed(sections):
+            nested = {part: nested}
+        tree = merge(tree, nested)
     return tree
 
 
-def _read(file: Path, method: str | None) -> tuple[Tree, Tree]:
+def _read(file: Path, method: str | None) -> tuple[Json, Json]:
     """The keys of a YAML file without its table `methods:`, and those of the preset `method`.
 
     Raises:
@@ -126,7 +130,7 @@ def resolve(
     where = str(path)
     raw, preset = _read(path, method)
     layers = {where: raw, f"{where}: methods.{method}": preset, "command line": _overrides(overrides)}
-    merged: Tree = {}
+    merged: Json = {}
     for layer in layers.values():
         merged = merge(merged, layer)
     try:
@@ -153,8 +157,9 @@ def _with_defaults(config: RunConfig, where: str) -> RunConfig:
         InputError: steps and epochs are both given.
     """
     model, train = config.model, config.train
-    if config.objective.forget == "rmu" and "trainable" not in model.model_fields_set and model.lora is None:
-        config = _with_rmu_tensors(config)
+    near_layer = any(NEEDS[getattr(config.objective, task)].trains_near_layer for task in config.tasks)
+    if near_layer and "trainable" not in model.model_fields_set and model.lora is None:
+        config = _with_tensors_near_layer(config)
     if train.steps is not None and train.epochs is not None:
         raise InputError(f"{where}: train.steps and train.epochs are both given; unset one, as --train.epochs null")
     corpora = [corpus for task in config.tasks if (corpus := getattr(config.data, task)) is not None]
@@ -176,9 +181,12 @@ def _check_corpus(config: RunConfig, task: str, where: str, reads_data: bool) ->
         raise InputError(f"{where}: data.{task} is missing, and objective.{task} is not none")
     if reads_data and format_of(corpus.path) is not None:
         _check_exists(corpus.path, f"{where}: data.{task}.path")
-    if objective == "dpo" and corpus.preferred is None:
-        raise InputError(f"{where}: data.{task}.preferred is missing: dpo needs the column with the text to prefer")
-    if objective in ("idk", "dpo_idk") and corpus.prompt is None:
+    pairing = NEEDS[objective].pairing
+    if pairing == "preferred" and corpus.preferred is None:
+        raise InputError(
+            f"{where}: data.{task}.preferred is missing: {objective} needs the column with the text to prefer"
+        )
+    if pairing == "refusal" and corpus.prompt is None:
         raise InputError(f"{where}: data.{task}: {objective} needs questions to refuse; set prompt and response")
     if reads_data and corpus.refusals is not None:
         _check_exists(corpus.refusals, f"{where}: data.{task}.refusals")
@@ -195,8 +203,8 @@ def _check_exists(file: str, key: str) -> None:
         raise InputError(f"{key}: there is no file {Path(file).absolute()}")
 
 
-def _with_rmu_tensors(config: RunConfig) -> RunConfig:
-    """RMU's default: `mlp.down_proj` of its layer and of the two before it trains (Li et al., 2024)."""
+def _with_tensors_near_layer(config: RunConfig) -> RunConfig:
+    """`mlp.down_proj` of `objective.layer` and of the two layers before it trains (RMU: Li et al., 2024)."""
     layers = range(max(config.objective.layer - 2, 0), config.objective.layer + 1)
     trainable = [rf"\.{layer}\.mlp\.down_proj\.weight$" for layer in layers]
     return config.model_copy(update={"model": config.model.model_copy(update={"trainable": trainable})})

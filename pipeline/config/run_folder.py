@@ -6,10 +6,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from pipeline.config.explain import Tree
 from pipeline.config.load import resolve
 from pipeline.config.schema import RunConfig
 from pipeline.errors import InputError
+from pipeline.files import Json
 
 # A resumed run may differ in these keys: its weights depend on none of them.
 RELOCATABLE_KEYS = ("output", "cache")  # a run may move
@@ -75,7 +75,7 @@ def check_output_dir(config: RunConfig, resume: bool) -> None:
             raise InputError(f"--resume: {key} was {then!r} in {output} and is {wanted!r} now; keep it")
 
 
-def run_fingerprint(config: RunConfig, zero: Tree) -> Tree:
+def run_fingerprint(config: RunConfig, zero: Json) -> Json:
     """The keys that decide the numbers of a run and the layout of its checkpoints, with values as in JSON.
 
     Args:
@@ -86,12 +86,12 @@ def run_fingerprint(config: RunConfig, zero: Tree) -> Tree:
     return {**keys, **{f"train.deepspeed: {key}": value for key, value in _decisive_of_deepspeed(zero).items()}}
 
 
-def content_digest(zero: Tree) -> str:
+def content_digest(zero: Json) -> str:
     """SHA-256 of the keys in the dictionary of `deepspeed_config` that decide the numbers of a run."""
     return hashlib.sha256(json.dumps(_decisive_of_deepspeed(zero), sort_keys=True).encode()).hexdigest()
 
 
-def _decisive_of_deepspeed(zero: Tree) -> Tree:
+def _decisive_of_deepspeed(zero: Json) -> Json:
     stated = {"zero_optimization.stage": 0, **_flat(zero)}
     return {
         key: value
@@ -100,9 +100,9 @@ def _decisive_of_deepspeed(zero: Tree) -> Tree:
     }
 
 
-def _flat(tree: Tree, prefix: str = "") -> Tree:
+def _flat(tree: Json, prefix: str = "") -> Json:
     """The tree as one level of dotted keys; an absent section is None."""
-    leaves: Tree = {}
+    leaves: Json = {}
     for key, value in tree.items():
         leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return leaves

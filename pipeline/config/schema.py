@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from pipeline.config.objectives import choices
 
 REPOSITORY = Path(__file__).resolve().parents[2]  # a clone; or the folder into which the package is installed
 
@@ -174,13 +176,11 @@ class Data(Section):
         return self
 
 
-Forget = Annotated[
-    Literal["ga", "wga", "npo", "simnpo", "dpo", "dpo_idk", "idk", "undial", "rmu", "none"],
-    BeforeValidator(_none_is_a_name),
-]
-
-
-Retain = Annotated[Literal["nll", "kl", "embed_diff", "none"], BeforeValidator(_none_is_a_name)]
+if TYPE_CHECKING:  # the names are in a table, so a type checker cannot list them
+    Forget = Retain = str
+else:
+    Forget = Annotated[Literal[choices("forget")], BeforeValidator(_none_is_a_name)]
+    Retain = Annotated[Literal[choices("retain")], BeforeValidator(_none_is_a_name)]
 
 
 class Objective(Section):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.config.explain import Tree
 from pipeline.config.schema import RunConfig
 from pipeline.errors import InputError
+from pipeline.files import Json
 
 # Features of DeepSpeed 0.19.8 that change a gradient or a step: (feature, the values that leave it off). A combination
 # of two gradients is correct only if they are read from the right place.
@@ -59,7 +59,7 @@ OLD_NAMES = {
 SHORT_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # DeepSpeed's, of a dtype
 
 
-def refuse_untested(config: RunConfig, given: Tree, path: Path) -> None:
+def refuse_untested(config: RunConfig, given: Json, path: Path) -> None:
     """Refuse features without a test by name, under every name by which DeepSpeed reads them.
 
     Raises:

@@ -18,8 +18,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from pipeline.config.objectives import Pairing
 from pipeline.config.schema import LOCAL_FORMATS, Corpus, format_of
 from pipeline.errors import InputError
 
@@ -27,10 +28,7 @@ if TYPE_CHECKING:
     import datasets
 
 
-Pairing = Literal["preferred", "refusal"]  # the counterpart of each text: a column of its row, or a refusal
-
-
-Located = tuple[str, Any]  # the place of a row, for messages, and the row
+Located = tuple[str, object]  # the place of a row, for messages, and the row
 
 
 _REFUSALS = Path(__file__).with_name("refusals.txt")  # 23, a prime: corpora have 10 or 20 questions on a subject
@@ -145,7 +143,7 @@ def _read_refusals(corpus: Corpus, key: str) -> list[str]:
     return refusals
 
 
-def text_of(where: str, row: Any, column: str) -> str:
+def text_of(where: str, row: object, column: str) -> str:
     """The text in `column` of a row; raises an InputError that begins with `where`."""
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object with the field {column!r}, found {type(row).__name__}")

@@ -10,14 +10,18 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.config.objectives import Pairing
 from pipeline.data.chat import encode_answers, ended
-from pipeline.data.corpus import Pairing, Row, document_key
+from pipeline.data.corpus import Row, document_key
 from pipeline.errors import InputError
 
 T = TypeVar("T")
 
 
 FORMAT_VERSION = 2  # of the table; increase it whenever the same text becomes other tokens or columns
+
+
+TableRow = dict[str, Any]  # a column of ids holds a list, any other a number
 
 
 COUNTS = ("documents", "tokens", "unused", "dropped", "empty")
@@ -104,7 +108,7 @@ def split_document(ids: list[int], max_length: int, begin: object) -> list[list[
 
 def table_rows(
     rows: Iterable[Row], encode: Encoder, columns: Sequence[tuple[str, str]], packing: str, source: tuple[str, str]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[TableRow]:
     """The rows of the table: sequences, the key of their document, and the COUNTS since the row before.
 
     Args:
@@ -115,7 +119,7 @@ def table_rows(
         InputError: nothing would be predicted.
     """
     count = dict.fromkeys(COUNTS, 0)
-    last: dict[str, Any] | None = None  # not yet yielded: documents that are dropped behind it are counted with it
+    last: TableRow | None = None  # not yet yielded: documents that are dropped behind it are counted with it
     for batch in _batched(rows):
         for row, *sides in zip(batch, *(encode(batch, which) for which in range(len(columns))), strict=True):
             pieces = list(zip(*(side.pieces for side in sides), strict=True))

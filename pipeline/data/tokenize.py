@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -21,7 +20,16 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.schema import Corpus
 from pipeline.data.corpus import read
-from pipeline.data.encode import COUNTS, FORMAT_VERSION, TokenOptions, Usage, encoder, minimum_content, table_rows
+from pipeline.data.encode import (
+    COUNTS,
+    FORMAT_VERSION,
+    TableRow,
+    TokenOptions,
+    Usage,
+    encoder,
+    minimum_content,
+    table_rows,
+)
 from pipeline.errors import InputError, disk_errors
 from pipeline.monitoring.console import is_live
 
@@ -120,7 +128,7 @@ def tokenize(
     _check_tokenizer(tokenizer, key, options, questions)
     columns = COLUMNS[: 1 if options.pairing is None else 2]
 
-    def table() -> Iterator[dict[str, Any]]:
+    def table() -> Iterator[TableRow]:
         progress = tqdm(rows, f"tokenising {key}", disable=not (show_progress and is_live()), unit=" documents")
         source = (corpus.path, minimum_content(questions, options.max_length))
         return table_rows(progress, encoder(tokenizer, options), columns, options.packing, source)
@@ -166,7 +174,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, key: str, options: Toke
 
 
 def _cached_table(
-    table: Callable[[], Iterator[dict[str, Any]]],
+    table: Callable[[], Iterator[TableRow]],
     columns: Sequence[tuple[str, str]],
     recipe: list[object],
     key: str,

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.config.objectives import NEEDS, Needs
 from pipeline.data.batches import IGNORED
 from pipeline.modeling.token_losses import at_least_fp32, entropies, shifted
 
@@ -88,7 +88,7 @@ def _preference(margin: Tensor, beta: float) -> Tensor:
 def nll(inputs: LossInputs) -> Tensor:
     """Gradient descent on the retain set: NLL per token (paper, section 2.2, L_GD).
 
-    `idk` is the same on refusals of the questions to forget (Maini et al., 2024, L_idk): see `Objective.replaces`.
+    `idk` is the same on refusals of the questions to forget (Maini et al., 2024, L_idk): see `Needs.replaces`.
     """
     assert inputs.token_losses is not None
     return inputs.token_losses.sum()
@@ -133,35 +133,26 @@ def steering_vector(size: int, coefficient: float, seed: int) -> Tensor:
     return coefficient * u / u.norm()
 
 
-@dataclass(frozen=True)
-class Objective:
+@dataclass(frozen=True, kw_only=True)
+class Objective(Needs):
     """A loss and what it needs."""
 
     terms: Callable[[LossInputs], Tensor]  # sum over the micro-batch
-    normalize_by: Literal["token", "sequence", "position"]  # the mean over the global batch is per predicted token, ...
-    reference: Literal["log_probs", "logits", "hidden"] | None = None  # what it needs of the reference model
-    hidden: bool = False  # reads hidden states after a layer; no block above that layer runs
-    logit_penalty: bool = False  # beta is subtracted from the reference model's logit of each predicted token
-    pairing: Literal["preferred", "refusal"] | None = None  # a second answer to each prompt
-    replaces: bool = False  # the second answer is the only one that the model gets
-
-    @property
-    def num_answers(self) -> int:
-        """Sequences that the model gets for each one of a batch."""
-        return 2 if self.pairing is not None and not self.replaces else 1
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "ga": Objective(ga, "token"),
-    "wga": Objective(wga, "token"),
-    "npo": Objective(npo, "sequence", reference="log_probs"),
-    "simnpo": Objective(simnpo, "sequence"),
-    "dpo": Objective(dpo, "sequence", reference="log_probs", pairing="preferred"),
-    "dpo_idk": Objective(dpo, "sequence", reference="log_probs", pairing="refusal"),
-    "idk": Objective(nll, "token", pairing="refusal", replaces=True),
-    "undial": Objective(undial, "token", reference="logits", logit_penalty=True),
-    "rmu": Objective(rmu, "position", hidden=True),
-    "nll": Objective(nll, "token"),
-    "kl": Objective(kl, "token", reference="logits"),
-    "embed_diff": Objective(embed_diff, "position", reference="hidden", hidden=True),
+TERMS: dict[str, Callable[[LossInputs], Tensor]] = {
+    "ga": ga,
+    "wga": wga,
+    "npo": npo,
+    "simnpo": simnpo,
+    "dpo": dpo,
+    "dpo_idk": dpo,
+    "idk": nll,
+    "undial": undial,
+    "rmu": rmu,
+    "nll": nll,
+    "kl": kl,
+    "embed_diff": embed_diff,
 }
+
+OBJECTIVES = {name: Objective(**vars(needs), terms=TERMS[name]) for name, needs in NEEDS.items()}

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +24,7 @@ from pipeline.errors import InputError
 from pipeline.losses.objectives import OBJECTIVES, LossInputs, Objective, steering_vector
 from pipeline.modeling.checks import pad_token
 from pipeline.modeling.decoder import has_trainable_params_up_to
-from pipeline.modeling.outputs import HiddenStates, TokenLosses, forward
+from pipeline.modeling.outputs import HiddenStates, ModelForward, TokenLosses, forward
 from pipeline.modeling.reference import ReferenceWeights, cache_file, sequence_nll
 
 log = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ class Task:
         """The number of terms in the global batch of `step`, by which the sum of `loss_terms` is divided."""
         return self.sampler.loss_denominator(step, self.objective.normalize_by)
 
-    def loss_terms(self, engine: Any, batch: Batch) -> Tensor:
+    def loss_terms(self, engine: ModelForward, batch: Batch) -> Tensor:
         """0-dim: the sum over a micro-batch of the terms whose mean over the global batch is the loss."""
         objective, settings = self.objective, self.settings
         reference = self.reference(batch) if self.reference is not None else None  # before the forward with a graph
@@ -147,7 +146,7 @@ def num_steps(config: RunConfig, samplers: dict[str, BatchSampler]) -> int:
 
 
 def make_tasks(
-    config: RunConfig, samplers: dict[str, BatchSampler], steps: int, engine: Any, identity: dict[str, str]
+    config: RunConfig, samplers: dict[str, BatchSampler], steps: int, engine: ModelForward, identity: dict[str, str]
 ) -> list[Task]:
     """The tasks, in the order in which they accumulate gradients, with the reference outputs that their losses need.
 
@@ -189,7 +188,7 @@ def _nll_of_batch(nll: Tensor, batch: Batch) -> Tensor:
 
 
 def reference_nll(
-    config: RunConfig, sampler: BatchSampler, steps: int, engine: Any, identity: dict[str, str]
+    config: RunConfig, sampler: BatchSampler, steps: int, engine: ModelForward, identity: dict[str, str]
 ) -> Tensor:
     """[answers, sequences of the corpus] nll_ref on the training device; two answers where one is preferred."""
     found = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import Any
 
 import deepspeed
 import torch
@@ -15,6 +14,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
+from pipeline.config.deepspeed import DeepSpeedDict
 from pipeline.config.schema import Model
 from pipeline.errors import InputError
 from pipeline.modeling.checks import _holds_an_adapter, load_model_config
@@ -24,7 +24,7 @@ from pipeline.modeling.lora import attach_adapters
 from pipeline.modeling.weights import WrongWeights, load_whole
 
 
-def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -> PreTrainedModel:
+def load_model(config: Model, deepspeed_config: DeepSpeedDict, seed: int = 0) -> PreTrainedModel:
     """The model in `config.dtype`, with its trainable parameters set; ZeRO-3 partitions each tensor while it loads.
 
     transformers stores the experts of a block in one tensor, which all ranks use in every micro-batch. With a module
@@ -38,7 +38,7 @@ def load_model(config: Model, deepspeed_config: dict[str, Any], seed: int = 0) -
         InputError: unreadable weights, an attention that is not available here, a pattern that matches no parameter.
     """
     zero3 = HfDeepSpeedConfig(deepspeed_config)  # while it lives, from_pretrained loads under deepspeed.zero.Init
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    options: dict[str, object] = {"trust_remote_code": config.trust_remote_code}
     shape = load_model_config(config)
     if config.dropout is not None:
         options["config"] = set_dropout(copy.deepcopy(shape), config.dropout)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,11 @@ from transformers import PreTrainedModel
 from pipeline.data.batches import Batch
 from pipeline.modeling.decoder import base_of, blocks_of
 from pipeline.modeling.token_losses import token_losses
+from pipeline.zero.engine import Engine, Forward
 from pipeline.zero.prefetch import separate_prefetch_traces
+
+ModelForward = Forward[PreTrainedModel]
+ModelEngine = Engine[PreTrainedModel]
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Logits:
 Output = TokenLosses | HiddenStates | Logits
 
 
-def forward(engine: Any, batch: Batch, output: Output) -> Tensor:
+def forward(engine: ModelForward, batch: Batch, output: Output) -> Tensor:
     """One forward pass of `batch`; the shape and dtype of what it returns are those that the type of `output` states.
 
     Every rank must call, with the same type of `output`. Gradients flow if autograd is on.
@@ -55,10 +58,11 @@ def forward(engine: Any, batch: Batch, output: Output) -> Tensor:
     return engine(**inputs, labels=batch.labels, output=output)
 
 
-def install_outputs(engine: Any) -> None:
+def install_outputs(engine: ModelForward) -> None:
     """Prepare the model of `engine` for `forward`. Every rank must call, once, before the first step."""
     model = engine.module
     base, head = base_of(model), model.get_output_embeddings()
+    assert head is not None, "a causal language model has an output layer"
     fused = has_plain_head(engine, base, head)
     model_forward, head_forward = model.forward, head.forward
 
@@ -80,13 +84,13 @@ def install_outputs(engine: Any) -> None:
     separate_prefetch_traces(engine, modules_called)
 
 
-def modules_called(options: dict[str, Any]) -> Hashable:
+def modules_called(options: dict[str, object]) -> Hashable:
     """Equal for the keyword arguments of two forward passes that call the same modules in the same order."""
     output = options["output"]
     return type(output), output.layer if isinstance(output, HiddenStates) else None
 
 
-def has_plain_head(engine: Any, base: PreTrainedModel, head: nn.Module) -> bool:
+def has_plain_head(engine: ModelForward, base: PreTrainedModel, head: nn.Module) -> bool:
     """Whether the model's logits are the product of its output layer with the last hidden state, and nothing else.
 
     Some models cap or scale their logits (Gemma 2, Granite, Cohere): for them `forward` runs the model's own code. The

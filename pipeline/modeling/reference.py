@@ -14,7 +14,6 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from tqdm import tqdm
 from pipeline.data.batches import Batch, collate
 from pipeline.data.tokenize import Sequences
 from pipeline.files import whole
-from pipeline.modeling.outputs import HiddenStates, Logits, TokenLosses, forward
+from pipeline.modeling.outputs import HiddenStates, Logits, ModelForward, TokenLosses, forward
 from pipeline.monitoring.console import is_live
 from pipeline.zero.parameters import local_share, release_gathered
 
@@ -41,7 +40,7 @@ def cache_file(cache: Path, parts: Mapping[str, object]) -> Path:
 
 
 def sequence_nll(
-    engine: Any,
+    engine: ModelForward,
     sequences: Sequences,
     indices: np.ndarray,
     *,
@@ -121,7 +120,7 @@ class ReferenceWeights:
     the adapters (whose effect is zero at the start) under LoRA. Make it before the first step.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: ModelForward) -> None:
         self.engine = engine
         self.trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
         self.copies = [local_share(parameter).detach().clone() for parameter in self.trained]

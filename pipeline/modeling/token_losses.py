@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,18 @@ from torch.nn import functional as F
 from pipeline.data.batches import IGNORED
 
 _CHUNK = 2**24  # logits that are in fp32 at one time
+
+
+class _Context(Protocol):
+    """What autograd carries from forward to backward; torch's own type has no attributes of its user."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    penalty: float
+    weight: Tensor
+    bias: Tensor | None
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -48,14 +60,14 @@ class _Teacher:
         return found
 
     @staticmethod
-    def save(ctx: Any, teacher: _Teacher | None, *others: Tensor) -> None:
+    def save(ctx: _Context, teacher: _Teacher | None, *others: Tensor) -> None:
         """Save for the backward pass of an autograd function, so that autograd frees the logits right after it."""
-        ctx.penalty = None if teacher is None else teacher.penalty
+        ctx.penalty = 0.0 if teacher is None else teacher.penalty
         tensors = (None, None) if teacher is None else (teacher.logits, teacher.index)
         ctx.save_for_backward(*tensors, *others)
 
     @staticmethod
-    def restore(ctx: Any) -> tuple[_Teacher | None, list[Tensor]]:
+    def restore(ctx: _Context) -> tuple[_Teacher | None, list[Tensor]]:
         """(teacher, other tensors) as `save` got them."""
         logits, index, *others = ctx.saved_tensors
         return None if logits is None else _Teacher(logits, index, ctx.penalty), others
@@ -69,7 +81,7 @@ class _FromLogits(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, teacher: _Teacher | None) -> Tensor:
+    def forward(ctx: _Context, logits: Tensor, targets: Tensor, teacher: _Teacher | None) -> Tensor:
         _Teacher.save(ctx, teacher, logits, targets)
         losses = logits.new_empty(len(targets), dtype=_wide_dtype(logits))
         for rows in _chunks(*logits.shape):
@@ -78,7 +90,7 @@ class _FromLogits(torch.autograd.Function):
         return losses.masked_fill_(targets == IGNORED, 0)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         teacher, (logits, targets) = _Teacher.restore(ctx)
         upstream = gradients[0].masked_fill(targets == IGNORED, 0)  # [N]
         gradient = torch.empty_like(logits)
@@ -101,7 +113,7 @@ class _FromHidden(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, teacher: _Teacher | None
+        ctx: _Context, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, teacher: _Teacher | None
     ) -> Tensor:
         normalizers, losses = hidden.new_empty(2, len(hidden), dtype=_wide_dtype(hidden))
         for rows in _chunks(len(hidden), len(weight)):
@@ -115,7 +127,7 @@ class _FromHidden(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         teacher, (hidden, targets, normalizers) = _Teacher.restore(ctx)
         (upstream,) = gradients  # [N]
         weight, bias = ctx.weight, ctx.bias

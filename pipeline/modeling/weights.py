@@ -32,6 +32,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 SHOWN = 3  # names in a message
 
+LoadReport = dict[str, Any]  # what `from_pretrained` reports: sets of names, and of names with two shapes
+
 
 class WrongWeights(ValueError):
     """The files of a model cannot be read, or do not fit the model that its `config.json` describes."""
@@ -57,8 +59,8 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
         base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
     refuse_unreadable(base)
     auto: Any = AutoModelForCausalLM
-    model: Any = None
-    found: dict[str, Any] = {}
+    model: PreTrainedModel | None = None
+    found: LoadReport = {}
     fault: str | None = None
     failure: Exception | None = None
     try:  # ignore mismatches here: the error of transformers would not name the tensor that has another shape
@@ -147,7 +149,7 @@ def restore_names_on_saving(model: Any, names: list[str]) -> set[str]:
     return ignored.unexpected_keys
 
 
-def refuse_others(path: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
+def refuse_others(path: str, model: PreTrainedModel, found: LoadReport) -> None:
     """Raises:
     WrongWeights: `found`, as `from_pretrained` reports it, contains more than missing buffers.
     """

@@ -7,21 +7,20 @@ import math
 import resource
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from pipeline.errors import disk_errors
-from pipeline.files import sync, write_whole
+from pipeline.files import Json, sync, write_whole
 from pipeline.monitoring import console
 from pipeline.monitoring.console import Progress
 from pipeline.monitoring.tensorboard import COSINES, GIB, TensorBoardWriter
-from pipeline.monitoring.trackers import ExternalTrackers
+from pipeline.monitoring.trackers import ExternalTrackers, Monitored
 
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -32,13 +31,13 @@ class Monitor:
     A run that is resumed after `start` steps drops what it logged beyond them: each step is logged once, in order.
     """
 
-    def __init__(self, folder: Path, engine: Any, *, start: int, steps: int) -> None:
+    def __init__(self, folder: Path, engine: Monitored, *, start: int, steps: int) -> None:
         self.folder, self.device = folder, engine.device
         self.trackers = ExternalTrackers(folder, engine, start=start)
-        self.values: dict[str, Any] = {}
+        self.values: Json = {}
         self.pending: dict[str, dict[str, torch.Tensor]] = {}
         self.is_writer = dist.get_rank() == 0
-        self.history: list[dict[str, Any]] = []  # on rank 0 the rows of metrics.jsonl
+        self.history: list[Json] = []  # on rank 0 the rows of metrics.jsonl
         if self.is_writer:
             self.log, self.events = folder / "metrics.jsonl", folder / "tensorboard"
             with disk_errors(self.log):
@@ -57,7 +56,7 @@ class Monitor:
             self.trackers.begin(hyperparameters)
 
     @property
-    def last(self) -> dict[str, Any]:
+    def last(self) -> Json:
         """The newest row of `metrics.jsonl`, on rank 0."""
         return self.history[-1] if self.history else {}
 
@@ -76,7 +75,7 @@ class Monitor:
             tensor = torch.as_tensor(value, dtype=torch.float64, device=self.device).detach()
             self.pending.setdefault(reduce, {})[name] = tensor
 
-    def flush(self, step: int) -> dict[str, Any]:
+    def flush(self, step: int) -> Json:
         """Reduce and write the recorded metrics, and return them; a value that is not finite becomes None."""
         for reduce, tensors in self.pending.items():
             stacked = torch.stack(list(tensors.values()))
@@ -145,14 +144,14 @@ class Monitor:
         console.logger.info("%s\n%s", "unlearned" if forgets else "trained", console.table(rows))
 
 
-def results(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def results(history: Sequence[Json]) -> dict[str, float]:
     """The results of a run. history: all rows of `metrics.jsonl`, at least one.
 
     Losses are means over the last tenth of the steps (`_start`: the first tenth), geometry over all steps, time is a
     median. A metric without a value in any step is absent.
     """
 
-    def of(name: str, rows: Sequence[Mapping[str, Any]] = history) -> list[float]:
+    def of(name: str, rows: Sequence[Json] = history) -> list[float]:
         return [row[name] for row in rows if row.get(name) is not None]
 
     tenth = -(-len(history) // 10)
@@ -169,7 +168,7 @@ def results(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return found
 
 
-def _keep_lines(file: Path, number: int) -> list[dict[str, Any]]:
+def _keep_lines(file: Path, number: int) -> list[Json]:
     """Truncate a log to its first `number` lines and return the rows."""
     if not file.exists():
         return []

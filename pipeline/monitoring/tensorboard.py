@@ -6,12 +6,11 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils.tensorboard.summary import hparams
-from torch.utils.tensorboard.writer import SummaryWriter
+from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
 GIB = 2**30
 
@@ -95,7 +94,7 @@ class TensorBoardWriter:
         self.hyperparameters = hyperparameters
 
     @property
-    def file(self) -> Any:
+    def file(self) -> FileWriter:
         return self.writer._get_file_writer()
 
     def write(self, history: Sequence[Mapping[str, float | None]]) -> None:

@@ -12,16 +12,21 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
+import torch
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
+from pipeline.config.deepspeed import DeepSpeedDict
 from pipeline.files import write_whole
+
+if TYPE_CHECKING:
+    from deepspeed.monitor.monitor import MonitorMaster
 
 _NAMES = "monitors.json"  # in the run folder: the identifiers of this run in W&B and Comet
 
 
-def resume_trackers(folder: Path, zero: dict[str, Any]) -> None:
+def resume_trackers(folder: Path, zero: DeepSpeedDict) -> None:
     """Make W&B and Comet continue the resumed run; call it before DeepSpeed starts them. Changes `zero`.
 
     W&B's variables and Comet's keys that the user has set take precedence.
@@ -44,12 +49,19 @@ def end(status: int) -> None:
         comet.end()
 
 
+class Monitored(Protocol):
+    """The part of a DeepSpeed engine that monitoring needs."""
+
+    device: torch.device
+    monitor: MonitorMaster
+
+
 class ExternalTrackers:
     """The trackers of a DeepSpeed engine, of which there may be none. The engine itself stops writing to them:
     it would write the learning rate against a count of samples that is not this program's.
     """
 
-    def __init__(self, folder: Path, engine: Any, *, start: int) -> None:
+    def __init__(self, folder: Path, engine: Monitored, *, start: int) -> None:
         self.folder, self.monitors, self.start = folder, engine.monitor, start
         self.are_on, engine.monitor.enabled = engine.monitor.enabled, False
         self.wandb = sys.modules["wandb"].run if self.monitors.wandb_monitor is not None else None
@@ -68,13 +80,14 @@ class ExternalTrackers:
             names["comet"] = self.comet.get_key()
         if names:
             write_whole(self.folder / _NAMES, json.dumps(names))
-        if self.start and self.monitors.csv_monitor is not None:
-            for file in Path(self.monitors.csv_monitor.log_dir).glob("*.csv"):
+        csv, tensorboard = self.monitors.csv_monitor, self.monitors.tb_monitor
+        if self.start and csv is not None and csv.log_dir is not None:
+            for file in Path(csv.log_dir).glob("*.csv"):
                 _cut(file, self.start)
-                self.monitors.csv_monitor.filenames.append(file.stem)  # or it would write the header again
-        if self.start and self.monitors.tb_monitor is not None:
+                csv.filenames.append(file.stem)  # or it would write the header again
+        if self.start and tensorboard is not None and tensorboard.summary_writer is not None:
             again = Event(step=self.start + 1, session_log=SessionLog(status=SessionLog.START))
-            self.monitors.tb_monitor.summary_writer._get_file_writer().add_event(again)
+            tensorboard.summary_writer._get_file_writer().add_event(again)
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Write the numbers of a step, except those of single layers."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pipeline.config.explain import Tree
+from pipeline.config.objectives import NEEDS
 from pipeline.config.schema import RunConfig
+from pipeline.files import Json
 
 if TYPE_CHECKING:
     from pipeline.planning.meta_trace import ModelShape, Pass
@@ -64,7 +65,7 @@ class Zero:
     wire: int  # and of one that is being reduced
 
     @staticmethod
-    def of(zero: Tree, shape: ModelShape) -> Zero:
+    def of(zero: Json, shape: ModelShape) -> Zero:
         """`zero`: as `deepspeed_config` returns it. Defaults are DeepSpeed 0.19.8's (runtime/zero/config.py)."""
         keys = zero["zero_optimization"]
         stage = keys.get("stage", 0)
@@ -98,8 +99,6 @@ def keeps_stash(config: RunConfig) -> int:
 
 def states(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster) -> Memory:
     """Memory that does not depend on the micro-batch, in bytes of one rank."""
-    from pipeline.losses.objectives import OBJECTIVES
-
     world, b = machines.world, shape.itemsize
     share = [-(-size // world) for size in shape.sizes]  # every tensor is padded to a multiple of the ranks
     mine = sum(part for part, trains in zip(share, shape.trains, strict=True) if trains)
@@ -137,7 +136,7 @@ def states(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster) 
         host["optimizer"] = 4 * zero.buffers * min(zero.sub_group, mine)
     else:
         at["optimizer"] = optimizer
-    references = {OBJECTIVES[getattr(config.objective, task)].reference for task in config.tasks}
+    references = {NEEDS[getattr(config.objective, task)].reference for task in config.tasks}
     if references & {"logits", "hidden"}:
         held = mine if zero.stage == 3 else shape.trained
         (host if zero.parameters_on == "cpu" else gpu)["reference"] = b * held
@@ -179,11 +178,9 @@ def head_bytes(shape: ModelShape, tokens: int, asks_logits: bool) -> float:
 
 def working(config: RunConfig, shape: ModelShape, passes: dict[str, Pass], micro: int) -> tuple[float, float]:
     """(activations, logits): peak bytes of forward and backward of the task that needs more, beside `states`."""
-    from pipeline.losses.objectives import OBJECTIVES
-
     found = []
     for name, one in passes.items():
-        objective = OBJECTIVES[getattr(config.objective, name)]
+        objective = NEEDS[getattr(config.objective, name)]
         size = micro * objective.num_answers
         asks = objective.reference == "logits"
         head = 0.0 if objective.hidden else head_bytes(shape, size * config.data.max_length, asks)

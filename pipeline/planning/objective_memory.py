@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -54,6 +54,9 @@ LAYER = 7  # whose output RMU reads
 RMU_TRAINS = r"layers\.[567]\.mlp\.down_proj"  # as in launch/recipes
 
 
+Kept = TypeVar("Kept")
+
+
 @dataclass(frozen=True)
 class Bytes:
     kept: int  # between steps
@@ -61,7 +64,7 @@ class Bytes:
 
 
 def measure(
-    keep: Callable[[], Any], step: Callable[[Any], None], held: Iterable[Tensor], device: torch.device
+    keep: Callable[[], Kept], step: Callable[[Kept], None], held: Iterable[Tensor], device: torch.device
 ) -> Bytes:
     """The bytes of what `keep()` returns, and the peak bytes that `step` of it adds.
 
@@ -104,12 +107,12 @@ def head(tokens: int, width: int, vocabulary: int, dtype: torch.dtype, device: t
 class Engine(nn.Module):
     """A whole model on one device with the interface of DeepSpeed's engine."""
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(self, module: transformers.PreTrainedModel, device: torch.device) -> None:
         super().__init__()
         self.module, self.device, self.optimizer = module, device, None
         install_outputs(self)
 
-    def forward(self, **inputs: Any) -> Any:
+    def forward(self, **inputs: object) -> Any:
         return self.module(**inputs)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from pipeline.config.deepspeed import deepspeed_config
 from pipeline.config.schema import RunConfig
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pipeline.data.batches import Batch
     from pipeline.losses.objectives import LossInputs
     from pipeline.losses.task import Task
+    from pipeline.modeling.outputs import ModelEngine
     from pipeline.zero.combiner import GradientCombiner
 
 REDUCTIONS = "all_reduce broadcast reduce all_gather all_gather_into_tensor reduce_scatter reduce_scatter_tensor"
@@ -44,10 +45,10 @@ class Traffic:
         for name in REDUCTIONS.split():
             setattr(dist, name, self._counted(getattr(dist, name)))
 
-    def _counted(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+    def _counted(self, collective: Callable[..., object]) -> Callable[..., object]:
         import torch
 
-        def wrapper(*arguments: Any, **options: Any) -> Any:
+        def wrapper(*arguments: object, **options: object) -> object:
             tensors = [x for x in (*arguments, *options.values()) if isinstance(x, torch.Tensor)]
             self.calls += 1
             self.bytes += max((x.numel() * x.element_size() for x in tensors), default=0)
@@ -80,7 +81,7 @@ def peak(cuda: bool) -> int:
     return 1024 * int(kilobytes)
 
 
-def build(options: argparse.Namespace) -> tuple[Any, list[Task]]:
+def build(options: argparse.Namespace) -> tuple[ModelEngine, list[Task]]:
     """(engine, the two tasks): an untrained Llama of the given shape, on random tokens."""
     import deepspeed
     import torch
@@ -117,12 +118,13 @@ def build(options: argparse.Namespace) -> tuple[Any, list[Task]]:
     if options.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
-    engine, *_ = deepspeed.initialize(
+    made = deepspeed.initialize(
         model=model,
         optimizer=make_optimizer(config, model, zero),  # pyright: ignore[reportArgumentType]
-        lr_scheduler=lambda optimizer: make_schedule(config, optimizer, 100),
+        lr_scheduler=lambda optimizer: make_schedule(config, optimizer, 100),  # pyright: ignore[reportArgumentType]
         config=zero,
     )
+    engine = cast("ModelEngine", made[0])
     install_outputs(engine)
     return engine, random_tasks(options, config)
 
@@ -150,7 +152,7 @@ def random_tasks(options: argparse.Namespace, config: RunConfig) -> list[Task]:
     return tasks
 
 
-def joint_step(engine: Any, combiner: GradientCombiner, tasks: list[Task], step: int) -> None:
+def joint_step(engine: ModelEngine, combiner: GradientCombiner, tasks: list[Task], step: int) -> None:
     """`sum` in its fastest schedule: each forward and backward contains a micro-batch of both tasks."""
     import torch
 
@@ -188,7 +190,7 @@ def measure(options: argparse.Namespace, traffic: Traffic) -> list[SimpleNamespa
     engine, tasks = build(options)
     plain = GradientCombiner(engine, Synthesis("sum"), combine_tasks=False)
     partition_bytes = sum(size for _, size in plain.store.layout) * plain.store.dtype.itemsize
-    schedules: dict[str, Callable[[int], Any]] = {
+    schedules: dict[str, Callable[[int], object]] = {
         "sum": TrainStep(engine, plain, *tasks).train_step,
         "joint": lambda step: joint_step(engine, plain, tasks, step),
     }
@@ -239,7 +241,7 @@ def bandwidth() -> str | None:
         return None
     f, r = (torch.randn(2**28, device="cuda") for _ in range(2))
 
-    def timed(work: Callable[[], Any]) -> float:
+    def timed(work: Callable[[], object]) -> float:
         samples = []
         for _ in range(7):
             torch.cuda.synchronize()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pipeline.config.objectives import NEEDS
 from pipeline.config.schema import RunConfig
 from pipeline.planning.memory import ADAM_BYTES, Cluster, Zero, keeps_stash
 
@@ -55,8 +56,6 @@ def traffic(
     shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster, passes: dict[str, Pass], micro: int
 ) -> list[CommVolume]:
     """The collectives of a step. `passes`: the trace of each task."""
-    from pipeline.losses.objectives import OBJECTIVES
-
     if machines.world == 1:
         return []
     count = micro_batches(config, machines, micro)
@@ -81,7 +80,7 @@ def traffic(
     reduced = 0
     for name, one in passes.items():
         for _ in range(count):
-            if OBJECTIVES[getattr(config.objective, name)].reference in (
+            if NEEDS[getattr(config.objective, name)].reference in (
                 "logits",
                 "hidden",
             ):  # the reference model's forward
@@ -109,13 +108,11 @@ def seconds(
     shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster, passes: dict[str, Pass], micro: int
 ) -> Seconds:
     """Time of one step. With `overlap_comm` communication overlaps computation, else it adds to it."""
-    from pipeline.losses.objectives import OBJECTIVES
-
     count, world = micro_batches(config, machines, micro), machines.world
     vocabulary, width = shape.head
     flops = 0.0
     for name, one in passes.items():
-        objective = OBJECTIVES[getattr(config.objective, name)]
+        objective = NEEDS[getattr(config.objective, name)]
         size = micro * objective.num_answers
         product = 0.0 if objective.hidden else 2.0 * size * config.data.max_length * vocabulary * width
         flops += count * (one.flops(size) + product * (4 if shape.head_trains else 3))  # backward recomputes the logits

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pipeline.distributed import errors as rank_errors
 from pipeline.errors import InputError, disk_errors, shorten
-from pipeline.files import remove_unfinished, sync, write_whole
+from pipeline.files import Json, remove_unfinished, sync, write_whole
 from pipeline.zero.combiner import GradientCombiner
 from pipeline.zero.engine import Engine
 from pipeline.zero.optimizer_state import Fragment, optimizer_layout
@@ -36,16 +36,16 @@ MARKER = "complete.json"
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of the engine
 
-Identity = dict[str, Any]  # what decides the weights of a run, by name, as JSON has it
+Identity = Json  # what decides the weights of a run, by name, as JSON has it
 
 
 class RankState(TypedDict):
     """What each rank saves beside DeepSpeed's files."""
 
     average: Tensor | None  # of the combiner
-    average_layout: list[dict[str, Any]]  # its fragments, as dictionaries
-    optimizer_layout: list[list[dict[str, Any]]]  # of `optimizer_layout`, likewise
-    schedule: dict[str, Any]
+    average_layout: list[Json]  # its fragments, as dictionaries
+    optimizer_layout: list[list[Json]]  # of `optimizer_layout`, likewise
+    schedule: Json
     counters: dict[str, int]
     random: Tensor
     cuda_random: Tensor | None
@@ -110,7 +110,7 @@ def _rank_state(engine: Engine, combiner: GradientCombiner) -> RankState:
     }
 
 
-def _drop_frozen(module: torch.nn.Module, state: dict[str, Any], prefix: str, _: dict[str, Any]) -> None:
+def _drop_frozen(module: torch.nn.Module, state: dict[str, object], prefix: str, _: dict[str, object]) -> None:
     """Of a frozen tensor with two names (tied embeddings) DeepSpeed drops one and would write the other."""
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
@@ -175,7 +175,7 @@ def load(engine: Engine, combiner: GradientCombiner, checkpoint: Path, identity:
     return marker["step"]
 
 
-def _fragments(saved: list[dict[str, Any]]) -> list[Fragment]:
+def _fragments(saved: list[Json]) -> list[Fragment]:
     return [Fragment(**fragment) for fragment in saved]
 
 

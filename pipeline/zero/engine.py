@@ -4,33 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from enum import Enum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from typing_extensions import TypeVar
+
+if TYPE_CHECKING:
+    from deepspeed.monitor.monitor import MonitorMaster
+
+Module = TypeVar("Module", bound=nn.Module, covariant=True, default=nn.Module)
 
 
-class Engine(Protocol):
+class Forward(Protocol[Module]):
+    """The part of an `Engine` that a forward pass needs."""
+
+    optimizer: Any  # one of five classes of DeepSpeed without a common interface; `compat.INTERNALS` lists their parts
+    device: torch.device
+
+    @property
+    def module(self) -> Module: ...
+
+    def __call__(self, *inputs: object, **named: object) -> Any:
+        """The module's forward pass. Its arguments and result are those of the module."""
+        ...
+
+    def train(self) -> nn.Module: ...
+
+    def eval(self) -> nn.Module: ...
+
+
+class Engine(Forward[Module], Protocol[Module]):
     """The methods and attributes of `deepspeed.initialize`'s first result that this program uses.
 
     All but one are in DeepSpeed's own public interface; what is used beyond it stands in `compat.INTERNALS`.
     """
 
-    module: nn.Module
-    optimizer: Any  # one of five classes of DeepSpeed without a common interface; `compat.INTERNALS` lists their parts
-    device: torch.device
     world_size: int
     lr_scheduler: LRScheduler
-    monitor: Any  # DeepSpeed's MonitorMaster: W&B, Comet, CSV
+    monitor: MonitorMaster
     global_steps: int
     global_samples: int
     skipped_steps: int
     _global_grad_norm: float | None  # the one private attribute: see `compat.INTERNALS`
-
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
-        """The module's forward pass. Its arguments and result are those of the module."""
-        ...
 
     def backward(self, loss: Tensor, *, scale_wrt_gas: bool = True) -> Tensor:
         """Adds the gradient of `loss`, a 0-dim tensor."""
@@ -64,10 +81,6 @@ class Engine(Protocol):
 
     def fp16_enabled(self) -> bool: ...
 
-    def train(self) -> nn.Module: ...
-
-    def eval(self) -> nn.Module: ...
-
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def buffers(self) -> Iterator[Tensor]: ...
@@ -78,7 +91,7 @@ class Engine(Protocol):
 
     def load_checkpoint(
         self, load_dir: str, tag: str, *, load_module_strict: bool
-    ) -> tuple[str | None, Mapping[str, Any]]: ...
+    ) -> tuple[str | None, Mapping[str, object]]: ...
 
     def destroy(self) -> None:
         """Removes what DeepSpeed hooked into the module."""

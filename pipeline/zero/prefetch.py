@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from copy import copy
-from typing import Any
 
 import torch
 from torch import nn
 
 from pipeline.zero.compat import require
-from pipeline.zero.engine import Engine
+from pipeline.zero.engine import Forward
 
 
-def separate_prefetch_traces(engine: Engine, kind_of_pass: Callable[[dict[str, Any]], Hashable]) -> None:
+def separate_prefetch_traces(engine: Forward, kind_of_pass: Callable[[dict[str, object]], Hashable]) -> None:
     """Record one order of modules for each kind of forward pass, where DeepSpeed (ZeRO-3) records one for all.
 
     DeepSpeed fetches weights ahead, and does not release those that it uses again soon, by the order it recorded. A
@@ -33,7 +32,7 @@ def separate_prefetch_traces(engine: Engine, kind_of_pass: Callable[[dict[str, A
     blank, coordinators = offload.param_coordinator, {}
     require(blank, "coordinator of ZeRO 3")
 
-    def select_coordinator(module: nn.Module, inputs: tuple[object, ...], options: dict[str, Any]) -> None:
+    def select_coordinator(module: nn.Module, inputs: tuple[object, ...], options: dict[str, object]) -> None:
         kind = (torch.is_grad_enabled(), kind_of_pass(options))
         if kind not in coordinators:
             coordinators[kind] = copy(blank)

@@ -20,6 +20,8 @@ from torch import Tensor
 from pipeline.zero.engine import Engine
 from pipeline.zero.optimizer_state import Fragment, optimizer_layout
 
+SavedState = dict[str, Any]  # as torch.load reads what an optimizer saved: tensors, numbers, and more of these
+
 Flat = tuple[list[Fragment], Tensor]  # a 1-D tensor, and the fragments in it
 
 
@@ -100,7 +102,7 @@ def load_optimizer(engine: Engine, checkpoint: Path, layouts: list[list[list[Fra
         engine.optimizer.update_lp_params()  # the weights that the model computes with
 
 
-def _base(state: dict[str, Any]) -> dict[str, Any]:
+def _base(state: SavedState) -> SavedState:
     """torch's part of DeepSpeed's optimizer state: under ZeRO-3 it has another name than below."""
     return state["optimizer_state_dict" if "fp32_flat_groups" in state else "base_optimizer_state"]
 
@@ -109,9 +111,9 @@ class Parts(NamedTuple):
     """Of one rank's saved optimizer, by group."""
 
     weights: list[Tensor]  # flat, fp32
-    states: dict[int, dict[str, Any]]  # what torch's optimizer has about each of them
+    states: dict[int, SavedState]  # what torch's optimizer has about each of them
 
 
-def _parts(state: dict[str, Any]) -> Parts:
+def _parts(state: SavedState) -> Parts:
     weights = state["fp32_flat_groups" if "fp32_flat_groups" in state else "single_partition_of_fp32_groups"]
     return Parts(weights, _base(state)["state"])

@@ -8,9 +8,9 @@ and whether the optimizer applies what they write.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import deepspeed
 import torch
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero import parameter_offload, partition_parameters
 from torch import Tensor, nn
 
+from pipeline.config.deepspeed import DeepSpeedDict
 from pipeline.synthesis.combine import Synthesis
 from pipeline.zero.combiner import GradientCombiner
 from pipeline.zero.compat import check_version, clear_release_cache, unexpected
@@ -43,7 +44,7 @@ class Tiny(nn.Module):
         return (self.odd.float() * odd).sum() + (self.wide.float() * wide).sum()
 
 
-def self_test(zero: dict[str, Any]) -> None:
+def self_test(zero: DeepSpeedDict) -> None:
     """One step of `GradientCombiner` on an engine like that of the run. Every rank must call, before a model is loaded.
 
     The process group must have been started; nothing else is shared with the run: no monitor, no file, no seed. What
@@ -86,11 +87,11 @@ def self_test(zero: dict[str, Any]) -> None:
         raise unexpected(f"a step on a tiny model reports the gradient norm {norm}, not {expected_norm}")
 
 
-def tiny_config(zero: dict[str, Any]) -> dict[str, Any]:
+def tiny_config(zero: DeepSpeedDict) -> DeepSpeedDict:
     """What of a run's DeepSpeed dictionary decides where gradients lie, with small buffers and nothing that writes."""
     given, small = zero.get("zero_optimization", {}), 64
     same = ("stage", "overlap_comm", "contiguous_gradients", "reduce_scatter", "round_robin_gradients")
-    stage: dict[str, Any] = {key: given[key] for key in same if key in given}
+    stage: DeepSpeedDict = {key: given[key] for key in same if key in given}
     for key in ("offload_optimizer", "offload_param"):
         offload = given.get(key) or {}
         if offload.get("device", "none") != "none":
@@ -132,7 +133,7 @@ def _factor(rank: int) -> float:
     return 0.5 if rank % 2 else 1.5
 
 
-def _accumulate(engine: Engine, direction: dict[str, list[Any]]) -> None:
+def _accumulate(engine: Engine, direction: Mapping[str, Sequence[float | Sequence[float]]]) -> None:
     scale = _factor(dist.get_rank()) / MICRO_BATCHES
     inputs = [torch.tensor(direction[name], dtype=torch.float32, device=engine.device) * scale for name in START]
     for _ in range(MICRO_BATCHES):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,9 @@ from torch import Tensor
 from pipeline.zero.compat import require, unexpected
 from pipeline.zero.engine import Engine, PartitionedParameter
 from pipeline.zero.store import GradientStore
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerStateSwapInfo
 
 
 class Stage3Store(GradientStore):
@@ -38,7 +41,7 @@ class Stage3Store(GradientStore):
         self.slices = list(flat.split(sizes))
         self.in_memory: list[PartitionedParameter] = []  # under offload: those whose optimizer state is in memory, and
         # those on nvme, by sub-group: DeepSpeed's entry, the gradient, the parameters
-        self.on_nvme: list[tuple[Any, Tensor, list[PartitionedParameter]]] = []
+        self.on_nvme: list[tuple[OptimizerStateSwapInfo, Tensor, list[PartitionedParameter]]] = []
         if self.optimizer.offload_optimizer:
             require(self.optimizer, "optimizer of ZeRO 3 under offload")
             self._find_swapped_groups()

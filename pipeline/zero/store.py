@@ -80,7 +80,7 @@ class GradientStore(ABC):
         self.engine.allreduce_gradients()
 
 
-def _raise_scale_after_step(optimizer: Any) -> None:
+def _raise_scale_after_step(optimizer: Any) -> None:  # of a class of DeepSpeed: see Engine
     """Let a dynamic loss scale grow between steps.
 
     DeepSpeed 0.19.8 doubles it inside `step()`, before it takes the scale off the gradient: that update would be half
@@ -96,7 +96,7 @@ def _raise_scale_after_step(optimizer: Any) -> None:
             raised.append(optimizer.loss_scale)
             optimizer.loss_scale = before
 
-    def step_and_raise(*arguments: Any, **named: Any) -> None:
+    def step_and_raise(*arguments: object, **named: object) -> None:
         step(*arguments, **named)
         if raised:
             optimizer.loss_scale = raised.pop()

@@ -1,0 +1,48 @@
+"""What each objective needs; bad input is refused by it before torch is loaded. What it computes: losses/objectives.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Pairing = Literal["preferred", "refusal"]  # the counterpart of each text: a column of its row, or a refusal
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective reads, and how its terms are counted."""
+
+    task: Literal["forget", "retain"]
+    normalize_by: Literal["token", "sequence", "position"]  # the mean over the global batch is per predicted token, ...
+    reference: Literal["log_probs", "logits", "hidden"] | None = None  # what it needs of the reference model
+    hidden: bool = False  # reads hidden states after `objective.layer`; no block above that layer runs
+    logit_penalty: bool = False  # beta is subtracted from the reference model's logit of each predicted token
+    pairing: Pairing | None = None  # a second answer to each prompt
+    replaces: bool = False  # the second answer is the only one that the model gets
+    trains_near_layer: bool = False  # by default: `mlp.down_proj` of `objective.layer` and of the two layers before it
+
+    @property
+    def num_answers(self) -> int:
+        """Sequences that the model gets for each one of a batch."""
+        return 2 if self.pairing is not None and not self.replaces else 1
+
+
+NEEDS: dict[str, Needs] = {
+    "ga": Needs("forget", "token"),
+    "wga": Needs("forget", "token"),
+    "npo": Needs("forget", "sequence", reference="log_probs"),
+    "simnpo": Needs("forget", "sequence"),
+    "dpo": Needs("forget", "sequence", reference="log_probs", pairing="preferred"),
+    "dpo_idk": Needs("forget", "sequence", reference="log_probs", pairing="refusal"),
+    "idk": Needs("forget", "token", pairing="refusal", replaces=True),
+    "undial": Needs("forget", "token", reference="logits", logit_penalty=True),
+    "rmu": Needs("forget", "position", hidden=True, trains_near_layer=True),
+    "nll": Needs("retain", "token"),
+    "kl": Needs("retain", "token", reference="logits"),
+    "embed_diff": Needs("retain", "position", reference="hidden", hidden=True),
+}
+
+
+def choices(task: str) -> tuple[str, ...]:
+    """What `objective.<task>` may be."""
+    return (*(name for name, needs in NEEDS.items() if needs.task == task), "none")

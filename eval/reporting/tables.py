@@ -130,7 +130,9 @@ def every_score(groups: Groups, measure: ForgetRetainMetric, target: Scores | No
     points_of_methods = [points_of(runs, measure) for runs in groups.values()]
     for column in columns:
         first = [f"{target[column]:.3f}" if column in target else "–"] if target else []
-        rows.append([marked(column, column, general), *first, *(cells(points, [column])[0] for points in points_of_methods)])
+        rows.append(
+            [marked(column, column, general), *first, *(cells(points, [column])[0] for points in points_of_methods)]
+        )
     return rows
 
 

@@ -120,9 +120,7 @@ class SharedLM(Base):
         batches = [[i for row in batch for i in sequences[order[row]]] for batch in rows]
         return scoring.restore_order(batches, self.share_forwards(batches, requests))
 
-    def share_forwards(
-        self, batches: list[list[int]], requests: Sequence[Request]
-    ) -> list[list[tuple[float, bool]]]:
+    def share_forwards(self, batches: list[list[int]], requests: Sequence[Request]) -> list[list[tuple[float, bool]]]:
         """The harness's answers to each batch of indices of `requests`, one forward pass for each."""
         answer = super()._loglikelihood_tokens
         return share(batches, lambda batch: answer([requests[i] for i in batch], disable_tqdm=True), self.title)

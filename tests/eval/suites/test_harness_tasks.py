@@ -293,7 +293,9 @@ def test_tasks_that_cannot_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Code that the model writes, and pictures."""
     monkeypatch.chdir(folder)
     for name, key, reason in (("code", "unsafe_code", "runs code"), ("image", "doc_to_image", "has images")):
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**ARC, "task": name, key: True if key[0] == "u" else []}))
+        (tmp_path / f"{name}.yaml").write_text(
+            yaml.safe_dump({**ARC, "task": name, key: True if key[0] == "u" else []})
+        )
         with pytest.raises(InputError, match=f"--tasks {name}: {name} {reason}"):
             harness_tasks.load_probes(None, tasks=[name], tasks_dir=tmp_path)
 

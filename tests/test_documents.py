@@ -72,6 +72,10 @@ BY: dict[str, list[str]] = {
     "by hand, docs/log.md: MPICH's mpirun and Open MPI's exclude each other": [
         "deepspeed --hostfile hosts --launcher mpich pipeline/train.py --config my.yaml",
     ],
+    "tests/eval/suites/test_harness_tasks.py::test_scores_are_those_of_the_harness": [
+        "python -m eval.run --model runs/mine --suite bios lm_eval --tasks arc_easy wikidata "
+        "--tasks-dir docs/examples/tasks --data data --output runs/mine/evaluation.json",
+    ],
     "tests/test_smollm2.py::test_the_model_is_the_published_one": ["bash launch/smollm2.sh OUTPUT"],
     "by hand: it is this suite": ["bash tests/run.sh", "bash tests/run.sh -m slow", "bash tests/run.sh FILE -k NAME"],
     "by hand: it changes the git hooks of the clone": ["pre-commit install"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config.schema import REPOSITORY
 from pipeline.distributed.environment import free_port
+from tests.eval.suites import test_harness_tasks as tasks
 from tests.oracle import weight_change_error
 
 pytestmark = pytest.mark.slow  # 90 MB of download, and minutes
@@ -97,3 +99,28 @@ def test_two_ranks_under_zero3_train_as_one_rank_without(rule: str, bound: float
     error = weight_change_error(sharded, alone, load_file(folder / "model.safetensors"))
     print(f"{rule}: {error:.1e}")  # shown by pytest -s
     assert error < bound
+
+
+def test_tasks_score_as_by_the_command_line_of_the_harness(folder: Path, tmp_path: Path) -> None:
+    """Four tasks, one of each kind of request, and a group: every digit."""
+    tasks.write_tasks(tmp_path, REPOSITORY / "tests" / "data")
+    named = ["--tasks", *tasks.NAMES]
+    theirs = ["-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={folder},dtype=float32", *named]
+    theirs += ["--include_path", "tasks", "--batch_size", "8", "--device", "cpu", "--output_path", "theirs"]
+    ours = ["-m", "eval.run", "--model", str(folder), "--suite", "lm_eval", *named, "--tasks-dir", "tasks"]
+    ours += ["--batch-size", "8", "--output", "ours.json"]
+    for command in (theirs, ours):
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            capture_output=True,
+            text=True,
+            timeout=3600,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    (file,) = (tmp_path / "theirs").rglob("results_*.json")
+    scores = json.loads((tmp_path / "ours.json").read_text())["suites"]["lm_eval"]["metrics"]
+    pairs = tasks.pairs_of(scores, json.loads(file.read_text())["results"])
+    assert [one for one, _ in pairs] == [other for _, other in pairs]
+    assert scores["both"]["arc_easy"]["acc"] > 0.25  # it is better than guessing

@@ -81,7 +81,7 @@ def _overrides(tokens: Sequence[str]) -> Tree:
 
 
 def _read(file: Path, method: str | None) -> tuple[Tree, Tree]:
-    """The keys of a YAML file without its table `methods:`, and those of the preset `method`.
+    """The keys of a YAML file without its table `methods:` and its list `suites:`, and those of the preset `method`.
 
     Raises:
         InputError: no YAML, no keys, or no such preset.
@@ -90,6 +90,7 @@ def _read(file: Path, method: str | None) -> tuple[Tree, Tree]:
     raw = _parse_yaml(read_text(file, "--config"), where)
     if not isinstance(raw, dict):
         raise InputError(f"{where}: the file must hold keys and values, not {type(raw).__name__}")
+    raw.pop("suites", None)  # of the benchmark that the recipe belongs to: eval.frontier reads it
     methods = raw.pop("methods", None) or {}
     if not isinstance(methods, dict) or not all(isinstance(preset, dict) for preset in methods.values()):
         raise InputError(f"{where}: `methods` must map each name to the keys that differ")
@@ -231,12 +232,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", metavar="NAME", help="a preset from the file's table `methods:`")
 
 
-def parse_command_line(arguments: Sequence[str] | None = None) -> tuple[RunConfig, bool, bool]:
-    """The configuration that the command line describes, whether to resume, and whether to be quiet.
-
-    Raises:
-        InputError: see `resolve`. (`--help` ends the process with status 0.)
-    """
+def _train_parser() -> Parser:
     parser = Parser(
         prog="deepspeed --module pipeline.train",
         description="Unlearn a corpus while keeping everything else. Also under torchrun, mpirun, or alone.",
@@ -250,9 +246,26 @@ def parse_command_line(arguments: Sequence[str] | None = None) -> tuple[RunConfi
         "--resume", action="store_true", help="continue from the run folder's last checkpoint, if there is one"
     )
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    parser.add_argument(
+        "--push-to-hub", metavar="NAME", help="upload final/ to this repository of the hub, private if it is new"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
-    known, rest = parser.parse_known_args(arguments)
+    return parser
+
+
+def parse_command_line(arguments: Sequence[str] | None = None) -> tuple[RunConfig, bool, bool]:
+    """The configuration that the command line describes, whether to resume, and whether to be quiet.
+
+    Raises:
+        InputError: see `resolve`. (`--help` ends the process with status 0.)
+    """
+    known, rest = _train_parser().parse_known_args(arguments)
     return resolve(known.config, known.method, rest, resume=known.resume), known.resume, known.quiet
+
+
+def hub_name(arguments: Sequence[str] | None = None) -> str | None:
+    """The repository that `--push-to-hub` names; raises InputError as `parse_command_line` does."""
+    return _train_parser().parse_known_args(arguments)[0].push_to_hub
 
 
 def to_yaml(config: RunConfig) -> str:

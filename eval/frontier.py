@@ -6,9 +6,9 @@
 
 Lists are tried exhaustively. With a range in the sweep, the Tree-structured Parzen Estimator of Optuna proposes
 settings (uniform in the logarithm) and maximises the retain score at matched forgetting, as `eval.report` reads it.
-Recipe, corpora and probes are checked once before the first run. The command writes `frontier.json`, `frontier.md` and `frontier.png` anew after every run; after a kill, the same command
-continues. The report lists a run that fails, and the sweep goes on. Exit status: 0 done, 1 done but for failed runs, 2
-unusable input.
+Recipe, corpora and probes are checked once before the first run. The command writes `frontier.json`, `frontier.md` and
+`frontier.png` anew after every run; after a kill, the same command continues. The report lists a run that fails, and
+the sweep goes on. Exit status: 0 done, 1 done but for failed runs, 2 unusable input.
 """
 
 import argparse

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +61,24 @@ def merge(base: Tree, over: Tree) -> Tree:
     return merged
 
 
+def _check_section(key: str) -> None:
+    """Refuse an option that is neither one of the command nor begins with a key; the nearest may be of either kind.
+
+    `--steps` is near `--train.steps`: only the last part of a key is compared with a name without a dot.
+
+    Raises:
+        InputError: unless the key begins with a section or key of the configuration.
+    """
+    first = key.partition(".")[0]
+    if first in RunConfig.model_fields:
+        return
+    known = [*OPTIONS, *leaves(RunConfig)]
+    spelt = {name if "." in key else name.rpartition(".")[2]: name for name in reversed(known)}
+    close = difflib.get_close_matches(key.replace("_", "-") if key.replace("_", "-") in spelt else key, spelt, n=1)
+    hint = f"did you mean --{spelt[close[0]]}? " if close else ""
+    raise InputError(f"command line: unknown key {first!r} in the option --{key}; {hint}--help lists all options and keys")
+
+
 def _overrides(tokens: Sequence[str]) -> Tree:
     """`--a.b VALUE` and `--a.b=VALUE`, values in YAML, as a nested dictionary."""
     tree: Tree = {}
@@ -69,6 +88,7 @@ def _overrides(tokens: Sequence[str]) -> Tree:
         if not token.startswith("--"):
             raise InputError(f"command line: unexpected {token!r}; overrides are written --section.key VALUE")
         key, equals, text = token[2:].partition("=")
+        _check_section(key)
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise InputError(f"command line: {token} needs a value")
@@ -201,6 +221,18 @@ def _with_rmu_tensors(config: RunConfig) -> RunConfig:
     layers = range(max(config.objective.layer - 2, 0), config.objective.layer + 1)
     trainable = [rf"\.{layer}\.mlp\.down_proj\.weight$" for layer in layers]
     return config.model_copy(update={"model": config.model.model_copy(update={"trainable": trainable})})
+
+
+OPTIONS = ("config", "method", "resume", "quiet", "push-to-hub", "help")  # of pipeline.train, beside the keys
+
+
+def leaves(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every key of the configuration with its sections, as `train.steps`."""
+    found = []
+    for name, field in section.model_fields.items():
+        inner = subsection(field.annotation)
+        found += leaves(inner, f"{prefix}{name}.") if inner is not None else [f"{prefix}{name}"]
+    return found
 
 
 def _describe(section: type[BaseModel], prefix: str = "") -> list[str]:

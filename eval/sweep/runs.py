@@ -186,7 +186,7 @@ def read_presets(config: Path, methods: Sequence[str]) -> dict[str, Any]:
 
 
 def recipe_suites(config: Path) -> list[str]:
-    """The suites that a recipe names under `suites:`; `corpus` for one with data of its own that names none, else `bios`.
+    """The suites that a recipe names under `suites:`; if it names none, `corpus` for one with `data:`, else `bios`.
 
     Raises:
         InputError: `suites:` is no list of names.

@@ -76,7 +76,9 @@ def _check_section(key: str) -> None:
     spelt = {name if "." in key else name.rpartition(".")[2]: name for name in reversed(known)}
     close = difflib.get_close_matches(key.replace("_", "-") if key.replace("_", "-") in spelt else key, spelt, n=1)
     hint = f"did you mean --{spelt[close[0]]}? " if close else ""
-    raise InputError(f"command line: unknown key {first!r} in the option --{key}; {hint}--help lists all options and keys")
+    raise InputError(
+        f"command line: unknown key {first!r} in the option --{key}; {hint}--help lists all options and keys"
+    )
 
 
 def _overrides(tokens: Sequence[str]) -> Tree:

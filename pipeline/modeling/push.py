@@ -41,6 +41,7 @@ def push(folder: Path, name: str) -> str:
     except Exception as error:  # the types depend on the HTTP library that the client is built on
         reason = " ".join(str(error).split())[:300]
         raise FatalError(
-            f"--push-to-hub: {folder} is whole, but the hub does not take it: {reason}; later: hf upload {name} {folder}"
+            f"--push-to-hub: {folder} is whole, but the hub does not take it: {reason}; later: hf upload {name} "
+            f"{folder}"
         ) from error
     return str(address)

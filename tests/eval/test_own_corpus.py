@@ -47,12 +47,14 @@ def typed(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         for line in readme("bash", r"\. .venv/bin/activate").splitlines()
         if line.startswith(("bash launch/train.sh", "python -m eval.run"))
     )
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     printed = []
     for command in (train.replace("launch/", f"{REPOSITORY}/launch/"), evaluate):
-        done = subprocess.run(
-            command.split(), cwd=folder, env=environment, capture_output=True, text=True, timeout=400
-        )
+        done = subprocess.run(command.split(), cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
         printed.append(done.stdout + done.stderr)
     return folder, *printed
@@ -91,7 +93,9 @@ def test_held_out_documents_are_scored_and_were_not_trained_on(typed: tuple[Path
     assert "## Scores on corpus" in (run / "final" / "README.md").read_text()
 
 
-def test_a_retain_corpus_that_training_saw_is_marked(typed: tuple[Path, str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_retain_corpus_that_training_saw_is_marked(
+    typed: tuple[Path, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, *_ = typed
     monkeypatch.chdir(folder)
     run = Path("runs/mine")

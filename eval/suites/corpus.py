@@ -3,8 +3,8 @@
 Without --data, a run folder gives them: the forget corpus of its config.yaml, and of the retain corpus the documents
 that training did not see (heldout.jsonl, see `data.retain.heldout`) or, without such, those that it saw.
 
-Else FOLDER/corpus or FOLDER holds `forget`, `retain` and optionally `other`, as `.txt` (one document for each line), or as
-`.jsonl` or another format that training reads: a document under `text`, or a question under `prompt` with its answer
+Else FOLDER/corpus or FOLDER holds `forget`, `retain` and optionally `other`, as `.txt` (one document for each line), or
+as `.jsonl` or another format that training reads: a document under `text`, or a question under `prompt` with its answer
 under `response`. The user chooses the content: documents of the forget corpus; documents that resemble the retain
 corpus but are not part of it, so that the score measures knowledge and not rehearsal; and under `other` what neither
 corpus mentions.

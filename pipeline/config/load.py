@@ -61,24 +61,22 @@ def merge(base: Tree, over: Tree) -> Tree:
     return merged
 
 
-def _check_section(key: str) -> None:
-    """Refuse an option that is neither one of the command nor begins with a key; the nearest may be of either kind.
+def _check_name(key: str) -> None:
+    """Refuse an option without a dot that is neither an option of the command nor a key; name those that are near.
 
-    `--steps` is near `--train.steps`: only the last part of a key is compared with a name without a dot.
+    `--steps` is near `--train.steps`, so the last part of each key is compared.
 
     Raises:
-        InputError: unless the key begins with a section or key of the configuration.
+        InputError: unless the name is known. What stands before and behind a dot is checked with the values.
     """
-    first = key.partition(".")[0]
-    if first in RunConfig.model_fields:
+    if "." in key or key in RunConfig.model_fields:
         return
-    known = [*OPTIONS, *leaves(RunConfig)]
-    spelt = {name if "." in key else name.rpartition(".")[2]: name for name in reversed(known)}
-    close = difflib.get_close_matches(key.replace("_", "-") if key.replace("_", "-") in spelt else key, spelt, n=1)
-    hint = f"did you mean --{spelt[close[0]]}? " if close else ""
-    raise InputError(
-        f"command line: unknown key {first!r} in the option --{key}; {hint}--help lists all options and keys"
-    )
+    spelt: dict[str, list[str]] = {}
+    for name in [*OPTIONS, *leaves(RunConfig)]:
+        spelt.setdefault(name.rpartition(".")[2].replace("-", "_"), []).append(name)
+    close = difflib.get_close_matches(key.replace("-", "_"), spelt, n=1)
+    hint = f"did you mean {' or '.join(f'--{name}' for name in spelt[close[0]])}? " if close else ""
+    raise InputError(f"command line: unknown key {key!r}: no option is called --{key}; {hint}--help lists all")
 
 
 def _overrides(tokens: Sequence[str]) -> Tree:
@@ -90,7 +88,7 @@ def _overrides(tokens: Sequence[str]) -> Tree:
         if not token.startswith("--"):
             raise InputError(f"command line: unexpected {token!r}; overrides are written --section.key VALUE")
         key, equals, text = token[2:].partition("=")
-        _check_section(key)
+        _check_name(key)
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise InputError(f"command line: {token} needs a value")

@@ -21,7 +21,8 @@ from tests.pipeline.config.base import keys, refusal
         (["--steps", "3"], "--train.steps"),
         (["--stepss=3"], "--train.steps"),
         (["--lr", "1e-4"], "--optimizer.lr"),
-        (["--trian.steps", "3"], "--train.steps"),
+        (["--alpha", "3"], "--model.lora.alpha or --synthesis.alpha"),
+        (["--heldout", "0.1"], "--data.forget.heldout or --data.retain.heldout"),
         (["--zzz", "3"], ""),
     ],
 )
@@ -30,7 +31,7 @@ def test_an_option_that_is_none(typed: list[str], meant: str, tmp_path: Path) ->
     file.write_text(yaml.safe_dump(keys(tmp_path)))
     message = refusal(lambda: load.parse_command_line(["--config", str(file), *typed]))
     option = typed[0].partition("=")[0]
-    assert message.startswith("command line: unknown key") and f"option {option};" in message
+    assert message.startswith("command line: unknown key") and f"called {option};" in message
     assert (f"did you mean {meant}?" in message) if meant else "did you mean" not in message
 
 

@@ -5,10 +5,10 @@
         [--forget SUITE.METRIC] [--retain SUITE.METRIC] [--level X] [-- --key value, for every run]
 
 Lists are tried exhaustively. With a range in the sweep, the Tree-structured Parzen Estimator of Optuna proposes
-settings (uniform in the logarithm) and maximises the retain score at matched forgetting, as `eval.report` reads it. The
-command writes `frontier.json`, `frontier.md` and `frontier.png` anew after every run; after a kill, the same command
-continues. The report lists a run that fails, and the sweep goes on. Exit status: 0 done, 1 done but for failed runs, 2
-unusable input.
+settings (uniform in the logarithm) and maximises the retain score at matched forgetting, as `eval.report` reads it.
+Recipe, corpora and probes are checked once before the first run. The command writes `frontier.json`, `frontier.md` and
+`frontier.png` anew after every run; after a kill, the same command continues. The report lists a run that fails, and
+the sweep goes on. Exit status: 0 done, 1 done but for failed runs, 2 unusable input.
 """
 
 import argparse
@@ -25,8 +25,9 @@ from eval.results.trajectories import read_target
 from eval.suites import check_suites
 from eval.suites.task_options import add_task_options, task_arguments, task_options
 from eval.sweep.axes import OWN_KEYS, Axis, parse_sweep
+from eval.sweep.check import check_runs
 from eval.sweep.launch import end_on_terminate, exclusive_lock, refuse_overrides, split_overrides
-from eval.sweep.runs import DEFAULT_TRIALS, Plan, read_presets, refuse_another_sweep
+from eval.sweep.runs import DEFAULT_TRIALS, Plan, read_presets, recipe_suites, refuse_another_sweep
 from eval.sweep.search import run_sweep
 from pipeline.config.files import RECIPES, find_file
 from pipeline.errors import InputError
@@ -40,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--methods", nargs="+", required=True, metavar="NAME", help="presets of the recipe")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default 0 1 2")
     add("--sweep", nargs="+", default=[], metavar="KEY=…", help="A,B,C: a list; LOW:HIGH: a range")
-    add("--suite", nargs="+", default=["bios"], metavar="NAME", help="of eval.run (default bios)")
+    add("--suite", nargs="+", metavar="NAME", help="of eval.run (default: the recipe's suites:, else corpus)")
     add("--data", type=Path, metavar="FOLDER", help="local copies of the suites' data")
     add_task_options(parser)
     add("--target", type=Path, metavar="FILE.json", help="evaluation of the model before unlearning")
@@ -72,15 +73,15 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, Json]:
     options = make_parser().parse_args(own)
     axes = parse_sweep(options.sweep)
     check(options, axes, overrides)
-    suites = check_suites(options.suite)
+    recipe = find_file(options.config, "--config", RECIPES)
+    methods = tuple(dict.fromkeys(options.methods))
+    presets = read_presets(recipe, methods)
+    suites = check_suites(options.suite or recipe_suites(recipe))
     target = read_target(options.target)
     measure = choose(suites, options.forget, options.retain, options.level, target)
     for score in (measure.forget, measure.retain):
         if target and score not in target:
             raise InputError(f"{options.target} has no score {score}; evaluate the target on {suite_of(score)} too")
-    methods = tuple(dict.fromkeys(options.methods))
-    recipe = find_file(options.config, "--config", RECIPES)
-    presets = read_presets(recipe, methods)
     plan = Plan(
         config=recipe,
         overrides=overrides,
@@ -102,6 +103,8 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, Json]:
 def main() -> int:
     """The command; returns 1 if one of its runs failed, else 0."""
     plan, presets = parse_command_line(sys.argv[1:])
+    if "data" in presets["base"]:  # else something else must give it, or the first run refuses
+        check_runs(plan)
     end_on_terminate()
     with exclusive_lock(plan.output, "eval.frontier"):
         refuse_another_sweep(plan, presets)

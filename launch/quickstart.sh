@@ -5,6 +5,7 @@
 # Running it again does only what is missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+[ -n "${SEEDS:-}" ] || echo "== three seeds, about 9 minutes on two idle cores; SEEDS=0 bash launch/quickstart.sh takes a third"
 . launch/environment.sh requirements.txt
 
 runs=runs/quickstart
@@ -14,21 +15,35 @@ export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_
 start=$SECONDS
 step() { echo "== [$((SECONDS - start)) s] $*"; }
 
+total=1 # trainings: the target, and three rules for each seed
+for _ in $seeds; do total=$((total + 3)); done
+begun=0 made=0 first_made=0
+
+left() { # ", about N min left", by the runs that this start has made; nothing before the first of them
+    [ "$made" -gt 0 ] || return 0
+    local seconds=$(((SECONDS - first_made) * (total - begun + 1) / made))
+    echo ", about $(((seconds + 59) / 60)) min left"
+}
+
 train() { # OUTPUT ARGUMENTS... : one run of the program on two ranks, unless it is there already
     local output="$1"
     shift
+    begun=$((begun + 1))
     [ ! -e "$output/final" ] || return 0
     rm -rf "$output" # left over from a run that did not finish
-    step "training $output"
+    step "training $output ($begun of $total$(left)); log: $output.log"
     local port
     port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
     mkdir -p "$(dirname "$output")"
-    deepspeed --num_gpus 2 --master_port "$port" --module pipeline.train --config launch/recipes/bios.yaml \
-        --output "$output" "$@" >"$output.log" 2>&1 || {
+    [ "$begun" = 1 ] || [ "$first_made" -gt 0 ] || first_made=$SECONDS
+    # The log gets everything, the terminal the lines of progress and warnings.
+    deepspeed -q --num_gpus 2 --master_port "$port" --module pipeline.train --config launch/recipes/bios.yaml \
+        --output "$output" "$@" 2>&1 | tee "$output.log" | { grep --line-buffered -E '^(step [0-9]+ of|warning: )' || :; } || {
         tail -n 30 "$output.log" >&2
         echo "error: $output failed; the whole log is $output.log" >&2
         exit 1
     }
+    [ "$begun" = 1 ] || made=$((made + 1)) # the target is larger: it says nothing about the others
 }
 
 evaluate() { # MODEL_OR_RUN OUTPUT

@@ -14,4 +14,5 @@ if [ "${DS_ACCELERATOR:-}" = cpu ] || ! python -c 'import sys, torch; sys.exit(n
 fi
 # A free port, so that two jobs on a machine do not use the same one.
 port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
-exec deepspeed "${ranks[@]}" --master_port "$port" --module pipeline.train "$@"
+# -q: the launcher reports every process; the program's own lines are enough.
+exec deepspeed -q "${ranks[@]}" --master_port "$port" --module pipeline.train "$@"

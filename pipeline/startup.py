@@ -46,7 +46,7 @@ WEIGHTS = ".weights.json"  # in a run folder: digests of the model's files, so t
 def choose(config: RunConfig) -> RunConfig:
     """The configuration with the packing and the learning rate that fit data and model, where it leaves them open.
 
-    The first rank of each machine reads a corpus first, so that the others find it in the hub's cache. All get the same.
+    The first rank of each machine reads a corpus first, so that the others find it in the hub's cache.
 
     Raises:
         InputError: data or model cannot be read.

@@ -9,13 +9,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from pipeline.config.deepspeed import (
     accumulation,
     deepspeed_config,
     refuse_uneven_groups,
 )
-from pipeline.config.load import parse_command_line
+from pipeline.config.load import hub_name, parse_command_line
 from pipeline.config.run_folder import check_output_dir
 from pipeline.distributed.environment import world_from_environment
 from pipeline.errors import InputError
@@ -30,6 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         zero = deepspeed_config(config)
         refuse_uneven_groups(zero, world_size)
         check_output_dir(config, resume)
+        if repository := hub_name(arguments):
+            from pipeline.modeling.push import check_push
+
+            check_push(repository)
     except InputError as error:
         if rank:  # torchrun ends all as soon as one has ended, and the first has something to say
             time.sleep(3)
@@ -38,12 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pipeline.distributed import process_group
     from pipeline.distributed.errors import report
     from pipeline.distributed.signals import STOPPED, Preempted
+    from pipeline.modeling.push import push
     from pipeline.monitoring import console, trackers
     from pipeline.trainer import run
 
     status = 0
     try:
         run(config, zero, resume, quiet)
+        if repository and rank == 0:
+            console.logger.info("uploaded to %s", push(Path(config.output) / "final", repository))
     except InputError as error:
         status = refuse(error, rank)
     except Preempted as stopped:

@@ -35,8 +35,9 @@ BY: dict[str, list[str]] = {
         "bash launch/quickstart.sh",
         ". .venv/bin/activate",  # in front of each of the others, in this order
         "bash launch/train.sh --config my.yaml",
-        "python -m eval.run --model HuggingFaceH4/zephyr-7b-beta --suite corpus --data . --output runs/before.json",
-        "python -m eval.run --model runs/mine --suite corpus --data . --output runs/mine/evaluation.json",
+        "python -m eval.run --model HuggingFaceH4/zephyr-7b-beta --suite corpus --data runs/mine "
+        "--output runs/before.json",
+        "python -m eval.run --model runs/mine --suite corpus --output runs/mine/evaluation.json",
         "python -m eval.report runs/mine --target runs/before.json --output runs/mine/report",
         "deepspeed --module pipeline.train --config my.yaml",
         "python -m pipeline.train --help",

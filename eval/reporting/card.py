@@ -25,8 +25,5 @@ def write_scores(model: Path, suite: str, rows: list[list[str]]) -> None:
     begin, end = f"<!-- scores of {suite} -->\n", f"<!-- end of {suite} -->\n"
     section = begin + as_markdown([Heading(f"Scores on {suite}"), Table([rows[0], rows[-1]])]) + end
     earlier = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-    if earlier.search(text):
-        text = earlier.sub(lambda _: section, text)
-    else:
-        text = text.replace(PLACE, section + PLACE, 1)
-    write_atomically(card, text)
+    written = earlier.sub(lambda _: section, text)
+    write_atomically(card, written if earlier.search(text) else text.replace(PLACE, section + PLACE, 1))

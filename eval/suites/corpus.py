@@ -1,10 +1,10 @@
 """A user's own corpora: how probable the model finds their documents, and how much of them it has memorised.
 
-Without --data, a run folder gives them: the forget corpus of its config.yaml, and of the retain corpus the documents that
-training did not see (heldout.jsonl, see `data.retain.heldout`) or, without such, those that it saw.
+Without --data, a run folder gives them: the forget corpus of its config.yaml, and of the retain corpus the documents
+that training did not see (heldout.jsonl, see `data.retain.heldout`) or, without such, those that it saw.
 
-Else FOLDER/corpus or FOLDER holds `forget`, `retain` and optionally `other`, as `.txt` (one document for each line), or as
-`.jsonl` or another format that training reads: a document under `text`, or a question under `prompt` with its answer
+Else FOLDER/corpus or FOLDER holds `forget`, `retain` and optionally `other`, as `.txt` (one document for each line), or
+as `.jsonl` or another format that training reads: a document under `text`, or a question under `prompt` with its answer
 under `response`. The user chooses the content: documents of the forget corpus; documents that resemble the retain
 corpus but are not part of it, so that the score measures knowledge and not rehearsal; and under `other` what neither
 corpus mentions.
@@ -99,7 +99,7 @@ def probes_of_run(run: Path) -> list[Probe]:
 
 
 def load_probes(folder: Path | None, suite: str = "corpus", run: Path | None = None) -> list[Probe]:
-    """The documents of all splits, of `folder` (--data, which may be a run folder) or else of the run that is evaluated.
+    """The documents of all splits, of `folder` (--data, which may be a run folder) or else of the evaluated run.
 
     Raises:
         InputError: neither is given, no forget or retain file, a row without text.

@@ -172,6 +172,7 @@ def read_presets(config: Path, methods: Sequence[str]) -> Json:
     try:
         recipe = yaml.safe_load(config.read_text(encoding="utf-8"))
         presets = recipe.pop("methods")
+        recipe.pop("suites", None)  # the plan has them
         known = list(presets)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"cannot read --config {config}: {' '.join(str(error).split())}; name a recipe") from error
@@ -183,6 +184,19 @@ def read_presets(config: Path, methods: Sequence[str]) -> Json:
                 f"{config} has no method {method!r}; the nearest is {nearest(method, known)!r} ({', '.join(known)})"
             )
     return {"base": recipe, "methods": {method: presets[method] for method in methods}}
+
+
+def recipe_suites(config: Path) -> list[str]:
+    """The suites that a recipe names under `suites:`; if it names none, `corpus` for one with `data:`, else `bios`.
+
+    Raises:
+        InputError: `suites:` is no list of names.
+    """
+    recipe = yaml.safe_load(config.read_text(encoding="utf-8"))
+    named = recipe.get("suites") or (["corpus"] if "data" in recipe else ["bios"])
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise InputError(f"{config}: suites: write a list of names, as [bios], not {named!r}")
+    return named
 
 
 def refuse_another_sweep(plan: Plan, presets: Json) -> None:

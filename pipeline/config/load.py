@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,6 +63,24 @@ def merge(base: Json, over: Json) -> Json:
     return merged
 
 
+def _check_name(key: str) -> None:
+    """Refuse an option without a dot that is neither an option of the command nor a key; name those that are near.
+
+    `--steps` is near `--train.steps`, so the last part of each key is compared.
+
+    Raises:
+        InputError: unless the name is known. What stands before and behind a dot is checked with the values.
+    """
+    if "." in key or key in RunConfig.model_fields:
+        return
+    spelt: dict[str, list[str]] = {}
+    for name in [*OPTIONS, *leaves(RunConfig)]:
+        spelt.setdefault(name.rpartition(".")[2].replace("-", "_"), []).append(name)
+    close = difflib.get_close_matches(key.replace("-", "_"), spelt, n=1)
+    hint = f"did you mean {' or '.join(f'--{name}' for name in spelt[close[0]])}? " if close else ""
+    raise InputError(f"command line: unknown key {key!r}: no option is called --{key}; {hint}--help lists all")
+
+
 def _overrides(tokens: Sequence[str]) -> Json:
     """`--a.b VALUE` and `--a.b=VALUE`, values in YAML, as a nested dictionary."""
     tree: Json = {}
@@ -71,6 +90,7 @@ def _overrides(tokens: Sequence[str]) -> Json:
         if not token.startswith("--"):
             raise InputError(f"command line: unexpected {token!r}; overrides are written --section.key VALUE")
         key, equals, text = token[2:].partition("=")
+        _check_name(key)
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise InputError(f"command line: {token} needs a value")
@@ -85,7 +105,7 @@ def _overrides(tokens: Sequence[str]) -> Json:
 
 
 def _read(file: Path, method: str | None) -> tuple[Json, Json]:
-    """The keys of a YAML file without its table `methods:`, and those of the preset `method`.
+    """The keys of a YAML file without its table `methods:` and its list `suites:`, and those of the preset `method`.
 
     Raises:
         InputError: no YAML, no keys, or no such preset.
@@ -94,6 +114,7 @@ def _read(file: Path, method: str | None) -> tuple[Json, Json]:
     raw = _parse_yaml(read_text(file, "--config"), where)
     if not isinstance(raw, dict):
         raise InputError(f"{where}: the file must hold keys and values, not {type(raw).__name__}")
+    raw.pop("suites", None)  # of the benchmark that the recipe belongs to: eval.frontier reads it
     methods = raw.pop("methods", None) or {}
     if not isinstance(methods, dict) or not all(isinstance(preset, dict) for preset in methods.values()):
         raise InputError(f"{where}: `methods` must map each name to the keys that differ")
@@ -210,6 +231,18 @@ def _with_tensors_near_layer(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"trainable": trainable})})
 
 
+OPTIONS = ("config", "method", "resume", "quiet", "push-to-hub", "help")  # of pipeline.train, beside the keys
+
+
+def leaves(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every key of the configuration with its sections, as `train.steps`."""
+    found = []
+    for name, field in section.model_fields.items():
+        inner = subsection(field.annotation)
+        found += leaves(inner, f"{prefix}{name}.") if inner is not None else [f"{prefix}{name}"]
+    return found
+
+
 def _describe(section: type[BaseModel], prefix: str = "") -> list[str]:
     lines = []
     for name, field in section.model_fields.items():
@@ -239,12 +272,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", metavar="NAME", help="a preset from the file's table `methods:`")
 
 
-def parse_command_line(arguments: Sequence[str] | None = None) -> tuple[RunConfig, bool, bool]:
-    """The configuration that the command line describes, whether to resume, and whether to be quiet.
-
-    Raises:
-        InputError: see `resolve`. (`--help` ends the process with status 0.)
-    """
+def _train_parser() -> Parser:
     parser = Parser(
         prog="deepspeed --module pipeline.train",
         description="Unlearn a corpus while keeping everything else. Also under torchrun, mpirun, or alone.",
@@ -258,9 +286,26 @@ def parse_command_line(arguments: Sequence[str] | None = None) -> tuple[RunConfi
         "--resume", action="store_true", help="continue from the run folder's last checkpoint, if there is one"
     )
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    parser.add_argument(
+        "--push-to-hub", metavar="NAME", help="upload final/ to this repository of the hub, private if it is new"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
-    known, rest = parser.parse_known_args(arguments)
+    return parser
+
+
+def parse_command_line(arguments: Sequence[str] | None = None) -> tuple[RunConfig, bool, bool]:
+    """The configuration that the command line describes, whether to resume, and whether to be quiet.
+
+    Raises:
+        InputError: see `resolve`. (`--help` ends the process with status 0.)
+    """
+    known, rest = _train_parser().parse_known_args(arguments)
     return resolve(known.config, known.method, rest, resume=known.resume), known.resume, known.quiet
+
+
+def hub_name(arguments: Sequence[str] | None = None) -> str | None:
+    """The repository that `--push-to-hub` names; raises InputError as `parse_command_line` does."""
+    return _train_parser().parse_known_args(arguments)[0].push_to_hub
 
 
 def to_yaml(config: RunConfig) -> str:

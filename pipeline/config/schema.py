@@ -115,8 +115,8 @@ class Corpus(Section):
         0.0,
         ge=0,
         lt=1,
-        description="of data.retain: the share of its documents that training does not see; they go to heldout.jsonl in "
-        "the run folder, and suite corpus scores them",
+        description="of data.retain: the share of its documents that training does not see; they go to heldout.jsonl "
+        "in the run folder, and suite corpus scores them",
     )
 
     @model_validator(mode="before")

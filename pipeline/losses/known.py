@@ -21,7 +21,10 @@ MOST = 32  # sequences of a corpus that are measured: of the first batch
 
 
 def nll_per_token(sampler: BatchSampler, engine: Any) -> float:
-    """Mean NLL, in nats, of the tokens that the first batch predicts, under the present weights. Every rank must call."""
+    """Mean NLL, in nats, of the tokens that the first batch predicts, of its first MOST sequences.
+
+    Under the present weights. Every rank must call.
+    """
     indices = np.unique(sampler.global_batch(0))[:MOST]
     nll = sequence_nll(
         engine, sampler.sequences, indices, micro_batch_size=sampler.micro_batch_size, pad=sampler.pad, file=None

@@ -78,6 +78,7 @@ def open_sampler(config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBas
         InputError: see `pipeline.data.tokenize`.
     """
     objective, data = OBJECTIVES[getattr(config.objective, task)], config.data
+    assert data.packing != "auto", "pipeline.startup.choose decides it"
     options = TokenOptions(data.max_length, data.packing, data.long_documents, objective.pairing)
     sequences, preferred = rank_errors.local_main_first(
         lambda: tokenize(

@@ -21,7 +21,7 @@ SCORES = "<!-- scores -->"  # eval.run puts scores in front of it (eval/reportin
 
 
 def public_name(path: str) -> str:
-    """A name on the hub, or the last part of a path: a card is read elsewhere, where folders of this machine mean nothing.
+    """A name on the hub, or the last part of a path: a card is read where folders of this machine mean nothing.
 
     A path with one slash could be either; it is a path if it exists here, or is a file by its ending.
     """
@@ -150,8 +150,8 @@ retention with `python -m eval.run --model <this folder> --suite <name>`; the sc
 |---|---|
 {numbers}
 
-To make it again, save this as `config.yaml`, set `output` to a new folder and the paths to those of the files with these
-digests, and run `deepspeed --module pipeline.train --config config.yaml`:
+To make it again, save this as `config.yaml`, set `output` to a new folder and the paths to those of the files with
+these digests, and run `deepspeed --module pipeline.train --config config.yaml`:
 
 ```yaml
 {public}```

@@ -12,10 +12,10 @@ from pipeline.config.run_folder import check_output_dir
 from tests.pipeline.config.base import Resolve, keys, refusal
 
 
-def decided(folder: Path, **options: bool) -> tuple[str, str]:
+def decided(folder: Path, on_gpu: bool | None = None) -> tuple[str, str]:
     file = folder / "open.yaml"
     file.write_text(yaml.safe_dump(keys(folder)))
-    made = resolve(file, **options)
+    made = resolve(file, on_gpu=on_gpu)
     return made.model.dtype, made.train.deepspeed
 
 

@@ -67,7 +67,10 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["--data.forget", "{path: a.txt, prompt: q, response: a}"], ["data.forget", ".txt", "prompt"]),
     (["--data.forget.refusals", "no.txt"], ["data.forget", "refusals", "prompt and response"]),
     (["--data.forget.preferred", "text"], ["data.forget", "field, preferred", "different columns"]),
-    (["--data.packing", "blocks", "--data.forget.preferred", "b"], ["data.packing", "blocks", "data.forget.preferred", "documents"]),
+    (
+        ["--data.packing", "blocks", "--data.forget.preferred", "b"],
+        ["data.packing", "blocks", "data.forget.preferred", "documents"],
+    ),
     (["--data.forget.prompt", "3"], ["data.forget.prompt", "3"]),
     (["--objective.forget", "none", "--objective.retain", "none"], ["objective.forget", "objective.retain", "none"]),
 ]

@@ -71,9 +71,7 @@ def test_questions_are_held_out_with_their_answers(tmp_path: Path) -> None:
     ("forget", "retain", "expected"),
     [(4, 6, "documents"), (80, 90, "blocks"), (80, 6, "documents"), (6, 80, "documents"), (33, 32, "blocks")],
 )
-def test_packing_by_what_the_files_hold(
-    forget: int, retain: int, expected: str, world: World, tmp_path: Path
-) -> None:
+def test_packing_by_what_the_files_hold(forget: int, retain: int, expected: str, world: World, tmp_path: Path) -> None:
     """Words of which each is one token; half of max_length 64 is 32."""
     tokenizer = AutoTokenizer.from_pretrained(world.folder / "model")
     assert len(tokenizer("x" * 5).input_ids) == 5

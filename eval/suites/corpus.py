@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from eval.suites import scoring
 from eval.suites.rouge import SCRIPT_WORDS, recall_by_script, recall_rouge
-from pipeline.config.schema import Corpus, format_of
+from pipeline.config.sources import Corpus, format_of
 from pipeline.data.corpus import is_saved_dataset, read_rows, text_of
 from pipeline.errors import InputError
 

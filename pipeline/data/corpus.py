@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pipeline.config.schema import LOCAL_FORMATS, Corpus, format_of
+from pipeline.config.sources import LOCAL_FORMATS, Corpus, Source, format_of
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def read(corpus: Corpus, key: str, pairing: Pairing | None = None) -> tuple[Iter
     return _assemble(texts, corpus.prompt is not None, refusals), f"{source}-{_sha256(recipe)[:16]}"
 
 
-def read_rows(corpus: Corpus, key: str = "", columns: dict[str, str] | None = None) -> tuple[Iterator[Located], str]:
+def read_rows(corpus: Source, key: str = "", columns: dict[str, str] | None = None) -> tuple[Iterator[Located], str]:
     """(place, row) of each row of a corpus, read lazily, and a digest of the source.
 
     A row of a .txt file has its line under `corpus.field`; other rows have all their columns, or at least `columns`
@@ -231,7 +231,7 @@ def is_saved_dataset(path: Path) -> bool:
     return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def _saved_dataset(corpus: Corpus, key: str) -> tuple[datasets.Dataset, str]:
+def _saved_dataset(corpus: Source, key: str) -> tuple[datasets.Dataset, str]:
     """The data set, or the split of it, and a digest of its files."""
     import datasets
     import pyarrow as pa
@@ -250,7 +250,7 @@ def _saved_dataset(corpus: Corpus, key: str) -> tuple[datasets.Dataset, str]:
     return found, _sha256(json.dumps([[file.name, file_digest(file)] for file in files]))
 
 
-def _hub_dataset(corpus: Corpus, key: str) -> tuple[datasets.Dataset, str]:
+def _hub_dataset(corpus: Source, key: str) -> tuple[datasets.Dataset, str]:
     import datasets
 
     try:

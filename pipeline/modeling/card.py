@@ -10,6 +10,8 @@ import torch
 import transformers
 import yaml
 
+from pipeline.monitoring.levels import PREFIX
+
 
 def model_card(
     configuration: str, base: str, weights: str, corpora: dict[str, str], last_step: Mapping[str, object]
@@ -25,6 +27,8 @@ def model_card(
     run = yaml.safe_load(configuration)
     synthesis, objective, train = run["synthesis"], run["objective"], run["train"]
     duration = f"{train['steps']} steps" if train["steps"] else f"{train['epochs']} passes over the corpus"
+    if train["stop_at"] and train["stop_action"] == "end" and last_step:
+        duration = f"{last_step['step']} of {duration}"
     tasks = " and ".join(f"{task} `{objective[task]}`" for task in corpora)
     rows = "\n".join(f"| {task} | `{run['data'][task]['path']}` | `{digest}` |" for task, digest in corpora.items())
     lora = run["model"]["lora"]
@@ -36,7 +40,8 @@ def model_card(
             if lora["merge"]
             else "; this folder contains only them.\n\n"
         )
-    measured = [(name, value) for name, value in last_step.items() if isinstance(value, float) and "/" not in name]
+    measured = [(name, value) for name, value in last_step.items() if isinstance(value, float)]
+    measured = [(name, value) for name, value in measured if "/" not in name or name.startswith(PREFIX)]
     numbers = "\n".join(f"| {name} | {value:.4g} |" for name, value in measured)
     return f"""---
 base_model: {base}

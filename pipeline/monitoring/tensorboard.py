@@ -71,7 +71,7 @@ class TensorBoardWriter:
     """The event file of a run, on rank 0. A resumed run replaces the steps from `start` + 1 on."""
 
     def __init__(self, folder: Path, *, start: int) -> None:
-        self.writer = SummaryWriter(str(folder), purge_step=start + 1)
+        self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
         # A chart takes the tags that match a regular expression at their beginning: layers would come along.
         charts = {title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in CHARTS.items()}
         self.writer.add_custom_scalars({"Unlearning": charts})
@@ -113,7 +113,10 @@ class TensorBoardWriter:
             of_layers = np.array([value for key, value in values.items() if key.startswith(f"{name}/")])
             if of_layers.size:
                 self.writer.add_histogram(f"layers/{name}", of_layers, step)
-        if any("/" in name for name in values) and time.monotonic() - self.drawn > HEAT_MAP_EVERY_S:
+        if (
+            any(name.partition("/")[0] in HEAT_MAPS for name in values if "/" in name)
+            and time.monotonic() - self.drawn > HEAT_MAP_EVERY_S
+        ):
             self.draw(history)
 
     def draw(self, history: Sequence[Mapping[str, float | None]]) -> None:

@@ -1,0 +1,188 @@
+"""Probes while a model trains: what they measure, on how many ranks, and what they leave as it was."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from pipeline.data.batches import Batch
+from pipeline.data.probes import ProbeSet, Question, RowScores, measures_of, schedule
+from pipeline.modeling.probes import rows_of, score_rows
+from pipeline.modeling.token_losses import token_scores
+from tests.conftest import World
+from tests.interrupted import complete
+
+ZERO3 = "ds_configs/zero3.json"
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def probes(run: Path) -> dict[int, dict[str, float]]:
+    found = {row["step"]: {k: v for k, v in row.items() if k.startswith("probe/")} for row in rows(run)}
+    return {step: numbers for step, numbers in found.items() if numbers}
+
+
+@pytest.fixture(scope="module")
+def sections(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Keys of a run with four sets of probes, of every kind."""
+    folder = tmp_path_factory.mktemp("probes")
+    texts = world.documents("retain")
+    questions = [{"q": texts[i][:20], "options": [t[:12] for t in texts[i : i + 3]], "gold": i % 3} for i in range(7)]
+    (folder / "choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    (folder / "answers.jsonl").write_text("".join(json.dumps({"q": t[:9], "a": t[9:]}) + "\n" for t in texts[:5]))
+    sets = {
+        "choice": {"path": str(folder / "choice.jsonl"), "prompt": "q", "choices": "options", "answer": "gold"},
+        "answers": {"path": str(folder / "answers.jsonl"), "prompt": "q", "response": "a"},
+        "retain": {"path": str(world.folder / "retain.jsonl"), "limit": 9},
+    }
+    data = world.configuration("")["data"]
+    return {
+        "data": {**data, "probes": sets, "max_length": 64},
+        "train": {"steps": 4, "probe_every": 2},
+        "objective": {"forget": "ga"},
+    }
+
+
+def trained(world: World, folder: Path, name: str, ranks: int = 1, **sections: Any) -> Path:
+    config = world.write(folder / f"{name}.yaml", folder / name, **sections)
+    complete(config, ranks=ranks)
+    return folder / name
+
+
+def plainly(run: Path, world: World, step: str = "final") -> dict[str, float]:
+    """The probes by definition: an ordinary model, a row at a time, with plain loops over its tokens."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = world.folder / "model" if step == "start" else run / step
+    model: Any = AutoModelForCausalLM.from_pretrained(where).eval()
+    tokenizer = AutoTokenizer.from_pretrained(where)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    sets = {"forget": {**config["data"]["forget"], "limit": 64, "choices": None}, **config["data"]["probes"]}
+
+    def tokens(prompt: str | None, text: str) -> tuple[list[float], list[bool]]:
+        """(loss, whether it is the greedy token) of each token of the answer."""
+        head = tokenizer(f"Question: {prompt}\nAnswer: ").input_ids if prompt is not None else None
+        ids = [*tokenizer(f"Question: {prompt}\nAnswer: {text}").input_ids, 0] if head else tokenizer(text).input_ids
+        start = next((i for i, (a, b) in enumerate(zip(ids, head, strict=False)) if a != b), len(head)) if head else 1
+        ids = ids[: config["data"]["max_length"]]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].double()
+        losses = [-F.log_softmax(logits[i - 1], -1)[ids[i]].item() for i in range(start, len(ids))]
+        return losses, [int(logits[i - 1].argmax()) == ids[i] for i in range(start, len(ids))]
+
+    found: dict[str, float] = {}
+    for name, keys in sets.items():
+        lines = [json.loads(line) for line in Path(keys["path"]).read_text().splitlines()][: keys["limit"]]
+        if keys["choices"]:
+            hits = []
+            for row in lines:
+                sums = [sum(tokens(row[keys["prompt"]], option)[0]) for option in row[keys["choices"]]]
+                hits.append(sums.index(min(sums)) == row[keys["answer"]])
+            found[f"probe/{name}/accuracy"] = sum(hits) / len(hits)
+            continue
+        each = [
+            tokens(row[keys["prompt"]] if keys["prompt"] else None, row[keys["response"] or "text"]) for row in lines
+        ]
+        each = [one for one in each if one[0]]
+        strengths = []
+        for _, right in each:
+            k = next(k for k in range(len(right) + 1) if all(right[k:]))
+            strengths.append(1 - k / len(right))
+        found[f"probe/{name}/extraction_strength"] = sum(strengths) / len(each)
+        found[f"probe/{name}/exact_memorization"] = sum(sum(r) / len(r) for _, r in each) / len(each)
+        found[f"probe/{name}/probability"] = sum(math.exp(-sum(x) / len(x)) for x, _ in each) / len(each)
+        found[f"probe/{name}/loss"] = sum(sum(x) for x, _ in each) / sum(len(x) for x, _ in each)
+    return found
+
+
+def test_probes_equal_a_plain_loop_and_change_nothing(world: World, tmp_path: Path, sections: dict[str, Any]) -> None:
+    """One rank, two ranks under ZeRO-3, and none at all: the same probes, and the same weights to the bit."""
+    off = {**sections, "train": {**sections["train"], "probe_every": 0}}
+    runs = {
+        (ranks, on): trained(
+            world, tmp_path, f"{ranks}-{on}", ranks, **{**(sections if on else off), "model": {"dropout": 0.1}}
+        )
+        for ranks in (1, 2)
+        for on in (True, False)
+    }
+    for ranks in (1, 2):
+        assert sorted(probes(runs[ranks, True])) == [0, 2, 4] and not probes(runs[ranks, False])
+        with_, without = (load_file(runs[ranks, on] / "final" / "model.safetensors") for on in (True, False))
+        assert all(torch.equal(with_[name], without[name]) for name in without)
+    one, two = probes(runs[1, True]), probes(runs[2, True])
+    assert one[0] == two[0], "the weights are the same, and so is every digit"
+    for step in (2, 4):
+        assert one[step] == pytest.approx(two[step], rel=1e-4)
+    for step, where in ((0, "start"), (4, "final")):
+        assert one[step] == pytest.approx(plainly(runs[1, True], world, where), rel=1e-5)
+    assert one[4]["probe/retain/loss"] != one[0]["probe/retain/loss"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measures, counted by hand
+
+
+def test_strength_and_memorization_of_a_row_counted_by_hand() -> None:
+    """Logits of five positions; token t+1 is greedy at 1, 3 and 4: of four predicted tokens the last two follow on."""
+    labels = torch.tensor([[7, 1, 2, 3, 4], [7, 1, 2, -100, -100]])
+    greedy = torch.tensor([[1, 0, 3, 4, 9], [0, 2, 5, 5, 5]])  # what position t predicts
+    logits = 3.0 * F.one_hot(greedy, 10).float()
+    losses, correct = token_scores(logits, labels)
+    assert correct.tolist() == [[1, 0, 1, 1, 0], [0, 1, 0, 0, 0]]
+    hit, miss = math.log(math.exp(3) + 9) - 3, math.log(math.exp(3) + 9)
+    expected = [[hit, miss, hit, hit, 0], [miss, hit, 0, 0, 0]]
+    assert torch.allclose(losses, torch.tensor(expected))
+    batch = Batch(torch.arange(2), labels.clamp(min=0), (labels >= 0).long(), labels)
+    engine: Any = lambda output, **inputs: token_scores(logits, inputs["labels"])  # noqa: E731
+    rows_ = rows_of(score_rows(engine, batch))
+    assert [row[1:] for row in rows_] == [(4, 3, 2), (2, 1, 1)]
+    found = measures_of(ProbeSet("two", [([7, 1, 2, 3, 4], 1), ([7, 1, 2], 1)], ""), rows_)
+    assert found == pytest.approx(
+        {
+            "extraction_strength": (2 / 4 + 1 / 2) / 2,  # k is 2 of 4, and 1 of 2
+            "exact_memorization": (3 / 4 + 1 / 2) / 2,
+            "probability": (math.exp(-(3 * hit + miss) / 4) + math.exp(-(hit + miss) / 2)) / 2,
+            "loss": (4 * hit + 2 * miss) / 6,
+        }
+    )
+
+
+def test_scores_from_hidden_states_equal_those_from_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunk by chunk; a position that predicts nothing costs nothing and is 0."""
+    from pipeline.modeling import token_losses
+
+    monkeypatch.setattr(token_losses, "_CHUNK", 64)
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(2, 7, 5), torch.randn(30, 5), torch.randn(30)
+    labels = torch.randint(30, (2, 7)).index_put((torch.tensor([0, 1]), torch.tensor([2, 6])), torch.tensor(-100))
+    through_logits = token_scores(hidden @ weight.T + bias, labels)
+    assert torch.allclose(token_scores(hidden, labels, weight, bias), through_logits, atol=1e-6)
+    assert torch.equal(through_logits[0], token_losses.token_losses(hidden @ weight.T + bias, labels))
+    assert (through_logits[:, 0, 1] == 0).all() and (through_logits[:, :, -1] == 0).all()
+
+
+def test_choices_go_to_the_least_summed_loss() -> None:
+    """Two questions: the right answer is longer with the smaller sum, then shorter by the mean alone."""
+    rows_ = [RowScores(loss, tokens, 0, 0) for loss, tokens in ((4.0, 8), (5.0, 2), (6.0, 6), (2.0, 1))]
+    found = ProbeSet("two", [], "", [Question(range(0, 2), 0), Question(range(2, 4), 0)])
+    assert measures_of(found, rows_) == {"accuracy": 0.5}
+    broken = [RowScores(math.nan, 1, 0, 0), *rows_[1:]]
+    assert math.isnan(measures_of(found, broken)["accuracy"])
+
+
+def test_batches_do_not_mix_sets_and_are_those_of_a_set_alone() -> None:
+    sets = [
+        ProbeSet(name, [([1] * n, 1) for n in sizes], "") for name, sizes in (("a", (5, 2, 9)), ("b", (3, 3, 1, 8)))
+    ]
+    assert schedule(sets, 2) == [[1, 0], [2], [5, 3], [4, 6]]
+    assert schedule(sets[1:], 2) == [[2, 0], [1, 3]]

@@ -9,6 +9,8 @@ settings (uniform in the logarithm) and maximises the retain score at matched fo
 command writes `frontier.json`, `frontier.md` and `frontier.png` anew after every run; after a kill, the same command
 continues. The report lists a run that fails, and the sweep goes on. Exit status: 0 done, 1 done but for failed runs, 2
 unusable input.
+
+With `--suite probes` alone, no run is evaluated: `train.probe_every` of the recipe gives the trajectory.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from eval.results.trajectories import read_target
 from eval.suites import check_suites
 from eval.sweep.axes import OWN_KEYS, Axis, parse_sweep
 from eval.sweep.launch import end_on_terminate, exclusive_lock, refuse_overrides, split_overrides
-from eval.sweep.runs import DEFAULT_TRIALS, Plan, read_presets, refuse_another_sweep
+from eval.sweep.runs import DEFAULT_TRIALS, Plan, read_presets, refuse_another_sweep, refuse_without_probes
 from eval.sweep.search import run_sweep
 from pipeline.config.files import RECIPES, find_file
 from pipeline.errors import InputError
@@ -101,6 +103,7 @@ def main() -> int:
     plan, presets = parse_command_line(sys.argv[1:])
     end_on_terminate()
     with exclusive_lock(plan.output, "eval.frontier"):
+        refuse_without_probes(plan)
         refuse_another_sweep(plan, presets)
         collect(plan)  # refuses finished runs that do not belong together before more is trained
         failure_files = run_sweep(plan, lambda: write_report(plan))

@@ -1,7 +1,7 @@
 """Evaluate a model folder, or every export of a training run, on named suites.
 
     python -m eval.run --model FOLDER --suite NAME [NAME …] --output FILE.json [--data FOLDER] [--batch-size N]
-                       [--shots N] [--ds-config FILE.json] [--allow-pickle] [--trust-remote-code]
+                       [--shots N] [--config FILE] [--ds-config FILE.json] [--allow-pickle] [--trust-remote-code]
 
 The command reads weights from safetensors only and does not run code that comes with a model, unless the last two
 options allow it.
@@ -43,6 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=64, metavar="N", help="prompts in one batch (default 64)")
     add("--shots", type=int, metavar="N", help=f"examples before each question of mmlu (default {MMLU_SHOTS})")
     add("--forget-set", choices=FORGET_SETS, help=f"of tofu from the hub (default {FORGET_SETS[-1]})")
+    add("--config", type=Path, metavar="FILE", help="for probes: the YAML with data.probes (default: the run's own)")
     add("--ds-config", type=Path, metavar="FILE.json", help="a ZeRO-3 file: each rank holds a share of the model")
     add_trust_options(parser)
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # `deepspeed` adds it
@@ -61,7 +62,12 @@ def check(arguments: argparse.Namespace, suites: list[str]) -> dict[str, dict[st
         raise InputError("--forget-set belongs to suite tofu from the hub alone; --data decides the forget set itself")
     if arguments.shots is not None and arguments.shots < 0:
         raise InputError(f"--shots {arguments.shots}: give 0 or more")
+    if arguments.config is not None and "probes" not in suites:
+        raise InputError("--config belongs to suite probes alone; leave it out")
     options: dict[str, dict[str, Any]] = {}
+    if "probes" in suites:
+        own = arguments.model / "config.yaml"
+        options["probes"] = {"run": arguments.config or (own if own.is_file() else None)}
     if arguments.shots is not None:
         options["mmlu"] = {"shots": arguments.shots}
     if arguments.forget_set is not None:

@@ -279,7 +279,7 @@ def setup(config: RunConfig, zero: dict[str, Any], resume: bool = False, quiet: 
     last = checkpoint.newest(folder) if resume else None
     start = checkpoint.load(engine, combiner, last, decisive) if last is not None else 0
     write_run_files(config, content_digests(identity, corpora, settings), weights)
-    metrics = Monitor(folder, engine, start=start, steps=steps)
+    metrics = Monitor(folder, engine, start=start, steps=steps, has_probes=bool(config.train.probe_every))
     metrics.describe(to_yaml(config), hyperparameters(config, steps, combiner.synthesis.resolved_scope))
     prober = Prober(engine, sets, config.train.micro_batch_size)
     probes = Probes(prober, metrics, Levels(probe_names(config.train.stop_at)), config.train, steps)

@@ -33,6 +33,7 @@ LEVEL = {name: number for number, names in enumerate(LAYERS) for name in names}
 # What evaluation may share with training: one reader of corpora, one encoding of questions, one check of weights.
 SHARED = {
     *("pipeline.errors", "pipeline.config", "pipeline.data", "pipeline.distributed", "pipeline.modeling.weights"),
+    *("pipeline.modeling.outputs", "pipeline.modeling.probes"),  # one code of a probe, so that its numbers are the same
     "pipeline.zero.compat",  # release_memory, which empties what DeepSpeed references models from
 }
 LIGHT = ("errors", "config", "distributed/environment")  # imported before a bad configuration is refused

@@ -9,7 +9,8 @@ modules' own calls: ZeRO-3 gathers the weights of a module in hooks around its c
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,21 @@ def install_outputs(engine: Any) -> None:
 
     head.forward, model.forward = head_output, model_output
     separate_prefetch_traces(engine, modules_called)
+
+
+@contextmanager
+def temporary_outputs(engine: Any) -> Iterator[None]:
+    """`install_outputs` for the time of a block: the model is then as it was, for callers that know nothing of it."""
+    changed = (engine.module, engine.module.get_output_embeddings())
+    before = [vars(module).get("forward") for module in changed]
+    install_outputs(engine)
+    try:
+        yield
+    finally:
+        for module, forward_before in zip(changed, before, strict=True):
+            del module.forward
+            if forward_before is not None:  # it was replaced before, as DeepSpeed does
+                module.forward = forward_before
 
 
 def per_token(

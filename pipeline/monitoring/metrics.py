@@ -33,7 +33,7 @@ class Monitor:
     A run that is resumed after `start` steps drops what it logged beyond them: each step is logged once, in order.
     """
 
-    def __init__(self, folder: Path, engine: Any, *, start: int, steps: int) -> None:
+    def __init__(self, folder: Path, engine: Any, *, start: int, steps: int, has_probes: bool = False) -> None:
         self.folder, self.device = folder, engine.device
         self.trackers = ExternalTrackers(folder, engine, start=start)
         self.values: dict[str, Any] = {}
@@ -48,7 +48,7 @@ class Monitor:
                 self.before, self.history = _keep_rows(self.log, start)
                 self.lines = self.log.open("a", encoding="utf-8", buffering=1)
             with disk_errors(self.events):
-                self.board = TensorBoardWriter(self.events, start=start)
+                self.board = TensorBoardWriter(self.events, start=start, has_probes=has_probes)
             self.progress = Progress(start, steps)
 
     def describe(self, configuration: str, hyperparameters: dict[str, str | float]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,6 @@ from pipeline.modeling.probes import rows_of, score_rows
 from pipeline.modeling.token_losses import token_scores
 from tests.conftest import World
 from tests.interrupted import complete
-
-ZERO3 = "ds_configs/zero3.json"
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -105,27 +104,70 @@ def plainly(run: Path, world: World, step: str = "final") -> dict[str, float]:
     return found
 
 
-def test_probes_equal_a_plain_loop_and_change_nothing(world: World, tmp_path: Path, sections: dict[str, Any]) -> None:
-    """One rank, two ranks under ZeRO-3, and none at all: the same probes, and the same weights to the bit."""
-    off = {**sections, "train": {**sections["train"], "probe_every": 0}}
-    runs = {
-        (ranks, on): trained(
-            world, tmp_path, f"{ranks}-{on}", ranks, **{**(sections if on else off), "model": {"dropout": 0.1}}
-        )
-        for ranks in (1, 2)
-        for on in (True, False)
-    }
-    for ranks in (1, 2):
-        assert sorted(probes(runs[ranks, True])) == [0, 2, 4] and not probes(runs[ranks, False])
-        with_, without = (load_file(runs[ranks, on] / "final" / "model.safetensors") for on in (True, False))
-        assert all(torch.equal(with_[name], without[name]) for name in without)
-    one, two = probes(runs[1, True]), probes(runs[2, True])
-    assert one[0] == two[0], "the weights are the same, and so is every digit"
+@pytest.fixture(scope="module")
+def learnt(world: World, tmp_path_factory: pytest.TempPathFactory, sections: dict[str, Any]) -> Path:
+    """A run that learns the retain corpus and ends where half of its tokens are the greedy ones."""
+    folder = tmp_path_factory.mktemp("learnt")
+    train = {"steps": 60, "probe_every": 4, "stop_at": {"retain": {"exact_memorization": 0.5}}, "checkpoint_every": 4}
+    more = {**sections, "train": train, "objective": {"forget": "none"}, "optimizer": {"lr": 0.02}}
+    return trained(world, folder, "run", **more)
+
+
+def test_a_level_ends_the_run_and_every_probe_equals_a_plain_loop(world: World, learnt: Path) -> None:
+    found = probes(learnt)
+    *before, last = found
+    assert before == list(range(0, last, 4)) and 4 < last < 60
+    values = [found[step]["probe/retain/exact_memorization"] for step in found]
+    assert all(value < 0.5 for value in values[:-1]) and values[-1] >= 0.5
+    assert len(rows(learnt)) == last + 1 and not (learnt / "exports").exists()
+    assert f"after {last} of 60 steps" in (learnt / "final" / "README.md").read_text()
+    for step, where in ((0, "start"), (last, "final")):
+        assert found[step] == pytest.approx(plainly(learnt, world, where), rel=1e-5)
+    assert all(0.05 < found[last][f"probe/{name}/extraction_strength"] < 1 for name in ("retain", "forget"))
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+def test_a_resumed_run_goes_on_with_its_probes(at_end: bool, learnt: Path, tmp_path: Path) -> None:
+    """Cut back to its last checkpoint but one, with half a row after it, or to that of its end: the same rows again."""
+    folder = tmp_path / "run"
+    shutil.copytree(learnt, folder)
+    shutil.rmtree(folder / "final")
+    if not at_end:
+        first, second = sorted((folder / "checkpoints").glob("step-*"))
+        shutil.rmtree(second)
+        text, half = (learnt / "metrics.jsonl").read_text(), int(first.name.removeprefix("step-")) + 2
+        (folder / "metrics.jsonl").write_text(text[: text.index(f'{{"step": {half},') + 30])
+    config = yaml.safe_load((learnt / "config.yaml").read_text())
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump({**config, "output": str(folder)}))
+    complete(tmp_path / "again.yaml", "--resume", ranks=1)
+    assert probes(folder) == probes(learnt) and [row["step"] for row in rows(folder)] == list(range(len(rows(learnt))))
+
+
+def test_ranks_and_probes_change_nothing(world: World, tmp_path: Path, sections: dict[str, Any]) -> None:
+    """Two ranks under ZeRO-3 measure what one measures; with dropout, weights are to the bit those of a run without.
+
+    A level of the other action exports once, where it is reached.
+    """
+    export = {**sections["train"], "stop_at": {"forget": {"loss": 5.69}}}
+    export["stop_action"] = "export"
+    one = trained(world, tmp_path, "one", 1, **{**sections, "train": export})
+    two = trained(world, tmp_path, "two", 2, **sections)
+    first, second = probes(one), probes(two)
+    assert sorted(first) == sorted(second) == [0, 2, 4]
+    assert first[0] == second[0], "the weights are the same, and so is every digit"
     for step in (2, 4):
-        assert one[step] == pytest.approx(two[step], rel=1e-4)
-    for step, where in ((0, "start"), (4, "final")):
-        assert one[step] == pytest.approx(plainly(runs[1, True], world, where), rel=1e-5)
-    assert one[4]["probe/retain/loss"] != one[0]["probe/retain/loss"]
+        assert first[step] == pytest.approx(second[step], rel=1e-4)
+    reached = next(step for step in (2, 4) if first[step]["probe/forget/loss"] <= 5.69)
+    assert [folder.name for folder in (one / "exports").iterdir()] == [f"step-{reached:06d}"]
+    dropped = {**sections, "model": {"dropout": 0.1}}
+    weights = []
+    for every in (0, 1):
+        run = trained(
+            world, tmp_path, f"dropout-{every}", 2, **{**dropped, "train": {"steps": 4, "probe_every": every}}
+        )
+        weights.append(load_file(run / "final" / "model.safetensors"))
+        assert len(probes(run)) == 5 * every
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""TensorBoard: three charts on the first page (probes before them), heat maps of the layers, runs beside each other under HParams."""
+"""TensorBoard: three charts on the first page (probes first), heat maps of layers, runs side by side in HParams."""
 
 from __future__ import annotations
 

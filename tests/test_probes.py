@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,20 @@ import yaml
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from eval import report, run
+from eval.results.comparison import collect
+from eval.results.metrics import choose
+from eval.results.trajectories import read_run
+from eval.sweep.axes import run_folder
+from eval.sweep.runs import Plan, finished_runs, refuse_without_probes, run_if_missing
 from pipeline.data.batches import Batch
 from pipeline.data.probes import ProbeSet, Question, RowScores, measures_of, schedule
+from pipeline.errors import InputError
 from pipeline.modeling.probes import rows_of, score_rows
 from pipeline.modeling.token_losses import token_scores
 from tests.conftest import World
+from tests.distributed import run_distributed
+from tests.eval.runs import make_run
 from tests.interrupted import complete
 
 
@@ -168,6 +179,111 @@ def test_ranks_and_probes_change_nothing(world: World, tmp_path: Path, sections:
         weights.append(load_file(run / "final" / "model.safetensors"))
         assert len(probes(run)) == 5 * every
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same on exports, and in reports
+
+
+def evaluate(*arguments: object) -> None:
+    """`python -m eval.run` with these arguments, in this process or on each rank of a pool."""
+    sys.argv = ["run.py", *map(str, arguments)]
+    run.main()
+
+
+def evaluated(output: Path) -> dict[int | None, dict[str, float]]:
+    content = json.loads(output.read_text())
+    entries = content.get("trajectory") or [content]
+    return {
+        entry.get("step"): {
+            f"probe/{name}/{measure}": value
+            for name, found in entry["suites"]["probes"]["metrics"].items()
+            for measure, value in found.items()
+        }
+        for entry in entries
+    }
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_suite_gives_the_digits_of_the_probes(ranks: int, learnt: Path, world: World, tmp_path: Path) -> None:
+    """Of the export and of the model before training; the exports of adapters are below."""
+    for model, step in ((learnt / "final", max(probes(learnt))), (world.folder / "model", 0)):
+        output = tmp_path / f"{step}.json"
+        arguments = ("--model", model, "--suite", "probes", "--config", learnt / "config.yaml", "--output", output)
+        run_distributed(evaluate, ranks, *arguments)
+        assert evaluated(output) == {None: probes(learnt)[step]}
+
+
+def test_adapters_are_measured_and_evaluated_alike(
+    world: World, tmp_path: Path, sections: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run folder names its configuration itself; every export has the digits of its step."""
+    train = {"steps": 2, "probe_every": 1, "export_every": 1}
+    more = {"model": {"lora": {"r": 2, "dropout": 0.5}}, "optimizer": {"lr": 0.05}}
+    folder = trained(world, tmp_path, "lora", 1, **{**sections, "train": train, **more})
+    monkeypatch.setattr(sys, "argv", [])
+    evaluate("--model", folder, "--suite", "probes", "--output", folder / "evaluation.json")
+    found = probes(folder)
+    assert evaluated(folder / "evaluation.json") == {1: found[1], 2: found[2]} and found[2] != found[0]
+
+
+def probed_run(folder: Path, numbers: list[tuple[int, float, float]], seed: int = 0) -> Path:
+    """A run folder with probes (step, extraction strength of forget, probability of retain) and no evaluation."""
+    make_run(folder, [], seed=seed, conflict_fraction=[0.5] * 20)
+    (folder / "evaluation.json").unlink()
+    lines = {row["step"]: row for row in rows(folder)}
+    for step, forget, retain in numbers:
+        lines.setdefault(step, {"step": step})
+        lines[step] |= {"probe/forget/extraction_strength": forget, "probe/retain/probability": retain}
+        lines[step] |= {"probe/arc/accuracy": retain / 2, "probe/forget/loss": None}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(lines[step]) + "\n" for step in sorted(lines)))
+    return folder
+
+
+def test_a_report_reads_probes_where_nothing_was_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """.5 at step 10 and 0 at step 20: .1 is 4/5 of the way, step 18, where retain is .8 - .8 * .2."""
+    folder = probed_run(tmp_path / "run", [(0, 1.0, 0.9), (10, 0.5, 0.8), (20, 0.0, 0.6)])
+    found = read_run(folder)
+    assert found.suites == ["probes"] and [step["step"] for step in found.steps] == list(range(1, 21))
+    monkeypatch.setattr(sys, "argv", ["report.py", str(folder), "--output", str(tmp_path / "report")])
+    report.main()
+    table = (tmp_path / "report" / "report.md").read_text().split("## ")[1]
+    assert "Results at probes.forget.extraction_strength 0.1" in table
+    target, line = [row.split(" | ") for row in table.splitlines() if row.startswith(("| target", "| npo"))]
+    assert target[1:3] == ["0.900", "0.450"]
+    assert line[1].startswith("0.640") and line[2].startswith("0.320") and line[-2].startswith("18.0")
+
+
+def test_a_sweep_over_probes_evaluates_nothing(tmp_path: Path) -> None:
+    recipe = {"methods": {"a": {"train": {"probe_every": 2}}, "b": {"method": "b"}}}
+    plan = Plan(
+        config=tmp_path / "recipe.yaml",
+        overrides=(),
+        suites=("probes",),
+        data=None,
+        measure=choose(["probes"]),
+        target=None,
+        output=tmp_path,
+        methods=("a",),
+        seeds=(0,),
+        axes=(),
+        ranks=1,
+        trials=1,
+    )
+    keys = World(tmp_path).configuration("unused")
+    for task in ("forget", "retain"):
+        (tmp_path / f"{task}.jsonl").write_text('{"text": "a"}\n')
+    plan.config.write_text(yaml.safe_dump({**keys, **recipe}))
+    folder = run_folder(tmp_path, "a", {}, 0)
+    probed_run(folder, [(0, 1.0, 0.9), (20, 0.0, 0.6)])
+    assert finished_runs(plan, "a") == {}
+    (folder / "final").mkdir()
+    assert finished_runs(plan, "a") == {"recipe": [0]} and not run_if_missing(plan, "a", {}, 0)
+    [group] = collect(plan)
+    assert group.retained == pytest.approx([0.9 - 0.9 * 0.3])
+    refuse_without_probes(plan)
+    with pytest.raises(InputError, match=r"b has train.probe_every 0"):
+        refuse_without_probes(replace(plan, methods=("a", "b")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

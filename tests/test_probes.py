@@ -8,6 +8,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +18,15 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from eval import report, run
+from eval.attacks.run import training_config
+from eval.loading import Trust
 from eval.results.comparison import collect
 from eval.results.metrics import choose
 from eval.results.trajectories import read_run
 from eval.sweep.axes import run_folder
 from eval.sweep.runs import Plan, finished_runs, refuse_without_probes, run_if_missing
+from pipeline.config.load import resolve
+from pipeline.config.schema import RunConfig
 from pipeline.data.batches import Batch
 from pipeline.data.probes import ProbeSet, Question, RowScores, measures_of, schedule
 from pipeline.errors import InputError
@@ -252,6 +257,15 @@ def test_a_report_reads_probes_where_nothing_was_evaluated(tmp_path: Path, monke
     target, line = [row.split(" | ") for row in table.splitlines() if row.startswith(("| target", "| npo"))]
     assert target[1:3] == ["0.900", "0.450"]
     assert line[1].startswith("0.640") and line[2].startswith("0.320") and line[-2].startswith("18.0")
+
+
+def test_an_attack_by_training_makes_no_probes_and_ends_at_no_level(world: World, tmp_path: Path) -> None:
+    made = resolve(
+        world.write(tmp_path / "run.yaml", "unused", train={"probe_every": 1, "stop_at": {"forget": {"loss": 9}}})
+    )
+    plan: Any = SimpleNamespace(config=made.model_dump(), final=Path("final"), trust=Trust(), seed=0, lr=1.0, steps=2)
+    changed = RunConfig(**training_config(plan, plan.config["data"]["retain"], tmp_path))
+    assert changed.train.probe_every == 0 and not changed.train.stop_at
 
 
 def test_a_sweep_over_probes_evaluates_nothing(tmp_path: Path) -> None:

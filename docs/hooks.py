@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # mkdocs runs from its own environment
 
+from pipeline.config.explain import is_table  # noqa: E402
 from pipeline.config.schema import RunConfig  # noqa: E402
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ def kind(annotation: Any) -> str:
         return ", ".join(kind(argument) for argument in arguments)
     if origin is list:
         return f"list of {kind(arguments[0])}"
+    if origin is dict:
+        return f"{{{kind(arguments[0])}: {kind(arguments[1])}}}"
     return TYPES[annotation]
 
 
@@ -93,7 +96,9 @@ def configuration_reference(section: type[BaseModel] = RunConfig, prefix: str = 
     for name, field in section.model_fields.items():
         inner = section_of(field)
         if inner is not None:
-            parts.append(f"## `{prefix}{name}`\n\n{configuration_reference(inner, f'{prefix}{name}.')}")
+            below = f"{prefix}{name}.NAME" if is_table(field.annotation) else f"{prefix}{name}"
+            meaning = f"{cell(field.description)}\n\n" if field.description and is_table(field.annotation) else ""
+            parts.append(f"## `{below}`\n\n{meaning}{configuration_reference(inner, f'{below}.')}")
             continue
         default = "required" if field.is_required() else f"`{in_yaml(field.default)}`"
         values = " ".join(filter(None, (kind(field.annotation), limits(field))))

@@ -9,6 +9,8 @@ settings (uniform in the logarithm) and maximises the retain score at matched fo
 Recipe, corpora and probes are checked once before the first run. The command writes `frontier.json`, `frontier.md` and
 `frontier.png` anew after every run; after a kill, the same command continues. The report lists a run that fails, and
 the sweep goes on. Exit status: 0 done, 1 done but for failed runs, 2 unusable input.
+
+With `--suite probes` alone, no run is evaluated: `train.probe_every` of the recipe gives the trajectory.
 """
 
 import argparse
@@ -27,7 +29,14 @@ from eval.suites.task_options import add_task_options, task_arguments, task_opti
 from eval.sweep.axes import OWN_KEYS, Axis, parse_sweep
 from eval.sweep.check import check_runs
 from eval.sweep.launch import end_on_terminate, exclusive_lock, refuse_overrides, split_overrides
-from eval.sweep.runs import DEFAULT_TRIALS, Plan, read_presets, recipe_suites, refuse_another_sweep
+from eval.sweep.runs import (
+    DEFAULT_TRIALS,
+    Plan,
+    read_presets,
+    recipe_suites,
+    refuse_another_sweep,
+    refuse_without_probes,
+)
 from eval.sweep.search import run_sweep
 from pipeline.config.files import RECIPES, find_file
 from pipeline.errors import InputError
@@ -107,6 +116,7 @@ def main() -> int:
         check_runs(plan)
     end_on_terminate()
     with exclusive_lock(plan.output, "eval.frontier"):
+        refuse_without_probes(plan)
         refuse_another_sweep(plan, presets)
         collect(plan)  # refuses finished runs that do not belong together before more is trained
         failure_files = run_sweep(plan, lambda: write_report(plan))

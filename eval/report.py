@@ -17,13 +17,13 @@ from eval.reporting.pages import as_text
 from eval.reporting.run_report import write_report
 from eval.results.grouping import group_runs
 from eval.results.metrics import add_metric_options, choose
-from eval.results.trajectories import common_suites, prepare, read_run, read_target
+from eval.results.trajectories import common_start, common_suites, prepare, read_run, read_target
 from pipeline.errors import InputError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.report", description="Compare runs at matched forgetting.")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders with evaluation.json")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders, evaluated or with probes")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the folder for the report")
     parser.add_argument("--target", type=Path, metavar="FILE.json", help="evaluation of the model before unlearning")
     add_metric_options(parser)
@@ -34,8 +34,9 @@ def main() -> None:
     target = read_target(arguments.target)
     runs = [read_run(folder) for folder in arguments.runs]
     measure = choose(common_suites(runs, target), arguments.forget, arguments.retain, arguments.level, target)
-    groups = group_runs(prepare(run, measure, target) for run in runs)
-    print(as_text(write_report(output, groups, measure, target)))
+    prepared = [prepare(run, measure, target) for run in runs]
+    text = as_text(write_report(output, group_runs(prepared), measure, target or common_start(prepared)))
+    print(text)
     print(f"\nopen {output / 'index.html'} (or read {output / 'report.md'})")
 
 

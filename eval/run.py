@@ -51,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--shots", type=int, metavar="N", help=f"examples before each question of mmlu (default {MMLU_SHOTS})")
     add("--forget-set", choices=FORGET_SETS, help=f"of tofu from the hub (default {FORGET_SETS[-1]})")
     add_task_options(parser)
+    add("--config", type=Path, metavar="FILE", help="for probes: the YAML with data.probes (default: the run's own)")
     add("--ds-config", type=Path, metavar="FILE.json", help="a ZeRO-3 file: each rank holds a share of the model")
     add_trust_options(parser)
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # `deepspeed` adds it
@@ -72,6 +73,11 @@ def check(arguments: argparse.Namespace, suites: list[str]) -> dict[str, Json]:
     options: dict[str, Json] = {}
     if tasks := task_options(arguments, suites):
         options["lm_eval"] = tasks
+    if arguments.config is not None and "probes" not in suites:
+        raise InputError("--config belongs to suite probes alone; leave it out")
+    if "probes" in suites:
+        own = arguments.model / "config.yaml"
+        options["probes"] = {"run": arguments.config or (own if own.is_file() else None)}
     if arguments.shots is not None:
         options["mmlu"] = {"shots": arguments.shots}
     if arguments.forget_set is not None:

@@ -18,6 +18,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.batches import BatchSampler
 from pipeline.data.corpus import read_heldout
 from pipeline.data.packing import choose_packing
+from pipeline.data.probes import ProbeSet, read_sets
 from pipeline.distributed.errors import local_main_first, raise_on_all_ranks
 from pipeline.distributed.run_lock import RunLock
 from pipeline.errors import disk_errors
@@ -86,6 +87,19 @@ def open_data(config: RunConfig, zero: DeepSpeedDict) -> tuple[PreTrainedTokeniz
         for task, sampler in samplers.items() if dist.get_rank() == 0 else ():  # reads all tokens
             check_tokens(config.model, task, sampler.largest, tokenizer)
     return tokenizer, samplers
+
+
+def open_probes(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[ProbeSet]:
+    """The sets that probes measure, none if there are none to be; refuses what the model cannot read."""
+    if not (config.train.probe_every or config.data.probes):
+        return []
+    sets = local_main_first(lambda: read_sets(config, tokenizer))
+    with raise_on_all_ranks():
+        for found in sets:
+            check_max_length(config.model, max(len(ids) for ids, _ in found.sequences))
+            largest = max(max(ids) for ids, _ in found.sequences)
+            check_tokens(config.model, f"probes.{found.name}", largest, tokenizer)
+    return sets
 
 
 def make_engine(config: RunConfig, zero: DeepSpeedDict, model: PreTrainedModel, steps: int) -> ModelEngine:

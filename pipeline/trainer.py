@@ -34,7 +34,9 @@ from pipeline.modeling.digests import fingerprint, weight_digests
 from pipeline.modeling.export import export
 from pipeline.modeling.load import load_model
 from pipeline.modeling.outputs import ModelEngine
+from pipeline.modeling.probes import Prober, Probes
 from pipeline.monitoring import console, trackers
+from pipeline.monitoring.levels import Levels, probe_names
 from pipeline.monitoring.metrics import Monitor, peak_memory_bytes
 from pipeline.monitoring.verdicts import forgetting_failed
 from pipeline.startup import (
@@ -45,6 +47,7 @@ from pipeline.startup import (
     make_combiner,
     make_engine,
     open_data,
+    open_probes,
     take_folder,
     write_run_files,
 )
@@ -134,6 +137,7 @@ class Trainer(TrainStep):
 
     run: Run
     metrics: Monitor
+    probes: Probes
 
     def fit(self) -> None:
         """Train to the end, then export the model.
@@ -145,15 +149,19 @@ class Trainer(TrainStep):
         """
         # DeepSpeed cannot save what it offloads to nvme: there, SIGTERM ends the process as it always does.
         sigterm = stop_on_sigterm() if self.run.saves_on_sigterm else None
+        self.probes.begin(self.run.start)
         for step in range(self.run.start, self.run.steps):
+            if self.probes.is_over:
+                break
             began, lr = time.perf_counter(), self.engine.get_lr()[0]
             result = self.train_step(step)
             self.record(step, result, lr, time.perf_counter() - began)
+            self.probes.record(step + 1)
             self.metrics.record("_stop", float(sigterm is not None and sigterm.is_set()), reduce="max")
             self.metrics.record("_skipped_before", float(self.metrics.skipped_in_a_row), reduce="max")  # of rank 0
             agreed = self.metrics.flush(step + 1)
             self.check_skipped(step, 0 if result.applied else int(agreed["_skipped_before"]) + 1)
-            preempted = bool(agreed["_stop"]) and step + 1 < self.run.steps
+            preempted = bool(agreed["_stop"]) and step + 1 < self.run.steps and not self.probes.is_over
             self.save(step + 1, preempted)
             if preempted:
                 raise Preempted(f"stopped by SIGTERM after step {step + 1} of {self.run.steps}; --resume continues it")
@@ -198,7 +206,7 @@ class Trainer(TrainStep):
         """Export and checkpoint where the intervals say so, after `done` steps."""
         settings, folder = self.run.config.train, self.run.folder
         # The export first: a kill in it then leaves a checkpoint from which it is made again.
-        if settings.export_every and done % settings.export_every == 0:
+        if self.probes.exports(done) or (settings.export_every and done % settings.export_every == 0):
             self.run.export(folder / "exports" / f"step-{done:06d}")
         if preempted or (settings.checkpoint_every and done % settings.checkpoint_every == 0):
             self.metrics.sync()
@@ -258,6 +266,7 @@ def setup(config: RunConfig, zero: DeepSpeedDict, resume: bool = False, quiet: b
     config = choose(config)
     keys = run_fingerprint(config, zero)
     tokenizer, samplers = open_data(config, zero)
+    sets = open_probes(config, tokenizer)
     steps, offload = num_steps(config, samplers), zero["zero_optimization"].get("offload_optimizer") or {}
     on_nvme = offload.get("device") == "nvme"
     if on_nvme:
@@ -274,14 +283,18 @@ def setup(config: RunConfig, zero: DeepSpeedDict, resume: bool = False, quiet: b
     combiner = make_combiner(config, engine)
     tasks = {task.name: task for task in make_tasks(config, samplers, steps, engine, identity)}
     corpora = {task: sampler.sequences.digest for task, sampler in samplers.items()}
-    decisive = {**keys, **identity, **{f"data.{task}": digest for task, digest in corpora.items()}, "steps": steps}
+    contents = {f"data.{task}": digest for task, digest in corpora.items()}
+    contents |= {f"data.probes.{found.name}": found.digest for found in sets if found.name in config.data.probes}
+    decisive = {**keys, **identity, **contents, "steps": steps}
     take_folder(lock, config, resume)
     last = checkpoint.newest(folder) if resume else None
     start = checkpoint.load(engine, combiner, last, decisive) if last is not None else 0
     if not start:
         warn_of_unknown(config, samplers, engine)
     write_run_files(config, content_digests(identity, corpora, settings), weights)
-    metrics = Monitor(folder, engine, start=start, steps=steps)
+    metrics = Monitor(folder, engine, start=start, steps=steps, has_probes=bool(config.train.probe_every))
     metrics.describe(to_yaml(config), hyperparameters(config, steps, combiner.synthesis.resolved_scope))
+    prober = Prober(engine, sets, config.train.micro_batch_size)
+    probes = Probes(prober, metrics, Levels(probe_names(config.train.stop_at)), config.train, steps)
     state = Run(config, folder, lock, model, tokenizer, identity, corpora, decisive, steps, start, not on_nvme, began)
-    return Trainer(engine, combiner, tasks.get("forget"), tasks.get("retain"), state, metrics)
+    return Trainer(engine, combiner, tasks.get("forget"), tasks.get("retain"), state, metrics, probes)

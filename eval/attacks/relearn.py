@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from eval.suites import scoring
 from eval.suites.rouge import words
-from pipeline.config.schema import Corpus
+from pipeline.config.sources import Corpus
 from pipeline.data.corpus import read_rows, text_of
 from pipeline.errors import InputError
 from pipeline.files import Json

@@ -171,6 +171,14 @@ def shorten(text: str) -> str:
     return textwrap.shorten(text, 80, placeholder=" ...")
 
 
+ALONE: Json = {
+    "export_every": 0,
+    "checkpoint_every": 0,
+    "probe_every": 0,
+    "stop_at": {},
+}  # nothing on the way
+
+
 def training_config(plan: Plan, corpus: Json, output: Path) -> Json:
     """The configuration of the run, changed to fine-tune all weights of its `final/` on `corpus`."""
     config = plan.config
@@ -183,11 +191,11 @@ def training_config(plan: Plan, corpus: Json, output: Path) -> Json:
         "method": None,
         "seed": plan.seed,
         "model": {**config["model"], **model},
-        "data": {**config["data"], "forget": None, "retain": corpus},
+        "data": {**config["data"], "forget": None, "retain": corpus, "probes": {}},
         "objective": {**config["objective"], "forget": "none", "retain": "nll"},
         "synthesis": {**config["synthesis"], "rule": "sum", "scope": None, "geometry": False, "alpha": 1.0},
         "optimizer": {**config["optimizer"], "lr": plan.lr, "schedule": "constant", "warmup_ratio": 0.0},
-        "train": {**config["train"], "steps": plan.steps, "epochs": None, "export_every": 0, "checkpoint_every": 0},
+        "train": {**config["train"], **ALONE, "steps": plan.steps, "epochs": None},
     }
 
 

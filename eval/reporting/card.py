@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from eval.files import write_atomically
 from eval.reporting.pages import Heading, Table, as_markdown
+from pipeline.files import write_whole
 
 PLACE = "<!-- scores -->"  # in the card that training writes (pipeline/modeling/card.py): sections go in front of it
 
@@ -26,4 +26,4 @@ def write_scores(model: Path, suite: str, rows: list[list[str]]) -> None:
     section = begin + as_markdown([Heading(f"Scores on {suite}"), Table([rows[0], rows[-1]])]) + end
     earlier = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     written = earlier.sub(lambda _: section, text)
-    write_atomically(card, written if earlier.search(text) else text.replace(PLACE, section + PLACE, 1))
+    write_whole(card, written if earlier.search(text) else text.replace(PLACE, section + PLACE, 1))

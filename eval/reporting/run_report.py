@@ -9,7 +9,7 @@ from pathlib import Path
 from eval.reporting import figures, sections, tables
 from eval.reporting.pages import Block, Figure, Heading, Table, Text, Warn, as_html, as_markdown, png
 from eval.results import paper
-from eval.results.metrics import COLLATERAL, IN_RETAIN, ForgetRetainMetric
+from eval.results.metrics import IN_RETAIN, ForgetRetainMetric, collateral
 from eval.results.trajectories import COSINES, Run, Scores, at_level
 from pipeline.files import write_whole
 
@@ -91,7 +91,8 @@ def beside_the_paper(groups: dict[str, list[Run]], measure: ForgetRetainMetric) 
 def outside(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: Scores | None) -> list[Block]:
     """What neither corpus mentions."""
     scores = tables.score_columns(groups)
-    columns = [score for score in scores if score in COLLATERAL]
+    found = {score: what for score in scores if (what := collateral(score)) is not None}
+    columns = list(found)
     if not columns:
         return []
     in_retain = [score for score in IN_RETAIN if score in scores]
@@ -101,7 +102,7 @@ def outside(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: S
         Warn("Nothing in the training protects what the retain corpus does not cover, and the rule that retains that "
              "corpus best may damage the rest most: a high retain score says nothing about it. Put everything that "
              "must be retained into the retain corpus."),
-        Text(" ".join(f"{COLLATERAL[column][0].upper()}{COLLATERAL[column][1:]}." for column in columns)
+        Text(" ".join(dict.fromkeys(f"{what[0].upper()}{what[1:]}." for what in found.values()))
              + "".join(f" For comparison: {IN_RETAIN[score]}." for score in in_retain)),
         Text(" ".join(tables.most_hurt(groups, measure, columns))),
         *([Table(tables.matched_table(groups, measure, shown, target))] if len(shown) > 1 else []),

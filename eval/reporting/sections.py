@@ -52,5 +52,5 @@ def how_it_was_made(runs: Sequence[Run], commands: Iterable[str]) -> list[Block]
         *(Text(words) for words in protocols),
         Table(rows),
         Heading("Commands"),
-        Code("\n".join(dict.fromkeys(commands))),
+        Code("\n".join(dict.fromkeys(filter(None, commands)))),
     ]

@@ -16,7 +16,14 @@ NOT_METHOD = (
     *("train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints", "train.export_every"),
     *("train.max_skipped", "model.gradient_checkpointing", "model.allow_pickle"),
     *("train.timeout_minutes", "synthesis.geometry", "synthesis.layer_geometry_every", "synthesis.stash_device"),
+    *("train.probe_every", "train.stop_action"),
 )
+
+
+NOT_METHOD_TABLES = (
+    "data.probes.",
+    "train.stop_at.",
+)  # with names that the user chose: where a run is measured, and ends
 
 
 COVERED_BY_DIGEST = ("name", "split", "refusals")  # of a corpus, beside its path; its digest covers them
@@ -38,7 +45,7 @@ def method_of(config: Json, digests: dict[str, str]) -> tuple[tuple[str, str], .
     """
     corpora = [key.removesuffix("path") for key in digests if key.startswith("data.")]
     ignored = {*NOT_METHOD, *(corpus + key for corpus in corpora for key in COVERED_BY_DIGEST)}
-    settings = {key: value for key, value in dotted(config).items() if key not in ignored}
+    settings = {k: x for k, x in dotted(config).items() if k not in ignored and not k.startswith(NOT_METHOD_TABLES)}
     return tuple(sorted((key, json.dumps(value)) for key, value in {**settings, **digests}.items()))
 
 

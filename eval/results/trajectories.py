@@ -1,10 +1,11 @@
 """A training run, read from its folder, and the point of its trajectory where it is compared: at matched forgetting.
 
 A RUN folder holds `config.yaml` (resolved), `digests.json` (of the files that it names), `metrics.jsonl` (one object
-per step), `evaluation.json` (from `python -m eval.run --model RUN`) and, if it was attacked, `robustness.json`. Runs
-that differ only in their seed and in NOT_METHOD are one *method*. Methods forget at different speeds, so each run is
-read where its forget score first falls to the level, interpolated linearly between the two evaluations around it (the
-protocol of the SAGO paper's Appendix A: match forgetting, then compare).
+per step), `evaluation.json` (from `python -m eval.run --model RUN`) and, if it was attacked, `robustness.json`. A run
+with probes (`train.probe_every`) has a trajectory in `metrics.jsonl`, and needs no evaluation. Runs that differ only in
+their seed and in NOT_METHOD are one *method*. Methods forget at different speeds, so each run is read where its forget
+score first falls to the level, interpolated linearly between the two evaluations around it (the protocol of the SAGO
+paper's Appendix A: match forgetting, then compare).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from statistics import fmean
 from eval.files import read_config, read_json, read_jsonl
 from eval.results.method import dotted, method_of, read_digests
 from eval.results.metrics import ForgetRetainMetric, GeneralAbility, flatten, general_ability, nearest, suite_of
+from eval.suites.probes import PROTOCOL
 from pipeline.errors import InputError
 from pipeline.files import Json
 
@@ -45,7 +47,8 @@ class Run:
     seed: int
     model: str
     steps: list[Json]
-    trajectory: list[Scores]
+    trajectory: list[Scores]  # of the evaluation; of the probes, if there is none
+    probes: list[Scores] = field(default_factory=list)  # while it trained
     left_out: list[float] = field(default_factory=list)  # steps of exports whose forget or retain score is not finite
     command: str = ""
     environment: str = ""
@@ -73,9 +76,10 @@ class Run:
 
     @property
     def suites(self) -> list[str]:
-        """The suites that every export has, in the order of the first."""
+        """The suites that every export has, in the order of the first; and `probes` of a run that has probes."""
         of_each = [[suite_of(key) for key in scores if key != "step"] for scores in self.trajectory]
-        return [suite for suite in dict.fromkeys(of_each[0]) if all(suite in others for others in of_each)]
+        of_all = [suite for suite in dict.fromkeys(of_each[0]) if all(suite in others for others in of_each)]
+        return list(dict.fromkeys([*of_all, *(["probes"] if self.probes else [])]))
 
 
 def read_scores(entry: Json, source: Path, step: int | None = None) -> Scores:
@@ -102,31 +106,69 @@ def read_run(folder: Path) -> Run:
     if "seed" not in config:
         raise InputError(f"{folder / 'config.yaml'} has no seed; name the folder of a run")
     seed, model = config["seed"], (config.get("model") or {}).get("path", "unknown")
+    steps, probes = read_steps(folder / "metrics.jsonl")
     path = folder / "evaluation.json"
-    if not path.is_file():
+    if not path.is_file() and not probes:
         raise InputError(
-            f"{path} is missing; write it with: python -m eval.run --model {folder} --suite NAME --output {path}"
+            f"{path} is missing; write it with: python -m eval.run --model {folder} --suite NAME --output {path} (or "
+            "train with train.probe_every)"
         )
-    evaluation = read_json(path)
-    if not isinstance(evaluation, dict) or not evaluation.get("trajectory"):
-        raise InputError(f"{path} holds no trajectory; give eval.run the run folder, not one of its models")
     digests = read_digests(folder / "digests.json")
-    versions = ", ".join(f"{name} {number}" for name, number in evaluation.get("versions", {}).items())
-    ranks = evaluation.get("ranks", 1)
-    return Run(
+    run = Run(
         folder=folder,
         method=method_of(config, digests),
         seed=seed,
         model=model,
-        steps=read_jsonl(folder / "metrics.jsonl", required=("step", "forget_loss", "retain_loss", *COSINES)),
+        steps=steps,
+        trajectory=probes,
+        probes=probes,
+        environment="probes, by the training itself",
+        protocols={"probes": PROTOCOL},
+        robustness=read_robustness(folder / "robustness.json"),
+        paths={key: str(path) for key, path in dotted(config).items() if key in digests},
+    )
+    return with_evaluation(run, path) if path.is_file() else run
+
+
+def with_evaluation(run: Run, path: Path) -> Run:
+    """The run with the trajectory of its evaluation; raises InputError if eval.run has not written the file."""
+    evaluation = read_json(path)
+    if not isinstance(evaluation, dict) or not evaluation.get("trajectory"):
+        raise InputError(f"{path} holds no trajectory; give eval.run the run folder, not one of its models")
+    versions = ", ".join(f"{name} {number}" for name, number in evaluation.get("versions", {}).items())
+    ranks = evaluation.get("ranks", 1)
+    own = {"probes": PROTOCOL} if run.probes else {}
+    return replace(
+        run,
         trajectory=[read_scores(entry, path) for entry in evaluation["trajectory"]],
         command=evaluation.get("command", f"# {path} does not record its command"),
         environment=f"{versions}; {evaluation.get('dtype', 'dtype unknown')}; {ranks} rank{'s' * (ranks != 1)}",
-        protocols={suite: protocol(result) for suite, result in evaluation["trajectory"][-1]["suites"].items()},
-        robustness=read_robustness(folder / "robustness.json"),
+        protocols=own | {suite: protocol(one) for suite, one in evaluation["trajectory"][-1]["suites"].items()},
         general=general_ability(evaluation["trajectory"][-1]["suites"]),
-        paths={key: str(path) for key, path in dotted(config).items() if key in digests},
     )
+
+
+def read_steps(path: Path) -> tuple[list[Json], list[Scores]]:
+    """The rows of the steps in `metrics.jsonl`, and the scores of its probes, which may begin before the first step.
+
+    Raises:
+        InputError: no such file, or a row that training does not write.
+    """
+    rows = read_jsonl(path, required=("step",))
+    needed = ("forget_loss", "retain_loss", *COSINES)
+    steps = [row for row in rows if row["step"]]
+    for row in steps:
+        if any(key not in row for key in needed):
+            raise InputError(
+                f"{path}, step {row['step']}: needs an object with {', '.join(needed)}; repair or remove it"
+            )
+    probes = []
+    for row in rows:
+        numbers = {key.removeprefix("probe/"): value for key, value in row.items() if key.startswith("probe/")}
+        if numbers:
+            scores = flatten({key.replace("/", "."): value for key, value in numbers.items()}, "probes")
+            probes.append({"step": float(row["step"]), **scores})
+    return steps, probes
 
 
 def protocol(suite: Json) -> str:
@@ -161,6 +203,12 @@ def common_suites(runs: Sequence[Run], target: Scores | None) -> list[str]:
     return suites
 
 
+def common_start(runs: Sequence[Run]) -> Scores | None:
+    """The scores before the first step, if all runs began with one model and have measured it by a probe."""
+    starts = [run.trajectory[0] for run in runs]
+    return starts[0] if len({run.model for run in runs}) == 1 and not any(start["step"] for start in starts) else None
+
+
 def prepare(run: Run, measure: ForgetRetainMetric, target: Scores | None) -> Run:
     """The run with the target model as its step 0, without exports that lack a score of the metric.
 
@@ -176,6 +224,11 @@ def prepare(run: Run, measure: ForgetRetainMetric, target: Scores | None) -> Run
                 f"{option} {score}: a better model has a lower one ({source}), and runs are compared by scores that "
                 "are higher for it; name such a score, as lm_eval.TASK.acc"
             )
+    if measure.suite == "probes" and run.probes:
+        evaluated = {} if run.trajectory is run.probes else {scores["step"]: scores for scores in run.trajectory}
+        source = run.folder / "metrics.jsonl"
+        run = replace(run, trajectory=[{**scores, **evaluated.get(scores["step"], {})} for scores in run.probes])
+        target = None if run.trajectory[0]["step"] == 0 else target  # the probe before training has measured it
     for score in wanted:
         for scores, where in ((run.trajectory, source), ([target] if target else [], "--target")):
             names = {key for entry in scores for key in entry} - {"step"}

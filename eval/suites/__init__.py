@@ -23,6 +23,7 @@ SUITES = {
     "lm_eval": "eval.suites.harness_tasks",
     "rwku": "eval.suites.rwku",
     "tofu": "eval.suites.tofu",
+    "probes": "eval.suites.probes",
 }
 
 MMLU_SHOTS = 5  # as in the paper; WMDP has no examples before a question
@@ -36,7 +37,7 @@ class Suite(Protocol):
     def load_probes(self, folder: Path | None, suite: str) -> Probes:
         """The probes of the suite named `suite`, from `folder` (--data) or, without one, from the hub or the code.
 
-        A suite may take further arguments with defaults (`shots`, `forget_set`).
+        A suite may take further arguments with defaults (`shots`, `forget_set`, `run`).
 
         Raises:
             InputError: a file is missing or malformed; the message names the file, the row and the remedy.

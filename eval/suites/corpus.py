@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from eval.suites import scoring
 from eval.suites.rouge import SCRIPT_WORDS, recall_by_script, recall_rouge
 from pipeline.config.load import resolve
-from pipeline.config.schema import Corpus, format_of
+from pipeline.config.sources import Corpus, format_of
 from pipeline.data.corpus import is_saved_dataset, read, read_rows, text_of
 from pipeline.errors import InputError
 from pipeline.files import Json

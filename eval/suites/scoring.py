@@ -55,9 +55,10 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return end if isinstance(end, int) else None
 
 
-def is_embedded(model: PreTrainedModel, token: int) -> bool:
+def is_embedded(model: PreTrainedModel, token: object) -> bool:
     """Whether the model has a row for the token, which a tokenizer may have got later than the model."""
-    return token < model.get_input_embeddings().num_embeddings
+    embeddings = cast("torch.nn.Embedding", model.get_input_embeddings())
+    return isinstance(token, int) and token < embeddings.num_embeddings
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str, opening: str = "") -> list[int]:

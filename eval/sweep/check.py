@@ -10,7 +10,8 @@ from eval.sweep.axes import Setting, run_folder
 from eval.sweep.runs import Plan
 from pipeline.config.deepspeed import accumulation, deepspeed_config
 from pipeline.config.load import resolve
-from pipeline.config.schema import RunConfig, format_of
+from pipeline.config.schema import RunConfig
+from pipeline.config.sources import format_of
 from pipeline.data.corpus import read
 
 

@@ -1,7 +1,8 @@
 """The runs of a sweep: each is trained and evaluated once, by the commands that a user would give.
 
-The launcher trains one run at a time. The files are the state: a finished run has an `evaluation.json`, a failed one
-has a `seed-N.failure.json` beside its folder, and the same command continues from there.
+The launcher trains one run at a time. The files are the state: a finished run has an `evaluation.json` (or, where the
+probes of the training are all that is compared, its final model), a failed one has a `seed-N.failure.json` beside its
+folder, and the same command continues from there.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from eval.results.metrics import ForgetRetainMetric, nearest
 from eval.results.trajectories import Run, Scores, prepare, read_run
 from eval.sweep.axes import Axis, Setting, name_of, run_folder
 from eval.sweep.launch import call, last_error, launcher
+from pipeline.config.load import resolve
 from pipeline.errors import InputError
 from pipeline.files import Json, write_whole
 
@@ -48,6 +50,11 @@ class Plan:
     ranks: int
     trials: int
     tasks: tuple[str, ...] = ()  # the options of suite lm_eval, as `eval.run` takes them
+
+    @property
+    def last_file(self) -> str:
+        """What a finished run has in its folder: probes are measured while it trains, other suites after it."""
+        return "final" if self.suites == ("probes",) else "evaluation.json"
 
     def training(self, method: str, setting: Setting, seed: int) -> list[str]:
         """The command of one run."""
@@ -99,7 +106,7 @@ def run_if_missing(plan: Plan, method: str, setting: Setting, seed: int) -> bool
     that fails leaves a `FailedRun` beside the run folder and raises nothing, so that the sweep continues.
     """
     folder = run_folder(plan.output, method, setting, seed)
-    if (folder / "evaluation.json").is_file():
+    if (folder / plan.last_file).exists():
         return False
     title = f"{method}, {name_of(setting)}, seed {seed}"
     failure_file(folder).unlink(missing_ok=True)
@@ -119,6 +126,8 @@ def run_if_missing(plan: Plan, method: str, setting: Setting, seed: int) -> bool
         status = call([*launcher(), *line[1:]], folder.with_suffix(".training"))
         if status or not (folder / "final").exists():
             return fail("training", status, folder.with_suffix(".training.err"))
+    if (folder / plan.last_file).exists():
+        return True
     print(f"evaluating {title}", flush=True)
     if status := call([sys.executable, *plan.evaluation(folder)[1:]], folder.with_suffix(".evaluation")):
         return fail("evaluating", status, folder.with_suffix(".evaluation.err"))
@@ -139,7 +148,7 @@ def failures(plan: Plan) -> list[FailedRun]:
 def finished_runs(plan: Plan, method: str) -> dict[str, list[int]]:
     """{folder of a setting: its finished seeds} among the plan's seeds, including those of earlier sweeps."""
     found: dict[str, list[int]] = {}
-    for file in (plan.output / "runs" / quote(method, safe="")).glob("*/seed-*/evaluation.json"):
+    for file in (plan.output / "runs" / quote(method, safe="")).glob(f"*/seed-*/{plan.last_file}"):
         seed = int(file.parent.name.removeprefix("seed-"))
         if seed in plan.seeds:
             found.setdefault(file.parent.parent.name, []).append(seed)
@@ -197,6 +206,14 @@ def recipe_suites(config: Path) -> list[str]:
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise InputError(f"{config}: suites: write a list of names, as [bios], not {named!r}")
     return named
+
+
+def refuse_without_probes(plan: Plan) -> None:
+    """Raises InputError if probes are compared and a method makes none, before it is trained."""
+    for method in plan.methods if "probes" in plan.suites else ():
+        config = resolve(plan.config, method, ["--output", str(plan.output), *plan.overrides])
+        if not config.train.probe_every:
+            raise InputError(f"--suite probes: {method} has train.probe_every 0; give -- --train.probe_every N")
 
 
 def refuse_another_sweep(plan: Plan, presets: Json) -> None:

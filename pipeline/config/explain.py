@@ -36,11 +36,20 @@ def subsection(annotation: object) -> type[BaseModel] | None:
     return next((one for one in options if isinstance(one, type) and issubclass(one, BaseModel)), None)
 
 
+def is_table(annotation: object) -> bool:
+    """Whether a field of this type maps names that the user chooses to sections."""
+    return getattr(annotation, "__origin__", None) is dict
+
+
 def _keys_at(location: Sequence[str | int]) -> list[str]:
     """The valid keys of the section at `location`, for the hint beside an unknown key."""
     section: type[BaseModel] = RunConfig
-    for part in location:
-        section = subsection(section.model_fields[str(part)].annotation) or section
+    parts = iter(location)
+    for part in parts:
+        annotation = section.model_fields[str(part)].annotation
+        section = subsection(annotation) or section
+        if is_table(annotation):
+            next(parts, None)  # a name of the user's
     return list(section.model_fields)
 
 
@@ -70,7 +79,7 @@ def explain(refusal: ValidationError, file: str, layers: dict[str, Json]) -> Inp
         layers: what the configuration was merged from, by the place where it was written; the last wins.
     """
     first = min(refusal.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    where, location = _place(first, file, layers), first["loc"]
+    where, location = _place(first, file, layers), [part for part in first["loc"] if part != "[key]"]
     key = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
         if key in RENAMED:

@@ -13,10 +13,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.automatic import as_before, fit_machine
-from pipeline.config.explain import explain, nearest, subsection
+from pipeline.config.explain import explain, is_table, nearest, subsection
 from pipeline.config.files import RECIPES, find_file
 from pipeline.config.objectives import NEEDS
-from pipeline.config.schema import DEFAULT_STEPS, Corpus, RunConfig, format_of
+from pipeline.config.schema import DEFAULT_STEPS, Corpus, RunConfig
+from pipeline.config.sources import format_of
 from pipeline.errors import InputError
 from pipeline.files import Json
 
@@ -168,6 +169,7 @@ def resolve(
         raise InputError(f"{where}: objective.forget and objective.retain are both none: nothing to train")
     for task in config.tasks:
         _check_corpus(config, task, where, reads_data)
+    _check_probes(config, where, reads_data)
     return fit_machine(config, on_gpu)
 
 
@@ -219,6 +221,26 @@ def _check_corpus(config: RunConfig, task: str, where: str, reads_data: bool) ->
         )
 
 
+def _check_probes(config: RunConfig, where: str, reads_data: bool) -> None:
+    """
+    Raises:
+        InputError: a file of a set is missing, or `train.stop_at` names what no probe measures.
+    """
+    for name, probe in config.data.probes.items():
+        if reads_data and format_of(probe.path) is not None:
+            _check_exists(probe.path, f"{where}: data.probes.{name}.path")
+    levels, sets = config.train.stop_at, config.probes
+    if levels and not config.train.probe_every:
+        raise InputError(f"{where}: train.stop_at reads probes, and train.probe_every is 0; set it, to 1 or more")
+    for name, measures in levels.items():
+        if name not in sets:
+            raise InputError(f"{where}: train.stop_at.{name}: no set of data.probes; {nearest(name, list(sets))}")
+        for measure in measures:
+            if measure not in sets[name].measures:
+                valid = nearest(measure, sets[name].measures)
+                raise InputError(f"{where}: train.stop_at.{name}: the set has no {measure!r}; {valid}")
+
+
 def _check_exists(file: str, key: str) -> None:
     if not Path(file).is_file():
         raise InputError(f"{key}: there is no file {Path(file).absolute()}")
@@ -248,7 +270,7 @@ def _describe(section: type[BaseModel], prefix: str = "") -> list[str]:
     for name, field in section.model_fields.items():
         inner = subsection(field.annotation)
         if inner is not None:
-            lines += _describe(inner, f"{prefix}{name}.")
+            lines += _describe(inner, f"{prefix}{name}.{'NAME.' if is_table(field.annotation) else ''}")
         else:
             default = "required" if field.is_required() else field.default
             choices = [choice for choice in getattr(field.annotation, "__args__", ()) if isinstance(choice, str)]

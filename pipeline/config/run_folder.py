@@ -27,7 +27,7 @@ RESUME_MUTABLE_KEYS = (
     *("method", "model.allow_pickle", "model.gradient_checkpointing"),
     *("synthesis.stash_device", "synthesis.layer_geometry_every"),
     *("train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints", "train.export_every"),
-    *("train.max_skipped", "train.timeout_minutes"),
+    *("train.max_skipped", "train.timeout_minutes", "train.probe_every", "train.stop_at", "train.stop_action"),
 )  # another number of ranks may need another micro-batch
 
 
@@ -71,7 +71,7 @@ def check_output_dir(config: RunConfig, resume: bool) -> None:
     before, now = (_flat(run.model_dump()) for run in (resolve(output / "config.yaml", reads_data=False), config))
     for key in before | now:  # a section that is absent in one of them has its keys in the other only
         then, wanted = before.get(key), now.get(key)
-        if then != wanted and key not in (*RELOCATABLE_KEYS, *BY_CONTENT, *RESUME_MUTABLE_KEYS):
+        if then != wanted and not _may_differ(key):
             raise InputError(f"--resume: {key} was {then!r} in {output} and is {wanted!r} now; keep it")
 
 
@@ -81,9 +81,15 @@ def run_fingerprint(config: RunConfig, zero: Json) -> Json:
     Args:
         zero: as `deepspeed_config` returns it.
     """
-    elsewhere = (*RELOCATABLE_KEYS, *BY_CONTENT, *RESUME_MUTABLE_KEYS)
-    keys = {key: value for key, value in _flat(config.model_dump()).items() if key not in elsewhere}
+    keys = {key: value for key, value in _flat(config.model_dump()).items() if not _may_differ(key)}
     return {**keys, **{f"train.deepspeed: {key}": value for key, value in _decisive_of_deepspeed(zero).items()}}
+
+
+def _may_differ(key: str) -> bool:
+    """Whether a resumed run may have another value of `key`, or one whose content is compared instead."""
+    if key.startswith("data.probes."):  # names that the user chose lie between
+        return key.endswith(".path")
+    return any(f"{key}.".startswith(f"{free}.") for free in (*RELOCATABLE_KEYS, *BY_CONTENT, *RESUME_MUTABLE_KEYS))
 
 
 def content_digest(zero: Json) -> str:

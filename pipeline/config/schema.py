@@ -6,14 +6,14 @@ names the key and the nearest valid one.
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pipeline.config.objectives import choices
+from pipeline.config.sources import Corpus, FilePath, Probe, Section, SetName, Source, TextMeasure
 
 REPOSITORY = Path(__file__).resolve().parents[2]  # a clone; or the folder into which the package is installed
 
@@ -29,15 +29,6 @@ def _regex(pattern: str) -> str:
 def _none_is_a_name(value: object) -> object:
     """`forget: null` and `forget: none` mean the same."""
     return "none" if value is None else value
-
-
-class Section(BaseModel):
-    """A group of keys: no unknown key, no silent conversion (`steps: "10"` is an error), immutable."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-FilePath = Annotated[str, AfterValidator(os.path.expanduser)]  # a shell does not expand `~` inside YAML
 
 
 class Lora(Section):
@@ -92,68 +83,6 @@ class Model(Section):
         return self
 
 
-class Corpus(Section):
-    """Plain text (`field`), or questions with answers of which only the answer is predicted (`prompt`, `response`)."""
-
-    path: FilePath = Field(
-        description="hub name; or a .jsonl, .json, .csv, .tsv, .txt (each also .gz) or .parquet file, or a folder of "
-        "save_to_disk"
-    )
-    field: str | None = Field("text", description="the column that holds the text (unused for .txt)")
-    prompt: str | None = Field(None, description="instead of field: the column with the question, not predicted")
-    response: str | None = Field(None, description="beside prompt: the column with the answer, which is predicted")
-    preferred: str | None = Field(None, description="the column with the preferred text, for preference objectives")
-    refusals: FilePath | None = Field(
-        None,
-        description=".txt file with one refusal per line, for objectives that teach refusals; null: a built-in list",
-    )
-    name: str | None = Field(None, description="the hub data set's configuration")
-    split: str = Field(
-        "train", description="the data set's split, or rows of it: train[40:80]; of a file, only the rows count"
-    )
-    heldout: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="of data.retain: the share of its documents that training does not see; they go to heldout.jsonl "
-        "in the run folder, and suite corpus scores them",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_field_beside_a_prompt(cls, given: object) -> object:
-        """Unset the default of `field` beside a prompt, so that a resolved configuration can be read again."""
-        if isinstance(given, dict) and any(given.get(key) is not None for key in ("prompt", "response")):
-            return {"field": None, **given}
-        return given
-
-    @model_validator(mode="after")
-    def _one_kind_of_text(self) -> Corpus:
-        if (self.prompt is None) != (self.response is None):
-            there, lacking = ("prompt", "response") if self.response is None else ("response", "prompt")
-            raise ValueError(f"{there} needs {lacking} beside it: the columns of the question and of its answer")
-        if self.prompt is not None and self.field is not None:
-            raise ValueError("set either field (plain text) or prompt and response (questions and answers)")
-        if self.prompt is None and self.field is None:
-            raise ValueError("set field (plain text), or prompt and response (questions and answers)")
-        if len({*self.columns.values()}) < len(self.columns):
-            raise ValueError(f"{', '.join(self.columns)} must name different columns")
-        if format_of(self.path) == ".txt" and (self.prompt or self.preferred):
-            key = "prompt" if self.prompt else "preferred"
-            raise ValueError(f"a .txt file has no columns, so {key} cannot name one; use .jsonl, .json or .parquet")
-        if self.refusals is not None and self.prompt is None:
-            raise ValueError("refusals answer questions; name their columns with prompt and response")
-        if self.refusals is not None and format_of(self.refusals) != ".txt":
-            raise ValueError(f"refusals must be a .txt file with one refusal a line, not {self.refusals}")
-        return self
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """The columns that hold text, by the key that names them."""
-        keys = ("field", "prompt", "response", "preferred")
-        return {key: name for key in keys if (name := getattr(self, key)) is not None}
-
-
 class Data(Section):
     max_length: int = Field(512, ge=2, description="tokens per sequence")
     packing: Literal["auto", "blocks", "documents"] = Field(
@@ -168,6 +97,11 @@ class Data(Section):
     )
     forget: Corpus | None = None
     retain: Corpus | None = None
+    probes: dict[SetName, Probe] = Field(
+        {},
+        description="sets of rows that probes measure while the model trains, by name; `forget` and `retain`, the "
+        "first rows of the corpora, are measured too unless they are named here",
+    )
 
     @model_validator(mode="after")
     def _all_is_forgotten(self) -> Data:
@@ -225,7 +159,7 @@ class Optimizer(Section):
         description="null: by the number of parameters, 1e-5 (8e9 / parameters)^0.4 rounded to one digit: 1e-5 at 8 "
         "billion, 5e-5 at 135 million; with model.lora ten times that",
     )
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0, description="not applied to norms and biases, as in transformers' Trainer")
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -249,6 +183,21 @@ class Train(Section):
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints for --resume; 0 is off")
     keep_checkpoints: int = Field(2, ge=1, description="number of newest checkpoints that are not deleted")
     export_every: int = Field(0, ge=0, description="steps between exports of the model during training; 0 is off")
+    probe_every: int = Field(
+        0,
+        ge=0,
+        description="steps between probes (data.probes), beside one before training and one after it; 0 is off",
+    )
+    stop_at: dict[SetName, dict[Literal[TextMeasure, "accuracy"], float]] = Field(
+        {},
+        description="levels of probes, {set: {measure: level}}; a level is passed at the first probe on it, or on the "
+        "other side of it than the first probe of the run",
+    )
+    stop_action: Literal["end", "export"] = Field(
+        "end",
+        description="where the first level of stop_at is passed: end the run, whose final model that is, or export the "
+        "model once and go on",
+    )
     max_skipped: int = Field(10, ge=1, description="non-finite steps in a row that end the run")
     timeout_minutes: float = Field(
         30.0, gt=0, description="minutes that a rank waits for another before it ends with an error"
@@ -278,13 +227,10 @@ class RunConfig(Section):
         """The tasks of each step, in the order of their backward passes; a task with objective `none` is absent."""
         return [task for task in ("forget", "retain") if getattr(self.objective, task) != "none"]
 
-
-LOCAL_FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
-
-
-def format_of(path: str | Path) -> str | None:
-    """The entry of LOCAL_FORMATS that a file's name ends with, in any case; `.gz` may follow, but not after Parquet."""
-    endings = [ending.lower() for ending in Path(path).suffixes]
-    compressed = endings[-1:] == [".gz"]
-    found = "".join(endings[:-1][-1:] if compressed else endings[-1:])
-    return found if found in LOCAL_FORMATS and not (compressed and found == ".parquet") else None
+    @property
+    def probes(self) -> dict[str, Probe]:
+        """The sets that probes measure: the corpora, unless `data.probes` names others so, then those of it."""
+        data, shared = self.data, {*Source.model_fields}
+        corpora = {task: corpus for task in ("forget", "retain") if (corpus := getattr(data, task)) is not None}
+        own = {task: Probe(**corpus.model_dump(include=shared)) for task, corpus in corpora.items()}
+        return {**own, **data.probes}

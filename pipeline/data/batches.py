@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -32,12 +32,16 @@ def collate(sequences: Sequences, indices: np.ndarray, pad: int, preferred: Sequ
     With `preferred`, B rows of `sequences` come first, then their B counterparts of `preferred` in the same order.
     """
     sides = [sequences] if preferred is None else [sequences, preferred]
-    rows = [torch.from_numpy(np.array(side[int(index)], dtype=np.int64)) for side in sides for index in indices]
-    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+    rows = [np.array(side[int(index)], dtype=np.int64) for side in sides for index in indices]
+    return pad_rows(rows, np.concatenate([side.prompt_lengths(indices) for side in sides]), indices, pad)
+
+
+def pad_rows(rows: Sequence[np.ndarray], prompts: np.ndarray, indices: np.ndarray, pad: int) -> Batch:
+    """R rows of int64 token ids as a batch; the first `prompts` [R] tokens of each have no label. indices: [B]."""
+    input_ids = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], True, pad)
     position = torch.arange(input_ids.shape[1])
     real = position < torch.tensor([len(row) for row in rows]).unsqueeze(1)
-    prompts = torch.from_numpy(np.concatenate([side.prompt_lengths(indices) for side in sides])).unsqueeze(1)
-    labels = input_ids.masked_fill(~real | (position < prompts), IGNORED)
+    labels = input_ids.masked_fill(~real | (position < torch.from_numpy(prompts).unsqueeze(1)), IGNORED)
     return Batch(torch.from_numpy(indices), input_ids, real.long(), labels)
 
 

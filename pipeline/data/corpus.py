@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.config.objectives import Pairing
-from pipeline.config.schema import LOCAL_FORMATS, Corpus, format_of
+from pipeline.config.sources import LOCAL_FORMATS, Corpus, Source, format_of
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _read_all(corpus: Corpus, key: str, pairing: Pairing | None) -> tuple[Iterat
     return _assemble(texts, corpus.prompt is not None, refusals), f"{source}-{_sha256(recipe)[:16]}"
 
 
-def read_rows(corpus: Corpus, key: str = "", columns: dict[str, str] | None = None) -> tuple[Iterator[Located], str]:
+def read_rows(corpus: Source, key: str = "", columns: dict[str, str] | None = None) -> tuple[Iterator[Located], str]:
     """(place, row) of each row of a corpus, read lazily, and a digest of the source.
 
     A row of a .txt file has its line under `corpus.field`; other rows have all their columns, or at least `columns`
@@ -118,7 +118,7 @@ def read_rows(corpus: Corpus, key: str = "", columns: dict[str, str] | None = No
     return ((f"{corpus.path}, row {number}", row) for number, row in enumerate(table, 1)), source
 
 
-def split_of(corpus: Corpus, key: str = "") -> tuple[str, int, int | None]:
+def split_of(corpus: Source, key: str = "") -> tuple[str, int, int | None]:
     """(split, first row, row after the last or None) of `corpus.split`, as `train[40:80]`, for data that are local."""
     match = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", corpus.split)
     if match is None:
@@ -274,7 +274,7 @@ def is_saved_dataset(path: Path) -> bool:
     return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def _saved_dataset(corpus: Corpus, key: str) -> tuple[datasets.Dataset, str]:
+def _saved_dataset(corpus: Source, key: str) -> tuple[datasets.Dataset, str]:
     """The data set, or the split of it, and a digest of its files."""
     import datasets
     import pyarrow as pa
@@ -297,7 +297,7 @@ def _saved_dataset(corpus: Corpus, key: str) -> tuple[datasets.Dataset, str]:
     return found.select(rows), _sha256(json.dumps([files, rows.start, rows.stop]))
 
 
-def _hub_dataset(corpus: Corpus, key: str) -> tuple[datasets.Dataset, str]:
+def _hub_dataset(corpus: Source, key: str) -> tuple[datasets.Dataset, str]:
     import datasets
 
     try:

@@ -18,7 +18,7 @@ from datasets.exceptions import DatasetGenerationError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config.schema import Corpus
+from pipeline.config.sources import Corpus
 from pipeline.data.corpus import read
 from pipeline.data.encode import (
     COUNTS,
@@ -125,7 +125,7 @@ def tokenize(
     """
     rows, digest = read(corpus, key, options.pairing)
     questions = corpus.prompt is not None
-    _check_tokenizer(tokenizer, key, options, questions)
+    check_tokenizer(tokenizer, key, options, questions)
     columns = COLUMNS[: 1 if options.pairing is None else 2]
 
     def table() -> Iterator[TableRow]:
@@ -158,7 +158,7 @@ def tokenize(
     return made[0], made[1] if options.pairing is not None else None
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, key: str, options: TokenOptions, questions: bool) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, key: str, options: TokenOptions, questions: bool) -> None:
     """Raises:
     InputError: the packing, or an answer, needs an end-of-text token, and the tokenizer has none.
     """

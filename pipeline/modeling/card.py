@@ -15,7 +15,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import LocalEntryNotFoundError
 
-from pipeline.config.schema import format_of
+from pipeline.config.sources import format_of
 
 SCORES = "<!-- scores -->"  # eval.run puts scores in front of it (eval/reporting/card.py)
 
@@ -37,6 +37,7 @@ def public_configuration(configuration: str) -> str:
     for section, key in (
         *((run, "output"), (run["model"], "path"), (run["train"], "deepspeed")),
         *((run["data"].get(task) or {}, key) for task in ("forget", "retain") for key in ("path", "refusals")),
+        *((probe, "path") for probe in run["data"].get("probes", {}).values()),
     ):
         if isinstance(section.get(key), str):
             shipped = key == "deepspeed" and section[key].startswith("ds_configs/")
@@ -84,6 +85,9 @@ def usage(name: str, chats: bool) -> str:
     return (LOAD + (CHAT if chats else CONTINUE) + ANSWER).format(name=name)
 
 
+from pipeline.monitoring.levels import PREFIX
+
+
 def model_card(
     configuration: str,
     weights: str,
@@ -108,12 +112,15 @@ def model_card(
     found = licence(run["model"]["path"])
     synthesis, objective, train = run["synthesis"], run["objective"], run["train"]
     duration = f"{train['steps']} steps" if train["steps"] else f"{train['epochs']} passes over the corpus"
+    if train["stop_at"] and train["stop_action"] == "end" and last_step:
+        duration = f"{last_step['step']} of {duration}"
     tasks = " and ".join(f"{task} `{objective[task]}`" for task in corpora)
     rows = "\n".join(f"| {task} | `{named['data'][task]['path']}` | `{digest}` |" for task, digest in corpora.items())
     lora = run["model"]["lora"]
     library = "peft" if lora and not lora["merge"] else "transformers"
     name = Path(run["output"]).name
-    measured = [(name, value) for name, value in last_step.items() if isinstance(value, float) and "/" not in name]
+    measured = [(name, value) for name, value in last_step.items() if isinstance(value, float)]
+    measured = [(name, value) for name, value in measured if "/" not in name or name.startswith(PREFIX)]
     numbers = "\n".join(f"| {name} | {value:.4g} |" for name, value in measured)
     return f"""---
 base_model: {base}

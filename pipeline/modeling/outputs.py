@@ -9,7 +9,8 @@ modules' own calls: ZeRO-3 gathers the weights of a module in hooks around its c
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 
 from pipeline.data.batches import Batch
 from pipeline.modeling.decoder import base_of, blocks_of
-from pipeline.modeling.token_losses import token_losses
+from pipeline.modeling.token_losses import token_losses, token_scores
 from pipeline.zero.engine import Engine, Forward
 from pipeline.zero.prefetch import separate_prefetch_traces
 
@@ -42,11 +43,17 @@ class HiddenStates:
 
 
 @dataclass(frozen=True)
+class TokenScores:
+    """[2, B, T] in fp32, without gradient: the loss of each prediction, and 1 where the token has the largest logit."""
+
+
+@dataclass(frozen=True)
 class Logits:
     """[B, T, V] in the model's dtype."""
 
 
-Output = TokenLosses | HiddenStates | Logits
+PerToken = TokenLosses | TokenScores  # computed from the last hidden states without all logits at one time
+Output = TokenLosses | TokenScores | HiddenStates | Logits
 
 
 def forward(engine: ModelForward, batch: Batch, output: Output) -> Tensor:
@@ -66,22 +73,48 @@ def install_outputs(engine: ModelForward) -> None:
     fused = has_plain_head(engine, base, head)
     model_forward, head_forward = model.forward, head.forward
 
-    def head_output(hidden: Tensor, labels: Tensor | None = None, output: TokenLosses | None = None) -> Tensor:
+    def head_output(hidden: Tensor, labels: Tensor | None = None, output: PerToken | None = None) -> Tensor:
         if labels is None or output is None:  # a call by the model's own code
             return head_forward(hidden)
-        return token_losses(hidden, labels, weight=head.weight, bias=head.bias, **vars(output))
+        return per_token(hidden, labels, output, head.weight, head.bias)
 
     def model_output(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, output: Output) -> Tensor:
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if isinstance(output, HiddenStates):
             return hidden_after(base, output.layer, inputs)
-        if isinstance(output, TokenLosses) and fused:
+        if isinstance(output, PerToken) and fused:
             return head(base(**inputs).last_hidden_state, labels, output=output)
         logits = model_forward(**inputs).logits
-        return token_losses(logits, labels, **vars(output)) if isinstance(output, TokenLosses) else logits
+        return per_token(logits, labels, output) if isinstance(output, PerToken) else logits
 
     head.forward, model.forward = head_output, model_output
     separate_prefetch_traces(engine, modules_called)
+
+
+@contextmanager
+def temporary_outputs(engine: ModelForward) -> Iterator[None]:
+    """`install_outputs` for the time of a block: the model is then as it was, for callers that know nothing of it."""
+    head = engine.module.get_output_embeddings()
+    assert head is not None, "a causal model has an output layer"
+    changed = (engine.module, head)
+    before = [vars(module).get("forward") for module in changed]
+    install_outputs(engine)
+    try:
+        yield
+    finally:
+        for module, forward_before in zip(changed, before, strict=True):
+            del module.forward
+            if forward_before is not None:  # it was replaced before, as DeepSpeed does
+                module.forward = forward_before
+
+
+def per_token(
+    states: Tensor, labels: Tensor, output: PerToken, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """`output` from logits [B, T, V] or, with the `weight` of the output layer, from hidden states [B, T, H]."""
+    if isinstance(output, TokenScores):
+        return token_scores(states, labels, weight, bias)
+    return token_losses(states, labels, weight=weight, bias=bias, **vars(output))
 
 
 def modules_called(options: dict[str, object]) -> Hashable:

@@ -225,6 +225,27 @@ def token_losses(
     return losses.new_zeros(targets.numel()).index_copy(0, index, losses).view(targets.shape)
 
 
+def token_scores(states: Tensor, labels: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """The loss of each prediction, and whether it has the largest logit; no gradient flows.
+
+    Args:
+        states, labels, weight, bias: as in `token_losses`, whose losses these are.
+
+    Returns:
+        [2, B, T] in fp32 (float64 for float64 states): the losses, and 1 where the token at t+1 has the largest logit
+        (of equal logits the first one counts), else 0; both are 0 where nothing is predicted.
+    """
+    targets, flat = shifted(labels), states.detach().flatten(0, 1)
+    index = (targets.flatten() != IGNORED).nonzero().squeeze(1)
+    wanted, found = targets.flatten()[index], flat.new_zeros(2, targets.numel(), dtype=_wide_dtype(flat))
+    for rows in _chunks(len(index), flat.shape[1] if weight is None else len(weight)):
+        z = flat[index[rows]] if weight is None else _logits(flat[index[rows]], weight, bias)
+        z = at_least_fp32(z)
+        found[0, index[rows]] = _cross_entropy(z, wanted[rows], None)
+        found[1, index[rows]] = (z.argmax(-1) == wanted[rows]).to(found.dtype)
+    return found.view(2, *targets.shape)
+
+
 def entropies(logits: Tensor, labels: Tensor) -> Tensor:
     """[B, T] entropy (nats) of softmax(logits) at the positions that predict a labelled token, 0 elsewhere."""
     targets, flat = shifted(labels), logits.flatten(0, 1)

@@ -19,6 +19,7 @@ from pipeline.errors import disk_errors
 from pipeline.files import Json, sync, write_whole
 from pipeline.monitoring import console
 from pipeline.monitoring.console import Progress
+from pipeline.monitoring.levels import probes_in, short
 from pipeline.monitoring.tensorboard import COSINES, GIB, TensorBoardWriter
 from pipeline.monitoring.trackers import ExternalTrackers, Monitored
 
@@ -31,20 +32,22 @@ class Monitor:
     A run that is resumed after `start` steps drops what it logged beyond them: each step is logged once, in order.
     """
 
-    def __init__(self, folder: Path, engine: Monitored, *, start: int, steps: int) -> None:
+    def __init__(self, folder: Path, engine: Monitored, *, start: int, steps: int, has_probes: bool = False) -> None:
         self.folder, self.device = folder, engine.device
         self.trackers = ExternalTrackers(folder, engine, start=start)
         self.values: Json = {}
         self.pending: dict[str, dict[str, torch.Tensor]] = {}
         self.is_writer = dist.get_rank() == 0
-        self.history: list[Json] = []  # on rank 0 the rows of metrics.jsonl
+        self.history: list[Json] = []  # on rank 0 the rows of metrics.jsonl, one a step
+        self.before: Json = {}  # on rank 0 its row 0, if there is one: a probe before the first step
+        self.probed: dict[str, float] = {}  # the numbers of the last probe
         if self.is_writer:
             self.log, self.events = folder / "metrics.jsonl", folder / "tensorboard"
             with disk_errors(self.log):
-                self.history = _keep_lines(self.log, start)
+                self.before, self.history = _keep_rows(self.log, start)
                 self.lines = self.log.open("a", encoding="utf-8", buffering=1)
             with disk_errors(self.events):
-                self.board = TensorBoardWriter(self.events, start=start)
+                self.board = TensorBoardWriter(self.events, start=start, has_probes=has_probes)
             self.progress = Progress(start, steps)
 
     def describe(self, configuration: str, hyperparameters: dict[str, str | float]) -> None:
@@ -64,6 +67,12 @@ class Monitor:
     def skipped_in_a_row(self) -> int:
         """How many of the newest rows are steps without an update; 0 on other ranks, which have no rows."""
         return sum(1 for _ in takewhile(lambda row: row["skipped"], reversed(self.history)))
+
+    @property
+    def probes(self) -> list[tuple[int, dict[str, float]]]:
+        """(step, numbers) of the probes so far, on rank 0."""
+        rows = [self.before, *self.history] if self.before else self.history
+        return [(row["step"], numbers) for row in rows if (numbers := probes_in(row))]
 
     def record(self, name: str, value: float | torch.Tensor | None, reduce: str = "none") -> None:
         """Record a metric of the present step. reduce: `none` (the same on every rank), `sum` or `max` over ranks.
@@ -87,15 +96,28 @@ class Monitor:
         self.values, self.pending = {}, {}
         if self.is_writer:
             written = {name: value for name, value in values.items() if not name.startswith("_")}
-            self.history.append({"step": step, **written})
+            row = {"step": step, **written}
+            if step:
+                self.history.append(row)
+            else:
+                self.before = row
             with disk_errors(self.log):
-                self.lines.write(json.dumps(self.last) + "\n")
+                self.lines.write(json.dumps(row) + "\n")
             with disk_errors(self.events):
-                self.board.write(self.history)
+                self.board.write(self.history or [row])
             self.trackers.write(step, written)
-            shown = {"forget": "forget_loss", "retain": "retain_loss", "conflict": "conflict_fraction"}
-            self.progress.update(step, {label: values.get(name) for label, name in shown.items()})
+            self.show(step, written)
         return values
+
+    def show(self, step: int, values: Json) -> None:
+        """The line of progress: the losses of a step, and the last probe."""
+        self.probed = probes_in(values) or self.probed
+        shown = {"forget": "forget_loss", "retain": "retain_loss", "conflict": "conflict_fraction"}
+        if step:
+            self.progress.update(step, {label: values.get(name) for label, name in shown.items()} | short(self.probed))
+        else:
+            text = ", ".join(f"{label} {value:.3g}" for label, value in short(self.probed).items())
+            console.logger.info("before training: %s", text)
 
     def sync(self) -> None:
         """Flush the log to disk, before a checkpoint: a run that is killed later does not log these steps again."""
@@ -133,6 +155,9 @@ class Monitor:
                 rows.append((f"{what}, mean", f"{found[name]:+.3f}"))
         if "conflict_fraction" in found:
             rows.append(("elements in conflict", f"{found['conflict_fraction']:.1%}"))
+        for name, value in short(self.probed).items():
+            first = short(self.probes[0][1]).get(name, math.nan)
+            rows.append((f"probe: {name}", f"{first:.3g} -> {value:.3g}"))
         rows.append(("tokens a second, median", f"{found['tokens_per_second']:,.0f}"))
         rows.append(("peak memory of a rank", f"{found['peak_memory_gib']:.2f} GiB"))
         final, exports = self.folder / "final", self.folder / "exports"
@@ -168,13 +193,19 @@ def results(history: Sequence[Json]) -> dict[str, float]:
     return found
 
 
-def _keep_lines(file: Path, number: int) -> list[Json]:
-    """Truncate a log to its first `number` lines and return the rows."""
+def _keep_rows(file: Path, start: int) -> tuple[Json, list[Json]]:
+    """Truncate a log to its rows up to step `start`, atomically; returns row 0 ({} if there is none) and the others.
+
+    Without a step, row 0 is dropped too, because the probe is made again.
+    """
     if not file.exists():
-        return []
-    kept = file.read_text(encoding="utf-8").splitlines(keepends=True)[:number]
+        return {}, []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if start else []
+    has_zero = bool(lines) and json.loads(lines[0])["step"] == 0
+    kept = lines[: start + has_zero]  # the line after these may be cut short
     write_whole(file, "".join(kept))
-    return [json.loads(line) for line in kept]
+    rows = [json.loads(line) for line in kept]
+    return (rows[0], rows[1:]) if has_zero else ({}, rows)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

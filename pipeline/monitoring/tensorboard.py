@@ -1,4 +1,4 @@
-"""TensorBoard: three charts on the first page, heat maps of the layers, runs beside each other under HParams."""
+"""TensorBoard: three charts on the first page (probes first), heat maps of layers, runs side by side in HParams."""
 
 from __future__ import annotations
 
@@ -29,6 +29,13 @@ CHARTS = {
     "Forget and retain loss": ("forget_loss", "retain_loss"),
     "Cosines and conflict fraction": (*COSINES, "conflict_fraction"),
     "Thousand tokens a second, peak memory in GiB": (THOUSANDS, MEMORY),
+}
+
+
+# Of a run with probes, before the others: a line for each set, by the measures of its kind.
+PROBES = {
+    "Probes: extraction strength, accuracy": ("probe/.*/extraction_strength", "probe/.*/accuracy"),
+    "Probes: loss": ("probe/.*/loss",),
 }
 
 
@@ -69,10 +76,11 @@ HEAT_MAP_EVERY_S = 60.0  # drawing one takes some tenths of a second
 class TensorBoardWriter:
     """The event file of a run, on rank 0. A resumed run replaces the steps from `start` + 1 on."""
 
-    def __init__(self, folder: Path, *, start: int) -> None:
-        self.writer = SummaryWriter(str(folder), purge_step=start + 1)
+    def __init__(self, folder: Path, *, start: int, has_probes: bool = False) -> None:
+        self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
+        shown = {**PROBES, **CHARTS} if has_probes else CHARTS
         # A chart takes the tags that match a regular expression at their beginning: layers would come along.
-        charts = {title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in CHARTS.items()}
+        charts = {title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in shown.items()}
         self.writer.add_custom_scalars({"Unlearning": charts})
         self.drawn = float("-inf")
 
@@ -112,7 +120,10 @@ class TensorBoardWriter:
             of_layers = np.array([value for key, value in values.items() if key.startswith(f"{name}/")])
             if of_layers.size:
                 self.writer.add_histogram(f"layers/{name}", of_layers, step)
-        if any("/" in name for name in values) and time.monotonic() - self.drawn > HEAT_MAP_EVERY_S:
+        if (
+            any(name.partition("/")[0] in HEAT_MAPS for name in values if "/" in name)
+            and time.monotonic() - self.drawn > HEAT_MAP_EVERY_S
+        ):
             self.draw(history)
 
     def draw(self, history: Sequence[Mapping[str, float | None]]) -> None:

@@ -22,6 +22,7 @@ from pipeline.files import write_whole
 
 if TYPE_CHECKING:
     from deepspeed.monitor.monitor import MonitorMaster
+from pipeline.monitoring.levels import PREFIX
 
 _NAMES = "monitors.json"  # in the run folder: the identifiers of this run in W&B and Comet
 
@@ -92,7 +93,8 @@ class ExternalTrackers:
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Write the numbers of a step, except those of single layers."""
         if self.are_on:
-            written = [(name, value) for name, value in values.items() if value is not None and "/" not in name]
+            of_layer = {name for name in values if "/" in name and not name.startswith(PREFIX)}
+            written = [(name, value) for name, value in values.items() if value is not None and name not in of_layer]
             self.monitors.write_events([(name, value, step) for name, value in written])
 
     def finish(self, results: Mapping[str, float], step: int) -> None:

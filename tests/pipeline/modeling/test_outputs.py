@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pipeline.data.batches import Batch
 from pipeline.modeling import outputs
-from pipeline.modeling.outputs import HiddenStates, Logits, TokenLosses, forward
+from pipeline.modeling.outputs import HiddenStates, Logits, TokenLosses, TokenScores, forward
 from tests.distributed import run_distributed
 
 VOCABULARY, WIDTH, BLOCKS = 64, 32, 3
@@ -169,6 +169,10 @@ def check_losses(engine: Any, plain: Any) -> None:
     engine.backward((losses * weights).sum())
     assert_same_gradients(engine, plain, (want * weights).sum())
     reset(engine)
+    with torch.no_grad():
+        scores, correct = forward(engine, BATCH, TokenScores())
+    torch.testing.assert_close(scores, want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(correct.bool(), (logits.argmax(-1) == targets) & (targets != -100))
     q = torch.randn(2, 8, VOCABULARY, generator=torch.Generator().manual_seed(1))
     want = -(q.softmax(-1) * plain(**INPUTS).logits.log_softmax(-1)).sum(-1) * (targets != -100)
     losses = forward(engine, BATCH, TokenLosses(q))
@@ -303,3 +307,19 @@ def test_a_plain_head_makes_no_logits(name: str, monkeypatch: pytest.MonkeyPatch
     largest = largest_made(lambda: forward(engine, batch, TokenLosses()).sum().backward())
     logits, weight = tokens.numel() * 4096, 4096 * 8
     assert largest == (weight if name == "llama" else logits)
+    with torch.no_grad():
+        largest = largest_made(lambda: forward(engine, batch, TokenScores()))
+    assert largest < weight if name == "llama" else largest == logits
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "adapters"])
+def test_a_model_is_as_it_was_after_temporary_outputs(name: str) -> None:
+    from eval.suites.probes import _Whole
+
+    model = build(name).eval()
+    with torch.no_grad():
+        before = model(**INPUTS).logits
+        with outputs.temporary_outputs(_Whole(model, model.device)) as _:
+            assert forward(model, BATCH, TokenScores()).shape == (2, 2, 8)
+        assert torch.equal(model(**INPUTS).logits, before) and not model.training
+    assert not {"forward"} & (vars(model).keys() | vars(model.get_output_embeddings()).keys())

@@ -1,0 +1,95 @@
+"""The probes of a run on its exports: the same rows, batches, forward pass and measures as while it trained.
+
+The sets are those of the run's own configuration (`data.probes`, and its corpora): the config.yaml of the run folder,
+or the file of --config. The scores of the export of a step are the numbers `probe/SET/MEASURE` of that step in
+`metrics.jsonl`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval.suites.sharing import share
+from pipeline.config.load import resolve
+from pipeline.config.schema import RunConfig
+from pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROTOCOL = (
+    "teacher forcing, the first rows of each set (limit), cut at data.max_length tokens, answers in the tokenizer's "
+    "chat template; extraction_strength: 1 - k/T, all tokens after the first k of T are greedy; exact_memorization: "
+    "share of greedy tokens; probability: exp of the mean log-probability of a token; means over rows; loss: nats a "
+    "token, mean over all tokens; accuracy: the right one of the choices has the least summed loss"
+)
+
+
+def load_probes(folder: Path | None, suite: str = "probes", *, run: Path | None = None) -> RunConfig:
+    """The configuration that names the sets. run: config.yaml of a run, or another file with its keys.
+
+    Raises:
+        InputError: there is no configuration, it is not valid, or a file that it names is missing.
+    """
+    if run is None:
+        raise InputError("suite probes reads data.probes of a run: name a run folder by --model, or give --config FILE")
+    return resolve(run)
+
+
+class _Whole:
+    """A model in place of a DeepSpeed engine."""
+
+    optimizer = None
+
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+        self.module, self.device = model, device
+
+    def __call__(self, *inputs: object, **named: object) -> Any:
+        return self.module(*inputs, **named)
+
+    def eval(self) -> nn.Module:
+        return self.module.eval()
+
+    def train(self) -> nn.Module:
+        return self.module.eval()  # nothing trains here
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    probes: RunConfig,
+    *,
+    batch_size: int = 64,
+    title: str = "probes",
+) -> dict[str, Any]:
+    """{"metrics": {set: {measure: value}}, "counts": {set: rows}, "protocol": text}.
+
+    A batch has as many sequences as one of the probes in training (`train.micro_batch_size`) and not `batch_size`:
+    another batch has other rounding errors.
+    """
+    import torch
+
+    from pipeline.data.probes import measure_sets, read_sets, schedule
+    from pipeline.modeling.outputs import temporary_outputs
+    from pipeline.modeling.probes import batch_of, rows_of, score_rows
+
+    sets = read_sets(probes, tokenizer)
+    sequences = [sequence for found in sets for sequence in found.sequences]
+    batches = schedule(sets, probes.train.micro_batch_size)
+    engine = _Whole(model.eval(), model.device)
+    with temporary_outputs(engine), torch.no_grad():
+        found = share(
+            batches, lambda batch: rows_of(score_rows(engine, batch_of(sequences, batch).to(model.device))), title
+        )
+    at = {
+        number: row for batch, rows in zip(batches, found, strict=True) for number, row in zip(batch, rows, strict=True)
+    }
+    counts = {one.name: len(one.sequences if one.questions is None else one.questions) for one in sets}
+    return {
+        "metrics": measure_sets(sets, [at[number] for number in range(len(sequences))]),
+        "counts": counts,
+        "protocol": PROTOCOL,
+    }

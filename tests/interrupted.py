@@ -118,19 +118,19 @@ class Started:
 
 
 class Copied:
-    """A run of two ranks under way: the whole command, to its exit status, on ranks of the pool in place of a launcher.
+    """A run under way: the whole command, to its exit status, on ranks of the pool in place of a launcher.
 
     They are copies of a process that has imported everything, so their start costs seconds less than `Started`'s. How
     launchers pass on signals and statuses is tested where there are launchers (test_stop.py).
     """
 
-    def __init__(self, config: Path, *more: str) -> None:
+    def __init__(self, config: Path, *more: str, ranks: int = 2) -> None:
         self.log, self.began = config.with_suffix(".stderr"), time.time()
-        self.ids = [config.with_suffix(f".rank-{rank}") for rank in (0, 1)]
+        self.ids = [config.with_suffix(f".rank-{rank}") for rank in range(ranks)]
         for file in self.ids:
             file.unlink(missing_ok=True)
         given = ["--config", str(config), *more]
-        self.call = ThreadPoolExecutor(1).submit(run_distributed, whole_command, 2, given, self.log, self.ids)
+        self.call = ThreadPoolExecutor(1).submit(run_distributed, whole_command, ranks, given, self.log, self.ids)
 
     def wait_for(self, happened: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 300

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from eval import run as evaluation
+from eval.files import exit_status
 from eval.loading import load
 from pipeline.config.schema import Model
 from pipeline.distributed import errors as rank_errors
@@ -28,8 +29,8 @@ from pipeline.modeling.export import export
 from pipeline.modeling.load import load_model
 from tests.conftest import World
 from tests.distributed import run_distributed
+from tests.interrupted import Copied
 from tests.kinds import KINDS, LAYOUTS, make_kind
-from tests.test_bad_input import REPOSITORY, environment
 
 STAGES = {
     stage: {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}, "bf16": {"enabled": False}}
@@ -195,21 +196,22 @@ def test_an_adapter_and_its_base_are_looked_at_alike(world: World, broken: Path,
         load(tmp_path / "adapter")
 
 
-def test_the_commands_end_with_status_2(world: World, broken: Path, tmp_path: Path) -> None:
+def test_the_commands_end_with_status_2(
+    world: World, broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """And one line, and nothing written."""
     model = broken / "without output layer"
     config = world.write(tmp_path / "run.yaml", tmp_path / "run", model={"path": str(model)})
     shutil.copy(world.folder / "forget.jsonl", tmp_path)
     shutil.copy(world.folder / "retain.jsonl", tmp_path)
-    train = ["pipeline.train", "--config", str(config)]
-    evaluate = ["eval.run", "--model", str(model), "--suite", "corpus", "--data", str(tmp_path), "--output"]
-    for command in (train, [*evaluate, str(tmp_path / "answer.json")]):
-        done = subprocess.run(
-            [sys.executable, "-m", *command], env=environment(), capture_output=True, text=True, timeout=200,
-            cwd=REPOSITORY,
-        )  # fmt: skip
-        assert done.returncode == 2, done.stderr[-3000:]
-        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    statuses, of_training = Copied(config, ranks=1).ended()
+    assert statuses == {2}, of_training[-3000:]
+    evaluate = ["run.py", "--model", str(model), "--suite", "corpus", "--data", str(tmp_path), "--output"]
+    monkeypatch.setattr(sys, "argv", [*evaluate, str(tmp_path / "answer.json")])
+    capfd.readouterr()
+    assert exit_status(evaluation.main) == 2
+    for stderr in (of_training, capfd.readouterr().err):
+        (line,) = [line for line in stderr.splitlines() if line.startswith("error:")]
         assert "1 missing (lm_head.weight)" in line
     assert not (tmp_path / "run").exists() and not (tmp_path / "answer.json").exists()
 

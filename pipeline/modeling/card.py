@@ -10,6 +10,16 @@ import torch
 import transformers
 import yaml
 
+from pipeline.files import Json
+
+
+def _adapters(lora: Json | None) -> str:
+    """A paragraph about the adapters of a run, by its `model.lora`; empty without."""
+    if not lora:
+        return ""
+    where = ", merged into the weights of this folder" if lora["merge"] else "; this folder contains only them"
+    return f"The trained tensors are low-rank adapters (r {lora['r']}, alpha {lora['alpha']}){where}.\n\n"
+
 
 def model_card(
     configuration: str, base: str, weights: str, corpora: dict[str, str], last_step: Mapping[str, object]
@@ -29,13 +39,6 @@ def model_card(
     rows = "\n".join(f"| {task} | `{run['data'][task]['path']}` | `{digest}` |" for task, digest in corpora.items())
     lora = run["model"]["lora"]
     library = "peft" if lora and not lora["merge"] else "transformers"
-    adapters = f"The trained tensors are low-rank adapters (r {lora['r']}, alpha {lora['alpha']})" if lora else ""
-    if lora:
-        adapters += (
-            ", merged into the weights of this folder.\n\n"
-            if lora["merge"]
-            else "; this folder contains only them.\n\n"
-        )
     measured = [(name, value) for name, value in last_step.items() if isinstance(value, float) and "/" not in name]
     numbers = "\n".join(f"| {name} | {value:.4g} |" for name, value in measured)
     return f"""---
@@ -51,7 +54,7 @@ tags: [unlearning]
 `{synthesis["scope"] or "of the paper"}` (retain weight alpha {synthesis["alpha"]}, forget weight gamma \
 {synthesis["gamma"]}).
 
-{adapters}Weights at the start (SHA-256 of the files, or hub commit): `{weights}`
+{_adapters(lora)}Weights at the start (SHA-256 of the files, or hub commit): `{weights}`
 
 | corpus | source | SHA-256 of the file, or hub fingerprint; and of the columns read from it |
 |---|---|---|

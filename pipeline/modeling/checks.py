@@ -24,9 +24,9 @@ def load_model_config(config: Model) -> PreTrainedConfig:
         InputError: neither a model folder nor a model of the hub, or one that needs its own code to run without
             `trust_remote_code`.
     """
-    path, missing = config.path, f"there is no folder {Path(config.path).absolute()}"
+    path, missing = config.path, f"model.path: there is no folder {Path(config.path).absolute()}"
     if is_path_alone(path) and not Path(path).is_dir():
-        raise InputError(f"model.path: {missing}; name the folder of a model, or a model of the hub as owner/name")
+        raise InputError(f"{missing}; name the folder of a model, or a model of the hub as owner/name")
     if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
         raise _holds_an_adapter(path)
     try:  # without trust_remote_code, transformers would ask on the terminal
@@ -40,7 +40,7 @@ def load_model_config(config: Model) -> PreTrainedConfig:
         reason = " ".join(str(error).split())[:300]
         if Path(path).is_dir():
             raise InputError(f"model.path: {path!r} is not the folder of a model: {reason}") from None
-        raise InputError(f"model.path: {missing}, and {path!r} is no model of the hub: {reason}") from None
+        raise InputError(f"{missing}, and {path!r} is no model of the hub: {reason}") from None
 
 
 def _holds_an_adapter(path: str) -> InputError:

@@ -50,10 +50,12 @@ def find_models(folder: Path) -> list[tuple[int | None, Path]]:
         InputError: `folder` is neither a run with exports, nor a model, nor a name on the hub.
     """
     if not (folder / "metrics.jsonl").is_file() or not (folder / "exports").is_dir():
-        if not (is_model(folder) or (not folder.exists() and HUB_NAME.fullmatch(str(folder)))):
+        if not folder.exists() and not HUB_NAME.fullmatch(str(folder)):
+            raise InputError(f"--model: there is no folder {folder.absolute()}, and that is no name of the hub")
+        if folder.exists() and not is_model(folder):
             raise InputError(
                 f"--model {folder} is no Hugging Face model folder (no config.json, no adapter_config.json), "
-                "no run folder (metrics.jsonl, exports/) and no name of the hub; name one of these"
+                "and no run folder (metrics.jsonl, exports/); name one of these"
             )
         return [(None, folder)]
     models = {

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import yaml
 
+from pipeline.config.explain import refuse_renamed
 from pipeline.data.corpus import json_rows
 from pipeline.errors import InputError
 from pipeline.files import Json
@@ -65,7 +66,7 @@ def read_config(folder: Path, sections: Iterable[str]) -> Json:
     """The resolved configuration of a run, with at least `sections`.
 
     Raises:
-        InputError: FOLDER/config.yaml is missing, malformed, or lacks a section.
+        InputError: FOLDER/config.yaml is missing, malformed, lacks a section, or has the old name of a key.
     """
     path = folder / "config.yaml"
     try:
@@ -76,6 +77,7 @@ def read_config(folder: Path, sections: Iterable[str]) -> Json:
     for section in sections:
         if not isinstance(config, dict) or not isinstance(config.get(section), dict):
             raise InputError(f"{path} has no section {section}; name the folder of a run")
+    refuse_renamed(config, str(path))
     return config
 
 

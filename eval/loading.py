@@ -103,7 +103,7 @@ def refusal(folder: Path, error: Exception, trust: Trust) -> InputError:
     if not trust.allow_pickle and "safetensors" in reason:
         reason += "; if you trust its other files, which can run code, give --allow-pickle"
     if not folder.exists():
-        return InputError(f"--model {folder} is no folder, and the hub does not give it: {reason}")
+        return InputError(f"--model: there is no folder {folder.absolute()}, and the hub gives no {folder}: {reason}")
     return InputError(f"cannot load the model in {folder}: {reason}; else export it again")
 
 

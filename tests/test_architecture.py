@@ -172,7 +172,7 @@ def objectives_compared(source: str) -> set[str]:
     """Names of objectives that a file compares something with, instead of asking the table what an objective needs."""
     tests = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Compare | ast.BinOp)]
     constants = [part.value for node in tests for part in ast.walk(node) if isinstance(part, ast.Constant)]
-    return {name for name in constants if name in NEEDS}
+    return {str(name) for name in constants if name in NEEDS}
 
 
 def test_one_table_says_what_an_objective_needs() -> None:

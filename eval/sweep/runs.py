@@ -23,6 +23,7 @@ from eval.results.metrics import ForgetRetainMetric, nearest
 from eval.results.trajectories import Run, Scores, prepare, read_run
 from eval.sweep.axes import Axis, Setting, name_of, run_folder
 from eval.sweep.launch import call, last_error, launcher
+from pipeline.config.explain import refuse_renamed
 from pipeline.config.load import resolve
 from pipeline.errors import InputError
 from pipeline.files import Json, write_whole
@@ -187,7 +188,9 @@ def read_presets(config: Path, methods: Sequence[str]) -> Json:
         raise InputError(f"cannot read --config {config}: {' '.join(str(error).split())}; name a recipe") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"--config {config} has no table methods:; name a recipe that has") from error
+    refuse_renamed(recipe, str(config))
     for method in methods:
+        refuse_renamed(presets.get(method), f"{config}: methods.{method}")
         if method not in known:
             raise InputError(
                 f"{config} has no method {method!r}; the nearest is {nearest(method, known)!r} ({', '.join(known)})"

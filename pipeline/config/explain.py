@@ -72,6 +72,24 @@ def _place(error: ErrorDetails, file: str, layers: dict[str, Json]) -> str:
     return next((name for name in reversed(layers) if _sets(layers[name], error["loc"])), file)
 
 
+def _renamed(where: str, key: str) -> InputError:
+    return InputError(f"{where}: the key {key!r} has a new name; write {RENAMED[key]!r}")
+
+
+def refuse_renamed(tree: object, where: str) -> None:
+    """
+    Raises:
+        InputError: the configuration `tree`, read from `where`, has a key under an old name, which nothing would read.
+    """
+    for key in RENAMED:
+        *sections, name = key.split(".")
+        found = tree
+        for section in sections:
+            found = found.get(section) if isinstance(found, dict) else None
+        if isinstance(found, dict) and name in found:
+            raise _renamed(where, key)
+
+
 def explain(refusal: ValidationError, file: str, layers: dict[str, Json]) -> InputError:
     """One line for the first error of pydantic; a misspelt key comes before the missing key that it leaves behind.
 
@@ -83,7 +101,7 @@ def explain(refusal: ValidationError, file: str, layers: dict[str, Json]) -> Inp
     key = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
         if key in RENAMED:
-            return InputError(f"{where}: the key {key!r} has a new name; write {RENAMED[key]!r}")
+            return _renamed(where, key)
         hint = nearest(str(location[-1]), _keys_at(location[:-1]))
         return InputError(f"{where}: unknown key {key!r}; {hint}")
     if first["type"] == "literal_error":

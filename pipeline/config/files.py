@@ -32,6 +32,11 @@ class Shipped:
         return file if (by_name or by_path) and file.is_file() else None
 
 
+def is_path_alone(text: str) -> bool:
+    """Whether a text that may be a path or a name on the hub (`model`, `owner/model`) can only be a path."""
+    return text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") > 1
+
+
 RECIPES = Shipped("launch/recipes", ".yaml")
 DEEPSPEED_FILES = Shipped("ds_configs", ".json")
 

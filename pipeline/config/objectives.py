@@ -1,4 +1,4 @@
-"""What each objective needs; bad input is refused by it before torch is loaded. What it computes: losses/objectives.py."""
+"""What each objective needs; it is read before torch is loaded. What each computes: `losses/objectives.py`."""
 
 from __future__ import annotations
 

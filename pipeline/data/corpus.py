@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from pipeline.config.files import is_path_alone
 from pipeline.config.objectives import Pairing
 from pipeline.config.sources import LOCAL_FORMATS, Corpus, Source, format_of
 from pipeline.errors import InputError
@@ -300,6 +301,8 @@ def _saved_dataset(corpus: Source, key: str) -> tuple[datasets.Dataset, str]:
 def _hub_dataset(corpus: Source, key: str) -> tuple[datasets.Dataset, str]:
     import datasets
 
+    if is_path_alone(corpus.path) and not Path(corpus.path).exists():
+        raise InputError(f"{key}path: there is no file or folder {Path(corpus.path).absolute()}")
     try:
         rows = datasets.load_dataset(corpus.path, corpus.name, split=corpus.split)
     except Exception as error:  # `datasets` and the hub raise a dozen unrelated types for "missing" and "no network"

@@ -87,6 +87,16 @@ def usage(name: str, chats: bool) -> str:
 
 from pipeline.monitoring.levels import PREFIX
 
+from pipeline.files import Json
+
+
+def _adapters(lora: Json | None) -> str:
+    """A paragraph about the adapters of a run, by its `model.lora`; empty without."""
+    if not lora:
+        return ""
+    where = ", merged into the weights of this folder" if lora["merge"] else "; this folder contains only them"
+    return f"The trained tensors are low-rank adapters (r {lora['r']}, alpha {lora['alpha']}){where}.\n\n"
+
 
 def model_card(
     configuration: str,
@@ -147,7 +157,7 @@ retention with `python -m eval.run --model <this folder> --suite <name>`; the sc
 
 ## How it was made
 
-{adapters(lora)}Weights at the start (SHA-256 of the files, or hub commit): `{weights}`
+{_adapters(lora)}Weights at the start (SHA-256 of the files, or hub commit): `{weights}`
 
 | corpus | source | SHA-256 of the file, or hub fingerprint; and of the columns read from it |
 |---|---|---|
@@ -165,12 +175,3 @@ these digests, and run `deepspeed --module pipeline.train --config config.yaml`:
 
 Made with torch {torch.__version__}, deepspeed {deepspeed.__version__}, transformers {transformers.__version__}.
 """
-
-
-def adapters(lora: dict[str, Any] | None) -> str:
-    """A sentence about adapters, if they were trained."""
-    if not lora:
-        return ""
-    what = f"The trained tensors are low-rank adapters (r {lora['r']}, alpha {lora['alpha']})"
-    where = ", merged into the weights of this folder" if lora["merge"] else "; this folder contains only them"
-    return f"{what}{where}.\n\n"

@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from pipeline.config.files import is_path_alone
 from pipeline.config.schema import Model
 from pipeline.errors import InputError
 from pipeline.modeling.weights import missing_package
@@ -25,10 +26,9 @@ def load_model_config(config: Model) -> PreTrainedConfig:
         InputError: neither a model folder nor a model of the hub, or one that needs its own code to run without
             `trust_remote_code`.
     """
-    path = config.path
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not Path(path).is_dir():
-        raise InputError(f"model.path: there is no folder {path}")
+    path, missing = config.path, f"model.path: there is no folder {Path(config.path).absolute()}"
+    if is_path_alone(path) and not Path(path).is_dir():
+        raise InputError(f"{missing}; name the folder of a model, or a model of the hub as owner/name")
     if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
         raise _holds_an_adapter(path)
     try:  # without trust_remote_code, transformers would ask on the terminal
@@ -40,7 +40,9 @@ def load_model_config(config: Model) -> PreTrainedConfig:
                 "true; read it first"
             ) from None
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"model.path: {path!r} is neither a model folder nor a model of the hub: {reason}") from None
+        if Path(path).is_dir():
+            raise InputError(f"model.path: {path!r} is not the folder of a model: {reason}") from None
+        raise InputError(f"{missing}, and {path!r} is no model of the hub: {reason}") from None
 
 
 def _holds_an_adapter(path: str) -> InputError:

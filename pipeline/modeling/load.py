@@ -72,20 +72,27 @@ def load_model(config: Model, deepspeed_config: DeepSpeedDict, seed: int = 0) ->
         restore_dropout(model, shape)
     set_trainable_parameters(model, config, seed)
     if config.torch_compile:
-        stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
-        text = text_parameters(model)
-        if stage == 3 and not all(p.requires_grad for name, p in model.named_parameters() if name in text):
-            raise InputError(
-                "model.torch_compile: under ZeRO stage 3 the backward of a compiled block finds frozen tensors "
-                "released; use a lower stage, or train all parameters (no model.lora, no model.trainable)"
-            )
-        for block in blocks_of(model):
-            # ZeRO-3 gathers in hooks around each module; with one pair around the block, its inside is one graph.
-            deepspeed.utils.set_z3_leaf_module(block, True)
-            block.forward = torch.compile(block.forward)
+        _compile_blocks(model, deepspeed_config.get("zero_optimization", {}).get("stage", 0))
     torch.manual_seed(seed + dist.get_rank())  # each rank draws its own dropout
     model.train()
     return model
+
+
+def _compile_blocks(model: PreTrainedModel, stage: int) -> None:
+    """
+    Raises:
+        InputError: frozen tensors under ZeRO stage 3.
+    """
+    text = text_parameters(model)
+    if stage == 3 and not all(p.requires_grad for name, p in model.named_parameters() if name in text):
+        raise InputError(
+            "model.torch_compile: under ZeRO stage 3 the backward of a compiled block finds frozen tensors "
+            "released; use a lower stage, or train all parameters (no model.lora, no model.trainable)"
+        )
+    for block in blocks_of(model):
+        # ZeRO-3 gathers in hooks around each module; with one pair around the block, its inside is one graph.
+        deepspeed.utils.set_z3_leaf_module(block, True)
+        block.forward = torch.compile(block.forward)
 
 
 def set_trainable_parameters(model: PreTrainedModel, config: Model, seed: int) -> None:

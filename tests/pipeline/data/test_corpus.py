@@ -84,6 +84,16 @@ def test_a_cell_is_text_as_it_stands(read: Any, tokenizer: PreTrainedTokenizerBa
     assert tokens(read(tmp_path / "a.csv")) == truncated(tokenizer, texts)
 
 
+@pytest.mark.parametrize("path", ["./typo", "texts/deep/typo", "typo/"])
+def test_a_folder_that_is_missing_is_no_name_of_the_hub(
+    path: str, read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tried = tmp_path / path.removeprefix("./").removesuffix("/")
+    with pytest.raises(InputError, match=rf"^data\.forget\.path: there is no file or folder {tried}$"):
+        read(path)
+
+
 @pytest.mark.parametrize("divided", [False, True])
 def test_a_folder_of_save_to_disk_is_a_corpus(
     divided: bool, read: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path

@@ -17,7 +17,7 @@ from transformers import (
 
 from pipeline.config.schema import Lora, Model
 from pipeline.errors import InputError
-from pipeline.modeling.checks import check_router_loss, load_tokenizer
+from pipeline.modeling.checks import check_router_loss, load_model_config, load_tokenizer
 from pipeline.modeling.load import load_model
 from pipeline.modeling.lora import attach_adapters
 from tests.conftest import World
@@ -73,6 +73,27 @@ def test_pickles_and_code_of_a_model_are_refused_unless_asked_for(world: World, 
     with pytest.raises(InputError, match="trust_remote_code"):
         load_tokenizer(Model(path=str(folder)))  # pyright: ignore[reportCallIssue]
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("path", ["./typo", "../typo", "typo/", "runs/deep/typo", "runs/typo", "typo"])
+def test_a_folder_that_is_missing_is_named_where_it_was_looked_for(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its name could be one of the hub's: `runs` is here, `runs/typo` is not."""
+    (tmp_path / "here" / "runs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(InputError) as caught:
+        load_model_config(Model(path=path))  # pyright: ignore[reportCallIssue]
+    tried = f"{tmp_path}/here/{path.removeprefix('./').removesuffix('/')}"
+    assert str(caught.value).startswith(f"model.path: there is no folder {tried}"), caught.value
+    could_be_a_name = path in ("runs/typo", "typo")
+    assert (f", and {path!r} is no model of the hub: " in str(caught.value)) == could_be_a_name
+    assert could_be_a_name or "owner/name" in str(caught.value)
+
+
+def test_a_folder_without_a_model_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"model.path: '{tmp_path}' is not the folder of a model: "):
+        load_model_config(Model(path=str(tmp_path)))  # pyright: ignore[reportCallIssue]
 
 
 def load_alone(folder: str) -> None:

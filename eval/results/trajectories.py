@@ -51,7 +51,7 @@ class Run:
     environment: str = ""
     protocols: dict[str, str] = field(default_factory=dict)  # suite -> words
     robustness: dict[str, Any] | None = None
-    general: GeneralAbility = GeneralAbility()
+    general: GeneralAbility = field(default_factory=GeneralAbility)
     paths: dict[str, str] = field(default_factory=dict)  # for the keys of `method` that are digests
 
     @property

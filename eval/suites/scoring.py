@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from eval.suites.sharing import share
 from pipeline.data.chat import encode_answers, openings
@@ -55,9 +55,10 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return end if isinstance(end, int) else None
 
 
-def is_embedded(model: PreTrainedModel, token: int) -> bool:
-    """Whether the model has a row for the token, which a tokenizer may have got later than the model."""
-    return token < model.get_input_embeddings().num_embeddings
+def is_embedded(model: PreTrainedModel, token: object) -> bool:
+    """Whether `token` is an id for which the model has a row: a tokenizer may have got it later than the model."""
+    embedding: Any = model.get_input_embeddings()
+    return isinstance(token, int) and token < embedding.num_embeddings  # of all rows, also where they are sharded
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str, opening: str = "") -> list[int]:
@@ -129,9 +130,7 @@ def answer(
     import torch
 
     stops = [token for token in stopping.tokens if token is not None]
-    padding = next(
-        token for token in (tokenizer.pad_token_id, *stops, 0) if token is not None and is_embedded(model, token)
-    )
+    padding = next(token for token in (tokenizer.pad_token_id, *stops, 0) if is_embedded(model, token))
     limits = stopping.limits(len(prompts))
 
     def work(batch: list[int]) -> list[str]:

@@ -53,7 +53,7 @@ class Run:
     command: str = ""
     environment: str = ""
     protocols: dict[str, str] = field(default_factory=dict)  # suite -> words
-    general: GeneralAbility = GeneralAbility()
+    general: GeneralAbility = field(default_factory=GeneralAbility)
     robustness: Json | None = None
     paths: dict[str, str] = field(default_factory=dict)  # for the keys of `method` that are digests
 

@@ -18,6 +18,7 @@ SUITES = {
     "corpus": "eval.suites.corpus",
     "bios": "eval.suites.bios",
     "wmdp_bio": "eval.suites.harness",
+    "wmdp_chem": "eval.suites.harness",
     "wmdp_cyber": "eval.suites.harness",
     "mmlu": "eval.suites.harness",
     "lm_eval": "eval.suites.harness_tasks",

@@ -3,7 +3,7 @@
 A prompt reads "…\\nA. …\\nB. …\\nC. …\\nD. …\\nAnswer:"; the answer is the most likely of " A" to " D". WMDP has no
 examples before a question (as in Li et al. 2024), MMLU the first five of each subject's `dev` split.
 
-Local data are `wmdp/wmdp_bio.jsonl`, `wmdp/wmdp_cyber.jsonl` and `mmlu/{dev,test}/SUBJECT.jsonl`, one object a line:
+Local data are `wmdp/wmdp_{bio,chem,cyber}.jsonl` and `mmlu/{dev,test}/SUBJECT.jsonl`, one object a line:
 {"question": text, "choices": [four texts], "answer": 0 to 3}. Each file becomes a task that includes the harness's own
 and differs in the source of its questions. Without a folder, the harness loads them from the hub.
 """

@@ -131,9 +131,7 @@ def answer(
     import torch
 
     stops = [token for token in stopping.tokens if token is not None]
-    padding = next(
-        token for token in (tokenizer.pad_token_id, *stops, 0) if token is not None and is_embedded(model, token)
-    )
+    padding = next(token for token in (tokenizer.pad_token_id, *stops, 0) if is_embedded(model, token))
     limits = stopping.limits(len(prompts))
 
     def work(batch: list[int]) -> list[str]:

@@ -152,7 +152,8 @@ class SharedLM(Base):
         self.require(self.eot_token_id, "end-of-text", "let the model write")
         lengths = [len(self.tok_encode(request.args[0])) for request in requests]
         for request, length in zip(requests, lengths, strict=True):
-            new = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
+            settings: Any = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
+            new = settings["max_gen_toks"]
             if new >= self.max_length:
                 raise InputError(
                     f"{self.title}: {request.task_name} writes up to {new} tokens, and the model's context has "

@@ -85,9 +85,8 @@ def usage(name: str, chats: bool) -> str:
     return (LOAD + (CHAT if chats else CONTINUE) + ANSWER).format(name=name)
 
 
-from pipeline.monitoring.levels import PREFIX
-
 from pipeline.files import Json
+from pipeline.monitoring.levels import PREFIX
 
 
 def _adapters(lora: Json | None) -> str:

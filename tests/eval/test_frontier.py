@@ -91,6 +91,18 @@ def test_suites_and_scores_are_the_users(pretender: Pretender, command: Callable
     assert answer["runs"][0]["matched"]["bios.forget.all"] == pytest.approx(0.2)
 
 
+def test_tasks_of_the_harness_are_evaluated_beside(
+    pretender: Pretender, command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the user gives them; runs that were evaluated on others are no runs of the same sweep."""
+    tasks = ("--methods", "sago", "--seeds", 0, "--suite", "bios", "lm_eval", "--tasks-dir", tmp_path, "--tasks")
+    assert command(*tasks, "piqa", "mmlu", "--limit", 9) == 0
+    given = f"--suite bios lm_eval --tasks piqa mmlu --tasks-dir {tmp_path} --limit 9 --output"
+    assert given in " ".join(pretender.lines[1])
+    assert command(*tasks, "piqa", "--limit", 9) == 2
+    assert "choice of tasks" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -102,6 +114,7 @@ def test_suites_and_scores_are_the_users(pretender: Pretender, command: Callable
         (["--methods", "sago", "--level", 7], "--level 7"),
         (["--methods", "sago", "--suite", "bois"], "'bios'"),
         (["--methods", "sago", "--suite", "wmdp_bio"], "WMDP is compared by mmlu"),
+        (["--methods", "sago", "--suite", "bios", "lm_eval"], "--tasks names; give at least one"),
         (["--methods", "sago", "--forget", "tofu.forget.rouge"], "--forget tofu.forget.rouge"),
         (["--methods", "sago", "--", "--seed", 3], "override --seed"),
         (["--methods", "sago", "--sweep", "a.b=1,2", "--", "--a.b=3"], "override --a.b=3"),

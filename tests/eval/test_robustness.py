@@ -209,6 +209,7 @@ def test_a_failing_training_is_one_line(
     [
         (["--attacks", "relern"], "nearest is 'relearn'"),
         (["--suite", "bois"], "nearest is 'bios'"),
+        (["--suite", "lm_eval"], "measures general ability"),
         (["--run", "nowhere"], "cannot read nowhere/config.yaml"),
         (["--data", "nowhere"], "python -m eval.bios"),
         (["--steps", 0], "--steps 0"),

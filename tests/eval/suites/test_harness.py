@@ -17,6 +17,7 @@ from lm_eval.__main__ import cli_evaluate
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from eval import loading, run
+from eval.results.metrics import choose
 from eval.suites import bios as bios_suite
 from eval.suites import harness
 from pipeline.errors import InputError
@@ -71,6 +72,17 @@ def test_scores_are_those_of_a_computation_by_hand(folder: Path, one_rank: dict[
     ):
         assert given == sum(c == row["answer"] for c, row in zip(chosen, rows, strict=True)) / len(rows)
         assert len(set(chosen)) > 1  # else the test would show little
+
+
+@pytest.mark.parametrize(("suite", "subject"), [("wmdp_chem", "chemistry"), ("wmdp_cyber", "cybersecurity")])
+def test_the_other_parts_of_wmdp(folder: Path, tmp_path: Path, suite: str, subject: str) -> None:
+    write_rows(tmp_path / "wmdp" / f"{suite}.jsonl", QUIZ)
+    model, tokenizer = loading.load(folder / "run" / "exports" / "step-000001")
+    answer = harness.evaluate(model, tokenizer, harness.load_probes(tmp_path, suite))
+    chosen = by_hand(model, tokenizer, subject, [], QUIZ)
+    right = sum(c == row["answer"] for c, row in zip(chosen, QUIZ, strict=True))
+    assert answer["metrics"]["acc"] == {"all": right / len(QUIZ)} and answer["counts"]["questions"] == {"all": 7}
+    assert choose([suite, "mmlu"]).forget == f"{suite}.acc.all"
 
 
 def test_the_answer_says_what_was_asked(folder: Path, one_rank: dict[str, Any]) -> None:

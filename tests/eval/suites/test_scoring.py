@@ -19,7 +19,7 @@ def learned(memorise: Callable[[list[str]], tuple[Any, Any]]) -> tuple[Any, Any,
     model, tokenizer = memorise([f"{question}{answer}\n" for question, answer in FACTS.items()])
     later = copy.deepcopy(tokenizer)
     later.add_special_tokens({"pad_token": "<later>"})
-    assert later.pad_token_id >= model.get_input_embeddings().num_embeddings > max(tokenizer(list(FACTS)[0]).input_ids)
+    assert later.pad_token_id >= model.get_input_embeddings().num_embeddings
     return model, tokenizer, later
 
 

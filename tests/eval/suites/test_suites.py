@@ -13,7 +13,7 @@ from eval.suites import SUITES, AdversarialSuite, GroupedSuite, Suite, WholeSuit
 from pipeline.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-HARNESS = {"wmdp_bio", "wmdp_cyber", "mmlu"}
+HARNESS = {"wmdp_bio", "wmdp_chem", "wmdp_cyber", "mmlu"}
 GENERAL = {"lm_eval"}  # it has no forget set
 
 

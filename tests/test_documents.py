@@ -69,6 +69,9 @@ BY: dict[str, list[str]] = {
     "tests/pipeline/monitoring/test_tensorboard.py::test_a_browser_draws_charts_pictures_and_a_table_of_three_runs": [
         "tensorboard --logdir runs --host localhost",
     ],
+    "tests/test_probes.py::test_adapters_are_measured_and_evaluated_alike": [
+        "python -m eval.run --model runs/mine --suite probes",
+    ],
     "tests/test_documents.py::test_the_site_builds_without_a_warning": ["bash docs/build.sh"],
     "by hand, docs/log.md: MPICH's mpirun and Open MPI's exclude each other": [
         "deepspeed --hostfile hosts --launcher mpich pipeline/train.py --config my.yaml",
@@ -192,10 +195,11 @@ def test_the_configuration_reference_has_every_key_and_its_default() -> None:
     def keys(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
         found: dict[str, object] = {}
         for name, value in tree.items():
-            found |= keys(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+            found |= keys(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
         return found
 
-    config = resolve(REPOSITORY / "launch" / "recipes" / "custom.yaml", "lora_sago", reads_data=False)
+    one_set = ["--data.probes.NAME.path", "some/data"]
+    config = resolve(REPOSITORY / "launch" / "recipes" / "custom.yaml", "lora_sago", one_set, reads_data=False)
     rows = [line.split(" | ") for line in hooks.configuration_reference().splitlines() if line.startswith("| `")]
     reference = {row[0].strip("| `"): row[2] for row in rows}
     assert sorted(reference) == sorted(keys(config.model_dump())) and len(rows) == len(reference)

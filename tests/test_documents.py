@@ -70,6 +70,9 @@ BY: dict[str, list[str]] = {
         "tensorboard --logdir runs --host localhost",
     ],
     "tests/test_pages.py::test_the_site_builds_without_a_warning": ["bash docs/build.sh"],
+    "tests/test_probes.py::test_adapters_are_measured_and_evaluated_alike": [
+        "python -m eval.run --model runs/mine --suite probes",
+    ],
     "by hand, docs/log.md: MPICH's mpirun and Open MPI's exclude each other": [
         "deepspeed --hostfile hosts --launcher mpich pipeline/train.py --config my.yaml",
     ],

@@ -60,7 +60,8 @@ def test_the_configuration_reference_has_every_key_and_its_default() -> None:
             found |= keys(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
         return found
 
-    config = resolve(REPOSITORY / "launch" / "recipes" / "custom.yaml", "lora_sago", reads_data=False)
+    one_set = ["--data.probes.NAME.path", "some/data"]
+    config = resolve(REPOSITORY / "launch" / "recipes" / "custom.yaml", "lora_sago", one_set, reads_data=False)
     rows = [line.split(" | ") for line in hooks.configuration_reference().splitlines() if line.startswith("| `")]
     reference = {row[0].strip("| `"): row[2] for row in rows}
     assert sorted(reference) == sorted(keys(config.model_dump())) and len(rows) == len(reference)

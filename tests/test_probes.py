@@ -27,11 +27,7 @@ from eval.sweep.axes import run_folder
 from eval.sweep.runs import Plan, finished_runs, refuse_without_probes, run_if_missing
 from pipeline.config.load import resolve
 from pipeline.config.schema import RunConfig
-from pipeline.data.batches import Batch
-from pipeline.data.probes import ProbeSet, Question, RowScores, measures_of, schedule
 from pipeline.errors import InputError
-from pipeline.modeling.probes import rows_of, score_rows
-from pipeline.modeling.token_losses import token_scores
 from tests.conftest import World
 from tests.distributed import run_distributed
 from tests.eval.runs import make_run
@@ -298,63 +294,3 @@ def test_a_sweep_over_probes_evaluates_nothing(tmp_path: Path) -> None:
     refuse_without_probes(plan)
     with pytest.raises(InputError, match=r"b has train.probe_every 0"):
         refuse_without_probes(replace(plan, methods=("a", "b")))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Measures, counted by hand
-
-
-def test_strength_and_memorization_of_a_row_counted_by_hand() -> None:
-    """Logits of five positions; token t+1 is greedy at 1, 3 and 4: of four predicted tokens the last two follow on."""
-    labels = torch.tensor([[7, 1, 2, 3, 4], [7, 1, 2, -100, -100]])
-    greedy = torch.tensor([[1, 0, 3, 4, 9], [0, 2, 5, 5, 5]])  # what position t predicts
-    logits = 3.0 * F.one_hot(greedy, 10).float()
-    losses, correct = token_scores(logits, labels)
-    assert correct.tolist() == [[1, 0, 1, 1, 0], [0, 1, 0, 0, 0]]
-    hit, miss = math.log(math.exp(3) + 9) - 3, math.log(math.exp(3) + 9)
-    expected = [[hit, miss, hit, hit, 0], [miss, hit, 0, 0, 0]]
-    assert torch.allclose(losses, torch.tensor(expected))
-    batch = Batch(torch.arange(2), labels.clamp(min=0), (labels >= 0).long(), labels)
-    engine: Any = lambda output, **inputs: token_scores(logits, inputs["labels"])  # noqa: E731
-    rows_ = rows_of(score_rows(engine, batch))
-    assert [row[1:] for row in rows_] == [(4, 3, 2), (2, 1, 1)]
-    found = measures_of(ProbeSet("two", [([7, 1, 2, 3, 4], 1), ([7, 1, 2], 1)], ""), rows_)
-    assert found == pytest.approx(
-        {
-            "extraction_strength": (2 / 4 + 1 / 2) / 2,  # k is 2 of 4, and 1 of 2
-            "exact_memorization": (3 / 4 + 1 / 2) / 2,
-            "probability": (math.exp(-(3 * hit + miss) / 4) + math.exp(-(hit + miss) / 2)) / 2,
-            "loss": (4 * hit + 2 * miss) / 6,
-        }
-    )
-
-
-def test_scores_from_hidden_states_equal_those_from_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunk by chunk; a position that predicts nothing costs nothing and is 0."""
-    from pipeline.modeling import token_losses
-
-    monkeypatch.setattr(token_losses, "_CHUNK", 64)
-    torch.manual_seed(0)
-    hidden, weight, bias = torch.randn(2, 7, 5), torch.randn(30, 5), torch.randn(30)
-    labels = torch.randint(30, (2, 7)).index_put((torch.tensor([0, 1]), torch.tensor([2, 6])), torch.tensor(-100))
-    through_logits = token_scores(hidden @ weight.T + bias, labels)
-    assert torch.allclose(token_scores(hidden, labels, weight, bias), through_logits, atol=1e-6)
-    assert torch.equal(through_logits[0], token_losses.token_losses(hidden @ weight.T + bias, labels))
-    assert (through_logits[:, 0, 1] == 0).all() and (through_logits[:, :, -1] == 0).all()
-
-
-def test_choices_go_to_the_least_summed_loss() -> None:
-    """Two questions: the right answer is longer with the smaller sum, then shorter by the mean alone."""
-    rows_ = [RowScores(loss, tokens, 0, 0) for loss, tokens in ((4.0, 8), (5.0, 2), (6.0, 6), (2.0, 1))]
-    found = ProbeSet("two", [], "", [Question(range(0, 2), 0), Question(range(2, 4), 0)])
-    assert measures_of(found, rows_) == {"accuracy": 0.5}
-    broken = [RowScores(math.nan, 1, 0, 0), *rows_[1:]]
-    assert math.isnan(measures_of(found, broken)["accuracy"])
-
-
-def test_batches_do_not_mix_sets_and_are_those_of_a_set_alone() -> None:
-    sets = [
-        ProbeSet(name, [([1] * n, 1) for n in sizes], "") for name, sizes in (("a", (5, 2, 9)), ("b", (3, 3, 1, 8)))
-    ]
-    assert schedule(sets, 2) == [[1, 0], [2], [5, 3], [4, 6]]
-    assert schedule(sets[1:], 2) == [[2, 0], [1, 3]]

@@ -195,8 +195,8 @@ class Train(Section):
     )
     stop_action: Literal["end", "export"] = Field(
         "end",
-        description="where the first level of stop_at is passed: end the run, whose final model that is, or export the "
-        "model once and go on",
+        description="where the first level of stop_at is passed: end the run with that model, or export the model once "
+        "and go on",
     )
     max_skipped: int = Field(10, ge=1, description="non-finite steps in a row that end the run")
     timeout_minutes: float = Field(

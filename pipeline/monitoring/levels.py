@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+Measure = TypeVar("Measure", bound=str)
 
 PREFIX = "probe/"  # of the names in `metrics.jsonl`: probe/SET/MEASURE
 
 SHOWN = {"extraction_strength": "ES", "accuracy": "accuracy"}  # on the line of progress, of the sets that have them
 
 
-def probe_names(measured: Mapping[str, Mapping[Any, float]]) -> dict[str, float]:
+def probe_names(measured: Mapping[str, Mapping[Measure, float]]) -> dict[str, float]:
     """{set: {measure: value}} as the rows of `metrics.jsonl` name it."""
     return {f"{PREFIX}{name}/{measure}": value for name, found in measured.items() for measure, value in found.items()}
 

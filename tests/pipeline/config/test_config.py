@@ -182,7 +182,8 @@ def test_help_names_every_key() -> None:
         for name, field in section.model_fields.items():
             options = getattr(field.annotation, "__args__", (field.annotation,))
             inner = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
-            found += leaves(inner[0], f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+            below = f"{prefix}{name}.NAME." if str(field.annotation).startswith("dict") else f"{prefix}{name}."
+            found += leaves(inner[0], below) if inner else [f"{prefix}{name}"]
         return found
 
     text, _ = help_text()

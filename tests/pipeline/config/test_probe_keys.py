@@ -53,11 +53,11 @@ def with_probes(config: Resolve, probes: dict[str, Any], tokens: list[str]) -> A
 def test_the_corpora_are_sets_of_their_own_unless_others_have_their_names(config: Resolve, tmp_path: Path) -> None:
     more = ["--data.packing", "documents", "--data.forget.prompt", "q", "--data.forget.response", "a"]
     made = with_probes(config, {"arc": CHOICE, "retain": {"path": "hub/other", "limit": 3}}, more)
-    forget = Probe(path=str(tmp_path / "forget.jsonl"), prompt="q", response="a")
+    forget = Probe.model_validate({"path": str(tmp_path / "forget.jsonl"), "prompt": "q", "response": "a"})
     assert made.probes == {
         "forget": forget,
-        "retain": Probe(path="hub/other", limit=3),
-        "arc": Probe(**CHOICE),
+        "retain": Probe.model_validate({"path": "hub/other", "limit": 3}),
+        "arc": Probe.model_validate(CHOICE),
     }
     assert made.probes["forget"].limit == 64
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(made.model_dump()))

@@ -30,6 +30,10 @@ def written(folder: Path, *rows: object) -> str:
     return str(path)
 
 
+def probe_of(path: str, **keys: object) -> Probe:
+    return Probe.model_validate({"path": path, **keys})
+
+
 def test_the_first_rows_of_a_choice_with_the_right_one_by_number_or_by_text(tmp_path: Path, tokenizer: Any) -> None:
     """TOFU's wrong answers stand alone, and the right one beside them; a long choice leaves its question out."""
     rows = [
@@ -39,7 +43,7 @@ def test_the_first_rows_of_a_choice_with_the_right_one_by_number_or_by_text(tmp_
         {"q": "four", "c": ["to", "ra"], "a": "ra"},
         {"q": "five", "c": ["to", "ra"], "a": 9},
     ]
-    probe = Probe(path=written(tmp_path, *rows), limit=4, **COLUMNS)
+    probe = probe_of(written(tmp_path, *rows), limit=4, **COLUMNS)
     found = read_set("x", probe, tokenizer, 60, key="probes.x")
     assert found.questions == [Question(range(0, 3), 1), Question(range(3, 6), 2), Question(range(6, 8), 1)]
     expected = encode_answers(tokenizer, ["two"] * 3, ["to", "vi", "ra"])
@@ -51,7 +55,7 @@ def test_texts_are_cut_and_empty_ones_left_out(
 ) -> None:
     path = written(tmp_path, {"text": "kara " * 40}, {"text": ""}, {"text": "lovi mito"}, {"text": "beyond"})
     with caplog.at_level(logging.WARNING):
-        found = read_set("x", Probe(path=path, limit=3), tokenizer, 10, key="probes.x")
+        found = read_set("x", probe_of(path, limit=3), tokenizer, 10, key="probes.x")
     assert found.sequences == [
         (tokenizer("kara " * 40).input_ids[:10], 0),
         (tokenizer("lovi mito").input_ids, 0),
@@ -74,10 +78,10 @@ def test_texts_are_cut_and_empty_ones_left_out(
 def test_a_row_is_refused_by_its_place(row: object, expected: str, tmp_path: Path, tokenizer: Any) -> None:
     path = written(tmp_path, {"q": "fine", "c": ["to", "vi"], "a": 0}, row)
     with pytest.raises(InputError) as caught:
-        read_set("x", Probe(path=path, **COLUMNS), tokenizer, 60, key="probes.x")
+        read_set("x", probe_of(path, **COLUMNS), tokenizer, 60, key="probes.x")
     assert str(caught.value).startswith(f"{path}, line 2: ") and expected in str(caught.value)
 
 
 def test_a_set_without_a_row_that_can_be_used_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(InputError, match=r"data.probes.x: .* has none in its first 64 rows with two tokens or more"):
-        read_set("x", Probe(path=written(tmp_path, {"text": ""})), tokenizer, 60, key="probes.x")
+        read_set("x", probe_of(written(tmp_path, {"text": ""})), tokenizer, 60, key="probes.x")

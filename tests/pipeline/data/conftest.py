@@ -33,7 +33,8 @@ def read(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Callable[..., Se
     def read(path: Path, field: str = "text", split: str = "train", **changed: Any) -> Sequences:
         cache, chosen = changed.pop("cache", tmp_path / "cache"), changed.pop("tokenizer", tokenizer)
         options: Any = {"max_length": 12, "packing": "documents", "long_documents": "truncate", **changed}
-        corpus = Corpus(**{"path": str(path), "field": field, "split": split})
+        where: Any = {"path": str(path), "field": field, "split": split}
+        corpus = Corpus(**where)
         return tokenize(corpus, "forget", chosen, TokenOptions(**options), cache=cache, show_progress=False)[0]
 
     return read

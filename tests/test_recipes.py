@@ -26,6 +26,7 @@ ARCHITECTURES = {"wmdp_bio": "mistral", "wmdp_cyber": "mistral", "custom": "qwen
 REAL: dict[str, tuple[str, str]] = {
     "rwku_batch50": ("rwku/Batch/1-50/passage.json", "rwku/Batch/1-50/retain_passage.json"),
     "tofu": ("tofu/forget01.json", "tofu/retain99.json"),
+    "tofu_smollm2": ("tofu/forget01.json", "tofu/retain99.json"),
 }
 CASES = [
     (recipe, method)
@@ -124,6 +125,10 @@ def configs(world: World, tmp_path_factory: pytest.TempPathFactory) -> list[RunC
             "train.checkpoint_every": 0,
             "train.deepspeed": "ds_configs/cpu.json",
         }
+        for name in (*files[recipe], *(f"probes.{one}" for one in keys["data"].get("probes", {}))):
+            settings[f"data.{name}.split"] = "train"
+            if name.startswith("probes."):
+                settings[f"data.{name}.path"] = files[recipe]["retain"]
         if keys["methods"][method].get("objective", {}).get("layer"):
             settings["objective.layer"] = 2
         config = resolve(file, method, [part for key, value in settings.items() for part in (f"--{key}", str(value))])
@@ -158,7 +163,8 @@ def test_every_method_of_every_recipe_trains(more: bool, configs: list[RunConfig
             half.result()
     for config in chosen:
         run = Path(config.output)
-        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        steps = [row for row in rows if row["step"]]  # row 0 is a probe
         assert [step["skipped"] for step in steps] == [0, 0], run
         for task in ("forget", "retain"):
             assert (steps[0][f"{task}_loss"] is not None) == (task in config.tasks), run

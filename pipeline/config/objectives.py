@@ -19,6 +19,9 @@ class Needs:
     logit_penalty: bool = False  # beta is subtracted from the reference model's logit of each predicted token
     pairing: Pairing | None = None  # a second answer to each prompt
     replaces: bool = False  # the second answer is the only one that the model gets
+    rise: Literal["likelier", "farther", "unclear"] = (
+        "farther"  # of its loss: the text became likelier, the goal farther
+    )
     trains_near_layer: bool = False  # by default: `mlp.down_proj` of `objective.layer` and of the two layers before it
 
     @property
@@ -28,10 +31,10 @@ class Needs:
 
 
 NEEDS: dict[str, Needs] = {
-    "ga": Needs("forget", "token"),
-    "wga": Needs("forget", "token"),
-    "npo": Needs("forget", "sequence", reference="log_probs"),
-    "simnpo": Needs("forget", "sequence"),
+    "ga": Needs("forget", "token", rise="likelier"),
+    "wga": Needs("forget", "token", rise="unclear"),  # -p^beta NLL rises to 0 as p falls to 0
+    "npo": Needs("forget", "sequence", reference="log_probs", rise="likelier"),
+    "simnpo": Needs("forget", "sequence", rise="likelier"),
     "dpo": Needs("forget", "sequence", reference="log_probs", pairing="preferred"),
     "dpo_idk": Needs("forget", "sequence", reference="log_probs", pairing="refusal"),
     "idk": Needs("forget", "token", pairing="refusal", replaces=True),

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from statistics import fmean, variance
 
+from pipeline.config.objectives import NEEDS
+
 # Nats a token. SmolLM2-135M gives 5.9 to sentences about invented persons, 3.9 to common facts, 4.8 to biographies; a
 # model of billions of parameters gives less to all of them, so what counts below the first is the difference to retain.
 SURELY_UNKNOWN, PERHAPS_UNKNOWN, FARTHER = 5.0, 3.5, 0.5
@@ -25,14 +27,11 @@ def rose(values: Sequence[float]) -> bool:
 
 
 def forgetting_failed(objective: str, losses: Sequence[float]) -> str | None:
-    """A warning if the forget loss rose. losses: of each step, in order.
-
-    Not of wga, whose loss -p^beta NLL rises to 0 as p falls to 0: there a rise can be success.
-    """
-    if objective == "wga" or not rose(losses):
+    """A warning if the forget loss rose, unless that can be success. losses: of each step, in order."""
+    rise = NEEDS[objective].rise
+    if rise == "unclear" or not rose(losses):
         return None
-    likelier = objective in ("ga", "npo", "simnpo")
-    meaning = "its text became likelier" if likelier else "the model moved away from its goal"
+    meaning = "its text became likelier" if rise == "likelier" else "the model moved away from its goal"
     return (
         f"objective.forget: the loss of {objective} rose from {losses[0]:.4g} to {losses[-1]:.4g}: {meaning}, nothing "
         "was forgotten; set a larger synthesis.gamma, or remove from data.retain what resembles data.forget"

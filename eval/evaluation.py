@@ -51,7 +51,10 @@ def find_models(folder: Path) -> list[tuple[int | None, Path]]:
     """
     if not (folder / "metrics.jsonl").is_file() or not (folder / "exports").is_dir():
         if not folder.exists() and not HUB_NAME.fullmatch(str(folder)):
-            raise InputError(f"--model: there is no folder {folder.absolute()}, and that is no name of the hub")
+            raise InputError(
+                f"--model: there is no folder {folder.absolute()}, and that is no name of the hub; name the folder of "
+                "a model or of a run, or a model of the hub as owner/name"
+            )
         if folder.exists() and not is_model(folder):
             raise InputError(
                 f"--model {folder} is no Hugging Face model folder (no config.json, no adapter_config.json), "

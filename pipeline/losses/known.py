@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
-import numpy as np
+import torch
 import torch.distributed as dist
 
 from pipeline.config.schema import RunConfig
-from pipeline.data.batches import BatchSampler
+from pipeline.data.batches import IGNORED, BatchSampler
 from pipeline.losses.objectives import OBJECTIVES
-from pipeline.modeling.reference import sequence_nll
+from pipeline.modeling.outputs import TokenLosses, forward
+from pipeline.modeling.token_losses import shifted
 from pipeline.monitoring.verdicts import never_known
 
 log = logging.getLogger(__name__)
@@ -21,15 +23,22 @@ MOST = 32  # sequences of a corpus that are measured: of the first batch
 
 
 def nll_per_token(sampler: BatchSampler, engine: Any) -> float:
-    """Mean NLL, in nats, of the tokens that the first batch predicts, of its first MOST sequences.
+    """Mean NLL, in nats, of the tokens that the first batch predicts (of its first MOST sequences or so).
 
     Under the present weights. Every rank must call.
     """
-    indices = np.unique(sampler.global_batch(0))[:MOST]
-    nll = sequence_nll(
-        engine, sampler.sequences, indices, micro_batch_size=sampler.micro_batch_size, pad=sampler.pad, file=None
-    )
-    return float(nll[indices].sum()) / int(sampler.sequences.num_predicted_tokens(indices).sum())
+    passes = max(MOST // (sampler.micro_batch_size * sampler.world_size), 1)
+    total = torch.zeros(2, dtype=torch.float64, device=engine.device)  # nats, tokens
+    engine.eval()
+    with torch.no_grad():
+        for batch in islice(sampler.batches(0), passes):
+            own, size = batch.to(engine.device), len(batch.index)  # preferred answers come behind them
+            losses = forward(engine, own, TokenLosses())[:size]
+            total[0] += losses.double().sum()
+            total[1] += (shifted(own.labels[:size]) != IGNORED).sum()
+    engine.train()
+    dist.all_reduce(total)
+    return float(total[0] / total[1])
 
 
 def warn_of_unknown(config: RunConfig, samplers: Mapping[str, BatchSampler], engine: Any) -> None:

@@ -54,16 +54,15 @@ def sequence_nll(
 
     Args:
         indices: sorted, into `sequences`.
-        file: the cache, read and written on rank 0 (None elsewhere, or for no cache). What it lacks is computed and
-            added.
+        file: the cache, read and written on rank 0 (None elsewhere). What it lacks is computed and added.
 
     Returns:
         [len(sequences)] float64 on the CPU, NaN where it was never computed.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     device = engine.device
-    nothing = torch.full((len(sequences),), torch.nan, dtype=torch.float64)
-    known = (_load(file, len(sequences)) if file is not None else nothing).to(device)
+    known = _load(file, len(sequences)) if file is not None else torch.empty(len(sequences), dtype=torch.float64)
+    known = known.to(device)
     dist.broadcast(known, src=0)
     missing = indices[torch.isnan(known).cpu().numpy()[indices]]
     if not len(missing):

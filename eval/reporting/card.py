@@ -8,19 +8,22 @@ from pathlib import Path
 from eval.reporting.pages import Heading, Table, as_markdown
 from pipeline.files import write_whole
 
-PLACE = "<!-- scores -->"  # in the card that training writes (pipeline/modeling/card.py): sections go in front of it
+OURS, PLACE = (
+    "tags: [unlearning]\n",
+    "## How to use it\n",
+)  # in a card that training writes; scores stand before the latter
 
 
 def write_scores(model: Path, suite: str, rows: list[list[str]]) -> None:
     """Put the table of a suite into the card of a model, in place of an earlier one of the suite.
 
-    A card without the mark that this program writes is somebody else's, and stays as it is.
+    A card that this program did not write stays as it is.
     """
     card = model / "README.md"
     if not card.is_file():
         return
     text = card.read_text(encoding="utf-8")
-    if PLACE not in text:
+    if OURS not in text or PLACE not in text:
         return
     begin, end = f"<!-- scores of {suite} -->\n", f"<!-- end of {suite} -->\n"
     section = begin + as_markdown([Heading(f"Scores on {suite}"), Table([rows[0], rows[-1]])]) + end

@@ -16,8 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import LocalEntryNotFoundError
 
 from pipeline.config.sources import format_of
-
-SCORES = "<!-- scores -->"  # eval.run puts scores in front of it (eval/reporting/card.py)
+from pipeline.files import Json
+from pipeline.monitoring.levels import PREFIX
 
 
 def public_name(path: str) -> str:
@@ -85,10 +85,6 @@ def usage(name: str, chats: bool) -> str:
     return (LOAD + (CHAT if chats else CONTINUE) + ANSWER).format(name=name)
 
 
-from pipeline.files import Json
-from pipeline.monitoring.levels import PREFIX
-
-
 def _adapters(lora: Json | None) -> str:
     """A paragraph about the adapters of a run, by its `model.lora`; empty without."""
     if not lora:
@@ -143,8 +139,6 @@ pipeline_tag: text-generation
 `{base}` after {duration} of {tasks}, combined by `{synthesis["rule"]}` at scope \
 `{synthesis["scope"] or "of the paper"}` (retain weight alpha {synthesis["alpha"]}, forget weight gamma \
 {synthesis["gamma"]}).
-
-{SCORES}
 
 ## How to use it
 

@@ -1,41 +1,50 @@
 #!/usr/bin/env bash
 # The matrix of docs/results/smollm2.md: rules on a real pretrained model, compared at matched forgetting.
-#   bash launch/smollm2_matrix.sh OUTPUT [TOFU]
-# TOFU is a folder with retain99.json, forget01.json, real_authors.json and world_facts.json, for a machine without the hub.
-# Started again, it does what is missing. It uses one rank and one thread, or THREADS. Hours on two cores.
+#   bash launch/smollm2_matrix.sh OUTPUT [LOCAL]
+# LOCAL is for a machine without the hub: a folder with tofu/{retain99,forget01}.json and
+# general/{arc_easy,piqa,lambada_openai,bigbench_qa_wikidata}.jsonl (forms: docs/examples/tasks).
+# Started again, it does what is missing. A run takes 5 to 15 minutes on a core; THREADS (1) is for machines with more.
 set -euo pipefail
-[ $# -ge 1 ] && [ $# -le 2 ] || { echo "usage: bash launch/smollm2_matrix.sh OUTPUT [TOFU]" >&2; exit 2; }
-output="$(realpath -m "$1")" tofu="${2:+$(realpath "$2")}"
+[ $# -ge 1 ] && [ $# -le 2 ] || { echo "usage: bash launch/smollm2_matrix.sh OUTPUT [LOCAL]" >&2; exit 2; }
+output="$(realpath -m "$1")" local="${2:+$(realpath "$2")}"
 cd "$(dirname "$0")/.."
 . launch/environment.sh requirements.txt
 export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${THREADS:-1}" TOKENIZERS_PARALLELISM=false
-mkdir -p "$output"
+mkdir -p "$output/tasks"
 
-data=()
-if [ -n "$tofu" ]; then
-    { cat "$tofu/retain99.json"; echo; cat "$tofu/forget01.json"; } > "$output/full.json" # the rows of the hub's `full`
+data=() tasks=(arc_easy piqa lambada_openai)
+if [ -n "$local" ]; then
+    { cat "$local/tofu/retain99.json"; echo; cat "$local/tofu/forget01.json"; } >"$output/full.json" # as the hub's `full`
     for corpus in forget retain probes.forget probes.retain probes.others; do
         data+=("--data.$corpus.path" "$output/full.json")
     done
-    for corpus in real_authors world_facts; do
-        data+=("--data.probes.$corpus.path" "$tofu/$corpus.json")
-    done
+    task() { # NAME FORM: a task of the form of an example, on a file of LOCAL
+        sed "s|^task: .*|task: $1|; s|data/general/.*jsonl|$local/general/$1.jsonl|" \
+            "docs/examples/tasks/$2.yaml" >"$output/tasks/$1.yaml"
+    }
+    task arc_easy arc_easy; task piqa arc_easy; task lambada_openai wikidata; task bigbench_qa_wikidata wikidata
+    tasks+=(bigbench_qa_wikidata --tasks-dir "$output/tasks")
 fi
+general=(lm_eval --tasks "${tasks[@]}" --limit 80)
 
 bash launch/smollm2.sh "$output/model"
 if [ ! -e "$output/target/final" ]; then
-    resume=()
-    [ ! -e "$output/target" ] || resume=(--resume)
+    rm -rf "$output/target" # left over from a run that did not finish
     deepspeed --num_gpus 1 --module pipeline.train --config tofu_smollm2 --method target \
-        --model.path "$output/model" --output "$output/target" "${data[@]}" "${resume[@]}"
+        --model.path "$output/model" --output "$output/target" ${data[@]:0:4}
 fi
+[ -e "$output/target.json" ] ||
+    python -m eval.run --model "$output/target/final" --suite "${general[@]}" --output "$output/target.json"
 
-sweep() { # SEEDS METHOD...: sum, whose best weights are in question, with several of them; the other rules likewise
-    python -m eval.frontier --config tofu_smollm2 --output "$output/matrix" --suite probes --ranks 1 --seeds $1 \
-        --methods "${@:2}" --sweep synthesis.gamma="$gammas" -- --model.path "$output/target/final" "${data[@]}"
+sweep() { # GAMMAS SEEDS METHOD...
+    python -m eval.frontier --config tofu_smollm2 --output "$output/matrix" --suite probes "${general[@]}" \
+        --target "$output/target.json" --ranks 1 \
+        --sweep synthesis.gamma="$1" --seeds $2 --methods "${@:3}" -- --model.path "$output/target/final" "${data[@]}"
 }
-gammas=1 sweep 0 npo_sum npo_sago npo_pcgrad_element npo_pcgrad
-gammas=1 sweep 0 ga_sum ga_sago ga_pcgrad_element ga_pcgrad
-gammas=0.3 sweep 0 npo_sum npo_sago ga_sum ga_sago
-gammas=1 sweep "0 1" npo_sum npo_sago
-gammas=1 sweep 0 simnpo_sum simnpo_sago
+rules() { echo "$1_sum" "$1_sago" "$1_pcgrad_element" "$1_pcgrad"; }
+sweep 1 0 $(rules npo)
+sweep 1 0 $(rules ga)
+sweep 0.3 0 $(rules npo) $(rules ga)
+sweep 1 "0 1" npo_sum npo_sago ga_sum ga_sago
+sweep 1 0 simnpo_sum simnpo_sago
+python -m eval.report "$output"/matrix/runs/*/*/seed-*[0-9] --target "$output/target.json" --output "$output/report"

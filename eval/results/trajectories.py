@@ -227,8 +227,10 @@ def prepare(run: Run, measure: ForgetRetainMetric, target: Scores | None) -> Run
     if measure.suite == "probes" and run.probes:
         evaluated = {} if run.trajectory is run.probes else {scores["step"]: scores for scores in run.trajectory}
         source = run.folder / "metrics.jsonl"
-        run = replace(run, trajectory=[{**scores, **evaluated.get(scores["step"], {})} for scores in run.probes])
-        target = None if run.trajectory[0]["step"] == 0 else target  # the probe before training has measured it
+        steps = [{**scores, **evaluated.get(scores["step"], {})} for scores in run.probes]
+        if target and steps[0]["step"] == 0:  # the probe before training has measured it, on its own suite
+            steps[0], target = {**target, **steps[0]}, None
+        run = replace(run, trajectory=steps)
     for score in wanted:
         for scores, where in ((run.trajectory, source), ([target] if target else [], "--target")):
             names = {key for entry in scores for key in entry} - {"step"}

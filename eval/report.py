@@ -17,6 +17,7 @@ from eval.reporting.pages import as_text
 from eval.reporting.run_report import write_report
 from eval.results.grouping import group_runs
 from eval.results.metrics import add_metric_options, choose
+from eval.results.texts import read_target_texts
 from eval.results.trajectories import common_suites, prepare, read_run, read_target
 from pipeline.errors import InputError
 
@@ -35,7 +36,7 @@ def main() -> None:
     runs = [read_run(folder) for folder in arguments.runs]
     measure = choose(common_suites(runs, target), arguments.forget, arguments.retain, arguments.level, target)
     groups = group_runs(prepare(run, measure, target) for run in runs)
-    print(as_text(write_report(output, groups, measure, target)))
+    print(as_text(write_report(output, groups, measure, target, read_target_texts(arguments.target))))
     print(f"\nopen {output / 'index.html'} (or read {output / 'report.md'})")
 
 

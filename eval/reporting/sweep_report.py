@@ -10,9 +10,9 @@ from dataclasses import asdict
 from typing import Any
 
 from eval.files import write_atomically
-from eval.reporting import sections, tables
-from eval.reporting.figures import draw_best
-from eval.reporting.pages import Block, Code, Figure, Heading, Table, Text, Warn, as_markdown, png
+from eval.reporting import figures, sections, tables
+from eval.reporting.pages import Block, Code, Figure, Heading, Table, Text, Warn, as_markdown
+from eval.reporting.pictures import draw, png
 from eval.results.comparison import (
     Group,
     Trained,
@@ -23,7 +23,7 @@ from eval.results.comparison import (
     seed_means,
     sum_against_others,
 )
-from eval.results.metrics import label
+from eval.results.metrics import label, readable
 from eval.results.stats import pareto, summarise
 from eval.results.trajectories import COMB_RETAIN
 from eval.sweep.axes import name_of
@@ -125,7 +125,7 @@ def failed_table(failed: Iterable[FailedRun]) -> list[list[str]]:
 def compose(plan: Plan, groups: Sequence[Group], failed: Sequence[FailedRun], described: dict[str, Any]) -> list[Block]:
     """`frontier.md` in order."""
     runs = [member.run for group in groups for member in group.members]
-    blocks: list[Block] = [Heading(f"Methods at their best, at {plan.measure.forget} {plan.measure.level:g}")]
+    blocks: list[Block] = [Heading(f"Methods at their best, at {readable(plan.measure.forget)} {plan.measure.level:g}")]
     blocks += compare(plan, groups, described) if groups else [Text("No run has finished.")]
     if failed:
         logs = "\n\n".join(f"{failure.log}\n" + "\n".join(f"  {line}" for line in failure.lines) for failure in failed)
@@ -177,8 +177,8 @@ def write_report(plan: Plan) -> list[list[str]]:
     described = describe(plan, groups, failed)
     if groups:
         best = {f"{m}, {name_of(g.setting)}": [one.run for one in g.members] for m, g in best_groups(groups).items()}
-        figure = draw_best(best, described["pareto"], plan.measure, plan.target)
-        write_atomically(plan.output / "frontier.png", png(figure))
+        chart = figures.best(best, described["pareto"], plan.measure, plan.target)
+        write_atomically(plan.output / "frontier.png", png(draw(chart)))
     blocks = compose(plan, groups, failed, described)
     write_atomically(plan.output / "frontier.md", as_markdown(blocks))
     write_atomically(plan.output / "frontier.json", json.dumps(described, indent=1) + "\n")

@@ -11,6 +11,8 @@ MOST_TOKENS or the model's positions:
 
 - `probability`: the geometric mean of the probabilities of its tokens, exp(-NLL a token), of the answer where there is
   a question (TOFU, Maini et al. 2024);
+- `rouge_by_chance`: `rouge` of the same answers with the right words of the next document of the split that has others:
+  what a model scores that writes such text and knows none of it. It is the floor below which `rouge` does not fall.
 - `rouge`: ROUGE-L recall of greedy decoding: of a document's second half, given the first (verbatim memorisation, MUSE,
   Shi et al. 2024, there as F1), or of the answer; as many tokens as that has, at most MOST_NEW_TOKENS. It compares
   words, or characters where a script has no spaces between words (Chinese, Japanese, Thai, ...).
@@ -20,15 +22,18 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from pydantic import ValidationError
+
 from eval.suites import scoring
 from eval.suites.rouge import SCRIPT_WORDS, recall_by_script, recall_rouge
+from eval.suites.texts import Answered, choose_texts
 from pipeline.config.schema import Corpus, format_of
-from pipeline.data.corpus import is_saved_dataset, read_rows, text_of
+from pipeline.data.corpus import is_saved_dataset, normalised, read, read_rows, text_of
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,7 +56,8 @@ T = TypeVar("T")
 PROTOCOL = (
     f"documents cut at {MOST_TOKENS} tokens, or the model's positions; probability: exp of the mean log-probability of "
     "a token; rouge: ROUGE-L recall (PyPI rouge) of what is decoded greedily after the first half, or after the "
-    f"question, as many tokens as the document has there, at most {MOST_NEW_TOKENS}; {SCRIPT_WORDS}"
+    f"question, as many tokens as the document has there, at most {MOST_NEW_TOKENS}; {SCRIPT_WORDS}; rouge_by_chance: "
+    "the same answers beside the words of another document"
 )
 
 
@@ -133,14 +139,18 @@ def evaluate(
     batch_size: int = 64,
     title: str = "corpus",
 ) -> dict[str, Any]:
-    """{"metrics": {split: {"probability", "rouge"}}, "counts": {split: {"documents", "rouge"}}, "protocol": text}.
+    """{"metrics": {split: {"probability", "rouge", "rouge_by_chance"}}, "counts": {split: {"documents", "rouge"}},
+    "protocol": text, "texts": {split: [{"prompt", "expected", "answer"}, …]} (see `choose_texts`)}.
 
-    A document without a predicted token counts nowhere, and one without words to decode does not count under `rouge`.
+    A document without a predicted token counts nowhere, one without words to decode does not count under `rouge`, and a
+    split whose documents all continue with the same words has no `rouge_by_chance`.
     """
     model.eval()
     max_length = min(MOST_TOKENS, getattr(model.config, "max_position_embeddings", None) or MOST_TOKENS)
     encoded = [encode(tokenizer, probe, max_length) for probe in probes]
-    found: dict[str, dict[str, list[float]]] = {probe["split"]: {"probability": [], "rouge": []} for probe in probes}
+    found: dict[str, dict[str, list[float]]] = {
+        probe["split"]: {"probability": [], "rouge": [], "rouge_by_chance": []} for probe in probes
+    }
 
     scored = [number for number, one in enumerate(encoded) if len(one.ids) > one.scored]
     pairs = [(encoded[number].ids, encoded[number].scored) for number in scored]
@@ -159,11 +169,60 @@ def evaluate(
         title=f"{title} rouge",
     )
     recalls = recall_by_script(references, answers, recall_rouge)
-    for number, recall in zip(continued, recalls, strict=True):
-        found[probes[number]["split"]]["rouge"].append(recall)
+    splits = [probes[number]["split"] for number in continued]
+    for split, recall in zip(splits, recalls, strict=True):
+        found[split]["rouge"].append(recall)
+    for at, recall in chance_recalls(splits, references, answers).items():
+        found[splits[at]]["rouge_by_chance"].append(recall)
+    prompts = [prompt_of(tokenizer, probes[number], encoded[number]) for number in continued]
+    rows = zip(splits, prompts, references, answers, strict=True)
+    texts = choose_texts((split, Answered(prompt=p, expected=e, answer=a)) for split, p, e, a in rows)
     metrics = {split: {name: fmean(x) for name, x in scores.items() if x} for split, scores in found.items()}
     counts = {split: {"documents": len(x["probability"]), "rouge": len(x["rouge"])} for split, x in found.items()}
-    return {"metrics": metrics, "counts": counts, "protocol": PROTOCOL}
+    return {"metrics": metrics, "counts": counts, "protocol": PROTOCOL, "texts": texts}
+
+
+def chance_recalls(splits: Sequence[str], references: Sequence[str], answers: Sequence[str]) -> dict[int, float]:
+    """{index of an answer: its recall of the next reference, cyclically, of its split that differs from its own}."""
+    others: dict[int, str] = {}
+    for split in dict.fromkeys(splits):
+        own = [at for at, other in enumerate(splits) if other == split]
+        for place, at in enumerate(own):
+            following = (references[other] for other in (*own[place + 1 :], *own[:place]))
+            other = next((text for text in following if text != references[at]), None)
+            if other is not None:
+                others[at] = other
+    recalls = recall_by_script([*others.values()], [answers[at] for at in others], recall_rouge)
+    return dict(zip(others, recalls, strict=True))
+
+
+def prompt_of(tokenizer: PreTrainedTokenizerBase, probe: Probe, encoded: Encoded) -> str:
+    """What a reader sees as the prompt: the question, or the part of the document from which the model continued."""
+    if "prompt" in probe:
+        return probe["prompt"]
+    return str(tokenizer.decode(encoded.ids[: encoded.continued], skip_special_tokens=True))
+
+
+def seen_in_training(probes: Sequence[Probe], config: Mapping[str, Any]) -> dict[str, int] | None:
+    """{"documents", "seen"}: how many documents the split `retain` has, and how many of them are rows of the retain
+    corpus of a run, but for case and white space.
+
+    Args:
+        config: the resolved configuration of the run.
+
+    Returns None if the run has no retain corpus, or if it can no longer be read where the configuration names it.
+    """
+    section = (config.get("data") or {}).get("retain")
+    if not section:
+        return None
+    try:
+        rows = [(row.prompt or "", row.texts[0]) for row in read(Corpus(**section), "retain")[0]]
+    except (InputError, ValidationError):
+        return None
+    own = [probe for probe in probes if probe["split"] == "retain"]
+    pairs = [(probe.get("prompt", ""), probe.get("response", probe.get("text", ""))) for probe in own]
+    trained = {tuple(map(normalised, pair)) for pair in rows}
+    return {"documents": len(own), "seen": sum(tuple(map(normalised, pair)) in trained for pair in pairs)}
 
 
 def continuation_targets(tokenizer: PreTrainedTokenizerBase, encoded: Sequence[Encoded]) -> tuple[list[int], list[str]]:

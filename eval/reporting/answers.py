@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import html
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -63,11 +64,17 @@ def ending(prompt: str) -> str:
     return prompt if len(prompt) <= MOST_PROMPT else "… " + prompt[-MOST_PROMPT:]
 
 
+def spaces_with_words(parts: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    """White space marked where both of its neighbours are, and nowhere else."""
+    words = [mark and bool(piece.strip()) for piece, mark in parts]
+    between = [0 < at < len(parts) - 1 and words[at - 1] and words[at + 1] for at in range(len(parts))]
+    return [(piece, words[at] or (not piece.strip() and between[at])) for at, (piece, _) in enumerate(parts)]
+
+
 def joined(parts: Iterable[tuple[str, bool]], tag: str) -> str:
-    """HTML, escaped, with runs of marked words inside one element."""
+    """HTML, escaped, with each run of marked words inside one element."""
     found, is_open = [], False
-    for piece, mark in parts:
-        mark = mark and (bool(piece.strip()) or is_open)
+    for piece, mark in spaces_with_words([*parts]):
         if mark != is_open:
             found.append(f"<{tag}>" if mark else f"</{tag}>")
             is_open = mark
@@ -95,8 +102,9 @@ def answers_markdown(answers: Answers) -> str:
     """A table of the answers that the page shows unfolded; words that differ are bold."""
 
     def cell(parts: Iterable[tuple[str, bool]]) -> str:
-        text = "".join(f"**{escaped(piece)}**" if mark and piece.strip() else escaped(piece) for piece, mark in parts)
-        return text.replace("** **", " ") or "*(nothing)*"
+        runs = itertools.groupby(spaces_with_words([*parts]), key=lambda part: part[1])
+        texts = [(mark, escaped("".join(piece for piece, _ in run))) for mark, run in runs]
+        return "".join(f"**{text}**" if mark else text for mark, text in texts) or "*(nothing)*"
 
     header = ["prompt", "right answer", *answers.names]
     lines = [header, ["---"] * len(header)]

@@ -121,7 +121,9 @@ def marks_of(measure: ForgetRetainMetric, target: Scores | None) -> list[Mark]:
     if measure.chance is not None:
         marks.append(Mark(measure.chance, True, f"chance, {measure.chance:g}", ":"))
     if target:
-        marks.append(Mark(target[measure.retain], False, f"target model, {target[measure.retain]:.3g}", "-"))
+        marks.append(
+            Mark(target[measure.retain], False, f"retained by the target model, {target[measure.retain]:.3g}", "-")
+        )
     return marks
 
 

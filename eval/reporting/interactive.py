@@ -133,20 +133,25 @@ DRAW = """
   document.head.append(program);
   const charts = JSON.parse(document.getElementById('charts').textContent);
   const touch = matchMedia('(pointer: coarse)').matches, dark = matchMedia('(prefers-color-scheme: dark)');
+  const narrow = innerWidth < 600;
   const theme = () => {
     const style = getComputedStyle(document.documentElement), of = name => style.getPropertyValue(name).trim();
     const axis = {gridcolor: of('--line'), zerolinecolor: of('--line'), linecolor: of('--line'), automargin: true};
-    return {ink: of('--ink'), axis};
+    return {ink: of('--ink'), faint: of('--faint'), axis};
   };
+  const fold = axis => narrow ? {...axis, title: {text: axis.title.text.replace(' (', '<br>(')}} : axis;
   const drawn = [];
   const layout = panel => {
-    const {ink, axis} = theme(), {title, xaxis, yaxis, ...rest} = panel.layout;
+    const {ink, faint, axis} = theme(), {title, xaxis, yaxis, ...rest} = panel.layout;
     return {...rest, font: {color: ink, size: 12}, paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)',
       title: {...title, font: {size: 14}, x: 0, xref: 'paper'}, margin: {l: 8, r: 12, t: title.text ? 40 : 12, b: 8},
-      xaxis: {...axis, ...xaxis}, yaxis: {...axis, ...yaxis}, hovermode: 'closest',
-      legend: {orientation: 'h', y: -0.22, yanchor: 'top', x: 0, font: {size: 11}}, dragmode: touch ? false : 'zoom'};
+      xaxis: {...axis, ...fold(xaxis)}, yaxis: {...axis, ...fold(yaxis)}, hovermode: 'closest',
+      modebar: {bgcolor: 'rgba(0,0,0,0)', color: faint, activecolor: ink},
+      legend: {orientation: 'h', y: -0.22, yanchor: 'top', x: 0, font: {size: 11}},
+      dragmode: touch || narrow ? false : 'zoom'};
   };
-  const options = {responsive: true, displaylogo: false, modeBarButtonsToRemove: ['select2d', 'lasso2d']};
+  const options = {responsive: true, displaylogo: false, modeBarButtonsToRemove: ['select2d', 'lasso2d'],
+    displayModeBar: narrow ? false : 'hover'};
   for (const figure of document.querySelectorAll('figure[data-chart]')) {
     const panels = charts[figure.dataset.chart];
     if (!panels) continue;

@@ -126,22 +126,22 @@ def anchor(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def figure_html(figure: Figure, image: bytes) -> str:
+def figure_html(figure: Figure, image: bytes, title: str) -> str:
     """The picture, which the program of the page replaces by its chart, and beside it its text."""
-    data, words = base64.b64encode(image).decode(), html.escape(figure.caption)
+    data, words = base64.b64encode(image).decode(), html.escape(f"{title}. {figure.caption}")
     picture = f'<div class="picture" tabindex="0"><img alt="{words}" src="data:image/png;base64,{data}"></div>'
     drawn = f'<figure data-chart="{figure.file}">{picture}<figcaption>{words}</figcaption></figure>'
     return f'<div class="beside"><p>{prose(figure.beside)}</p>{drawn}</div>' if figure.beside else drawn
 
 
-def block_html(block: Block, images: Mapping[str, bytes]) -> str:
+def block_html(block: Block, images: Mapping[str, bytes], charts: Mapping[str, Chart]) -> str:
     match block:
         case Heading(text):
             return f'<h2 id="{anchor(text)}">{html.escape(text)}</h2>'
         case Table():
             return table_html(block)
         case Figure():
-            return figure_html(block, images[block.file])
+            return figure_html(block, images[block.file], charts[block.file].title)
         case Code(text):
             return f'<pre tabindex="0">{html.escape(text)}</pre>'
         case Warn(text):
@@ -163,7 +163,7 @@ def as_html(title: str, blocks: list[Block], images: Mapping[str, bytes], charts
     entries = "".join(f'<li><a href="#{anchor(text)}">{html.escape(text)}</a></li>' for text in headings)
     contents = f'<nav aria-label="Contents"><details><summary>Contents</summary><ol>{entries}</ol></details></nav>'
     first = next((at for at, block in enumerate(blocks) if isinstance(block, Heading)), len(blocks))
-    parts = [block_html(block, images) for block in blocks]
+    parts = [block_html(block, images, charts) for block in blocks]
     body = "\n".join([f"<h1>{html.escape(title)}</h1>", *parts[:first], contents, *parts[first:]])
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'

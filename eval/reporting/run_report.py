@@ -36,10 +36,8 @@ def compose(
         *beside_the_paper(groups, measure),
         *outside(groups, measure, target),
         Heading("Loss dynamics"),
-        Figure("losses.png", "A method has one colour in every figure; thin lines are single runs.",
-               "Forget and retain loss during training (the paper's Figure 1): mean over each method's seeds, running "
-               "mean over a twentieth of the steps. A forget loss that gradient ascent drives has no lower bound, so "
-               "its axis is its own."),
+        Figure("losses.png", "Mean over each method's seeds, running mean over a twentieth of the steps (the paper's "
+               "Figure 1); a method has one colour in every figure."),
         *geometry(groups, measure),
         *robustness(groups),
         *cost(groups, measure),
@@ -72,7 +70,7 @@ def what_it_says(groups: dict[str, list[Run]], measure: ForgetRetainMetric, befo
         Text(f"Greedy answers to a fixed choice of prompts. A method is shown by {reached}; {marks}{missing}".strip()),
     ]
     for number, (name, rows) in enumerate(found.sets.items()):
-        title = f"{'To forget' if is_forget(name) else 'To keep'}: {words_of_set(name)}"
+        title = f"{'What must go' if is_forget(name) else 'What should stay'}: {words_of_set(name)}"
         shown = SHOWN if number == 0 else 1
         blocks.append(Answers(title, found.names, rows, found.before, shown))
     return blocks
@@ -135,7 +133,13 @@ def rehearsal(runs: list[Run]) -> list[Block]:
     found = {str(run.folder): seen for run in runs if (seen := retain_seen(run)) and seen["seen"]}
     if not found:
         return []
-    those = "; ".join(f"{folder}: {seen['seen']} of {seen['documents']}" for folder, seen in found.items())
+    by_share: dict[str, list[str]] = {}
+    for folder, seen in found.items():
+        by_share.setdefault(f"{seen['seen']} of {seen['documents']} documents", []).append(folder)
+    those = "; ".join(
+        f"{share} (" + (folders[0] if len(folders) == 1 else f"{len(folders)} of {len(runs)} runs") + ")"
+        for share, folders in by_share.items()
+    )
     return [
         Warn("The training saw retain documents of suite `corpus`, so this score shows rehearsal, not knowledge that "
              f"survives: {those}. Put documents that resemble the retain corpus and are not in it into the suite's "

@@ -11,11 +11,11 @@ MOST_TOKENS or the model's positions:
 
 - `probability`: the geometric mean of the probabilities of its tokens, exp(-NLL a token), of the answer where there is
   a question (TOFU, Maini et al. 2024);
-- `rouge_by_chance`: `rouge` of the same answers with the right words of the next document of the split that has others:
-  what a model scores that writes such text and knows none of it. It is the floor below which `rouge` does not fall.
 - `rouge`: ROUGE-L recall of greedy decoding: of a document's second half, given the first (verbatim memorisation, MUSE,
   Shi et al. 2024, there as F1), or of the answer; as many tokens as that has, at most MOST_NEW_TOKENS. It compares
-  words, or characters where a script has no spaces between words (Chinese, Japanese, Thai, ...).
+  words, or characters where a script has no spaces between words (Chinese, Japanese, Thai, ...);
+- `rouge_unseen`: about what `rouge` is for a model that never saw these documents but knows their kind: the recall of
+  what the most similar other document of the split says in that place. It depends on no model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from pydantic import ValidationError
 
 from eval.suites import scoring
-from eval.suites.rouge import SCRIPT_WORDS, recall_by_script, recall_rouge
+from eval.suites.rouge import SCRIPT_WORDS, recall_by_script, recall_rouge, words
 from eval.suites.texts import Answered, choose_texts
 from pipeline.config.schema import Corpus, format_of
 from pipeline.data.corpus import is_saved_dataset, normalised, read, read_rows, text_of
@@ -56,8 +56,8 @@ T = TypeVar("T")
 PROTOCOL = (
     f"documents cut at {MOST_TOKENS} tokens, or the model's positions; probability: exp of the mean log-probability of "
     "a token; rouge: ROUGE-L recall (PyPI rouge) of what is decoded greedily after the first half, or after the "
-    f"question, as many tokens as the document has there, at most {MOST_NEW_TOKENS}; {SCRIPT_WORDS}; rouge_by_chance: "
-    "the same answers beside the words of another document"
+    f"question, as many tokens as the document has there, at most {MOST_NEW_TOKENS}; {SCRIPT_WORDS}; rouge_unseen: "
+    "what the most similar other document says there"
 )
 
 
@@ -139,17 +139,17 @@ def evaluate(
     batch_size: int = 64,
     title: str = "corpus",
 ) -> dict[str, Any]:
-    """{"metrics": {split: {"probability", "rouge", "rouge_by_chance"}}, "counts": {split: {"documents", "rouge"}},
+    """{"metrics": {split: {"probability", "rouge", "rouge_unseen"}}, "counts": {split: {"documents", "rouge"}},
     "protocol": text, "texts": {split: [{"prompt", "expected", "answer"}, …]} (see `choose_texts`)}.
 
     A document without a predicted token counts nowhere, one without words to decode does not count under `rouge`, and a
-    split whose documents all continue with the same words has no `rouge_by_chance`.
+    split whose documents all continue with the same words has no `rouge_unseen`.
     """
     model.eval()
     max_length = min(MOST_TOKENS, getattr(model.config, "max_position_embeddings", None) or MOST_TOKENS)
     encoded = [encode(tokenizer, probe, max_length) for probe in probes]
     found: dict[str, dict[str, list[float]]] = {
-        probe["split"]: {"probability": [], "rouge": [], "rouge_by_chance": []} for probe in probes
+        probe["split"]: {"probability": [], "rouge": [], "rouge_unseen": []} for probe in probes
     }
 
     scored = [number for number, one in enumerate(encoded) if len(one.ids) > one.scored]
@@ -172,9 +172,9 @@ def evaluate(
     splits = [probes[number]["split"] for number in continued]
     for split, recall in zip(splits, recalls, strict=True):
         found[split]["rouge"].append(recall)
-    for at, recall in chance_recalls(splits, references, answers).items():
-        found[splits[at]]["rouge_by_chance"].append(recall)
     prompts = [prompt_of(tokenizer, probes[number], encoded[number]) for number in continued]
+    for at, recall in unseen_recalls(splits, prompts, references).items():
+        found[splits[at]]["rouge_unseen"].append(recall)
     rows = zip(splits, prompts, references, answers, strict=True)
     texts = choose_texts((split, Answered(prompt=p, expected=e, answer=a)) for split, p, e, a in rows)
     metrics = {split: {name: fmean(x) for name, x in scores.items() if x} for split, scores in found.items()}
@@ -182,18 +182,27 @@ def evaluate(
     return {"metrics": metrics, "counts": counts, "protocol": PROTOCOL, "texts": texts}
 
 
-def chance_recalls(splits: Sequence[str], references: Sequence[str], answers: Sequence[str]) -> dict[int, float]:
-    """{index of an answer: its recall of the next reference, cyclically, of its split that differs from its own}."""
-    others: dict[int, str] = {}
+def unseen_recalls(splits: Sequence[str], prompts: Sequence[str], references: Sequence[str]) -> dict[int, float]:
+    """{index of a document: recall of what the document of its split with the most similar prompt says instead}.
+
+    Similar: the share of words (as sets) that two prompts have in common; of equally similar ones the first. Documents
+    with the same reference do not count, and one without any other document is left out.
+    """
+    numbers: dict[str, int] = {}
+    sets = [sum(1 << numbers.setdefault(word, len(numbers)) for word in {*words(text)}) for text in prompts]
+
+    def similarity(one: int, other: int) -> float:
+        return (sets[one] & sets[other]).bit_count() / max((sets[one] | sets[other]).bit_count(), 1)
+
+    instead: dict[int, str] = {}
     for split in dict.fromkeys(splits):
         own = [at for at, other in enumerate(splits) if other == split]
-        for place, at in enumerate(own):
-            following = (references[other] for other in (*own[place + 1 :], *own[:place]))
-            other = next((text for text in following if text != references[at]), None)
-            if other is not None:
-                others[at] = other
-    recalls = recall_by_script([*others.values()], [answers[at] for at in others], recall_rouge)
-    return dict(zip(others, recalls, strict=True))
+        for at in own:
+            others = [other for other in own if references[other] != references[at]]
+            if others:
+                instead[at] = references[max(others, key=lambda other: similarity(at, other))]
+    recalls = recall_by_script([references[at] for at in instead], [*instead.values()], recall_rouge)
+    return dict(zip(instead, recalls, strict=True))
 
 
 def prompt_of(tokenizer: PreTrainedTokenizerBase, probe: Probe, encoded: Encoded) -> str:

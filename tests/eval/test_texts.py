@@ -73,9 +73,9 @@ def test_a_document_is_kept_as_its_halves(world: World, model: tuple[Any, Any]) 
     probes = [{"split": "forget", "text": text} for text in texts_]
     probes.append({"split": "retain", "prompt": "kara lo", "response": "mivi su"})
     kept = corpus.evaluate(*model, probes)["texts"]
-    assert [r["prompt"] + " " + r["expected"] for r in kept["forget"]] == pytest.approx(texts_) or [
-        (r["prompt"] + r["expected"]).replace(" ", "") for r in kept["forget"]
-    ] == [text.replace(" ", "") for text in texts_]
+    whole = ["".join((r["prompt"] + r["expected"]).split()) for r in kept["forget"]]
+    assert whole == ["".join(text.split()) for text in texts_]
+    assert [r["answer"] for r in kept["forget"]] == [f"said {n}" for n in range(4)]
     assert kept["retain"] == [row("kara lo", "said 4", "mivi su")]
 
 

@@ -194,7 +194,7 @@ def points(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) -
         panel.traces.append(Trace(x, y, style[name].look, name, lines=False, markers=True, hover=hover, errors=errors))
     panel.traces.extend(papers_points(measure))
     panel.traces.extend(target_trace(measure, target))
-    return Chart(f"Where each method ends, mean ± sd of its seeds: {compared(groups)}", [panel])
+    return Chart(f"Where each method ends, mean ± sd of its seeds: {compared(groups)}", [panel], same_axes=True)
 
 
 def papers_points(measure: ForgetRetainMetric) -> list[Trace]:

@@ -147,7 +147,7 @@ DRAW = """
       title: {...title, font: {size: 14}, x: 0, xref: 'paper'}, margin: {l: 8, r: 12, t: title.text ? 40 : 12, b: 8},
       xaxis: {...axis, ...fold(xaxis)}, yaxis: {...axis, ...fold(yaxis)}, hovermode: 'closest',
       modebar: {bgcolor: 'rgba(0,0,0,0)', color: faint, activecolor: ink},
-      legend: {orientation: 'h', y: -0.22, yanchor: 'top', x: 0, font: {size: 11}},
+      legend: {orientation: 'h', y: 0, yref: 'container', yanchor: 'bottom', x: 0, font: {size: 11}},
       dragmode: touch || narrow ? false : 'zoom'};
   };
   const options = {responsive: true, displaylogo: false, modeBarButtonsToRemove: ['select2d', 'lasso2d'],

@@ -93,7 +93,6 @@ def results(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: S
     those = [one for members in missed.values() for one in members]
     matched = tables.matched_table(groups, measure, columns, target)
     ends = tables.end_table(groups, measure, [measure.forget, *columns], target)
-    best = tables.best_table(groups, measure, [measure.forget, *columns])
     standing = sections.not_reached(missed, measure)
     reached: list[Block] = [Table(matched, tables.best_cells(matched, columns))] if len(those) < len(runs) else []
     return [
@@ -101,22 +100,30 @@ def results(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: S
         Heading(f"Results at {readable(measure.forget)} {measure.level:g}"),
         *early_runs([run for _, run in runs], measure),
         *rehearsal([run for _, run in runs]),
-        Figure("frontier.png", "Forget against retain score along each run (lines); markers: the points at the level.",
+        Figure("frontier.png", "Lines: the evaluations of single runs; markers: the points at the level.",
                f"{sections.reading(measure, target is not None)} {sections.never_reached(those, measure)}"),
         *reached,
         *(standing if reached else []),
-        Heading("The best export at or below the level"),
-        Text("A run may rise above the level again after it first crosses it: an objective that saturates (NPO) stops "
-             "forgetting, and the model relearns what it had lost of the retain set. This table takes, of the exports "
-             "at or below the level, the one with the highest retain score, as early stopping would. The table shows "
-             "the score that selected the export, and a longer run has more exports to select from."),
-        Table(best, tables.best_cells(best, [measure.forget, *columns], (measure.forget,))),
+        *(early_stopping(groups, measure, columns) if reached else []),
         Heading("Results at the end of the runs"),
         Figure("points.png", "In the form of the paper's Figures 3 and 4; bars: sd over the seeds.",
                "The last export of each run, whatever it has forgotten by then: where each method ends. A dashed line "
                "joins a rule to sum with the same settings."
                + (" Outlines: the paper's own points." if paper.rows(measure.suite) else "")),
         Table(ends, tables.best_cells(ends, [measure.forget, *columns])),
+    ]  # fmt: skip
+
+
+def early_stopping(groups: dict[str, list[Run]], measure: ForgetRetainMetric, columns: list[str]) -> list[Block]:
+    """What early stopping would select."""
+    rows = tables.best_table(groups, measure, [measure.forget, *columns])
+    return [
+        Heading("The best export at or below the level"),
+        Text("A run may rise above the level again after it first crosses it: an objective that saturates (NPO) stops "
+             "forgetting, and the model relearns what it had lost of the retain set. This table takes, of the exports "
+             "at or below the level, the one with the highest retain score, as early stopping would. The table shows "
+             "the score that selected the export, and a longer run has more exports to select from."),
+        Table(rows, tables.best_cells(rows, [measure.forget, *columns], (measure.forget,))),
     ]  # fmt: skip
 
 

@@ -214,5 +214,5 @@ def test_what_neither_corpus_mentions_is_beside_the_rest(tmp_path: Path) -> None
     groups, measure = read(one, other)
     text = as_markdown(run_report.compose(groups, measure, None)).partition("## What neither corpus mentions")[2]
     assert "> **Note.** Nothing in the training protects what the retain corpus does not cover" in text
-    assert "| npo+nll sago | 0.600 | 0.950 | 0.900 | 15.0 | 1 of 1 |" in text
+    assert "| npo+nll sago | **0.600** | **0.950** | 0.900 | 15.0 | 1 of 1 |" in text
     assert "lowest under npo+nll sum (0.300), highest under npo+nll sago (0.600)" in text

@@ -145,19 +145,32 @@ def compare(plan: Plan, groups: Sequence[Group], described: dict[str, Any]) -> l
     """What the finished runs show."""
     columns, best, measure = columns_of(plan, groups), best_groups(groups), plan.measure
     members = [member for group in groups for member in group.members]
-    missed = [(f"{m.method} ({name_of(m.setting)}) seed {m.seed}", m.run) for m in members if not m.point]
+    missed = {
+        method: [
+            (f"{m.method} ({name_of(m.setting)}) seed {m.seed}", m.run)
+            for m in members
+            if m.method == method and not m.point
+        ]
+        for method in best
+    }
+    those = [one for runs in missed.values() for one in runs]
+    standing = sections.not_reached(missed, measure)
+    reached = [group for group in best.values() if group.points]
+    chosen = settings_table(reached, columns, {})
+    best_values = tables.best_cells(chosen, ["setting", *columns], ["setting"])
     tried = ", ".join(f"{method} {sum(group.method == method for group in groups)}" for method in best)
     return [
         Text(f"Suites {', '.join(plan.suites)}; {len(members)} runs finished. "
-             f"{sections.reading(measure, plan.target is not None)} {sections.never_reached(missed, measure)}"),
+             f"{sections.reading(measure, plan.target is not None)} {sections.never_reached(those, measure)}"),
         Text("The best setting of a method is the one that brings most seeds to the level and, among those, retains "
              "most. It is chosen and reported on the same runs, which favours a method with more settings; settings "
              f"tried: {tried}."),
-        Table(settings_table([group for group in best.values() if group.points], columns, {})),
+        *([Table(chosen, best_values)] if reached else standing),
         Figure("frontier.png", "Forget against retain score, each method at its best setting: mean of the seeds, "
                "± sd shaded; dashed the level."),
         Heading("Every setting (* the best of its method)"),
         Table(settings_table(groups, columns, best)),
+        *(standing if reached else []),
         Heading("Does a plain sum with its best ratio reach the same frontier?"),
         Text(answer_sum(described["sum_against_others"], measure.level)),
         Heading("Does cos(g, g_r) predict retention?"),

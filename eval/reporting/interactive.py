@@ -158,8 +158,10 @@ DRAW = """
     const picture = figure.querySelector('.picture'), box = document.createElement('div');
     box.className = panels.length > 1 ? 'panels' : 'panels one';
     picture.after(box);
-    for (const panel of panels) {
-      const place = box.appendChild(document.createElement('div'));
+    // All places first: each takes its share of the row, and a drawing keeps the width that it began with.
+    const places = panels.map(() => box.appendChild(document.createElement('div')));
+    for (const [at, panel] of panels.entries()) {
+      const place = places[at];
       await Plotly.newPlot(place, panel.data, layout(panel), options);
       drawn.push([place, panel]);
     }

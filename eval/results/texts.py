@@ -57,7 +57,7 @@ def retain_seen(run: Run) -> dict[str, int] | None:
 
 def shown_step(run: Run, measure: ForgetRetainMetric) -> float:
     """The first export at or below the level, or the last export of a run that does not reach it."""
-    exports = [scores for scores in run.trajectory if scores["step"]]
+    exports = [scores for scores in run.trajectory if scores["step"]] or run.trajectory
     reached = (scores["step"] for scores in exports if scores[measure.forget] <= measure.level)
     return next(reached, exports[-1]["step"])
 

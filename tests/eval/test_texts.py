@@ -162,7 +162,7 @@ def test_the_page_shows_them_first_after_the_verdict(groups: dict[str, list[traj
     target = {"bios.forget": [row("a", "old sago"), row("b", "<script>alert(1)</script>")]}
     run_report.write_report(tmp_path / "report", groups, BIOS, None, target)
     page = (tmp_path / "report" / "index.html").read_text()
-    order = [page.index(part) for part in ('class="verdict"', "What the models say", "old", "Results at forget")]
+    order = [page.index(part) for part in ('class="verdict"', '<h2 id="what-the', "old", '<h2 id="results')]
     assert order == sorted(order)
     assert "<script>alert" not in page and "<b>x</b>" not in page and "&lt;b&gt;x&lt;/b&gt;" in page
     assert "<small>before</small><span><del>old</del> sago</span>" in page

@@ -1,4 +1,4 @@
-"""Compare runs at matched forgetting: a verdict, the models' answers, tables and figures as Markdown and as one HTML file.
+"""Compare runs at matched forgetting: a verdict, answers, tables and figures, as Markdown and as one HTML page.
 
     python -m eval.report RUN [RUN …] --output FOLDER [--target FILE.json]
                           [--forget SUITE.METRIC] [--retain SUITE.METRIC] [--level X]

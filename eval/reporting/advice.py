@@ -60,12 +60,12 @@ def from_slope(run: Run, measure: ForgetRetainMetric, distance: float) -> str:
             f"It has come to rest at {end[measure.forget]:.3f}: more steps alone do not help; try a larger "
             f"synthesis.gamma (now {setting(run, 'synthesis.gamma')}), {tenfold(run, 3)}, or another forget objective."
         )
-    more = ahead / -slope
+    more = math.ceil(round(ahead / -slope, 6))  # a slope has rounding errors
     total = 10 * math.ceil((last + more) / 10)
     falling = str(run.settings.get("optimizer.schedule")) in FALLING
     over = "; the learning rate was falling to 0 there, so fewer may do" if falling else ""
     return (
-        f"In the last third of the steps it fell by {-10 * slope:.3f} in 10 steps, so about {math.ceil(more)} more "
+        f"In the last third of the steps it fell by {-10 * slope:.3f} in 10 steps, so about {more} more "
         f"would reach the level{over}: train.steps {total}, or {tenfold(run, 3)}."
     )
 

@@ -29,20 +29,20 @@ def compose(
 ) -> list[Block]:
     """The report in order, before it becomes Markdown or HTML; `before`: the texts of the target model."""
     runs = [run for members in groups.values() for run in members]
+    reached = any(at_level(run.trajectory, measure) for run in runs)  # else tables at the level would be dashes
     return [
         Verdict(verdict(groups, measure, target)),
         *what_it_says(groups, measure, before or {}),
         *results(groups, measure, target),
         *beside_the_paper(groups, measure),
-        *outside(groups, measure, target),
+        *(outside(groups, measure, target) if reached else []),
         Heading("Loss dynamics"),
         Figure("losses.png", "Mean over each method's seeds, running mean over a twentieth of the steps (the paper's "
                "Figure 1); a method has one colour in every figure."),
         *geometry(groups, measure),
         *robustness(groups),
         *cost(groups, measure),
-        Heading("Every score at the level"),
-        Table(tables.every_score(groups, measure, target)),
+        *([Heading("Every score at the level"), Table(tables.every_score(groups, measure, target))] if reached else []),
         Heading("Every run"),
         Table(tables.seed_table(groups, measure)),
         *left_out(runs, measure),

@@ -40,6 +40,7 @@ COMMANDS = (
     "pipeline.train",
     "pipeline.plan",
     "eval.run",
+    "eval.chat",
     "eval.report",
     "eval.frontier",
     "eval.robustness",

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from eval.files import read_jsonl
+from eval.files import read_config, read_jsonl
 from eval.loading import Trust, is_model, load
 from eval.suites import SUITES, Probes, Suite, load_suite, sharing
+from eval.suites.corpus import seen_in_training
 from pipeline.errors import InputError
 from pipeline.files import Json
 
@@ -102,7 +103,20 @@ def evaluate_all(
             sharing.announce(f"evaluating {folder} on {names} (model {number} of {len(models)})", always=number == 1)
         results, dtype = evaluate(folder)
         entries.append({"step": step, "model": str(folder), "suites": results})
+    rehearsed = next((retain_seen(models, suite) for suite in suites if suite.name == "corpus"), None)
+    if rehearsed is not None:
+        for entry in entries:
+            entry["suites"]["corpus"]["retain_seen"] = rehearsed
     return entries, dtype
+
+
+def retain_seen(models: list[tuple[int | None, Path]], suite: LoadedSuite) -> dict[str, int] | None:
+    """How much of the suite's own `retain` a run has trained on (`corpus.seen_in_training`); None for one model."""
+    step, folder = models[0]
+    run = folder.parent.parent if folder.parent.name == "exports" else folder.parent
+    if step is None or not (run / "config.yaml").is_file():
+        return None
+    return seen_in_training(suite.probes, read_config(run, ()))
 
 
 def provenance(names: list[str], sharded: bool, dtype: str) -> Json:

@@ -1,4 +1,4 @@
-"""Compare runs at matched forgetting: tables and figures as Markdown, and as one HTML file that needs no network.
+"""Compare runs at matched forgetting: a verdict, answers, tables and figures, as Markdown and as one HTML page.
 
     python -m eval.report RUN [RUN …] --output FOLDER [--target FILE.json]
                           [--forget SUITE.METRIC] [--retain SUITE.METRIC] [--level X]
@@ -15,8 +15,10 @@ from pathlib import Path
 from eval.files import exit_status
 from eval.reporting.pages import as_text
 from eval.reporting.run_report import write_report
+from eval.reporting.verdict import verdict
 from eval.results.grouping import group_runs
 from eval.results.metrics import add_metric_options, choose
+from eval.results.texts import read_target_texts
 from eval.results.trajectories import common_start, common_suites, prepare, read_run, read_target
 from pipeline.errors import InputError
 
@@ -35,8 +37,9 @@ def main() -> None:
     runs = [read_run(folder) for folder in arguments.runs]
     measure = choose(common_suites(runs, target), arguments.forget, arguments.retain, arguments.level, target)
     prepared = [prepare(run, measure, target) for run in runs]
-    text = as_text(write_report(output, group_runs(prepared), measure, target or common_start(prepared)))
-    print(text)
+    groups, target = group_runs(prepared), target or common_start(prepared)
+    table = write_report(output, groups, measure, target, read_target_texts(arguments.target))
+    print("\n".join([*verdict(groups, measure, target), "", as_text(table)]))
     print(f"\nopen {output / 'index.html'} (or read {output / 'report.md'})")
 
 

@@ -69,6 +69,9 @@ BY: dict[str, list[str]] = {
     "tests/pipeline/monitoring/test_tensorboard.py::test_a_browser_draws_charts_pictures_and_a_table_of_three_runs": [
         "tensorboard --logdir runs --host localhost",
     ],
+    "tests/eval/test_chat.py::test_a_run_answers_beside_the_model_that_it_began_with": [
+        "python -m eval.chat --model runs/mine",
+    ],
     "tests/test_pages.py::test_the_site_builds_without_a_warning": ["bash docs/build.sh"],
     "tests/test_probes.py::test_adapters_are_measured_and_evaluated_alike": [
         "python -m eval.run --model runs/mine --suite probes",

@@ -1,5 +1,5 @@
-"""Every figure of the reports: one panel for each pair of objectives, with runs on one of the two alone in the same
-panel. A rule has the same colour and marker in all of them."""
+"""Every figure of the reports, as charts: one panel for each pair of objectives, with runs on one of the two alone in
+the same panel. A method has one colour in all of them, a shade of its rule's, and a rule has one marker."""
 
 from __future__ import annotations
 
@@ -7,21 +7,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eval.reporting.charts import GREY, Chart, Dashes, Look, Mark, Panel, Trace
 from eval.results import paper
 from eval.results.grouping import plain_of
-from eval.results.metrics import ForgetRetainMetric
+from eval.results.metrics import ForgetRetainMetric, readable
 from eval.results.stats import summarise
 from eval.results.trajectories import Run, Scores, at_level, mean_of, step_means
 from pipeline.files import Json
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 
 Groups = Mapping[str, list[Run]]  # method -> its seeds
 
@@ -36,10 +31,10 @@ RULES = {
 }
 
 
-OTHER_RULE = ("#555555", "v")
+OTHER_RULE = ("#777777", "v")
 
 
-Dashes = str | tuple[int, tuple[int, ...]]  # a line style of matplotlib
+SHADES = (0.0, 0.45, -0.4, 0.65, -0.6, 0.25, -0.2)  # of a rule's colour: > 0 towards white, < 0 towards black
 
 
 DASHES: tuple[Dashes, ...] = (
@@ -57,32 +52,40 @@ FILLS = ("full", "none", "left", "top", "right", "bottom")
 
 @dataclass(frozen=True)
 class Style:
-    """How a method is drawn: in the panel of its objectives, in the colour and with the marker of its rule."""
+    """How a method is drawn: in the panel of its objectives, under a label that is unique there."""
 
     objective: str
     label: str
-    colour: str
-    dashes: Dashes
-    marker: dict[str, str | int]
+    look: Look
+
+
+def shaded(colour: str, share: float) -> str:
+    """The colour (#rrggbb) moved by `share` towards white, or by -`share` towards black."""
+    end = 255 if share > 0 else 0
+    parts = [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
+    return "#" + "".join(f"{round(part + abs(share) * (end - part)):02x}" for part in parts)
 
 
 def styles(groups: Groups) -> dict[str, Style]:
-    """{method: style}; settings of one rule in one panel differ in their dashes and in the fill of their marker."""
-    seen: dict[tuple[str, str], int] = {}
+    """{method: style}. Methods of one rule differ in the shade of its colour, and those in one panel also in their
+    dashes and in the fill of their marker."""
+    in_panel: dict[tuple[str, str], int] = {}
+    of_rule: dict[str, int] = {}
     found = {}
     pairs = [runs[0].objective for runs in groups.values() if runs[0].rule]
     for name, runs in groups.items():
         run, rule = runs[0], str(runs[0].rule)
         panel = run.objective if run.rule else next((p for p in pairs if run.objective in p.split("+")), run.objective)
-        number = seen[panel, rule] = seen.get((panel, rule), -1) + 1
+        number = in_panel[panel, rule] = in_panel.get((panel, rule), -1) + 1
+        shade = of_rule[rule] = of_rule.get(rule, -1) + 1
         colour, shape = RULES.get(rule, OTHER_RULE)
-        marker: dict[str, str | int] = {
-            "marker": shape,
-            "markersize": 11 if shape == "*" else 7,
-            "fillstyle": FILLS[number % len(FILLS)],
-        }
-        label = name.removeprefix(f"{run.objective} ")
-        found[name] = Style(panel, label, colour, DASHES[number % len(DASHES)], marker)
+        look = Look(
+            shaded(colour, SHADES[shade % len(SHADES)]),
+            DASHES[number % len(DASHES)],
+            shape,
+            FILLS[number % len(FILLS)],
+        )
+        found[name] = Style(panel, name.removeprefix(f"{run.objective} "), look)
     return found
 
 
@@ -94,110 +97,117 @@ def panels(groups: Groups) -> dict[str, list[str]]:
     return found
 
 
-def empty(rows: int, columns: int, width: float, height: float, share: bool = False) -> tuple[Figure, np.ndarray]:
-    """A figure of panels [rows, columns] with a faint grid."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=110)
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share)
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-    return figure, axes
-
-
-def legend(axis: Axes) -> None:
-    """Draw a legend in the panel, or beside it if it would cover the panel."""
-    handles, _ = axis.get_legend_handles_labels()
-    if len(handles) > 5:
-        axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    elif handles:
-        axis.legend(fontsize="small")
-
-
-def frontier_panels(
-    groups: Groups, measure: ForgetRetainMetric, target: Scores | None
-) -> tuple[Figure, list[tuple[Axes, str, list[str]]]]:
-    """A figure of forget against retain, with level and target marked, and its panels: (axes, objectives, methods)."""
+def compared(groups: Groups, most: int = 4) -> str:
+    """What a figure compares, for its title: the methods by name if they are few."""
     by_objective = panels(groups)
-    columns = min(3, len(by_objective))
-    wide, high = (8.0, 5.0) if columns == 1 else (5.2, 4.2)
-    figure, axes = empty(math.ceil(len(by_objective) / columns), columns, wide, high, share=True)
-    for axis in axes.flat[len(by_objective) :]:
-        axis.set_visible(False)
-    figure.supxlabel(f"{measure.forget} (lower: more forgotten)", fontsize="medium")
-    figure.supylabel(f"{measure.retain} (higher: more retained)", fontsize="medium")
-    found = []
-    for axis, (objective, names) in zip(axes.flat, by_objective.items(), strict=False):
-        mark_axes(axis, measure, target)
-        axis.set(title=objective)
-        axis.tick_params(labelbottom=True)
-        found.append((axis, objective, names))
-    return figure, found
-
-
-def draw_frontier(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) -> Figure:
-    """Forget against retain score along each run, one panel per pair of objectives, with the points at the level."""
+    if len(groups) > most:
+        return f"{len(groups)} methods ({', '.join(by_objective)})"
     style = styles(groups)
-    figure, found = frontier_panels(groups, measure, target)
-    for axis, _, names in found:
+    parts = []
+    for objective, names in by_objective.items():
+        labels = [style[name].label for name in names]
+        parts.append(f"{objective} " + (f"with {enumerated(labels)}" if len(labels) > 1 else labels[0]))
+    return "; ".join(parts)
+
+
+def enumerated(words: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join([*([", ".join(words[:-1])] if len(words) > 1 else []), *words[-1:]])
+
+
+def marks_of(measure: ForgetRetainMetric, target: Scores | None) -> list[Mark]:
+    """The level, chance, and the retain score of the target model."""
+    marks = [Mark(measure.level, True, f"the level, {measure.level:g}")]
+    if measure.chance is not None:
+        marks.append(Mark(measure.chance, True, f"chance, {measure.chance:g}", ":"))
+    if target:
+        marks.append(
+            Mark(target[measure.retain], False, f"retained by the target model, {target[measure.retain]:.3g}", "-")
+        )
+    return marks
+
+
+def target_trace(measure: ForgetRetainMetric, target: Scores | None) -> list[Trace]:
+    if not target:
+        return []
+    x, y = target[measure.forget], target[measure.retain]
+    look = Look("#888888", marker="X")
+    return [Trace([x], [y], look, "target model", lines=False, markers=True, hover=[f"target model: {x:.3f}, {y:.3f}"])]
+
+
+def axes_of(measure: ForgetRetainMetric) -> tuple[str, str]:
+    return f"{readable(measure.forget)} (lower: more forgotten)", f"{readable(measure.retain)} (higher: more retained)"
+
+
+def frontier(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) -> Chart:
+    """Forget against retain score along each run, one panel per pair of objectives, with the points at the level."""
+    style, both = styles(groups), (measure.forget, measure.retain)
+    found = []
+    for objective, names in panels(groups).items():
+        panel = Panel(objective, *axes_of(measure), marks=marks_of(measure, target))
         for name in names:
             own = style[name]
-            for run in groups[name]:
-                x, y = ([scores[key] for scores in run.trajectory] for key in (measure.forget, measure.retain))
-                axis.plot(x, y, color=own.colour, linestyle=own.dashes, linewidth=0.9, alpha=0.7)
-            points = [point for run in groups[name] if (point := at_level(run.trajectory, measure))]
-            x, y = ([point[key] for point in points] for key in (measure.forget, measure.retain))
-            options: dict[str, Any] = {**own.marker, "color": own.colour}
-            axis.plot(x, y, linestyle="", **options)
-            text = own.label + ("" if points else " (not reached)")
-            axis.plot([], [], linestyle=own.dashes, linewidth=0.9, label=text, **options)
-        legend(axis)
-    return figure
+            reached = [(run, point) for run in groups[name] if (point := at_level(run.trajectory, measure))]
+            for number, run in enumerate(groups[name]):
+                x, y = ([scores[key] for scores in run.trajectory] for key in both)
+                label = "" if number else f"{own.label}: its runs" + ("" if reached else " (level not reached)")
+                hover = [
+                    f"{name}, seed {run.seed}, step {scores['step']:g}: "
+                    f"forget {scores[measure.forget]:.3f}, retain {scores[measure.retain]:.3f}"
+                    for scores in run.trajectory
+                ]
+                panel.traces.append(Trace(x, y, own.look, label, hover=hover, faint=True))
+            if reached:
+                x, y = ([point[key] for _, point in reached] for key in both)
+                hover = [
+                    f"{name}, seed {run.seed}, at the level: step {point['step']:.1f}, retain {point[both[1]]:.3f}"
+                    for run, point in reached
+                ]
+                label = f"{own.label}: at the level"
+                panel.traces.append(Trace(x, y, own.look, label, lines=False, markers=True, hover=hover))
+        panel.traces.extend(target_trace(measure, target))
+        found.append(panel)
+    return Chart(f"Forgetting against retention along each run: {compared(groups)}", found, 3, same_axes=True)
 
 
-def mark_axes(axis: Axes, measure: ForgetRetainMetric, target: Scores | None) -> None:
-    """Mark the level, chance, and the target model."""
-    axis.axvline(measure.level, color="grey", linestyle="--", linewidth=1)
-    if measure.chance is not None:
-        axis.axvline(measure.chance, color="grey", linestyle=":", linewidth=1)
-    if target:
-        axis.axhline(target[measure.retain], color="grey", linewidth=0.8, alpha=0.6)
-        axis.plot(
-            [target[measure.forget]], [target[measure.retain]], color="black", marker="X", markersize=9, linestyle=""
-        )
-
-
-def draw_points(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) -> Figure:
-    """The paper's Figures 3 and 4: where each method ends, mean ± sd of seeds; its own points hollow."""
+def points(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) -> Chart:
+    """The paper's Figures 3 and 4: where each method ends, mean ± sd of seeds; the paper's own points as outlines."""
     style, both = styles(groups), (measure.forget, measure.retain)
-    figure, axes = empty(1, 1, 9, 5.6)
-    axis = axes[0, 0]
+    x_axis, y_axis = axes_of(measure)
+    panel = Panel("", f"{x_axis}, at the end", y_axis, marks=marks_of(measure, target))
     ends = {name: [[run.trajectory[-1][key] for run in runs] for key in both] for name, runs in groups.items()}
     centre = {name: (fmean(x), fmean(y)) for name, (x, y) in ends.items()}
-    hues = {objective: f"C{number}" for number, objective in enumerate(panels(groups))}
-    for name, (x, y) in ends.items():
-        own, plain = style[name], plain_of(name, groups)
+    joined = "to sum with the same settings"
+    for name in ends:
+        plain = plain_of(name, groups)
         if plain:
-            axis.plot(
-                *zip(centre[plain], centre[name], strict=True), color=hues[own.objective], linestyle="--", zorder=1
-            )
+            x, y = zip(centre[plain], centre[name], strict=True)
+            panel.traces.append(Trace(x, y, GREY, joined, faint=True))
+            joined = ""
+    for name, (x, y) in ends.items():
         spread = [summarise(values)["sd"] or 0.0 for values in (x, y)]
-        options: dict[str, Any] = {**own.marker, "color": hues[own.objective], "elinewidth": 0.8, "linestyle": ""}
-        axis.errorbar(*centre[name], xerr=spread[0], yerr=spread[1], label=name, **options)
-    text = "the paper's, by the same markers"
+        hover = [
+            f"{name}: forget {centre[name][0]:.3f} ± {spread[0]:.3f}, retain {centre[name][1]:.3f} ± {spread[1]:.3f}"
+        ]
+        errors = ([spread[0]], [spread[1]])
+        x, y = ([value] for value in centre[name])
+        panel.traces.append(Trace(x, y, style[name].look, name, lines=False, markers=True, hover=hover, errors=errors))
+    panel.traces.extend(papers_points(measure))
+    panel.traces.extend(target_trace(measure, target))
+    return Chart(f"Where each method ends, mean ± sd of its seeds: {compared(groups)}", [panel], same_axes=True)
+
+
+def papers_points(measure: ForgetRetainMetric) -> list[Trace]:
+    """The rows of the paper's tables, each with the marker of its rule."""
+    both, found = (measure.forget, measure.retain), []
     for name, scores in paper.rows(measure.suite).items():
         if all(key in scores for key in both) and not name.endswith("target"):
             shape = next((shape for rule, (_, shape) in RULES.items() if name.lower().endswith(rule)), RULES["sum"][1])
-            axis.scatter(
-                *(scores[key] for key in both), marker=shape, s=40, color="none", edgecolors="grey", label=text
-            )
-            text = None
-    mark_axes(axis, measure, None)
-    if target:
-        axis.axhline(target[measure.retain], color="grey", linestyle="--", linewidth=1, label="target model")
-    axis.set(xlabel=f"{measure.forget} at the end (lower: more forgotten)", ylabel=f"{measure.retain} at the end")
-    legend(axis)
-    return figure
+            x, y = ([scores[key]] for key in both)
+            label = "" if found else "the paper's, by the same markers"
+            look = Look("#888888", marker=shape)
+            found.append(Trace(x, y, look, label, lines=False, markers=True, hover=[name], open=True))
+    return found
 
 
 def running_mean(values: Sequence[float]) -> np.ndarray:
@@ -209,25 +219,21 @@ def running_mean(values: Sequence[float]) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def draw_curves(groups: Groups, numbers: Mapping[str, str]) -> Figure:
+def curves(title: str, groups: Groups, numbers: Mapping[str, str]) -> Chart:
     """Logged numbers ({key: title}) against the step, two panels abreast, for each pair of objectives in turn."""
     style = styles(groups)
-    wanted = [(objective, names, key) for objective, names in panels(groups).items() for key in numbers]
-    figure, axes = empty(math.ceil(len(wanted) / 2), 2, 5.6, 3.2)
-    for axis, (objective, names, key) in zip(axes.flat, wanted, strict=True):
-        for name in names:
-            steps, values = step_means(groups[name], key)
-            if steps:
-                own = style[name]
-                line: dict[str, Any] = {"color": own.colour, "linestyle": own.dashes, "linewidth": 1.2}
-                axis.plot(steps, running_mean(values), label=own.label, **line)
-        axis.set_title(f"{objective}: {numbers[key]}", fontsize="medium")
-        axis.set(xlabel="step")
-        if not axis.lines:
-            axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes, color="grey")
-    for row in axes:
-        legend(row[-1])
-    return figure
+    found = []
+    for objective, names in panels(groups).items():
+        for key, words in numbers.items():
+            panel = Panel(f"{objective}: {words}", "step", words)
+            for name in names:
+                steps, values = step_means(groups[name], key)
+                if steps:
+                    own, means = style[name], [float(value) for value in running_mean(values)]
+                    hover = [f"{name}, step {step}: {value:.4g}" for step, value in zip(steps, means, strict=True)]
+                    panel.traces.append(Trace(steps, means, own.look, own.label, hover=hover))
+            found.append(panel)
+    return Chart(f"{title}: {compared(groups)}", found, 2)
 
 
 def layers_of(runs: Iterable[Run], key: str) -> list[str]:
@@ -236,29 +242,26 @@ def layers_of(runs: Iterable[Run], key: str) -> list[str]:
     return [name.removeprefix(f"{key}/") for name in found]
 
 
-def draw_layers(groups: Groups, numbers: Mapping[str, str]) -> Figure:
+def layers(groups: Groups, numbers: Mapping[str, str]) -> Chart:
     """Logged numbers of each layer, means over the steps that logged them: one row per pair of objectives."""
-    style, by_objective = styles(groups), panels(groups)
+    style = styles(groups)
     runs = [run for members in groups.values() for run in members]
-    layers = layers_of(runs, next(iter(numbers)))
-    figure, axes = empty(len(by_objective), len(numbers), 5.2, 3.4)
-    for row, (objective, names) in zip(axes, by_objective.items(), strict=True):
-        for axis, (key, title) in zip(row, numbers.items(), strict=True):
+    logged = layers_of(runs, next(iter(numbers)))
+    ticks = [layer.removeprefix("model.") for layer in logged]
+    found = []
+    for objective, names in panels(groups).items():
+        for key, words in numbers.items():
+            panel = Panel(f"{objective}: {words}", "layer", words, ticks=ticks)
             for name in names:
-                own = style[name]
-                values = [
-                    [m for run in groups[name] if (m := mean_of(run, f"{key}/{layer}")) is not None] for layer in layers
+                of_layers = [
+                    [m for run in groups[name] if (m := mean_of(run, f"{key}/{layer}")) is not None] for layer in logged
                 ]
-                means = [fmean(v) if v else math.nan for v in values]
-                axis.plot(
-                    range(len(layers)), means, color=own.colour, linestyle=own.dashes, marker=".", label=own.label
-                )
-            axis.set(title=f"{objective}: {title}")
-            shown = range(0, len(layers), max(1, len(layers) // 16))
-            names_shown = [layers[i].removeprefix("model.") for i in shown]
-            axis.set_xticks([*shown], names_shown, rotation=60, fontsize="x-small")
-        legend(row[-1])
-    return figure
+                means = [fmean(values) if values else math.nan for values in of_layers]
+                hover = [f"{name}, {layer}: {mean:.3f}" for layer, mean in zip(ticks, means, strict=True)]
+                own = style[name]
+                panel.traces.append(Trace(range(len(logged)), means, own.look, own.label, markers=True, hover=hover))
+            found.append(panel)
+    return Chart(f"Conflict of the two tasks in each layer: {compared(groups)}", found, len(numbers))
 
 
 def matched_curve(trajectories: Sequence[list[Scores]], measure: ForgetRetainMetric) -> tuple[np.ndarray, np.ndarray]:
@@ -272,23 +275,26 @@ def matched_curve(trajectories: Sequence[list[Scores]], measure: ForgetRetainMet
     return levels, np.array([[p[measure.retain] if p else math.nan for p in row] for row in points])
 
 
-def draw_best(best: Groups, front: Sequence[Json], measure: ForgetRetainMetric, target: Scores | None) -> Figure:
+def best(groups: Groups, front: Sequence[Json], measure: ForgetRetainMetric, target: Scores | None) -> Chart:
     """Forget against retain: for each method's best setting the mean over seeds at each level, ± sd shaded."""
-    style = styles(best)
-    figure, found = frontier_panels(best, measure, target)
-    for axis, _, names in found:
+    style = styles(groups)
+    found = []
+    for objective, names in panels(groups).items():
+        panel = Panel(objective, *axes_of(measure), marks=marks_of(measure, target))
         for name in names:
-            own = style[name]
-            trajectories = [run.trajectory for run in best[name]]
+            trajectories = [run.trajectory for run in groups[name]]
             reached = any(at_level(trajectory, measure) for trajectory in trajectories)
-            label = name + ("" if reached else " (never reaches the level)")
+            label = name + (", mean" if len(trajectories) > 1 else "") + ("" if reached else " (level not reached)")
             levels, retained = matched_curve(trajectories, measure)
             mean = retained.mean(axis=0) if len(levels) else levels
-            axis.plot(levels, mean, color=own.colour, linestyle=own.dashes, label=label)
+            band = None
             if len(retained) > 1 and len(levels):
                 spread = retained.std(axis=0, ddof=1)
-                axis.fill_between(levels, mean - spread, mean + spread, color=own.colour, alpha=0.2, linewidth=0)
+                band, label = ((mean - spread).tolist(), (mean + spread).tolist()), f"{label} ± sd"
+            panel.traces.append(Trace(levels.tolist(), mean.tolist(), style[name].look, label, band=band))
         x, y = ([point[key] for point in front] for key in ("forget", "retain"))
-        axis.scatter(x, y, color="black", s=10, zorder=3, label="no point of any setting is better")
-        legend(axis)
-    return figure
+        outside = "no point of any setting is better"
+        panel.traces.append(Trace(x, y, Look("#444444", marker="."), outside, lines=False, markers=True))
+        panel.traces.extend(target_trace(measure, target))
+        found.append(panel)
+    return Chart(f"Methods at their best setting: {compared(groups)}", found, 3, same_axes=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Drawing
+from eval.reporting.answers import Answers, answers_html, answers_markdown
+from eval.reporting.charts import Chart
+from eval.reporting.interactive import script_of
+from eval.reporting.stylesheet import STYLESHEET
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,28 @@ class Warn:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What the report found, in sentences."""
+
+    sentences: list[str]
+
+
+@dataclass(frozen=True)
 class Table:
-    """Rows of cells, of which the first is the header; rows whose first cell begins with "paper" look different."""
+    """Rows of cells, of which the first is the header; rows whose first cell begins with "paper" look different, and
+    the cells (row, column) of `best` are bold."""
 
     rows: list[list[str]]
+    best: frozenset[tuple[int, int]] = frozenset()
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A PNG file beside the report, and its caption."""
+    """A PNG file beside the report, its caption, and the text that stands beside it where there is room."""
 
     file: str
     caption: str
+    beside: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,31 +61,7 @@ class Code:
     text: str
 
 
-Block = Heading | Text | Warn | Table | Figure | Code
-
-
-STYLESHEET = """
-:root{color-scheme:light dark;--paper:#fff;--ink:#1c1f23;--faint:#5b6470;--line:#d5d9de;--soft:#f3f5f7;--warn:#fff4d6;
---edge:#c98a00;--link:#0b5cad}
-@media(prefers-color-scheme:dark){:root{--paper:#15181c;--ink:#e4e7eb;--faint:#9aa4b0;--line:#353b43;--soft:#1f242a;
---warn:#3a2f10;--edge:#d9a441;--link:#7db7f2}}
-body{font:16px/1.5 system-ui,sans-serif;max-width:76em;margin:2em auto;padding:0 1em;color:var(--ink);
-background:var(--paper);overflow-wrap:anywhere}
-a{color:var(--link)}nav ol{columns:20em;column-gap:2.5em;padding-left:1.5em}h2{margin-top:2.2em;
-border-top:1px solid var(--line);padding-top:.6em;line-height:1.25}
-.wide{overflow-x:auto;margin:1em 0;overflow-wrap:normal}table{border-collapse:collapse;font-size:.92em;
-font-variant-numeric:tabular-nums}
-td,th{padding:.3em .8em;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-th{vertical-align:bottom}td.words,th.words{text-align:left}td:first-child,th:first-child{text-align:left;position:sticky;left:0;background:var(--paper)}
-@media(max-width:40em){td:first-child,th:first-child{white-space:normal;overflow-wrap:anywhere;min-width:8em;max-width:11em}
-td,th{padding:.3em .5em}}
-tr.paper td{color:var(--faint);font-style:italic}
-figure{margin:1em 0}figure div{overflow-x:auto}figure img{max-width:100%;min-width:min(40em,100vw*1.7);height:auto;
-background:#fff;border-radius:4px}
-figcaption{color:var(--faint);font-size:.92em}
-.warn{background:var(--warn);border-left:4px solid var(--edge);padding:.6em .9em;margin:1em 0}
-pre{background:var(--soft);padding:.8em;overflow-x:auto;font-size:.85em;overflow-wrap:normal;max-height:30em}
-"""
+Block = Heading | Text | Warn | Verdict | Table | Figure | Code | Answers
 
 
 def as_markdown(blocks: Iterable[Block]) -> str:
@@ -85,32 +71,47 @@ def as_markdown(blocks: Iterable[Block]) -> str:
         match block:
             case Heading(text):
                 parts.append(f"## {text}")
-            case Table(rows):
-                header, *body = ([cell.replace("|", "\\|") for cell in row] for row in rows)
-                lines = [header, ["---"] * len(header), *body]
-                parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-            case Figure(file, caption):
-                parts.append(f"![{caption}]({file})\n\n*{caption}*")
+            case Table():
+                parts.append(table_markdown(block))
+            case Figure(file, caption, beside):
+                parts += [*([beside] if beside else []), f"![{caption}]({file})\n\n*{caption}*"]
             case Code(text):
                 parts.append(f"```\n{text}\n```")
             case Warn(text):
                 parts.append(f"> **Note.** {text}")
+            case Verdict(sentences):
+                parts.append("\n".join(f"- {sentence}" for sentence in sentences))
+            case Answers():
+                parts.append(answers_markdown(block))
             case Text(text):
                 parts.append(text)
     return "\n\n".join(parts) + "\n"
 
 
-def table_html(rows: list[list[str]]) -> str:
+def table_markdown(table: Table) -> str:
+    lines = []
+    for at, row in enumerate(table.rows):
+        cells = [cell.replace("|", "\\|") for cell in row]
+        lines.append([f"**{cell}**" if (at, place) in table.best else cell for place, cell in enumerate(cells)])
+    header, *body = lines
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *body))
+
+
+def table_html(table: Table) -> str:
     """A table whose first row is its header, with every cell escaped; a wide table scrolls by itself."""
     number = re.compile(r"[-–]?\.?\d|–|not reached")
+    rows = table.rows
     wordy = [sum(not number.match(cell) for cell in column) > len(rows) / 2 for column in zip(*rows, strict=True)]
     lines = []
     for at, row in enumerate(rows):
         tag = "td" if at else 'th scope="col"'
-        starts = [f"<{tag} class=words>" if words else f"<{tag}>" for words in wordy]
-        cells = "".join(f"{start}{html.escape(cell)}</{tag[:2]}>" for start, cell in zip(starts, row, strict=True))
+        cells = []
+        for place, (words, cell) in enumerate(zip(wordy, row, strict=True)):
+            text = html.escape(cell)
+            start = f"<{tag} class=words>" if words else f"<{tag}>"
+            cells.append(f"{start}{f'<b>{text}</b>' if (at, place) in table.best else text}</{tag[:2]}>")
         kind = ' class="paper"' if row[0].startswith("paper") else ""
-        lines.append(f"<tr{kind}>{cells}</tr>")
+        lines.append(f"<tr{kind}>{''.join(cells)}</tr>")
     head, body = lines[0], "\n".join(lines[1:])
     return f'<div class="wide" tabindex="0"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
 
@@ -125,44 +126,53 @@ def anchor(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def as_html(title: str, blocks: list[Block], images: Mapping[str, bytes]) -> str:
-    """One HTML page that contains its table of contents, style and figures, so that one file is enough."""
+def figure_html(figure: Figure, image: bytes, title: str) -> str:
+    """The picture, which the program of the page replaces by its chart, and beside it its text."""
+    data, words = base64.b64encode(image).decode(), html.escape(f"{title}. {figure.caption}")
+    picture = f'<div class="picture" tabindex="0"><img alt="{words}" src="data:image/png;base64,{data}"></div>'
+    drawn = f'<figure data-chart="{figure.file}">{picture}<figcaption>{words}</figcaption></figure>'
+    return f'<div class="beside"><p>{prose(figure.beside)}</p>{drawn}</div>' if figure.beside else drawn
+
+
+def block_html(block: Block, images: Mapping[str, bytes], charts: Mapping[str, Chart]) -> str:
+    match block:
+        case Heading(text):
+            return f'<h2 id="{anchor(text)}">{html.escape(text)}</h2>'
+        case Table():
+            return table_html(block)
+        case Figure():
+            return figure_html(block, images[block.file], charts[block.file].title)
+        case Code(text):
+            return f'<pre tabindex="0">{html.escape(text)}</pre>'
+        case Warn(text):
+            return f'<p class="warn">{prose(text)}</p>'
+        case Verdict(sentences):
+            return f'<ul class="verdict">{"".join(f"<li>{prose(sentence)}</li>" for sentence in sentences)}</ul>'
+        case Answers():
+            return answers_html(block)
+        case Text(text):
+            return f"<p>{prose(text)}</p>"
+
+
+def as_html(title: str, blocks: list[Block], images: Mapping[str, bytes], charts: Mapping[str, Chart]) -> str:
+    """One HTML page that contains its contents, style, pictures and charts, so that one file is enough.
+
+    What stands before the first heading comes before the table of contents.
+    """
     headings = [block.text for block in blocks if isinstance(block, Heading)]
     entries = "".join(f'<li><a href="#{anchor(text)}">{html.escape(text)}</a></li>' for text in headings)
-    parts = [f"<h1>{html.escape(title)}</h1>", f'<nav aria-label="Contents"><ol>{entries}</ol></nav>']
-    for block in blocks:
-        match block:
-            case Heading(text):
-                parts.append(f'<h2 id="{anchor(text)}">{html.escape(text)}</h2>')
-            case Table(rows):
-                parts.append(table_html(rows))
-            case Figure(file, caption):
-                data, words = base64.b64encode(images[file]).decode(), html.escape(caption)
-                image = f'<img alt="{words}" src="data:image/png;base64,{data}">'
-                parts.append(f'<figure><div tabindex="0">{image}</div><figcaption>{words}</figcaption></figure>')
-            case Code(text):
-                parts.append(f'<pre tabindex="0">{html.escape(text)}</pre>')
-            case Warn(text):
-                parts.append(f'<p class="warn">{prose(text)}</p>')
-            case Text(text):
-                parts.append(f"<p>{prose(text)}</p>")
+    contents = f'<nav aria-label="Contents"><details><summary>Contents</summary><ol>{entries}</ol></details></nav>'
+    first = next((at for at, block in enumerate(blocks) if isinstance(block, Heading)), len(blocks))
+    parts = [block_html(block, images, charts) for block in blocks]
+    body = "\n".join([f"<h1>{html.escape(title)}</h1>", *parts[:first], contents, *parts[first:]])
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{STYLESHEET}</style>"
     )
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>' + "\n".join(parts) + "</body></html>\n"
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}{script_of(charts)}</body></html>\n'
 
 
 def as_text(rows: list[list[str]]) -> str:
     """A table for the terminal, its columns aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
-def png(figure: Drawing) -> bytes:
-    """The figure as PNG bytes, drawn by Agg (no display needed)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    stream = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(stream)
-    return stream.getvalue()

@@ -7,9 +7,15 @@ import sys
 from pathlib import Path
 
 from eval.reporting import figures, sections, tables
-from eval.reporting.pages import Block, Figure, Heading, Table, Text, Warn, as_html, as_markdown, png
+from eval.reporting.answers import Answers
+from eval.reporting.charts import Chart
+from eval.reporting.pages import Block, Figure, Heading, Table, Text, Verdict, Warn, as_html, as_markdown
+from eval.reporting.pictures import draw as picture
+from eval.reporting.pictures import png
+from eval.reporting.verdict import verdict
 from eval.results import paper
-from eval.results.metrics import IN_RETAIN, ForgetRetainMetric, collateral
+from eval.results.metrics import IN_RETAIN, SUITE_WORDS, ForgetRetainMetric, collateral, readable
+from eval.results.texts import Texts, compare_texts, is_forget, retain_seen
 from eval.results.trajectories import COSINES, Run, Scores, at_level
 from pipeline.files import write_whole
 
@@ -18,22 +24,26 @@ GEOMETRY = {**COSINES, "conflict_fraction": "conflict fraction"}
 LAYERS = {"cos_forget_retain": "forget-retain", "conflict_fraction": "conflict fraction"}
 
 
-def compose(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: Scores | None) -> list[Block]:
-    """The report in order, before it becomes Markdown or HTML."""
+def compose(
+    groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: Scores | None, before: Texts | None = None
+) -> list[Block]:
+    """The report in order, before it becomes Markdown or HTML; `before`: the texts of the target model."""
     runs = [run for members in groups.values() for run in members]
+    reached = any(at_level(run.trajectory, measure) for run in runs)  # else tables at the level would be dashes
     return [
+        Verdict(verdict(groups, measure, target)),
+        *what_it_says(groups, measure, before or {}),
         *results(groups, measure, target),
         *beside_the_paper(groups, measure),
-        *outside(groups, measure, target),
+        *(outside(groups, measure, target) if reached else []),
         *general(groups, measure, target),
         Heading("Loss dynamics"),
-        Figure("losses.png", "Forget and retain loss during training (the paper's Figure 1): mean over each method's "
-               "seeds, running mean over a twentieth of the steps."),
+        Figure("losses.png", "Mean over each method's seeds, running mean over a twentieth of the steps (the paper's "
+               "Figure 1); a method has one colour in every figure."),
         *geometry(groups, measure),
         *robustness(groups),
         *cost(groups, measure),
-        Heading("Every score at the level"),
-        Table(tables.every_score(groups, measure, target)),
+        *([Heading("Every score at the level"), Table(tables.every_score(groups, measure, target))] if reached else []),
         Heading("Every run"),
         Table(tables.seed_table(groups, measure)),
         *left_out(runs, measure),
@@ -41,36 +51,108 @@ def compose(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: S
     ]  # fmt: skip
 
 
+SHOWN = 3  # prompts of a set that the page shows unfolded, of the forget set; of another one
+
+
+def what_it_says(groups: dict[str, list[Run]], measure: ForgetRetainMetric, before: Texts) -> list[Block]:
+    """What the models answer, before and after, side by side."""
+    found = compare_texts(groups, measure, before)
+    if not found.sets:
+        return [
+            Heading("What the models say"),
+            Text("No text to show: an evaluation file of these has none (it is older, or its suite is multiple choice"
+                 "), or they share no prompt. `python -m eval.run` writes it."),
+        ]  # fmt: skip
+    marks = "marked: words of the answer before that no method says, and words that are new." if found.before else ""
+    reached = "the first export at or below the level, else its last, of its first seed"
+    missing = "" if found.before else " Give --target, evaluated with this version, to see the answers before."
+    blocks: list[Block] = [
+        Heading("What the models say, before and after" if found.before else "What the models say"),
+        Text(f"Greedy answers to a fixed choice of prompts. A method is shown by {reached}; {marks}{missing}".strip()),
+    ]
+    for number, (name, rows) in enumerate(found.sets.items()):
+        title = f"{'What must go' if is_forget(name) else 'What should stay'}: {words_of_set(name)}"
+        shown = SHOWN if number == 0 else 1
+        blocks.append(Answers(title, found.names, rows, found.before, shown))
+    return blocks
+
+
+def words_of_set(name: str) -> str:
+    """`bios.forget` -> forget (bios)."""
+    suite, _, kind = name.partition(".")
+    return f"{kind.replace('_', ' ')} ({SUITE_WORDS.get(suite, suite)})"
+
+
 def results(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: Scores | None) -> list[Block]:
     """At the matched level, and at the end of the runs."""
     columns = sections.headline_columns(tables.score_columns(groups), measure, tables.general_of(groups))
     runs = [(f"{name} seed {run.seed}", run) for name, members in groups.items() for run in members]
-    missed = [(name, run) for name, run in runs if not at_level(run.trajectory, measure)]
-    early = [run.folder for _, run in runs if run.trajectory[0][measure.forget] <= measure.level]
-    blocks: list[Block] = [
-        Heading(f"Results at {measure.forget} {measure.level:g}"),
-        Text(f"{sections.reading(measure, target is not None)} {sections.never_reached(missed, measure)}"),
-        Table(tables.matched_table(groups, measure, columns, target)),
-        Figure("frontier.png", "Forget against retain score along each run; the markers are the points at the level "
-               "(dashed; dotted: chance; cross and line: the target model)."),
+    missed = {
+        name: [(f"{name} seed {run.seed}", run) for run in members if not at_level(run.trajectory, measure)]
+        for name, members in groups.items()
+    }
+    those = [one for members in missed.values() for one in members]
+    matched = tables.matched_table(groups, measure, columns, target)
+    ends = tables.end_table(groups, measure, [measure.forget, *columns], target)
+    standing = sections.not_reached(missed, measure)
+    reached: list[Block] = [Table(matched, tables.best_cells(matched, columns))] if len(those) < len(runs) else []
+    return [
+        *(standing if not reached else []),
+        Heading(f"Results at {readable(measure.forget)} {measure.level:g}"),
+        *early_runs([run for _, run in runs], measure),
+        *rehearsal([run for _, run in runs]),
+        Figure("frontier.png", "Lines: the evaluations of single runs; markers: the points at the level.",
+               f"{sections.reading(measure, target is not None)} {sections.never_reached(those, measure)}"),
+        *reached,
+        *(standing if reached else []),
+        *(early_stopping(groups, measure, columns) if reached else []),
+        Heading("Results at the end of the runs"),
+        Figure("points.png", "In the form of the paper's Figures 3 and 4; bars: sd over the seeds.",
+               "The last export of each run, whatever it has forgotten by then: where each method ends. A dashed line "
+               "joins a rule to sum with the same settings."
+               + (" Outlines: the paper's own points." if paper.rows(measure.suite) else "")),
+        Table(ends, tables.best_cells(ends, [measure.forget, *columns])),
+    ]  # fmt: skip
+
+
+def early_stopping(groups: dict[str, list[Run]], measure: ForgetRetainMetric, columns: list[str]) -> list[Block]:
+    """What early stopping would select."""
+    rows = tables.best_table(groups, measure, [measure.forget, *columns])
+    return [
         Heading("The best export at or below the level"),
         Text("A run may rise above the level again after it first crosses it: an objective that saturates (NPO) stops "
              "forgetting, and the model relearns what it had lost of the retain set. This table takes, of the exports "
              "at or below the level, the one with the highest retain score, as early stopping would. The table shows "
              "the score that selected the export, and a longer run has more exports to select from."),
-        Table(tables.best_table(groups, measure, [measure.forget, *columns])),
-        Heading("Results at the end of the runs"),
-        Text("The last export of each run, whatever it has forgotten by then."),
-        Table(tables.end_table(groups, measure, [measure.forget, *columns], target)),
-        Figure("points.png", "Where each method ends, mean ± sd of seeds, in the form of the paper's Figures 3 and 4; "
-               "a dashed line joins a rule to sum with the same settings, the grey one is the target model"
-               + ("; grey: the paper's own points." if paper.rows(measure.suite) else ".")),
+        Table(rows, tables.best_cells(rows, [measure.forget, *columns], (measure.forget,))),
     ]  # fmt: skip
-    if early:
-        first = ", ".join(map(str, early))
-        warning = f"At or below the level from their first point, which is where they are read: {first}."
-        blocks.insert(2, Warn(f"{warning} Give --target, or a lower --level."))
-    return blocks
+
+
+def early_runs(runs: list[Run], measure: ForgetRetainMetric) -> list[Block]:
+    early = [str(run.folder) for run in runs if run.trajectory[0][measure.forget] <= measure.level]
+    if not early:
+        return []
+    where = f"At or below the level from their first point, which is where they are read: {', '.join(early)}."
+    return [Warn(f"{where} Give --target, or a lower --level.")]
+
+
+def rehearsal(runs: list[Run]) -> list[Block]:
+    """That the retain documents of suite `corpus` are those of the training, if they are."""
+    found = {str(run.folder): seen for run in runs if (seen := retain_seen(run)) and seen["seen"]}
+    if not found:
+        return []
+    by_share: dict[str, list[str]] = {}
+    for folder, seen in found.items():
+        by_share.setdefault(f"{seen['seen']} of {seen['documents']} documents", []).append(folder)
+    those = "; ".join(
+        f"{share} (" + (folders[0] if len(folders) == 1 else f"{len(folders)} of {len(runs)} runs") + ")"
+        for share, folders in by_share.items()
+    )
+    return [
+        Warn("The training saw retain documents of suite `corpus`, so this score shows rehearsal, not knowledge that "
+             f"survives: {those}. Put documents that resemble the retain corpus and are not in it into the suite's "
+             "`retain`.")
+    ]  # fmt: skip
 
 
 def beside_the_paper(groups: dict[str, list[Run]], measure: ForgetRetainMetric) -> list[Block]:
@@ -97,6 +179,7 @@ def outside(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: S
         return []
     in_retain = [score for score in IN_RETAIN if score in scores]
     shown = list(dict.fromkeys([*columns, *in_retain, measure.retain]))
+    matched = tables.matched_table(groups, measure, shown, target)
     return [
         Heading("What neither corpus mentions"),
         Warn("Nothing in the training protects what the retain corpus does not cover, and the rule that retains that "
@@ -105,7 +188,7 @@ def outside(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: S
         Text(" ".join(dict.fromkeys(f"{what[0].upper()}{what[1:]}." for what in found.values()))
              + "".join(f" For comparison: {IN_RETAIN[score]}." for score in in_retain)),
         Text(" ".join(tables.most_hurt(groups, measure, columns))),
-        *([Table(tables.matched_table(groups, measure, shown, target))] if len(shown) > 1 else []),
+        *([Table(matched, tables.best_cells(matched, shown))] if len(shown) > 1 else []),
     ]  # fmt: skip
 
 
@@ -133,7 +216,7 @@ def geometry(groups: dict[str, list[Run]], measure: ForgetRetainMetric) -> list[
              f"logs them with synthesis.geometry. {tables.prediction(groups, measure)} The paper's rows are WMDP "
              "Cyber, 100 steps."),
         Table(tables.cosine_table(groups)),
-        Figure("geometry.png", "The same numbers during training, drawn in the same way."),
+        Figure("geometry.png", "The same numbers during training, drawn in the same way as the losses."),
     ]  # fmt: skip
     if figures.layers_of(runs, next(iter(LAYERS))):
         blocks.append(Figure("layers.png", "Each layer, mean over the steps that logged it: where the two tasks "
@@ -186,28 +269,42 @@ def commands_of(runs: list[Run]) -> list[str]:
     return [*commands, shlex.join(["python", "-m", "eval.report", *sys.argv[1:]])]
 
 
-def draw(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: Scores | None) -> dict[str, bytes]:
-    """{file: PNG} of all figures."""
-    drawings = {
-        "frontier.png": figures.draw_frontier(groups, measure, target),
-        "points.png": figures.draw_points(groups, measure, target),
-        "losses.png": figures.draw_curves(groups, LOSSES),
-        "geometry.png": figures.draw_curves(groups, GEOMETRY),
+def charts_of(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: Scores | None) -> dict[str, Chart]:
+    """{file of its picture: chart} of all figures."""
+    charts = {
+        "frontier.png": figures.frontier(groups, measure, target),
+        "points.png": figures.points(groups, measure, target),
+        "losses.png": figures.curves("Losses during training", groups, LOSSES),
+        "geometry.png": figures.curves("Cosines of the gradients and their conflict", groups, GEOMETRY),
     }
     runs = [run for members in groups.values() for run in members]
     if figures.layers_of(runs, next(iter(LAYERS))):
-        drawings["layers.png"] = figures.draw_layers(groups, LAYERS)
-    return {name: png(figure) for name, figure in drawings.items()}
+        charts["layers.png"] = figures.layers(groups, LAYERS)
+    return charts
+
+
+def draw(charts: dict[str, Chart]) -> dict[str, bytes]:
+    """{file: PNG} of all figures."""
+    return {name: png(picture(chart)) for name, chart in charts.items()}
+
+
+def title_of(groups: dict[str, list[Run]], measure: ForgetRetainMetric) -> str:
+    return f"{figures.compared(groups)}, at {readable(measure.forget)} {measure.level:g}"
 
 
 def write_report(
-    folder: Path, groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: Scores | None
+    folder: Path,
+    groups: dict[str, list[Run]],
+    measure: ForgetRetainMetric,
+    target: Scores | None,
+    before: Texts | None = None,
 ) -> list[list[str]]:
     """Write `index.html`, `report.md` and the figures into `folder`; returns the first table."""
-    blocks, images = compose(groups, measure, target), draw(groups, measure, target)
-    title = f"Unlearning compared at {measure.forget} {measure.level:g}"
+    blocks, charts = compose(groups, measure, target, before), charts_of(groups, measure, target)
+    images = draw(charts)
+    title = title_of(groups, measure)
     for name, image in images.items():
         write_whole(folder / name, image)
     write_whole(folder / "report.md", f"# {title}\n\n{as_markdown(blocks)}")
-    write_whole(folder / "index.html", as_html(title, blocks, images))
+    write_whole(folder / "index.html", as_html(title, blocks, images, charts))
     return next(block.rows for block in blocks if isinstance(block, Table))

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 
+from eval.reporting.advice import advise
 from eval.reporting.pages import Block, Code, Heading, Table, Text
-from eval.results.metrics import ForgetRetainMetric, GeneralAbility, headlines
+from eval.reporting.tables import standing_table
+from eval.results.metrics import ForgetRetainMetric, GeneralAbility, headlines, readable
 from eval.results.trajectories import Run, lowest
 
 
 def reading(measure: ForgetRetainMetric, has_target: bool) -> str:
     """Where a run is read, which scores are compared there, and what the numbers mean."""
     chance = "" if measure.chance is None else f" A model that knows nothing scores about {measure.chance:g}."
+    reason = f" {measure.reason}" if measure.reason else ""
     start = (
         "" if has_target else " Without --target, the part from the original model to the first export is not visible."
     )
     return (
         "Methods forget at different speeds, so each run is read where its forget score first falls to the level, "
-        f"interpolated linearly between the two evaluations around it: {measure.forget} (lower: more forgotten) at "
-        f"{measure.level:g}, compared by {measure.retain} (higher: more retained). Mean ± sample sd over seeds; scores "
-        f"in [0, 1].{chance}{start}"
+        f"interpolated linearly between the two evaluations around it: {readable(measure.forget)} "
+        f"(`{measure.forget}`; lower: more forgotten) at {measure.level:g}, compared by {readable(measure.retain)} "
+        f"(`{measure.retain}`; higher: more retained). Mean ± sample sd over seeds, the best of a column in bold; "
+        f"scores in [0, 1].{reason}{chance}{start}"
     )
 
 
@@ -38,6 +42,27 @@ def headline_columns(scores: Iterable[str], measure: ForgetRetainMetric, general
     """The retain score first, then the other headlines except the forget score, general ability last."""
     found = dict.fromkeys([*headlines(scores), *general.headlines])
     return [measure.retain, *(score for score in found if score not in (measure.forget, measure.retain))]
+
+
+def not_reached(missed: Mapping[str, Sequence[tuple[str, Run]]], measure: ForgetRetainMetric) -> list[Block]:
+    """Where the runs stand that do not reach the level, and what to try; nothing if there are none.
+
+    Args:
+        missed: by method, its runs without a point at the level, by name.
+    """
+    runs = [one for members in missed.values() for one in members]
+    if not runs:
+        return []
+    furthest = {
+        method: max(members, key=lambda one: one[1].trajectory[-1][measure.forget])
+        for method, members in missed.items()
+        if members
+    }
+    return [
+        Heading("Runs that did not reach the level, and what to try"),
+        Table(standing_table(runs, measure)),
+        *(Text(f"`{name}`: {advise(run, measure)}") for name, run in furthest.values()),
+    ]
 
 
 def how_it_was_made(runs: Sequence[Run], commands: Iterable[str]) -> list[Block]:

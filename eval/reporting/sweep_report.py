@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
-from eval.reporting import sections, tables
-from eval.reporting.figures import draw_best
-from eval.reporting.pages import Block, Code, Figure, Heading, Table, Text, Warn, as_markdown, png
+from eval.reporting import figures, sections, tables
+from eval.reporting.pages import Block, Code, Figure, Heading, Table, Text, Warn, as_markdown
+from eval.reporting.pictures import draw, png
 from eval.results.comparison import (
     Group,
     Trained,
@@ -21,7 +21,7 @@ from eval.results.comparison import (
     seed_means,
     sum_against_others,
 )
-from eval.results.metrics import GeneralAbility, label
+from eval.results.metrics import GeneralAbility, label, readable
 from eval.results.stats import pareto, summarise
 from eval.results.trajectories import COMB_RETAIN
 from eval.sweep.axes import name_of
@@ -130,7 +130,7 @@ def failed_table(failed: Iterable[FailedRun]) -> list[list[str]]:
 def compose(plan: Plan, groups: Sequence[Group], failed: Sequence[FailedRun], described: Json) -> list[Block]:
     """`frontier.md` in order."""
     runs = [member.run for group in groups for member in group.members]
-    blocks: list[Block] = [Heading(f"Methods at their best, at {plan.measure.forget} {plan.measure.level:g}")]
+    blocks: list[Block] = [Heading(f"Methods at their best, at {readable(plan.measure.forget)} {plan.measure.level:g}")]
     blocks += compare(plan, groups, described) if groups else [Text("No run has finished.")]
     if failed:
         logs = "\n\n".join(f"{failure.log}\n" + "\n".join(f"  {line}" for line in failure.lines) for failure in failed)
@@ -150,19 +150,32 @@ def compare(plan: Plan, groups: Sequence[Group], described: Json) -> list[Block]
     """What the finished runs show."""
     columns, best, measure = columns_of(plan, groups), best_groups(groups), plan.measure
     members = [member for group in groups for member in group.members]
-    missed = [(f"{m.method} ({name_of(m.setting)}) seed {m.seed}", m.run) for m in members if not m.point]
+    missed = {
+        method: [
+            (f"{m.method} ({name_of(m.setting)}) seed {m.seed}", m.run)
+            for m in members
+            if m.method == method and not m.point
+        ]
+        for method in best
+    }
+    those = [one for runs in missed.values() for one in runs]
+    standing = sections.not_reached(missed, measure)
+    reached = [group for group in best.values() if group.points]
+    chosen = settings_table(reached, columns, {})
+    best_values = tables.best_cells(chosen, ["setting", *columns], ["setting"])
     tried = ", ".join(f"{method} {sum(group.method == method for group in groups)}" for method in best)
     return [
         Text(f"Suites {', '.join(plan.suites)}; {len(members)} runs finished. "
-             f"{sections.reading(measure, plan.target is not None)} {sections.never_reached(missed, measure)}"),
+             f"{sections.reading(measure, plan.target is not None)} {sections.never_reached(those, measure)}"),
         Text("The best setting of a method is the one that brings most seeds to the level and, among those, retains "
              "most. It is chosen and reported on the same runs, which favours a method with more settings; settings "
              f"tried: {tried}."),
-        Table(settings_table([group for group in best.values() if group.points], columns, {})),
+        *([Table(chosen, best_values)] if reached else standing),
         Figure("frontier.png", "Forget against retain score, each method at its best setting: mean of the seeds, "
                "± sd shaded; dashed the level."),
         Heading("Every setting (* the best of its method)"),
         Table(settings_table(groups, columns, best)),
+        *(standing if reached else []),
         Heading("Does a plain sum with its best ratio reach the same frontier?"),
         Text(answer_sum(described["sum_against_others"], measure.level)),
         Heading("Does cos(g, g_r) predict retention?"),
@@ -182,8 +195,8 @@ def write_report(plan: Plan) -> list[list[str]]:
     described = describe(plan, groups, failed)
     if groups:
         best = {f"{m}, {name_of(g.setting)}": [one.run for one in g.members] for m, g in best_groups(groups).items()}
-        figure = draw_best(best, described["pareto"], plan.measure, plan.target)
-        write_whole(plan.output / "frontier.png", png(figure))
+        chart = figures.best(best, described["pareto"], plan.measure, plan.target)
+        write_whole(plan.output / "frontier.png", png(draw(chart)))
     blocks = compose(plan, groups, failed, described)
     write_whole(plan.output / "frontier.md", as_markdown(blocks))
     write_whole(plan.output / "frontier.json", json.dumps(described, indent=1) + "\n")

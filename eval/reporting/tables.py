@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 
 from eval.results import paper
 from eval.results.grouping import plain_of
-from eval.results.metrics import ADVERSARIAL, MEASURES, ForgetRetainMetric, GeneralAbility, label
+from eval.results.metrics import ADVERSARIAL, MEASURES, ForgetRetainMetric, GeneralAbility, falls, label, readable
 from eval.results.stats import correlate, mean_sd
 from eval.results.trajectories import COMB_RETAIN, COSINES, Run, Scores, at_level, best_below, lowest, mean_of
 from pipeline.files import Json
@@ -71,6 +72,30 @@ def titles(columns: Sequence[str], measure: ForgetRetainMetric, groups: Groups) 
     return [marked(label(column, of), column, general) for column in columns]
 
 
+def best_cells(rows: Rows, columns: Sequence[str], skip: Iterable[str] = ()) -> frozenset[tuple[int, int]]:
+    """The cells (row, column) that hold the best value of their column, as it is printed, ties included.
+
+    Args:
+        columns: the scores of the cells from the second on; a score that forgetting lowers is best where it is lowest.
+        skip: scores without a best value, as the one that all rows have in common.
+
+    Rows of the target model and of the paper compete with nobody, and a column with fewer than two values, or with
+    equal ones, has no best.
+    """
+    best: set[tuple[int, int]] = set()
+    for place, column in enumerate(columns, start=1):
+        values = {
+            at: float(found[0])
+            for at, row in enumerate(rows[1:], start=1)
+            if row[0] != "target model" and not row[0].startswith("paper")
+            if (found := re.match(r"-?\d+\.?\d*", row[place]))
+        }
+        if column not in skip and len({*values.values()}) > 1:
+            winner = min(values.values()) if falls(column) else max(values.values())
+            best |= {(at, place) for at, value in values.items() if value == winner}
+    return frozenset(best)
+
+
 def target_row(target: Scores, columns: Iterable[str], end: Iterable[str]) -> list[str]:
     """The scores of the model that the runs begin with."""
     return ["target model", *(f"{target[c]:.3f}" if c in target else "–" for c in columns), *end]
@@ -116,7 +141,7 @@ def paper_table(groups: Groups, measure: ForgetRetainMetric) -> Rows:
     columns = list(paper.COLUMNS[measure.suite])
     retain, *_ = titles([measure.retain], measure, groups)
     at_the_end = [f"{title}, at the end" for title in titles(columns, measure, groups)]
-    rows = [["method", *at_the_end, f"{retain}, at forget {measure.level:g}"]]
+    rows = [["method", *at_the_end, f"{retain}, at {readable(measure.forget)} {measure.level:g}"]]
     for name, runs in groups.items():
         ends = [run.trajectory[-1] for run in runs]
         rows.append([name, *cells(ends, columns), *cells(points_of(runs, measure), [measure.retain])])
@@ -146,8 +171,23 @@ def most_hurt(groups: Groups, measure: ForgetRetainMetric, columns: Iterable[str
             low, high = min(means, key=lambda name: means[name]), max(means, key=lambda name: means[name])
             ends = [f"lowest under {low} ({means[low]:.3f})", f"highest under {high} ({means[high]:.3f})"]
             ends = ends[::-1] if column in general.lower_is_better else ends  # the worst first
-            sentences.append(f"{marked(column, column, general)}: {', '.join(ends)}.")
+            sentences.append(f"{marked(readable(column), column, general)}: {', '.join(ends)}.")
     return sentences
+
+
+def standing_table(runs: Iterable[tuple[str, Run]], measure: ForgetRetainMetric) -> Rows:
+    """Where the runs (by name) that do not reach the level stand: before, at their lowest, and at the end."""
+    forget, retain = (words.partition(" (")[0] for words in (readable(measure.forget), readable(measure.retain)))
+    header = ["run", f"{forget} before", "lowest", "at step", "last", f"{retain} before", "at the lowest", "last"]
+    rows = [[*header, "at step"]]
+    for name, run in runs:
+        first, last = run.trajectory[0], run.trajectory[-1]
+        low = min(run.trajectory, key=lambda scores: scores[measure.forget])
+        before = [f"{first[score]:.3f}" if first["step"] == 0 else "–" for score in (measure.forget, measure.retain)]
+        forgotten = [before[0], f"{low[measure.forget]:.3f}", f"{low['step']:g}", f"{last[measure.forget]:.3f}"]
+        retained = [before[1], f"{low[measure.retain]:.3f}", f"{last[measure.retain]:.3f}", f"{last['step']:g}"]
+        rows.append([name, *forgotten, *retained])
+    return rows
 
 
 def seed_table(groups: Groups, measure: ForgetRetainMetric) -> Rows:
@@ -183,9 +223,9 @@ def prediction(groups: Groups, measure: ForgetRetainMetric) -> str:
                 pairs.append((cosine, point[measure.retain]))
     found = correlate(pairs)
     if found["pearson"] is None:
-        return "Too few different runs reached the level to correlate comb-retain with retention."
+        return "Fewer than five different runs reached the level: too few to correlate comb-retain with retention."
     return (
-        f"Over {found['n']} runs, the correlation of comb-retain with {measure.retain} at the level is "
+        f"Over {found['n']} runs, the correlation of comb-retain with {readable(measure.retain)} at the level is "
         f"r = {found['pearson']:.2f} (Spearman {found['spearman']:.2f})."
     )
 

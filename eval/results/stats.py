@@ -31,10 +31,13 @@ def ranks_of(values: Sequence[float]) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[position]
 
 
+FEWEST = 5  # points of a correlation: of fewer, unrelated numbers often lie near a line
+
+
 def correlate(pairs: Iterable[tuple[float, float]]) -> Json:
-    """{"n", "pearson", "spearman"}; the two are None for fewer than three pairs, or if one side does not vary."""
+    """{"n", "pearson", "spearman"}; the two are None for fewer than FEWEST pairs, or if one side does not vary."""
     rows = list(pairs)
-    if len(rows) < 3 or any(len(set(values)) == 1 for values in zip(*rows, strict=True)):
+    if len(rows) < FEWEST or any(len(set(values)) == 1 for values in zip(*rows, strict=True)):
         return {"n": len(rows), "pearson": None, "spearman": None}
     one, other = map(list, zip(*rows, strict=True))
     return {

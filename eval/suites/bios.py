@@ -13,6 +13,7 @@ from eval.files import read_jsonl
 from eval.suites import scoring
 from eval.suites.biographies import ATTRIBUTES, PARAPHRASES, PERSON, Probe, generate
 from eval.suites.rouge import SCRIPT_WORDS, recall_by_script, recall_rouge_score
+from eval.suites.texts import Answered, choose_texts
 from pipeline.errors import InputError
 from pipeline.files import Json
 
@@ -129,7 +130,8 @@ def evaluate(
     """Mean ROUGE-L recall, in [0, 1], per split and kind.
 
     Returns {"metrics": {split: {kind: mean, …, "all": mean of the kinds}}, "counts": {split: {kind: n, …}},
-    "protocol": text}. The model stays where it is (device, dtype) and is put into evaluation mode.
+    "protocol": text, "texts": {split: [{"prompt", "expected", "answer"}, …]} (see `choose_texts`)}. The model stays
+    where it is (device, dtype) and is put into evaluation mode.
     """
     model.eval()
     answers = answer(model, tokenizer, [probe["prompt"] for probe in probes], batch_size=batch_size, title=title)
@@ -142,4 +144,8 @@ def evaluate(
     for means in metrics.values():
         means["all"] = fmean(means.values())
     counts = {split: {kind: len(values) for kind, values in kinds.items()} for split, kinds in recalls.items()}
-    return {"metrics": metrics, "counts": counts, "protocol": PROTOCOL}
+    texts = choose_texts(
+        (probe["split"], Answered(prompt=probe["prompt"], expected=probe["answer"], answer=said))
+        for probe, said in zip(probes, answers, strict=True)
+    )
+    return {"metrics": metrics, "counts": counts, "protocol": PROTOCOL, "texts": texts}

@@ -16,7 +16,9 @@ MOST_TOKENS or the model's positions:
   a question (TOFU, Maini et al. 2024);
 - `rouge`: ROUGE-L recall of greedy decoding: of a document's second half, given the first (verbatim memorisation, MUSE,
   Shi et al. 2024, there as F1), or of the answer; as many tokens as that has, at most MOST_NEW_TOKENS. It compares
-  words, or characters where a script has no spaces between words (Chinese, Japanese, Thai, ...).
+  words, or characters where a script has no spaces between words (Chinese, Japanese, Thai, ...);
+- `rouge_unseen`: about what `rouge` is for a model that never saw these documents but knows their kind: the recall of
+  what the most similar other document of the split says in that place. It depends on no model.
 """
 
 from __future__ import annotations
@@ -28,11 +30,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from pydantic import ValidationError
+
 from eval.suites import scoring
-from eval.suites.rouge import SCRIPT_WORDS, recall_by_script, recall_rouge
+from eval.suites.rouge import SCRIPT_WORDS, recall_by_script, recall_rouge, words
+from eval.suites.texts import Answered, choose_texts
 from pipeline.config.load import resolve
 from pipeline.config.sources import Corpus, format_of
-from pipeline.data.corpus import is_saved_dataset, read, read_rows, text_of
+from pipeline.data.corpus import is_saved_dataset, normalised, read, read_rows, text_of
 from pipeline.errors import InputError
 from pipeline.files import Json
 
@@ -56,7 +61,8 @@ T = TypeVar("T")
 PROTOCOL = (
     f"documents cut at {MOST_TOKENS} tokens, or the model's positions; probability: exp of the mean log-probability of "
     "a token; rouge: ROUGE-L recall (PyPI rouge) of what is decoded greedily after the first half, or after the "
-    f"question, as many tokens as the document has there, at most {MOST_NEW_TOKENS}; {SCRIPT_WORDS}"
+    f"question, as many tokens as the document has there, at most {MOST_NEW_TOKENS}; {SCRIPT_WORDS}; rouge_unseen: "
+    "what the most similar other document says there"
 )
 
 
@@ -78,7 +84,7 @@ def read_split(path: Path) -> list[Probe]:
 
 
 def probes_of_run(run: Path) -> list[Probe]:
-    """The documents of a run's own corpora; those of a split that training saw are marked, but for the forget corpus.
+    """The documents of a run's own corpora: of `retain`, those that training did not see, if some were set aside.
 
     Raises:
         InputError: no such run, a run without one of the corpora, or a corpus that can no longer be read.
@@ -90,11 +96,10 @@ def probes_of_run(run: Path) -> list[Probe]:
             continue
         if corpus is None:
             raise InputError(f"{run} has no data.{split}; give --data FOLDER with {split}.txt and its counterpart")
-        mark = {"seen": "in training"} if split == "retain" else {}
         rows = [row for row in read(corpus, split)[0] if row.texts[0].strip()]
         for row in sample(rows, seed=0):
             content = {"text": row.texts[0]} if row.prompt is None else {"prompt": row.prompt, "response": row.texts[0]}
-            probes.append({"split": split, **content, **mark})
+            probes.append({"split": split, **content})
     return probes
 
 
@@ -168,15 +173,18 @@ def evaluate(
     batch_size: int = 64,
     title: str = "corpus",
 ) -> Json:
-    """{"metrics": {split: {"probability", "rouge"}}, "counts": {split: {"documents", "rouge"}}, "protocol": text}.
+    """{"metrics": {split: {"probability", "rouge", "rouge_unseen"}}, "counts": {split: {"documents", "rouge"}},
+    "protocol": text, "texts": {split: [{"prompt", "expected", "answer"}, …]} (see `choose_texts`)}.
 
-    And, where training saw the documents of a split beside `forget`, {"seen_in_training": [split]}.
-    A document without a predicted token counts nowhere, and one without words to decode does not count under `rouge`.
+    A document without a predicted token counts nowhere, one without words to decode does not count under `rouge`, and a
+    split whose documents all continue with the same words has no `rouge_unseen`.
     """
     model.eval()
     max_length = min(MOST_TOKENS, getattr(model.config, "max_position_embeddings", None) or MOST_TOKENS)
     encoded = [encode(tokenizer, probe, max_length) for probe in probes]
-    found: dict[str, dict[str, list[float]]] = {probe["split"]: {"probability": [], "rouge": []} for probe in probes}
+    found: dict[str, dict[str, list[float]]] = {
+        probe["split"]: {"probability": [], "rouge": [], "rouge_unseen": []} for probe in probes
+    }
 
     scored = [number for number, one in enumerate(encoded) if len(one.ids) > one.scored]
     pairs = [(encoded[number].ids, encoded[number].scored) for number in scored]
@@ -195,13 +203,69 @@ def evaluate(
         title=f"{title} rouge",
     )
     recalls = recall_by_script(references, answers, recall_rouge)
-    for number, recall in zip(continued, recalls, strict=True):
-        found[probes[number]["split"]]["rouge"].append(recall)
+    splits = [probes[number]["split"] for number in continued]
+    for split, recall in zip(splits, recalls, strict=True):
+        found[split]["rouge"].append(recall)
+    prompts = [prompt_of(tokenizer, probes[number], encoded[number]) for number in continued]
+    for at, recall in unseen_recalls(splits, prompts, references).items():
+        found[splits[at]]["rouge_unseen"].append(recall)
+    rows = zip(splits, prompts, references, answers, strict=True)
+    texts = choose_texts((split, Answered(prompt=p, expected=e, answer=a)) for split, p, e, a in rows)
     metrics = {split: {name: fmean(x) for name, x in scores.items() if x} for split, scores in found.items()}
     counts = {split: {"documents": len(x["probability"]), "rouge": len(x["rouge"])} for split, x in found.items()}
-    seen = sorted({probe["split"] for probe in probes if "seen" in probe})
-    told = {"seen_in_training": seen} if seen else {}
-    return {"metrics": metrics, "counts": counts, "protocol": PROTOCOL, **told}
+    return {"metrics": metrics, "counts": counts, "protocol": PROTOCOL, "texts": texts}
+
+
+def unseen_recalls(splits: Sequence[str], prompts: Sequence[str], references: Sequence[str]) -> dict[int, float]:
+    """{index of a document: recall of what the document of its split with the most similar prompt says instead}.
+
+    Similar: the share of words (as sets) that two prompts have in common; of equally similar ones the first. Documents
+    with the same reference do not count, and one without any other document is left out.
+    """
+    numbers: dict[str, int] = {}
+    sets = [sum(1 << numbers.setdefault(word, len(numbers)) for word in {*words(text)}) for text in prompts]
+
+    def similarity(one: int, other: int) -> float:
+        return (sets[one] & sets[other]).bit_count() / max((sets[one] | sets[other]).bit_count(), 1)
+
+    instead: dict[int, str] = {}
+    for split in dict.fromkeys(splits):
+        own = [at for at, other in enumerate(splits) if other == split]
+        for at in own:
+            others = [other for other in own if references[other] != references[at]]
+            if others:
+                instead[at] = references[max(others, key=lambda other: similarity(at, other))]
+    recalls = recall_by_script([references[at] for at in instead], [*instead.values()], recall_rouge)
+    return dict(zip(instead, recalls, strict=True))
+
+
+def prompt_of(tokenizer: PreTrainedTokenizerBase, probe: Probe, encoded: Encoded) -> str:
+    """What a reader sees as the prompt: the question, or the part of the document from which the model continued."""
+    if "prompt" in probe:
+        return probe["prompt"]
+    return str(tokenizer.decode(encoded.ids[: encoded.continued], skip_special_tokens=True))
+
+
+def seen_in_training(probes: Sequence[Probe], config: Json) -> dict[str, int] | None:
+    """{"documents", "seen"}: how many documents the split `retain` has, and how many of them are rows of the retain
+    corpus of a run, but for case and white space.
+
+    Args:
+        config: the resolved configuration of the run.
+
+    Returns None if the run has no retain corpus, or if it can no longer be read where the configuration names it.
+    """
+    section = (config.get("data") or {}).get("retain")
+    if not section:
+        return None
+    try:
+        rows = [(row.prompt or "", row.texts[0]) for row in read(Corpus(**section), "retain")[0]]
+    except (InputError, ValidationError):
+        return None
+    own = [probe for probe in probes if probe["split"] == "retain"]
+    pairs = [(probe.get("prompt", ""), probe.get("response", probe.get("text", ""))) for probe in own]
+    trained = {tuple(map(normalised, pair)) for pair in rows}
+    return {"documents": len(own), "seen": sum(tuple(map(normalised, pair)) in trained for pair in pairs)}
 
 
 def continuation_targets(tokenizer: PreTrainedTokenizerBase, encoded: Sequence[Encoded]) -> tuple[list[int], list[str]]:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from eval.files import check_texts, read_hub, read_json
 from eval.suites import scoring
 from eval.suites.rouge import recall_rouge, recall_rouge_score, script_note
+from eval.suites.texts import Answered, choose_texts
 from pipeline.errors import InputError
 from pipeline.files import Json
 
@@ -214,16 +215,18 @@ def score(
     *,
     batch_size: int = 64,
     title: str = "rwku",
-) -> list[dict[str, float]]:
-    """For each probe, in order: the recall by each protocol, or the membership scores of a text."""
+) -> tuple[list[dict[str, float]], dict[str, list[str]]]:
+    """(results, answers): for each probe, in order, the recall by each protocol, or the membership scores of a text;
+    and by each protocol, for each question, in order, what the model answered."""
     model.eval()
     results: list[dict[str, float]] = [{} for _ in probes]
     questions = [i for i, probe in enumerate(probes) if probe["set"] in QUESTIONS]
+    answers: dict[str, list[str]] = {}
     for name, protocol in PROTOCOLS.items():
         chosen = [probes[i] for i in questions]
-        answers = answer(model, tokenizer, chosen, protocol, batch_size=batch_size, title=f"{title} {name}")
+        answers[name] = answer(model, tokenizer, chosen, protocol, batch_size=batch_size, title=f"{title} {name}")
         recall = recall_rouge if protocol.scorer == "rouge" else recall_rouge_score
-        recalls = recall([probe["answer"] for probe in chosen], answers)
+        recalls = recall([probe["answer"] for probe in chosen], answers[name])
         for i, value in zip(questions, recalls, strict=True):
             results[i][name] = value
     texts = [i for i, probe in enumerate(probes) if probe["set"] in TEXTS]
@@ -236,7 +239,7 @@ def score(
     )
     for i, of_text in zip(texts, scores, strict=True):
         results[i] = of_text
-    return results
+    return results, answers
 
 
 def summarise(probes: list[Probe], results: list[dict[str, float]]) -> Json:
@@ -293,8 +296,14 @@ def evaluate(
 
     Returns {"metrics": {"rwku": {"F-FB": mean, …, "N-All": mean}, "sago": {…}, "membership": {"FM": {score: mean, …},
     "RM": {…}, "AUC": {score: value, …}}}, "counts": {set: n}, "protocol": {name: text}, "notes": {metric: why it is of
-    little value}, "versions"}. Nothing is random. The model keeps its device and dtype and is put into evaluation mode.
+    little value}, "texts": {set: [{"prompt", "expected", "answer"}, …]} by protocol `sago` (see `choose_texts`),
+    "versions"}. Nothing is random. The model keeps its device and dtype and is put into evaluation mode.
     """
-    answer = summarise(probes, score(model, tokenizer, probes, batch_size=batch_size, title=title))
-    references = [probe["answer"] for probe in probes if probe["set"] in QUESTIONS]
-    return {**answer, "notes": script_note(references)}
+    results, answers = score(model, tokenizer, probes, batch_size=batch_size, title=title)
+    questions = [probe for probe in probes if probe["set"] in QUESTIONS]
+    texts = choose_texts(
+        (probe["set"], Answered(prompt=probe["query"], expected=probe["answer"], answer=said))
+        for probe, said in zip(questions, answers["sago"], strict=True)
+    )
+    notes = script_note([probe["answer"] for probe in questions])
+    return {**summarise(probes, results), "notes": notes, "texts": texts}

@@ -62,6 +62,13 @@ def is_embedded(model: PreTrainedModel, token: object) -> bool:
     return isinstance(token, int) and token < embeddings.num_embeddings
 
 
+def ends_of_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, ...]:
+    """The ids that end an answer: the end of text, and those that the model names (the end of a turn, for instance)."""
+    settings = model.generation_config
+    ends: int | list[int] | None = None if settings is None else settings.eos_token_id
+    return (end_of_text(tokenizer), *(ends if isinstance(ends, list) else [ends]))
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str, opening: str = "") -> list[int]:
     """Token ids of a question (the user's turn, in a chat template) and of the `opening` of its answer.
 

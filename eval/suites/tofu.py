@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from eval.files import check_texts, read_hub, read_json, read_jsonl
 from eval.suites import scoring
 from eval.suites.rouge import recall_rouge_score, script_note
+from eval.suites.texts import Answered, choose_texts
 from pipeline.data.chat import encode_answers
 from pipeline.errors import InputError
 from pipeline.files import Json
@@ -56,12 +57,13 @@ PROTOCOL = (
 
 
 class Result(NamedTuple):
-    """Of one question: mean losses, in nats per token, and the recall of the greedy answer."""
+    """Of one question: mean losses, in nats per token, the recall of the greedy answer, and this answer."""
 
     answer: float
     paraphrase: float
     perturbed: list[float]
     rouge: float
+    said: str = ""
 
     def log_truth_ratio(self) -> float:
         """log R, which is finite wherever the losses are and orders answers as R does."""
@@ -155,22 +157,19 @@ def score(
     losses = scoring.answer_losses(model, encoded, batch_size=batch_size, title=f"{title} likelihoods")
     loss, spans = dict(zip(pairs, losses, strict=True)), dict(zip(pairs, encoded, strict=True))
     starts = [spans[probe["question"], probe["answer"]] for probe in probes]
-    ends: int | list[int] | None = model.generation_config.eos_token_id  # a turn's end, for instance
     answers = scoring.answer(
         model,
         tokenizer,
         [ids[:start] for ids, start in starts],  # up to where training begins to predict
-        stopping=scoring.Stopping(
-            MAX_NEW_TOKENS, (scoring.end_of_text(tokenizer), *(ends if isinstance(ends, list) else [ends]))
-        ),
+        stopping=scoring.Stopping(MAX_NEW_TOKENS, scoring.ends_of_answer(model, tokenizer)),
         batch_size=batch_size,
         title=f"{title} answers",
     )
     recalls = recall_rouge_score([probe["answer"] for probe in probes], answers)
     results = []
-    for probe, row, recall in zip(probes, texts, recalls, strict=True):
+    for probe, row, recall, said in zip(probes, texts, recalls, answers, strict=True):
         right, paraphrase, *perturbed = (loss[probe["question"], text] for text in row)
-        results.append(Result(right, paraphrase, perturbed, recall))
+        results.append(Result(right, paraphrase, perturbed, recall, said))
     return results
 
 
@@ -250,9 +249,15 @@ def evaluate(
 
     Returns {"metrics": {set: {"probability", "rouge", "truth_ratio"}, …, "model_utility", "forget_quality"}, "counts":
     {set: n}, "protocol": text, "notes": {metric: why it is null or of little value}, "forget_set": name,
-    "log_truth_ratios": log R of each question of the forget set, "versions"}. Nothing is random. The model keeps its
-    device and dtype and is put into evaluation mode.
+    "log_truth_ratios": log R of each question of the forget set, "texts": {set: [{"prompt", "expected", "answer"}, …]}
+    (see `choose_texts`), "versions"}. Nothing is random. The model keeps its device and dtype and is put into
+    evaluation mode.
     """
-    answer = summarise(probes, score(model, tokenizer, probes, batch_size=batch_size, title=title))
+    results = score(model, tokenizer, probes, batch_size=batch_size, title=title)
+    answer = summarise(probes, results)
+    answer["texts"] = choose_texts(
+        (probe["set"], Answered(prompt=probe["question"], expected=probe["answer"], answer=result.said))
+        for probe, result in zip(probes, results, strict=True)
+    )
     answer["notes"] |= script_note([probe["answer"] for probe in probes])
     return answer

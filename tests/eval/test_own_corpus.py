@@ -83,7 +83,7 @@ def test_held_out_documents_are_scored_and_were_not_trained_on(typed: tuple[Path
     for entry in answer["trajectory"]:
         found = entry["suites"]["corpus"]
         assert found["counts"]["forget"]["documents"] == 31 and found["counts"]["retain"]["documents"] == 2
-        assert "seen_in_training" not in found
+        assert found["retain_seen"] == {"documents": 2, "seen": 0}
     rows = [line.split() for line in printed.splitlines()]
     assert any(row[:1] == ["step"] and "forget.rouge" in row for row in rows)
     for entry in answer["trajectory"]:
@@ -100,10 +100,10 @@ def test_a_retain_corpus_that_training_saw_is_marked(
     monkeypatch.chdir(folder)
     run = Path("runs/mine")
     ours = corpus.load_probes(None, run=run)
-    assert corpus.load_probes(run) == ours and not any("seen" in probe for probe in ours)
+    assert corpus.load_probes(run) == ours
     (run / "heldout.jsonl").rename(run / "elsewhere")
-    seen = corpus.load_probes(None, run=run)
-    assert [probe["split"] for probe in seen if "seen" in probe] == ["retain"] * 38
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert corpus.seen_in_training(corpus.load_probes(None, run=run), config) == {"documents": 38, "seen": 38}
     (run / "elsewhere").rename(run / "heldout.jsonl")
 
 

@@ -152,10 +152,19 @@ def test_recall_by_the_script_of_the_reference(reference: str, answer: str, expe
     assert rouge.recall_by_script([reference], [answer], rouge.recall_rouge) == pytest.approx([expected])
 
 
-def test_the_level_is_half_of_what_the_target_has() -> None:
-    before = {"corpus.forget.probability": 0.3, "corpus.retain.probability": 0.2}
-    measure = choose(["corpus"], target=before)
-    assert (measure.level, measure.retain, measure.level_is_relative) == (0.15, "corpus.retain.probability", False)
+def test_the_level_is_where_the_text_is_gone() -> None:
+    """A tenth of the way from a model that never saw the text to the target; without any by heart, half of it."""
+    before = {"corpus.forget.probability": 0.3, "corpus.retain.probability": 0.2, "corpus.forget.rouge": 0.9}
+    measure = choose(["corpus"], target={**before, "corpus.forget.rouge_unseen": 0.4})
+    assert (measure.forget, measure.level, measure.chance) == ("corpus.forget.rouge", 0.45, 0.4)
+    assert (measure.retain, measure.level_is_relative) == ("corpus.retain.probability", False)
+    assert "0.400" in measure.reason and "0.900" in measure.reason
+    for unseen in ({"corpus.forget.rouge_unseen": 0.75}, {}):  # it could say so much unseen; nobody knows
+        measure = choose(["corpus"], target={**before, **unseen})
+        assert (measure.forget, measure.level) == ("corpus.forget.probability", 0.15)
+        assert "knows them by heart" in measure.reason
+    with pytest.raises(InputError, match="knows none of it by heart"):
+        choose(["corpus"], forget="corpus.forget.rouge", target={**before, "corpus.forget.rouge_unseen": 0.75})
     assert choose(["corpus"], level=0.07).level == 0.07
     assert choose(["corpus"], forget="corpus.forget.probability", target=before).level == 0.15
     with pytest.raises(InputError, match="give --target"):

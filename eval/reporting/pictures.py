@@ -1,0 +1,87 @@
+"""Charts as PNG, by matplotlib: for documents, for `report.md`, and for a browser that does not draw the charts."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import TYPE_CHECKING, Any
+
+from eval.reporting.charts import Chart, Panel, Trace
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+MOST_TICKS = 16  # names of layers on an axis
+
+
+def draw(chart: Chart) -> Figure:
+    """The chart as a matplotlib figure."""
+    from matplotlib.figure import Figure
+
+    columns = min(chart.columns, len(chart.panels))
+    rows = math.ceil(len(chart.panels) / columns)
+    wide, high = (8.6, 5.2) if columns == 1 else (5.6, 4.0)
+    figure = Figure(figsize=(wide * columns, high * rows), layout="constrained", dpi=110)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=chart.same_axes, sharey=chart.same_axes)
+    for axis in axes.flat[len(chart.panels) :]:
+        axis.set_visible(False)
+    for axis, panel in zip(axes.flat, chart.panels, strict=False):
+        draw_panel(axis, panel)
+    figure.suptitle(chart.title, fontsize="large")
+    return figure
+
+
+def draw_panel(axis: Axes, panel: Panel) -> None:
+    axis.grid(alpha=0.3)
+    for mark in panel.marks:
+        line = axis.axvline if mark.vertical else axis.axhline
+        line(mark.at, color="grey", linestyle=mark.dashes, linewidth=1, label=mark.label)
+    for trace in panel.traces:
+        draw_trace(axis, trace)
+    axis.set(xlabel=panel.x, ylabel=panel.y)
+    if panel.title:
+        axis.set_title(panel.title, fontsize="medium")
+    axis.tick_params(labelbottom=True)
+    if panel.ticks:
+        shown = range(0, len(panel.ticks), max(1, len(panel.ticks) // MOST_TICKS))
+        axis.set_xticks([*shown], [panel.ticks[i] for i in shown], rotation=60, fontsize="x-small")
+    if not panel.traces:
+        axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes, color="grey")
+    legend(axis)
+
+
+def draw_trace(axis: Axes, trace: Trace) -> None:
+    look = trace.look
+    options: dict[str, Any] = {"color": look.colour, "linewidth": 0.9 if trace.faint else 1.3}
+    options |= {"alpha": 0.7 if trace.faint else 1.0, "linestyle": look.dashes if trace.lines else ""}
+    if trace.markers:
+        options |= {"marker": look.marker, "markersize": 11 if look.marker == "*" else 7}
+        options |= {"fillstyle": "none" if trace.open else look.fill}
+    if trace.label:
+        options["label"] = trace.label
+    if trace.errors is None:
+        axis.plot(trace.x, trace.y, **options)
+    else:
+        axis.errorbar(trace.x, trace.y, xerr=trace.errors[0], yerr=trace.errors[1], elinewidth=0.8, **options)
+    if trace.band is not None:
+        axis.fill_between(trace.x, *trace.band, color=look.colour, alpha=0.2, linewidth=0)
+
+
+def legend(axis: Axes) -> None:
+    """A legend in the panel, or beside it if it would cover the panel."""
+    handles, _ = axis.get_legend_handles_labels()
+    if len(handles) > 6:
+        axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    elif handles:
+        axis.legend(fontsize="small")
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as PNG bytes, drawn by Agg (no display needed)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    stream = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(stream)
+    return stream.getvalue()

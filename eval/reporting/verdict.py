@@ -1,0 +1,95 @@
+"""What a comparison found, in a sentence for each pair of objectives: computed from the points at the level alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from eval.reporting.figures import Groups, enumerated, panels, styles
+from eval.results.metrics import COLLATERAL, ForgetRetainMetric, readable, words_of_score
+from eval.results.stats import summarise
+from eval.results.trajectories import Scores, at_level, lowest
+
+Points = Mapping[str, Sequence[Scores]]  # label -> its points at the level, one a seed that reached it
+
+
+def verdict(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) -> list[str]:
+    """A sentence or two for each pair of objectives; what never reached the level is said, and is not compared."""
+    style, by_objective = styles(groups), panels(groups)
+    sentences = []
+    for objective, names in by_objective.items():
+        label = {name: style[name].label for name in names}
+        if len(by_objective) > 1:
+            label = {name: name for name in names}
+        points = {
+            label[name]: [p for run in groups[name] if (p := at_level(run.trajectory, measure))] for name in names
+        }
+        seeds = {label[name]: len(groups[name]) for name in names}
+        reached = {name: of for name, of in points.items() if of}
+        missed = {
+            label[name]: min(lowest(run, measure) for run in groups[name]) for name in names if not points[label[name]]
+        }
+        parts = []
+        if reached:
+            parts.append(keeps(reached, seeds, measure, target) + lead(reached, measure))
+            parts.append(collateral(reached, measure, target))
+        if missed:
+            parts.append(never(missed, objective if not reached else "", measure))
+        sentences.append(" ".join(part for part in parts if part))
+    return sentences
+
+
+def keeps(points: Points, seeds: Mapping[str, int], measure: ForgetRetainMetric, target: Scores | None) -> str:
+    """How much of the retain score each method keeps where all have forgotten equally, the best first."""
+    whole = target[measure.retain] if target else 0.0
+    ordered = sorted(points, key=lambda name: -fmean(p[measure.retain] for p in points[name]))
+    parts = []
+    for name in ordered:
+        found = summarise(p[measure.retain] / whole if whole > 0 else p[measure.retain] for p in points[name])
+        mean, sd = found["mean"], found["sd"]
+        scale, digits, unit = (100, 1, " %") if whole > 0 else (1, 3, "")
+        value = f"{scale * (mean or 0):.{digits}f}{unit}"
+        spread = "" if sd is None else f" ± {scale * sd:.{digits}f}"
+        short = "" if len(points[name]) == seeds[name] else f" ({len(points[name])} of {seeds[name]} seeds)"
+        parts.append(f"{name} {'keeps ' if name == ordered[0] else ''}{value}{spread}{short}")
+    of = f"the target model's {readable(measure.retain)}" if whole > 0 else readable(measure.retain)
+    first, *rest = parts
+    others = f", {enumerated(rest)}" if rest else ""
+    same = "at the same forgetting" if rest else "where it has forgotten"
+    return f"{first} of {of} {same} ({readable(measure.forget)} {measure.level:g}){others}"
+
+
+def lead(points: Points, measure: ForgetRetainMetric) -> str:
+    """The end of the sentence: whether the best is ahead of the next by more than the spread of the seeds."""
+    if len(points) < 2:
+        return "."
+    found = {name: summarise(p[measure.retain] for p in of) for name, of in points.items()}
+    (_, best), (second, other) = sorted(found.items(), key=lambda item: -(item[1]["mean"] or 0))[:2]
+    if best["sd"] is None or other["sd"] is None:
+        return "; with one seed there is no spread to judge the difference by."
+    ahead = (best["mean"] or 0) - (other["mean"] or 0)
+    if ahead > math.hypot(best["sd"], other["sd"]):
+        return f"; its lead over {second}, {ahead:.3f}, is more than the spread of the seeds."
+    return f"; its lead over {second}, {ahead:.3f}, is no more than the spread of the seeds."
+
+
+def collateral(points: Points, measure: ForgetRetainMetric, target: Scores | None) -> str:
+    """What became of the scores of what neither corpus covers, and under which method each is lowest."""
+    found: list[str] = []
+    for score in COLLATERAL:
+        of = {name: [p[score] for p in each if score in p] for name, each in points.items()}
+        means = {name: fmean(values) for name, values in of.items() if values}
+        start = (target or {}).get(score, 0.0)
+        if score == measure.retain or not means or start <= 0:
+            continue
+        worst, best = min(means, key=lambda name: means[name]), max(means, key=lambda name: means[name])
+        place = "" if len(means) < 2 else f" under {worst} and {means[best]:.2f} under {best}"
+        found.append(f"{words_of_score(score)} {means[worst]:.2f}{place} (before: {start:.2f})")
+    return f"What neither corpus covers: {'; '.join(found)}." if found else ""
+
+
+def never(missed: Mapping[str, float], objective: str, measure: ForgetRetainMetric) -> str:
+    lows = enumerated([f"{name} ({low:.3f})" for name, low in missed.items()])
+    who = f"No run of {objective}" if objective else "Not compared, because none of its seeds"
+    return f"{who} reached {readable(measure.forget)} {measure.level:g}; the lowest: {lows}."

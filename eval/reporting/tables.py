@@ -76,7 +76,8 @@ def best_cells(rows: Rows, columns: Sequence[str], skip: Iterable[str] = ()) -> 
     """The cells (row, column) that hold the best value of their column, as it is printed, ties included.
 
     Args:
-        columns: the scores of the cells from the second on; a score that forgetting lowers is best where it is lowest.
+        columns: the scores of the cells from the second on; a score that forgetting lowers, or a title with LOWER, is
+            best where it is lowest.
         skip: scores without a best value, as the one that all rows have in common.
 
     Rows of the target model and of the paper compete with nobody, and a column with fewer than two values, or with
@@ -91,7 +92,8 @@ def best_cells(rows: Rows, columns: Sequence[str], skip: Iterable[str] = ()) -> 
             if (found := re.match(r"-?\d+\.?\d*", row[place]))
         }
         if column not in skip and len({*values.values()}) > 1:
-            winner = min(values.values()) if falls(column) else max(values.values())
+            low = falls(column) or rows[0][place].endswith(LOWER)
+            winner = min(values.values()) if low else max(values.values())
             best |= {(at, place) for at, value in values.items() if value == winner}
     return frozenset(best)
 

@@ -19,9 +19,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval.evaluation import find_models
+from eval.evaluation import HUB_NAME, find_models
 from eval.files import exit_status, read_config
-from eval.loading import Trust, add_trust_options, load, trust_of
+from eval.loading import Trust, add_trust_options, is_model, load, trust_of
 from eval.suites import scoring
 from pipeline.errors import InputError
 
@@ -47,11 +47,14 @@ def models_of(folder: Path, beside: Path | None) -> list[tuple[str, Path]]:
     """(name, folder) of the models that answer: the one before unlearning first, if there is one.
 
     Raises:
-        InputError: `folder` holds no model (see `find_models`), or the run's config.yaml cannot be read.
+        InputError: `folder` holds no model (see `find_models`), the run's config.yaml cannot be read, or names a model
+            that is not there.
     """
     step, model = find_models(folder)[-1]
     if beside is None and step is not None:
         beside = Path(read_config(folder, ("model",))["model"]["path"])
+        if not is_model(beside) and (beside.exists() or not HUB_NAME.fullmatch(str(beside))):
+            raise InputError(f"{folder} began with {beside}, which is no model folder here; name it by --beside")
     elif beside is not None:
         beside = find_models(beside)[-1][1]
     return [*([("before", beside)] if beside else []), ("after" if beside else "answer", model)]

@@ -34,14 +34,22 @@ def pieces(text: str) -> list[str]:
 
 
 def changed(one: str, other: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
-    """Each text as (piece, whether it is missing from the other): the difference of their words, by difflib."""
-    before, after = pieces(one), pieces(other)
-    found = difflib.SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks()
-    kept = [{i for block in found for i in range(block[side], block[side] + block.size)} for side in (0, 1)]
-    return (
-        [(piece, at not in kept[0]) for at, piece in enumerate(before)],
-        [(piece, at not in kept[1]) for at, piece in enumerate(after)],
+    """Each text as (piece, whether it is a word that the other lacks there): the difference of their words, by difflib.
+
+    White space is compared with nothing: a space that matches a space would keep words apart that match.
+    """
+    texts = (pieces(one), pieces(other))
+    places = [[at for at, piece in enumerate(text) if piece.strip()] for text in texts]
+    words = [[text[at] for at in of] for text, of in zip(texts, places, strict=True)]
+    found = difflib.SequenceMatcher(None, *words, autojunk=False).get_matching_blocks()
+    kept = [
+        {places[side][at] for block in found for at in range(block[side], block[side] + block.size)} for side in (0, 1)
+    ]
+    before, after = (
+        [(piece, bool(piece.strip()) and at not in same) for at, piece in enumerate(text)]
+        for text, same in zip(texts, kept, strict=True)
     )
+    return before, after
 
 
 def marked(sides: Sides, before: bool) -> list[list[tuple[str, bool]]]:

@@ -103,15 +103,15 @@ def test_the_cosine_stops_at_the_matched_step() -> None:
 
 def test_correlations_by_hand() -> None:
     assert stats.ranks_of([2.0, 1.0, 2.0, 5.0]).tolist() == [2.5, 1.0, 2.5, 4.0]
-    pairs = [(0.1, 0.5), (0.2, 0.7), (0.3, 0.6), (0.4, 0.9)]
+    pairs = [(0.1, 0.5), (0.2, 0.7), (0.3, 0.6), (0.4, 0.9), (0.5, 0.8)]
     members = [trained([(1, 0.1, retain)], [cosine]) for cosine, retain in pairs]
     members += [trained(NEVER, [0.5]), trained([(1, 0.1, 0.5)], [None])]  # neither counts
-    # deviations (-.15 -.05 .05 .15) and (-.175 .025 -.075 .225); ranks 1 2 3 4 and 1 3 2 4: 1 - 6 * 2 / (4 * 15)
-    expected = {"n": 4, "pearson": 0.055 / math.sqrt(0.05 * 0.0875), "spearman": 0.8}
+    # deviations (-.2 -.1 0 .1 .2) and (-.2 0 -.1 .2 .1); ranks 1 2 3 4 5 and 1 3 2 5 4: 1 - 6 * 4 / (5 * 24)
+    expected = {"n": 5, "pearson": 0.08 / math.sqrt(0.1 * 0.1), "spearman": 0.8}
     assert comparison.cosine_and_retention(members) == pytest.approx(expected)
-    assert comparison.cosine_and_retention(members[:2]) == {"n": 2, "pearson": None, "spearman": None}
-    alike = [trained([(1, 0.1, retain)], [0.2]) for retain in (0.1, 0.2, 0.3)]
-    assert comparison.cosine_and_retention(alike) == {"n": 3, "pearson": None, "spearman": None}
+    assert comparison.cosine_and_retention(members[:4]) == {"n": 4, "pearson": None, "spearman": None}
+    alike = [trained([(1, 0.1, retain)], [0.2]) for retain in (0.1, 0.2, 0.3, 0.4, 0.5)]
+    assert comparison.cosine_and_retention(alike) == {"n": 5, "pearson": None, "spearman": None}
 
 
 def plain(retains: Sequence[float], **told: Any) -> comparison.Group:

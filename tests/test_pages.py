@@ -57,7 +57,7 @@ def test_the_configuration_reference_has_every_key_and_its_default() -> None:
     def keys(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
         found: dict[str, object] = {}
         for name, value in tree.items():
-            found |= keys(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+            found |= keys(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
         return found
 
     one_set = ["--data.probes.NAME.path", "some/data"]

@@ -158,7 +158,7 @@ def lower_scores(higher_is_better: Mapping[str, Any], name: str = "") -> set[str
 SUITE_WORDS = {"wmdp_bio": "WMDP Bio", "wmdp_cyber": "WMDP Cyber", "mmlu": "MMLU", "rwku": "RWKU", "tofu": "TOFU"}
 
 
-PLAIN = ("bios", "corpus")  # suites whose name says nothing more about a score
+PLAIN = ("bios", "corpus", "probes", "lm_eval")  # suites whose name says nothing more about a score
 
 
 SCORE_WORDS = {
@@ -190,7 +190,7 @@ def label(score: str, scores: Iterable[str]) -> str:
     """A column's title: without the suite if all `scores` belong to one."""
     if len({suite_of(other) for other in scores}) == 1:
         return words_of_score(score)
-    return readable(score) + (f" ({suite_of(score)})" if suite_of(score) in PLAIN else "")
+    return readable(score) + (f" ({suite_of(score)})" if suite_of(score) in ("bios", "corpus") else "")
 
 
 def falls(score: str) -> bool:

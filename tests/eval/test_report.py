@@ -185,7 +185,7 @@ def test_the_command_writes_a_report_that_stands_alone(tmp_path: Path) -> None:
         ("config.yaml", None, "config.yaml"),
         ("config.yaml", "seed: 0\n", "synthesis"),
         ("config.yaml", "a: [\n", "config.yaml"),
-        ("metrics.jsonl", '{"step": 1}\n', "line 1"),
+        ("metrics.jsonl", '{"step": 1}\n', "step 1"),
     ],
 )
 def test_unusable_runs(

@@ -47,6 +47,8 @@ SAME = {  # the same numbers, elsewhere, or saved and measured otherwise
     "train.keep_checkpoints": 3,
     "train.export_every": 9,
     "train.max_skipped": 3,
+    "train.probe_every": 3,
+    "train.stop_action": "export",
     "model.gradient_checkpointing": True,
     "model.allow_pickle": True,
     "train.timeout_minutes": 1.5,

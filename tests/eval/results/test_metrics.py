@@ -257,12 +257,12 @@ def test_general_ability_has_columns_of_its_own(tmp_path: Path) -> None:
     assert columns == ["bios.retain.all", "lm_eval.lambada.acc", "lm_eval.mmlu.acc"]
     blocks = run_report.general(groups, measure, None)
     (table,) = (block.rows for block in blocks if isinstance(block, Table))
-    assert table[0][1:5] == ["bios.retain", "lm_eval.lambada.perplexity ↓", "lm_eval.lambada.acc", "lm_eval.mmlu.acc"]
+    assert table[0][1:5] == ["retain ROUGE-L (bios)", "lambada perplexity ↓", "lambada accuracy", "mmlu accuracy"]
     (row,) = (row for row in table if row[0] == "npo+nll sago")
     assert row[1:5] == ["0.800", "40.000", "0.400", "0.100"]
     text = as_markdown(run_report.compose(groups, measure, None))
-    assert "lambada.perplexity ↓: highest under npo+nll sum (50.000), lowest under npo+nll sago (40.000)." in text
-    assert "lambada.acc: lowest under npo+nll sum (0.300), highest under npo+nll sago (0.400)." in text
+    assert "lambada perplexity ↓: highest under npo+nll sum (50.000), lowest under npo+nll sago (40.000)." in text
+    assert "lambada accuracy: lowest under npo+nll sum (0.300), highest under npo+nll sago (0.400)." in text
     assert "lm_eval.mmlu.mmlu_law.perplexity ↓" in text  # a member of a group: among all scores alone
 
 

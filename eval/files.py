@@ -12,7 +12,7 @@ from typing import Any, cast
 import yaml
 
 from pipeline.config.explain import refuse_renamed
-from pipeline.data.corpus import json_rows
+from pipeline.data.tables import json_rows
 from pipeline.errors import InputError
 from pipeline.files import Json
 

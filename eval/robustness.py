@@ -34,7 +34,8 @@ from eval.attacks.run import Evaluator, attacks_of, run_attack, unavailable_reas
 from eval.attacks.spec import ATTACKS, Plan
 from eval.files import exit_status, read_config
 from eval.loading import add_trust_options, check_trust, is_model, trust_of
-from eval.results.metrics import GENERAL, nearest
+from eval.results.general import GENERAL
+from eval.results.metrics import nearest
 from eval.suites import SUITES, check_suites, load_suite
 from eval.sweep.launch import end_on_terminate, exclusive_lock, refuse_overrides, split_overrides
 from pipeline.errors import InputError

@@ -118,9 +118,9 @@ def plainly(run: Path, world: World, step: str = "final") -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def learnt(world: World, tmp_path_factory: pytest.TempPathFactory, sections: dict[str, Any]) -> Path:
-    """A run that learns the retain corpus and ends where half of its tokens are the greedy ones."""
+    """A run that learns the retain corpus and ends where a third of its tokens are the greedy ones."""
     folder = tmp_path_factory.mktemp("learnt")
-    train = {"steps": 60, "probe_every": 4, "stop_at": {"retain": {"exact_memorization": 0.5}}, "checkpoint_every": 4}
+    train = {"steps": 60, "probe_every": 4, "stop_at": {"retain": {"exact_memorization": 0.3}}, "checkpoint_every": 4}
     more = {**sections, "train": train, "objective": {"forget": "none"}, "optimizer": {"lr": 0.02}}
     return trained(world, folder, "run", **more)
 
@@ -130,12 +130,12 @@ def test_a_level_ends_the_run_and_every_probe_equals_a_plain_loop(world: World, 
     *before, last = found
     assert before == list(range(0, last, 4)) and 4 < last < 60
     values = [found[step]["probe/retain/exact_memorization"] for step in found]
-    assert all(value < 0.5 for value in values[:-1]) and values[-1] >= 0.5
+    assert all(value < 0.3 for value in values[:-1]) and values[-1] >= 0.3
     assert len(rows(learnt)) == last + 1 and not (learnt / "exports").exists()
     assert f"after {last} of 60 steps" in (learnt / "final" / "README.md").read_text()
     for step, where in ((0, "start"), (last, "final")):
         assert found[step] == pytest.approx(plainly(learnt, world, where), rel=1e-5)
-    assert all(0.05 < found[last][f"probe/{name}/extraction_strength"] < 1 for name in ("retain", "forget"))
+    assert 0.02 < found[last]["probe/retain/extraction_strength"] < 1
 
 
 @pytest.mark.parametrize("at_end", [False, True])

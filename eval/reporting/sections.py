@@ -10,7 +10,8 @@ from importlib.metadata import version
 from eval.reporting.advice import advise
 from eval.reporting.pages import Block, Code, Heading, Table, Text
 from eval.reporting.tables import standing_table
-from eval.results.metrics import ForgetRetainMetric, GeneralAbility, headlines, readable
+from eval.results.general import GeneralAbility
+from eval.results.metrics import ForgetRetainMetric, headlines, readable
 from eval.results.trajectories import Run, lowest
 
 

@@ -21,7 +21,8 @@ from eval.results.comparison import (
     seed_means,
     sum_against_others,
 )
-from eval.results.metrics import GeneralAbility, label, readable
+from eval.results.general import GeneralAbility
+from eval.results.metrics import label, readable
 from eval.results.stats import pareto, summarise
 from eval.results.trajectories import COMB_RETAIN
 from eval.sweep.axes import name_of

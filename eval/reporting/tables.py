@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 
 from eval.results import paper
+from eval.results.general import GeneralAbility
 from eval.results.grouping import plain_of
-from eval.results.metrics import ADVERSARIAL, MEASURES, ForgetRetainMetric, GeneralAbility, falls, label, readable
+from eval.results.metrics import ADVERSARIAL, MEASURES, ForgetRetainMetric, falls, label, readable
 from eval.results.stats import correlate, mean_sd
 from eval.results.trajectories import COMB_RETAIN, COSINES, Run, Scores, at_level, best_below, lowest, mean_of
 from pipeline.files import Json

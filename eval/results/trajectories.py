@@ -19,8 +19,9 @@ from pathlib import Path
 from statistics import fmean
 
 from eval.files import read_config, read_json, read_jsonl
+from eval.results.general import GeneralAbility, general_ability
 from eval.results.method import dotted, method_of, read_digests
-from eval.results.metrics import ForgetRetainMetric, GeneralAbility, flatten, general_ability, nearest, suite_of
+from eval.results.metrics import ForgetRetainMetric, flatten, nearest, suite_of
 from eval.suites.probes import PROTOCOL
 from pipeline.errors import InputError
 from pipeline.files import Json

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eval.files import write_jsonl
 from eval.suites import MMLU_SHOTS
 from eval.suites.shared_lm import SEEDS, LoadedTasks, SharedLM, evaluate_tasks, seed_generators
-from pipeline.data.corpus import json_rows
+from pipeline.data.tables import json_rows
 from pipeline.errors import InputError
 from pipeline.files import Json
 

@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.config.schema import RunConfig
 from pipeline.config.sources import CHOICE_MEASURES, TEXT_MEASURES, Corpus, Probe, Source
 from pipeline.data.chat import encode_answers
-from pipeline.data.corpus import Located, read, read_rows, text_of
+from pipeline.data.corpus import read, read_rows, text_of
 from pipeline.data.encode import TokenOptions, encoder, minimum_content
+from pipeline.data.tables import Located
 from pipeline.data.tokenize import check_tokenizer, counted
 from pipeline.errors import InputError
 

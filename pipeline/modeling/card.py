@@ -93,6 +93,32 @@ def _adapters(lora: Json | None) -> str:
     return f"The trained tensors are low-rank adapters (r {lora['r']}, alpha {lora['alpha']}){where}.\n\n"
 
 
+def _head(model: Json) -> str:
+    """The YAML that the hub reads."""
+    lora, found = model["lora"], licence(model["path"])
+    library = "peft" if lora and not lora["merge"] else "transformers"
+    return f"""---
+base_model: {public_name(model["path"])}
+library_name: {library}
+pipeline_tag: text-generation
+{f"license: {found}{chr(10)}" if found else ""}tags: [unlearning]
+---
+"""
+
+
+def _summary(run: Json, tasks: list[str], last_step: Mapping[str, object]) -> str:
+    """A sentence: which model, how many steps of which losses, which rule."""
+    synthesis, objective, train = run["synthesis"], run["objective"], run["train"]
+    duration = f"{train['steps']} steps" if train["steps"] else f"{train['epochs']} passes over the corpus"
+    if train["stop_at"] and train["stop_action"] == "end" and last_step:
+        duration = f"{last_step['step']} of {duration}"
+    losses = " and ".join(f"{task} `{objective[task]}`" for task in tasks)
+    base = public_name(run["model"]["path"])
+    return f"""`{base}` after {duration} of {losses}, combined by `{synthesis["rule"]}` at scope \
+`{synthesis["scope"] or "of the paper"}` (retain weight alpha {synthesis["alpha"]}, forget weight gamma \
+{synthesis["gamma"]})."""
+
+
 def model_card(
     configuration: str,
     weights: str,
@@ -113,32 +139,15 @@ def model_card(
     """
     run = yaml.safe_load(configuration)
     public = public_configuration(configuration)
-    named, base = yaml.safe_load(public), public_name(run["model"]["path"])
-    found = licence(run["model"]["path"])
-    synthesis, objective, train = run["synthesis"], run["objective"], run["train"]
-    duration = f"{train['steps']} steps" if train["steps"] else f"{train['epochs']} passes over the corpus"
-    if train["stop_at"] and train["stop_action"] == "end" and last_step:
-        duration = f"{last_step['step']} of {duration}"
-    tasks = " and ".join(f"{task} `{objective[task]}`" for task in corpora)
+    named, name = yaml.safe_load(public), Path(run["output"]).name
     rows = "\n".join(f"| {task} | `{named['data'][task]['path']}` | `{digest}` |" for task, digest in corpora.items())
-    lora = run["model"]["lora"]
-    library = "peft" if lora and not lora["merge"] else "transformers"
-    name = Path(run["output"]).name
     measured = [(name, value) for name, value in last_step.items() if isinstance(value, float)]
     measured = [(name, value) for name, value in measured if "/" not in name or name.startswith(PREFIX)]
     numbers = "\n".join(f"| {name} | {value:.4g} |" for name, value in measured)
-    return f"""---
-base_model: {base}
-library_name: {library}
-pipeline_tag: text-generation
-{f"license: {found}{chr(10)}" if found else ""}tags: [unlearning]
----
-
+    return f"""{_head(run["model"])}
 # {name}
 
-`{base}` after {duration} of {tasks}, combined by `{synthesis["rule"]}` at scope \
-`{synthesis["scope"] or "of the paper"}` (retain weight alpha {synthesis["alpha"]}, forget weight gamma \
-{synthesis["gamma"]}).
+{_summary(run, list(corpora), last_step)}
 
 ## How to use it
 
@@ -150,7 +159,7 @@ retention with `python -m eval.run --model <this folder> --suite <name>`; the sc
 
 ## How it was made
 
-{_adapters(lora)}Weights at the start (SHA-256 of the files, or hub commit): `{weights}`
+{_adapters(run["model"]["lora"])}Weights at the start (SHA-256 of the files, or hub commit): `{weights}`
 
 | corpus | source | SHA-256 of the file, or hub fingerprint; and of the columns read from it |
 |---|---|---|

@@ -1,0 +1,64 @@
+"""What a resolved configuration says about corpora and probes, checked before anything is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.config.explain import nearest
+from pipeline.config.objectives import NEEDS
+from pipeline.config.schema import RunConfig
+from pipeline.config.sources import Corpus, format_of
+from pipeline.errors import InputError
+
+
+def check_corpus(config: RunConfig, task: str, where: str, reads_data: bool) -> None:
+    """
+    Raises:
+        InputError: the corpus of `task` is missing, or does not suit the task's objective or the packing.
+    """
+    corpus: Corpus | None = getattr(config.data, task)
+    objective: str = getattr(config.objective, task)
+    if corpus is None:
+        raise InputError(f"{where}: data.{task} is missing, and objective.{task} is not none")
+    if reads_data and format_of(corpus.path) is not None:
+        _check_exists(corpus.path, f"{where}: data.{task}.path")
+    pairing = NEEDS[objective].pairing
+    if pairing == "preferred" and corpus.preferred is None:
+        raise InputError(
+            f"{where}: data.{task}.preferred is missing: {objective} needs the column with the text to prefer"
+        )
+    if pairing == "refusal" and corpus.prompt is None:
+        raise InputError(f"{where}: data.{task}: {objective} needs questions to refuse; set prompt and response")
+    if reads_data and corpus.refusals is not None:
+        _check_exists(corpus.refusals, f"{where}: data.{task}.refusals")
+    rows = next((key for key in ("prompt", "preferred") if getattr(corpus, key) is not None), None)
+    if rows is not None and config.data.packing == "blocks":
+        raise InputError(
+            f"{where}: data.packing: blocks would cut through the rows that data.{task}.{rows} needs whole; "
+            "set data.packing: documents"
+        )
+
+
+def check_probes(config: RunConfig, where: str, reads_data: bool) -> None:
+    """
+    Raises:
+        InputError: a file of a set is missing, or `train.stop_at` names what no probe measures.
+    """
+    for name, probe in config.data.probes.items():
+        if reads_data and format_of(probe.path) is not None:
+            _check_exists(probe.path, f"{where}: data.probes.{name}.path")
+    levels, sets = config.train.stop_at, config.probes
+    if levels and not config.train.probe_every:
+        raise InputError(f"{where}: train.stop_at reads probes, and train.probe_every is 0; set it, to 1 or more")
+    for name, measures in levels.items():
+        if name not in sets:
+            raise InputError(f"{where}: train.stop_at.{name}: no set of data.probes; {nearest(name, list(sets))}")
+        for measure in measures:
+            if measure not in sets[name].measures:
+                valid = nearest(measure, sets[name].measures)
+                raise InputError(f"{where}: train.stop_at.{name}: the set has no {measure!r}; {valid}")
+
+
+def _check_exists(file: str, key: str) -> None:
+    if not Path(file).is_file():
+        raise InputError(f"{key}: there is no file {Path(file).absolute()}")

@@ -85,7 +85,7 @@ def test_held_out_documents_are_scored_and_were_not_trained_on(typed: tuple[Path
         assert found["counts"]["forget"]["documents"] == 31 and found["counts"]["retain"]["documents"] == 2
         assert found["retain_seen"] == {"documents": 2, "seen": 0}
     rows = [line.split() for line in printed.splitlines()]
-    assert any(row[:1] == ["step"] and "forget.rouge" in row for row in rows)
+    assert any(row[:1] == ["step"] and "ROUGE-L" in row for row in rows)
     for entry in answer["trajectory"]:
         (row,) = (row for row in rows if row[:1] == [str(entry["step"])])
         scores = entry["suites"]["corpus"]["metrics"]

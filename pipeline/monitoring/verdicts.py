@@ -28,8 +28,7 @@ def rose(values: Sequence[float]) -> bool:
 
 def forgetting_failed(objective: str, losses: Sequence[float]) -> str | None:
     """A warning if the forget loss rose, unless that can be success. losses: of each step, in order."""
-    rise = NEEDS[objective].rise
-    if rise == "unclear" or not rose(losses):
+    if not rose(losses) or (rise := NEEDS[objective].rise) == "unclear":
         return None
     meaning = "its text became likelier" if rise == "likelier" else "the model moved away from its goal"
     return (

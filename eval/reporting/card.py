@@ -8,7 +8,7 @@ from pathlib import Path
 from eval.files import write_atomically
 from eval.reporting.pages import Heading, Table, as_markdown
 
-PLACE = "<!-- scores -->"  # in the card that training writes (pipeline/modeling/card.py): sections go in front of it
+PLACE = "[//]: # (scores)"  # in the card that training writes (pipeline/modeling/card.py): sections go in front of it
 
 
 def write_scores(model: Path, suite: str, rows: list[list[str]]) -> None:
@@ -22,7 +22,7 @@ def write_scores(model: Path, suite: str, rows: list[list[str]]) -> None:
     text = card.read_text(encoding="utf-8")
     if PLACE not in text:
         return
-    begin, end = f"<!-- scores of {suite} -->\n", f"<!-- end of {suite} -->\n"
+    begin, end = f"[//]: # (scores of {suite})\n", f"\n[//]: # (end of {suite})\n"  # which Markdown does not show
     section = begin + as_markdown([Heading(f"Scores on {suite}"), Table([rows[0], rows[-1]])]) + end
     earlier = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     written = earlier.sub(lambda _: section, text)

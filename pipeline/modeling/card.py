@@ -17,7 +17,9 @@ from huggingface_hub.utils import LocalEntryNotFoundError
 
 from pipeline.config.schema import format_of
 
-SCORES = "<!-- scores -->"  # eval.run puts scores in front of it (eval/reporting/card.py)
+# eval.run puts scores in front of it (eval/reporting/card.py). Markdown does not show it; TensorBoard would remove a
+# comment of HTML.
+SCORES = "[//]: # (scores)"
 
 
 def public_name(path: str) -> str:

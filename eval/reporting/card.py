@@ -8,10 +8,8 @@ from pathlib import Path
 from eval.reporting.pages import Heading, Table, as_markdown
 from pipeline.files import write_whole
 
-OURS, PLACE = (
-    "tags: [unlearning]\n",
-    "## How to use it\n",
-)  # in a card that training writes; scores stand before the latter
+# In a card that training writes (pipeline/modeling/card.py); scores stand before the second.
+OURS, PLACE = "tags: [unlearning]\n", "## How to use it\n"
 
 
 def write_scores(model: Path, suite: str, rows: list[list[str]]) -> None:
@@ -25,7 +23,7 @@ def write_scores(model: Path, suite: str, rows: list[list[str]]) -> None:
     text = card.read_text(encoding="utf-8")
     if OURS not in text or PLACE not in text:
         return
-    begin, end = f"<!-- scores of {suite} -->\n", f"<!-- end of {suite} -->\n"
+    begin, end = f"[//]: # (scores of {suite})\n", f"\n[//]: # (end of {suite})\n"  # which Markdown does not show
     section = begin + as_markdown([Heading(f"Scores on {suite}"), Table([rows[0], rows[-1]])]) + end
     earlier = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     written = earlier.sub(lambda _: section, text)

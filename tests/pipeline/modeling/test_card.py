@@ -93,7 +93,7 @@ def test_scores_are_written_once_for_each_suite(world: World, tmp_path: Path) ->
     assert file.read_text() == first
     write_scores(tmp_path, "bios", [["step", "forget"], ["2", "0.7"]])
     assert file.read_text() == first.replace(r"0.1\1", "0.7")
-    assert re.sub(r"<!-- scores of.*<!-- end of \w+ -->\n", "", file.read_text(), flags=re.DOTALL) == before
+    assert re.sub(r"\[//\]: # \(scores of.*\(end of \w+\)\n", "", file.read_text(), flags=re.DOTALL) == before
     file.write_text("# Somebody else's card\n")
     write_scores(tmp_path, "bios", [["step", "forget"], ["2", "0.7"]])
     assert file.read_text() == "# Somebody else's card\n"

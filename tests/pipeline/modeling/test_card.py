@@ -117,7 +117,9 @@ def test_an_evaluation_writes_the_card_of_what_it_evaluated(
     printed = capsys.readouterr()
     table = [line.split() for line in printed.out.splitlines()]
     (header,) = (line for line in table if line[:1] == ["model"])
-    assert sorted(header[1:]) == sorted("forget probability forget ROUGE-L retain probability retain ROUGE-L".split())
+    assert sorted(header[1:]) == sorted(
+        ["forget", "probability", "forget", "ROUGE-L", "retain", "probability", "retain", "ROUGE-L"]
+    )
     values = next(line for line in table if line[:1] == ["final"])
     card = (model / "README.md").read_text()
     assert "## Scores on corpus" in card and f"| {' | '.join(values)} |" in card

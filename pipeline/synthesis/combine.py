@@ -215,7 +215,7 @@ def _combine_units_(partition: _Partition, weights: Sequence[tuple[float, float,
         if uniform or len(segments.rows) == 1:
             g = weighted(weights[segments.rows[0]], f, r, anchor)
         else:
-            by_segment = table.index_select(0, segments.index).unbind(1)
+            by_segment = table.index_select(0, segments.rows_on_device).unbind(1)
             g = weighted_by_element([segments.spread(w) for w in by_segment], f, r, anchor)
         write(parts[1], g)
         if anchor is not None:

@@ -68,7 +68,7 @@ def write(parts: Sequence[Tensor], vector: Tensor) -> None:
 def copy_all_(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copy tensors to others, without waiting for it; a GPU does it in a few kernels."""
     if places:
-        torch._foreach_copy_(places, values, non_blocking=True)
+        torch._foreach_copy_(tuple(places), tuple(values), non_blocking=True)
 
 
 class Shared(NamedTuple):
@@ -85,7 +85,7 @@ class Segments(NamedTuple):
     """The tensors, or parts of tensors, in one window, in the order of its elements."""
 
     rows: list[int]  # [segments] of the table
-    index: Tensor  # [segments] the same on the device
+    rows_on_device: Tensor  # [segments] the same
     lengths: Tensor  # [segments] elements of each
     numel: int
     compiled: bool

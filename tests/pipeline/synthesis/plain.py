@@ -15,7 +15,7 @@ def combine_plainly_(
     synthesis: Synthesis, pieces: Sequence[Piece], units: Sequence[int], scale: float = 1.0
 ) -> list[list[float]]:
     """`Synthesis.combine_` of finite gradients on one rank: the same effect and the same table."""
-    table = [dict.fromkeys(COLUMNS, 0.0) for _ in units]
+    table: list[dict[str, float]] = [{name: 0.0 for name in COLUMNS} for _ in units]
     for piece in pieces:
         f, r, row = piece.forget.double(), piece.retain.double(), table[piece.row]
         row["conflicts"] += (((f > 0) & (r < 0)) | ((f < 0) & (r > 0))).sum().item()

@@ -78,7 +78,9 @@ def test_sums_are_those_of_exact_arithmetic() -> None:
     pieces = make_pieces(torch.float32, False, False)
     want = [[0.0] * 3 for _ in ROWS]
     for row in range(len(ROWS)):
-        f, r = (torch.cat([p[side].double() for p in pieces if p.row == row] or [torch.empty(0)]) for side in (1, 2))
+        mine = [piece for piece in pieces if piece.row == row]
+        f = torch.cat([torch.empty(0), *(piece.forget for piece in mine)]).double()
+        r = torch.cat([torch.empty(0), *(piece.retain for piece in mine)]).double()
         want[row] = [math.fsum((a * b).tolist()) for a, b in ((f, f), (f, r), (r, r))]
     table = Synthesis("sum").combine_(pieces, units_of("global", ROWS))
     for (ff, fr, rr), found in zip(want, table.tolist(), strict=True):

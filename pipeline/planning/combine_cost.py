@@ -14,7 +14,7 @@ import time
 from typing import NamedTuple
 
 import torch
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import profile
 
 from pipeline.synthesis import combine
@@ -44,7 +44,7 @@ def measure(synthesis: Synthesis, tensors: int, elements: int, repeats: int) -> 
         seconds.append(clock() - start)
     with profile() as profiler:
         synthesis.combine_(pieces, units)
-    events = list(profiler.events())
+    events = list(profiler.events() or ())
     if cuda:
         kernels = sum(event.device_type == DeviceType.CUDA for event in events)
         syncs = sum(event.name in ("cudaStreamSynchronize", "cudaDeviceSynchronize") for event in events)

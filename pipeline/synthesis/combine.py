@@ -176,14 +176,15 @@ class _Partition:
     """The pieces of one rank, each list as one vector in windows."""
 
     def __init__(self, pieces: Sequence[Piece], num_rows: int) -> None:
-        rows, *self.vectors = zip(*pieces, strict=True) if pieces else [()] * 3
-        if pieces and pieces[0].average is None:
-            del self.vectors[2]
+        rows = tuple(piece.row for piece in pieces)
+        self.vectors = [[piece.forget for piece in pieces], [piece.retain for piece in pieces]]
+        if pieces and pieces[0].average is not None:
+            self.vectors.append([piece.average for piece in pieces if piece.average is not None])
         sizes = tuple(map(len, self.vectors[1]))
         sample = pieces[0].retain if pieces else torch.empty(0)
         self.device, self.compute_dtype = sample.device, compute_dtype(sample)
         self.is_large = sum(sizes) >= COMPILE_FROM
-        self.plan = plan(tuple(rows), sizes, num_rows, self.device, self.is_large)
+        self.plan = plan(rows, sizes, num_rows, self.device, self.is_large)
 
     def __iter__(self) -> Iterator[tuple[Segments, list[list[Tensor]], list[Tensor]]]:
         """Of each window: its segments; the parts of f, r and m, where they lie; the vectors, on the device."""

@@ -68,7 +68,7 @@ def write(parts: Sequence[Tensor], vector: Tensor) -> None:
 def copy_all_(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copy tensors to others, without waiting for it; a GPU does it in a few kernels."""
     if places:
-        torch._foreach_copy_(tuple(places), tuple(values), non_blocking=True)
+        torch._foreach_copy_(tuple(places), tuple(values), non_blocking=True)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Shared(NamedTuple):

@@ -54,6 +54,7 @@ BY: dict[str, list[str]] = {
         "--sweep synthesis.gamma=0.1,0.3,1 --data runs/quickstart --target runs/quickstart/target.json "
         "--output runs/frontier -- --train.steps 240",
         "python -m pipeline.planning.objective_memory --width 16",
+        "OMP_NUM_THREADS=1 python -m pipeline.planning.combine_cost --tensors 1 100 1000 2000 10000",
         "deepspeed --num_gpus 2 --module pipeline.planning.step_cost",
         "DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 2 --module pipeline.planning.step_cost --pairs 9 "
         "--rules sago pcgrad blur gru",

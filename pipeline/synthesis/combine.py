@@ -13,12 +13,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline.synthesis.rules import NEW_SHARE, RULES, SCOPES, Gramian, Weights
+from pipeline.synthesis.kernels import (
+    Kernel,
+    compiled,
+    compute_dtype,
+    gate_,
+    moving_average,
+    needs_float64,
+    sum_products,
+    weighted,
+    weighted_by_element,
+)
+from pipeline.synthesis.rules import RULES, SCOPES, Gramian, Weights
+from pipeline.synthesis.windows import Segments, cut, plan, read, to_blocks, to_device, write
+
+COMPILE_FROM = 2**27  # elements of a rank from which a compiled kernel pays for the time to compile it
 
 
 class Piece(NamedTuple):
@@ -93,59 +108,53 @@ class Synthesis:
                 finite (`is_finite`), nothing that was combined may be used; module, layer and global scopes then do
                 not change `retain` and `average`.
         """
-        device = pieces[0].retain.device if pieces else None
-        table = torch.zeros(len(units), len(COLUMNS), dtype=torch.float64, device=device)
+        partition = _Partition(pieces, len(units))
+        table = torch.zeros(len(units), len(COLUMNS), dtype=torch.float64, device=partition.device)
         if self.resolved_scope == "element":
-            self._combine_elements_(pieces, table)
+            self._combine_elements_(partition, table)
             reduce(table)
-        else:
-            _sum_products(pieces, table, scale)
-            reduce(table)
+            return table.cpu()
+        self._sum_products(partition, table, scale)
+        reduce(table)
+        table = table.cpu()  # the one read that waits for the device
+        if is_finite(table):
+            weights = self._weigh_units(units, table)
             if is_finite(table):
-                self._combine_units_(pieces, units, table, scale)
+                _combine_units_(partition, weights, scale)
         return table
 
-    def _combine_elements_(self, pieces: Sequence[Piece], table: Tensor) -> None:
+    def _combine_elements_(self, partition: _Partition, table: Tensor) -> None:
         """One pass: which of two mixtures an element gets depends on its signs alone."""
         clash, agree = self.weights(Gramian(1.0, -1.0, 1.0)), self.weights(Gramian(1.0, 1.0, 1.0))
-        for piece in pieces:
-            row = piece.row
-            for f, r, _ in _chunks(piece):
-                opposed = opposite_signs(f, r)
-                table[row, CONFLICTS] += opposed.sum()
-                if self.zero_forget == "retain":
-                    opposed |= f == 0
-                g = torch.where(opposed, _mix_elements(clash, f, r), _mix_elements(agree, f, r))
-                table[row, :CONFLICTS] += _inner_products(f, r, g)
-                r.copy_(g)
+        if sums := partition.sums(gate_, clash, agree, self.zero_forget == "retain"):
+            table[:, FF : CONFLICTS + 1] = torch.stack(sums, 1)
 
-    def _combine_units_(self, pieces: Sequence[Piece], units: Sequence[int], table: Tensor, scale: float) -> None:
-        """Second pass: the Gramians are complete, so each unit has weights (w_f, w_r, w_a) on f, r, anchor a."""
-        index = torch.tensor(units, device=table.device)
-        anchored = [FF, FA, AA] if self.averages_retain else [FF, FR, RR]
-        sums = table.new_zeros(max(units) + 1, 3).index_add_(0, index, table[:, anchored])  # [units, 3]
+    def _sum_products(self, partition: _Partition, table: Tensor, scale: float) -> None:
+        """First pass of the other scopes: every product that the weights and the geometry depend on."""
+        if sums := partition.sums(sum_products, scale):
+            *products, table[:, CONFLICTS] = sums
+            table[:, FF:GF] = torch.stack(products[:GF], 1)
+            if self.averages_retain:
+                table[:, FA:] = torch.stack(products[GF:], 1)
+
+    def _weigh_units(self, units: Sequence[int], table: Tensor) -> list[tuple[float, float, float]]:
+        """(w_f, w_r, w_a) on f, r and the anchor a, of each parameter, from the complete Gramians of the units.
+
+        The products with g follow: they are put in the table, and the gradients are not read a second time.
+        """
+        index = torch.tensor(units)
+        ff, fr, rr, _, _, _, _, fa, ra, aa = table.unbind(1)
+        anchored = torch.stack([ff, fa, aa] if self.averages_retain else [ff, fr, rr], 1)
         weights = []
-        for row in sums.tolist():
+        for row in anchored.new_zeros(max(units) + 1, 3).index_add_(0, index, anchored).tolist():
             gramian = Gramian(*row)
             w_f, w_anchor = self.weights(gramian).on(gramian)
             weights.append((w_f, self.alpha, w_anchor) if self.averages_retain else (w_f, w_anchor, 0.0))
-        # The products with g follow from the Gramian and the weights: the gradients are not read a second time.
-        w_f, w_r, w_a = torch.tensor(weights, dtype=torch.float64, device=table.device)[index].unbind(1)
-        ff, fr, rr, fa, ra, aa = (table[:, column] for column in (FF, FR, RR, FA, RA, AA))
+        w_f, w_r, w_a = torch.tensor(weights, dtype=torch.float64)[index].unbind(1)
         table[:, GF] = w_f * ff + w_r * fr + w_a * fa
         table[:, GR] = w_f * fr + w_r * rr + w_a * ra
         table[:, GG] = w_f * table[:, GF] + w_r * table[:, GR] + w_a * (w_f * fa + w_r * ra + w_a * aa)
-        if not is_finite(table):
-            return
-        for piece in pieces:
-            on_f, on_r, on_anchor = weights[units[piece.row]]
-            for f, r, m in _chunks(piece):
-                if m is None:
-                    r.copy_(_weighted(on_f, f, on_r, r))
-                else:
-                    anchor = _anchor(r, m, scale)
-                    r.copy_(_weighted(on_f, f, on_r, r).add_(anchor, alpha=on_anchor))
-                    m.copy_(anchor.div_(scale))
+        return [weights[unit] for unit in units]
 
 
 COLUMNS = ("ff", "fr", "rr", "gf", "gr", "gg", "conflicts", "fa", "ra", "aa")
@@ -163,74 +172,55 @@ def is_finite(table: Tensor) -> bool:
     return bool(torch.isfinite(squares).all() and table[:, GG].sum() <= torch.finfo(torch.float32).max ** 2)
 
 
-def opposite_signs(f: Tensor, r: Tensor) -> Tensor:
-    """Strict conflict per element (bool). Never by the product f·r, which underflows to 0."""
-    return f.sign() * r.sign() < 0
+class _Partition:
+    """The pieces of one rank, each list as one vector in windows."""
+
+    def __init__(self, pieces: Sequence[Piece], num_rows: int) -> None:
+        rows = tuple(piece.row for piece in pieces)
+        self.vectors = [[piece.forget for piece in pieces], [piece.retain for piece in pieces]]
+        if pieces and pieces[0].average is not None:
+            self.vectors.append([piece.average for piece in pieces if piece.average is not None])
+        sizes = tuple(map(len, self.vectors[1]))
+        sample = pieces[0].retain if pieces else torch.empty(0)
+        self.device, self.compute_dtype = sample.device, compute_dtype(sample)
+        self.is_large = sum(sizes) >= COMPILE_FROM
+        self.plan = plan(rows, sizes, num_rows, self.device, self.is_large)
+
+    def __iter__(self) -> Iterator[tuple[Segments, list[list[Tensor]], list[Tensor]]]:
+        """Of each window: its segments; the parts of f, r and m, where they lie; the vectors, on the device."""
+        sizes = [segments.numel for segments in self.plan.windows]
+        for segments, *parts in zip(self.plan.windows, *(cut(vector, sizes) for vector in self.vectors), strict=True):
+            yield segments, parts, [read(part, self.device) for part in parts]
+
+    def sums(self, kernel: Kernel, *constants: Hashable) -> tuple[Tensor, ...]:
+        """[rows] for each of a kernel's sums; nothing if there are no elements. The kernel `gate_` overwrites r."""
+        plain, sums = partial(kernel, *constants), []
+        fast = plain
+        if self.is_large:
+            fast = compiled(kernel, constants, tuple(vector[0].dtype for vector in self.vectors), str(self.device))
+        for segments, parts, vectors in self:
+            blocks = [to_blocks(vector) for vector in vectors]
+            sums.append(segments.sums(plain, fast if segments.compiled else plain, *blocks))
+            if kernel is gate_ and blocks[1].data_ptr() != parts[1][0].data_ptr():
+                write(parts[1], blocks[1].view(-1)[: segments.numel])
+        return self.plan.rows(sums).unbind() if sums else ()
 
 
-def _sum_products(pieces: Sequence[Piece], table: Tensor, scale: float) -> None:
-    """First pass of module, layer and global scopes: every product that the weights and the geometry depend on."""
-    for piece in pieces:
-        row = table[piece.row]
-        for f, r, m in _chunks(piece):
-            row[CONFLICTS] += opposite_signs(f, r).sum()
-            if m is None:
-                row[:GF] += _inner_products(f, r)
-            else:
-                row[[FF, FR, RR, FA, RA, AA]] += _inner_products(f, r, _anchor(r, m, scale))
-
-
-def _anchor(retain: Tensor, average: Tensor, scale: float) -> Tensor:
-    """GRU's moving average after this step, on the device of the retain gradient, and times `scale` like it."""
-    new = retain.to(_compute_dtype(retain))
-    return average.to(new.device, new.dtype).mul((1 - NEW_SHARE) * scale).add_(new, alpha=NEW_SHARE)
-
-
-def _chunks(piece: Piece) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """(f, r, m) in bounded parts: their temporaries fit the cache of a CPU, and are small beside a partition on a GPU.
-
-    r and m are views; f is one too unless it is in host memory, from where one part at a time is copied.
-    """
-    size = 2**16 if piece.retain.device.type == "cpu" else 2**22
-    retain = piece.retain.split(size)
-    average = [None] * len(retain) if piece.average is None else piece.average.split(size)
-    for f, r, m in zip(piece.forget.split(size), retain, average, strict=True):
-        yield f.to(r.device, non_blocking=True), r, m
-
-
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _weighted(w_f: float, f: Tensor, w_r: float, r: Tensor) -> Tensor:
-    """w_f f + w_r r, a new tensor in fp32 or better, whatever the gradients' dtype."""
-    # Projecting a large gradient off a tiny one takes a weight that float32 may not hold.
-    dtype = _compute_dtype(r) if max(abs(w_f), abs(w_r)) < 1e30 else torch.float64
-    if w_f == 0:  # as SAGO's two mixtures, each of one gradient alone
-        return r.to(dtype) * w_r
-    if w_r == 0:
-        return f.to(dtype) * w_f
-    return (r.to(dtype) * w_r).add_(f.to(dtype), alpha=w_f)
-
-
-def _mix_elements(weights: Weights, f: Tensor, r: Tensor) -> Tensor:
-    """`weights` where every element is a scope of its own: projecting off a non-zero number leaves 0."""
-    mixed = _weighted(weights.f, f, weights.r, r)
-    if weights.f_off_r:
-        mixed += torch.where(r == 0, f * weights.f_off_r, 0)
-    if weights.r_off_f:
-        mixed += torch.where(f == 0, r * weights.r_off_f, 0)
-    return mixed
-
-
-_UPPER = {2: ([0, 0, 1], [0, 1, 1]), 3: ([0, 0, 1, 2, 2, 2], [0, 1, 1, 0, 1, 2])}
-
-
-def _inner_products(*vectors: Tensor) -> Tensor:
-    """Of (f, r): ff fr rr; of (f, r, x): fx rx xx as well. In float64, where squares of 1e-38 and 1e38 exist."""
-    stacked = torch.stack([vector.double() for vector in vectors])  # [2 or 3, n]
-    rows, columns = _UPPER[len(vectors)]
-    return (stacked @ stacked.T)[rows, columns]
+def _combine_units_(partition: _Partition, weights: Sequence[tuple[float, float, float]], scale: float) -> None:
+    """Second pass: g = w_f f + w_r r + w_a a, with weights by row; the average becomes a."""
+    uniform = len(set(weights)) == 1
+    dtype = torch.float64 if any(map(needs_float64, weights)) else partition.compute_dtype
+    table = to_device(partition.device, torch.tensor(weights, dtype=torch.float64).to(dtype))
+    for segments, parts, (f, r, *m) in partition:
+        anchor = moving_average(scale, r, m[0]) if m else None
+        if uniform or len(segments.rows) == 1:
+            g = weighted(weights[segments.rows[0]], f, r, anchor)
+        else:
+            by_segment = table.index_select(0, segments.rows_on_device).unbind(1)
+            g = weighted_by_element([segments.spread(w) for w in by_segment], f, r, anchor)
+        write(parts[1], g)
+        if anchor is not None:
+            write(parts[2], anchor.div_(scale))
 
 
 def units_of(scope: str, layers: Sequence[Hashable]) -> list[int]:

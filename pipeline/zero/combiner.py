@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pipeline.synthesis.combine import Piece, Synthesis, units_of
 from pipeline.synthesis.geometry import Geometry
+from pipeline.synthesis.windows import copy_all_, join_neighbours
 from pipeline.zero.compat import unexpected
 from pipeline.zero.engine import Engine
 from pipeline.zero.optimizer_state import Fragment
@@ -119,8 +120,8 @@ class GradientCombiner:
         Does nothing if the two are only added up.
         """
         if self.stash is not None:
-            for place, gradient in zip(self._cut(self.stash), self.store.reduce(), strict=True):
-                place.copy_(gradient, non_blocking=True)  # what follows is queued behind it
+            gradients = join_neighbours(self.store.reduce())  # what follows the copy is queued behind it
+            copy_all_(self.stash.split([gradient.numel() for gradient in gradients]), gradients)
             self.clear()
 
     def combine(self) -> Combined:
@@ -137,7 +138,7 @@ class GradientCombiner:
             averages = [None] * len(rows) if self.average is None else self._cut(self.average)
             pieces = [Piece(*piece) for piece in zip(rows, self._cut(self.stash), slices, averages, strict=True)]
             self.scale = self.store.loss_scale
-            self.table = self.synthesis.combine_(pieces, self.units, self._add_up, self.scale).cpu()
+            self.table = self.synthesis.combine_(pieces, self.units, self._add_up, self.scale)
             geometry = Geometry.of(self.table, sum(self.sizes), self.scale)
         finite = self._all_finite(slices) if geometry is None else geometry.finite
         if not finite and self.engine.fp16_enabled():
@@ -184,7 +185,9 @@ class GradientCombiner:
         """Whether `engine.step()` may read this gradient, where no table of sums says so (no forget buffer)."""
         if self.store.optimizer_checks_overflow:
             return True  # engine.step() checks by itself
-        bad = torch.tensor(float(sum(not torch.isfinite(s).all() for s in slices)), device=self.engine.device)
+        bad = torch.zeros((), device=self.engine.device)
+        for part in join_neighbours(slices):
+            bad += torch.isfinite(part).all().logical_not()
         dist.all_reduce(bad)
         return bad.item() == 0
 

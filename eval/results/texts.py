@@ -11,6 +11,7 @@ from eval.files import read_json
 from eval.results.metrics import ForgetRetainMetric
 from eval.results.trajectories import Run
 from pipeline.errors import InputError
+from pipeline.files import Json
 
 Texts = dict[str, list[dict[str, str]]]  # "suite.set" -> rows with prompt, expected and answer
 
@@ -49,10 +50,16 @@ def read_target_texts(path: Path | None) -> Texts:
     return {} if path is None else texts_of(read_json(path), path)
 
 
+def evaluated(run: Run) -> list[Json]:
+    """The models of the run that eval.run evaluated; none of a run with probes alone."""
+    path = run.folder / "evaluation.json"
+    return read_json(path)["trajectory"] if path.is_file() else []
+
+
 def retain_seen(run: Run) -> dict[str, int] | None:
     """{"documents", "seen"} of the `retain` of suite `corpus`, if the evaluation looked into the training's corpus."""
-    last = read_json(run.folder / "evaluation.json")["trajectory"][-1]
-    return (last["suites"].get("corpus") or {}).get("retain_seen")
+    entries = evaluated(run)
+    return (entries[-1]["suites"].get("corpus") or {}).get("retain_seen") if entries else None
 
 
 def shown_step(run: Run, measure: ForgetRetainMetric) -> float:
@@ -70,9 +77,9 @@ def compare_texts(groups: Mapping[str, Sequence[Run]], measure: ForgetRetainMetr
     """
     columns: list[tuple[str, Texts]] = [("before", target)] if target else []
     for name, runs in groups.items():
-        step, path = shown_step(runs[0], measure), runs[0].folder / "evaluation.json"
-        entry = next((one for one in read_json(path)["trajectory"] if one.get("step") == step), {})
-        columns.append((f"{name}, step {step:g}", texts_of(entry, path)))
+        step = shown_step(runs[0], measure)
+        entry = next((one for one in evaluated(runs[0]) if one.get("step") == step), {})
+        columns.append((f"{name}, step {step:g}", texts_of(entry, runs[0].folder / "evaluation.json")))
     names = [name for name in columns[0][1] if all(name in texts for _, texts in columns)]
     names.sort(key=lambda name: (not name.startswith(f"{measure.suite}."), not is_forget(name)))
     sets = {name: pair_up([texts[name] for _, texts in columns]) for name in names}

@@ -248,8 +248,8 @@ def test_a_report_reads_probes_where_nothing_was_evaluated(tmp_path: Path, monke
     assert found.suites == ["probes"] and [step["step"] for step in found.steps] == list(range(1, 21))
     monkeypatch.setattr(sys, "argv", ["report.py", str(folder), "--output", str(tmp_path / "report")])
     report.main()
-    table = (tmp_path / "report" / "report.md").read_text().split("## ")[1]
-    assert "Results at probes.forget.extraction_strength 0.1" in table
+    parts = (tmp_path / "report" / "report.md").read_text().split("## ")
+    table = next(part for part in parts if part.startswith("Results at forget extraction strength 0.1"))
     target, line = [row.split(" | ") for row in table.splitlines() if row.startswith(("| target", "| npo"))]
     assert target[1:3] == ["0.900", "0.450"]
     assert line[1].startswith("0.640") and line[2].startswith("0.320") and line[-2].startswith("18.0")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from itertools import islice
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from pipeline.config.schema import RunConfig
 from pipeline.data.batches import IGNORED, BatchSampler
 from pipeline.losses.objectives import OBJECTIVES
-from pipeline.modeling.outputs import TokenLosses, forward
+from pipeline.modeling.outputs import ModelEngine, TokenLosses, forward
 from pipeline.modeling.token_losses import shifted
 from pipeline.monitoring.verdicts import never_known
 
@@ -22,7 +21,7 @@ log = logging.getLogger(__name__)
 MOST = 32  # sequences of a corpus that are measured: of the first batch
 
 
-def nll_per_token(sampler: BatchSampler, engine: Any) -> float:
+def nll_per_token(sampler: BatchSampler, engine: ModelEngine) -> float:
     """Mean NLL, in nats, of the tokens that the first batch predicts (of its first MOST sequences or so).
 
     Under the present weights. Every rank must call.
@@ -41,7 +40,7 @@ def nll_per_token(sampler: BatchSampler, engine: Any) -> float:
     return float(total[0] / total[1])
 
 
-def warn_of_unknown(config: RunConfig, samplers: Mapping[str, BatchSampler], engine: Any) -> None:
+def warn_of_unknown(config: RunConfig, samplers: Mapping[str, BatchSampler], engine: ModelEngine) -> None:
     """Warn if the model finds the forget corpus as improbable as text that it never saw. Every rank must call.
 
     Not for an objective that trains on other text than the forget corpus (idk), or on a part of the model (rmu).

@@ -38,7 +38,7 @@ fi
 
 sweep() { # GAMMAS SEEDS METHOD...
     python -m eval.frontier --config tofu_smollm2 --output "$output/matrix" --suite probes "${general[@]}" \
-        --target "$output/target.json" --ranks 1 \
+        --target "$output/target.json" --level 0.2 --ranks 1 \
         --sweep synthesis.gamma="$1" --seeds $2 --methods "${@:3}" -- --model.path "$output/target/final" "${data[@]}"
 }
 rules() { echo "$1_sum" "$1_sago" "$1_pcgrad_element" "$1_pcgrad"; }
@@ -47,4 +47,5 @@ sweep 1 0 $(rules ga)
 sweep 0.3 0 $(rules npo) $(rules ga)
 sweep 1 "0 1" npo_sum npo_sago ga_sum ga_sago
 sweep 1 0 simnpo_sum simnpo_sago
-python -m eval.report "$output"/matrix/runs/*/*/seed-*[0-9] --target "$output/target.json" --output "$output/report"
+python -m eval.report "$output"/matrix/runs/*/*/seed-*[0-9] --target "$output/target.json" --level 0.2 \
+    --output "$output/report"

@@ -93,8 +93,8 @@ def test_answers_stand_beside_each_other_or_below() -> None:
     ("options", "said"),
     [
         (["--model", "RUN", "--max-new-tokens", "0"], "--max-new-tokens 0"),
-        (["--model", "NOWHERE"], "no Hugging Face model folder"),
-        (["--model", "RUN", "--beside", "NOWHERE"], "no Hugging Face model folder"),
+        (["--model", "NOWHERE"], "there is no folder"),
+        (["--model", "RUN", "--beside", "NOWHERE"], "there is no folder"),
     ],
 )
 def test_bad_options(

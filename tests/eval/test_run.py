@@ -123,7 +123,7 @@ def test_without_data_the_probes_come_from_seed_zero(tmp_path: Path, monkeypatch
     ("changes", "culprit", "remedy"),
     [
         ({"--suite": "bois"}, "'bois'", "'bios'"),
-        ({"--model": "nowhere"}, "nowhere", "run folder"),
+        ({"--model": "nowhere"}, "nowhere", "name the folder of a model or of a run"),
         ({"--data": "nowhere"}, "nowhere", "python -m eval.bios"),
         ({"--batch-size": 0}, "--batch-size 0", "1 or more"),
         ({"--output": "."}, "--output .", "name a file"),

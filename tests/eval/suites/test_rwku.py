@@ -187,7 +187,7 @@ def test_where_the_two_scorers_differ(reference: str, given: str, rouge: float, 
 
 def test_a_note_says_what_the_published_scorers_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
     probes = [{"set": "F-QA", "subject": "x", "query": "?", "type": "", "answer": text} for text in ("東京", "Tokyo")]
-    monkeypatch.setattr(rwku, "score", lambda *_, **__: [{"rwku": 0.0, "sago": 0.0}] * 2)
+    monkeypatch.setattr(rwku, "score", lambda *_, **__: ([{"rwku": 0.0, "sago": 0.0}] * 2, {"sago": ["", ""]}))
     assert rwku.evaluate(None, None, probes)["notes"]["rouge"].startswith("1 of 2")  # pyright: ignore[reportArgumentType]
     assert scoring_rouge.recall_rouge(["東京都"], ["東京"]) == [0.0]
     assert scoring_rouge.recall_rouge_score(["東京都"], ["東京都"]) == [0.0]

@@ -48,9 +48,10 @@ def find_models(folder: Path) -> list[tuple[int | None, Path]]:
     A path that is not a folder and could be a name on the hub counts as one.
 
     Raises:
-        InputError: `folder` is neither a run with exports, nor a model, nor a name on the hub.
+        InputError: `folder` is neither a run with a model, nor a model, nor a name on the hub.
     """
-    if not (folder / "metrics.jsonl").is_file() or not (folder / "exports").is_dir():
+    exports, final = folder / "exports", folder / "final"
+    if not (folder / "metrics.jsonl").is_file() or not (exports.is_dir() or final.is_dir()):
         if not folder.exists() and not HUB_NAME.fullmatch(str(folder)):
             raise InputError(
                 f"--model: there is no folder {folder.absolute()}, and that is no name of the hub; name the folder of "
@@ -59,17 +60,17 @@ def find_models(folder: Path) -> list[tuple[int | None, Path]]:
         if folder.exists() and not is_model(folder):
             raise InputError(
                 f"--model {folder} is no Hugging Face model folder (no config.json, no adapter_config.json), "
-                "and no run folder (metrics.jsonl, exports/); name one of these"
+                "and no run folder (metrics.jsonl, and exports/ or final/); name one of these"
             )
         return [(None, folder)]
     models = {
         int(match[1]): path
-        for path in (folder / "exports").iterdir()
+        for path in (exports.iterdir() if exports.is_dir() else ())
         if (match := re.fullmatch(r"step-(\d+)", path.name)) and is_model(path)
     }
     steps = [int(row["step"]) for row in read_jsonl(folder / "metrics.jsonl", required=("step",))]
-    if steps and is_model(folder / "final"):
-        models[steps[-1]] = folder / "final"  # the same weights as an export of that step
+    if steps and is_model(final):
+        models[steps[-1]] = final  # the same weights as an export of that step
     if not models:
         raise InputError(f"{folder} holds no exported model yet; set train.export_every or let the run finish")
     return sorted(models.items())

@@ -11,8 +11,8 @@ Under `torchrun` or `deepspeed` (`--module eval.run`) the ranks share the work; 
 the first rank writes them. `--ds-config` shards the model over the ranks by ZeRO-3, for a model that does not fit on
 one.
 
-A *run folder* (with `metrics.jsonl` and `exports/`) gives {"trajectory": [{"step", "model", "suites"}, …], …} in the
-order of steps; any other folder is one Hugging Face model and gives {"model", "suites", …}. Each suite returns
+A *run folder* (with `metrics.jsonl`, and `exports/` or `final/`) gives {"trajectory": [{"step", "model", "suites"}, …],
+…} in the order of steps; any other folder is one Hugging Face model and gives {"model", "suites", …}. Each suite gives
 "metrics" (nested means), "counts" and the "protocol" in words. The command prints the headline scores as a table,
 and writes those of the last model into its card (README.md), if it has one. Without --data, suite `corpus` scores the
 corpora of the run folder. Exit status: 0 done, 2 unusable input (one line on

@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = 0
     try:
         run(config, zero, resume, quiet)
+        if repository:
+            process_group.part()
         if repository and rank == 0:
             console.logger.info("uploaded to %s", push(Path(config.output) / "final", repository))
     except InputError as error:

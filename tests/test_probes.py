@@ -24,6 +24,7 @@ from eval.results.comparison import collect
 from eval.results.metrics import choose
 from eval.results.trajectories import read_run
 from eval.sweep.axes import run_folder
+from eval.sweep.check import check_runs
 from eval.sweep.runs import Plan, finished_runs, refuse_without_probes, run_if_missing
 from pipeline.config.load import resolve
 from pipeline.config.schema import RunConfig
@@ -291,6 +292,9 @@ def test_a_sweep_over_probes_evaluates_nothing(tmp_path: Path) -> None:
     assert finished_runs(plan, "a") == {"recipe": [0]} and not run_if_missing(plan, "a", {}, 0)
     [group] = collect(plan)
     assert group.retained == pytest.approx([0.9 - 0.9 * 0.3])
+    check_runs(plan)
+    with pytest.raises(InputError, match=r"--tasks-dir .*holds no file"):  # the options of the suite are checked too
+        check_runs(replace(plan, suites=("lm_eval",), tasks=("--tasks", "mine", "--tasks-dir", str(folder / "final"))))
     refuse_without_probes(plan)
     with pytest.raises(InputError, match=r"b has train.probe_every 0"):
         refuse_without_probes(replace(plan, methods=("a", "b")))

@@ -44,3 +44,10 @@ def task_arguments(options: dict[str, Any]) -> list[str]:
     folder = [] if options["tasks_dir"] is None else ["--tasks-dir", str(options["tasks_dir"])]
     limit = [] if options["limit"] is None else ["--limit", str(options["limit"])]
     return ["--tasks", *options["tasks"], *folder, *limit]
+
+
+def parse_task_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+    """The options that `task_arguments` wrote as a command line; empty for none."""
+    parser = argparse.ArgumentParser()
+    add_task_options(parser)
+    return task_options(parser.parse_args(arguments), (SUITE,)) if arguments else {}

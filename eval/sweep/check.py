@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import product
 
 from eval.evaluation import load_suites
+from eval.suites.task_options import SUITE, parse_task_arguments
 from eval.sweep.axes import Setting, run_folder
 from eval.sweep.runs import Plan
 from pipeline.config.deepspeed import accumulation, deepspeed_config
@@ -36,8 +37,9 @@ def check_runs(plan: Plan) -> None:
                 for _ in read(corpus, task)[0]:
                     pass
                 read_already.add(repr(corpus))
-    needed = [name for name in plan.suites if name != "corpus" or plan.data is not None]
-    load_suites(needed, plan.data, {})  # corpus without --data scores the corpora of each run, which were just read
+    of_each_run = {"probes"} if plan.data is not None else {"probes", "corpus"}  # of its configuration, checked above
+    needed = [name for name in plan.suites if name not in of_each_run]
+    load_suites(needed, plan.data, {SUITE: parse_task_arguments(plan.tasks)})
 
 
 def settings(plan: Plan) -> Iterator[Setting]:

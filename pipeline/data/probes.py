@@ -61,14 +61,23 @@ def read_sets(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Pro
     Raises:
         InputError: a source is missing or malformed, or none of its first rows can be used.
     """
-    keys = {name: f"probes.{name}" if name in config.data.probes else name for name in config.probes}
-    return [
-        read_set(name, probe, tokenizer, config.data.max_length, key=keys[name])
-        for name, probe in config.probes.items()
-    ]
+    sets = []
+    for name, probe in config.probes.items():
+        is_own = name in config.data.probes
+        key, heldout = (f"probes.{name}", 0.0) if is_own else (name, getattr(config.data, name).heldout)
+        sets.append(read_set(name, probe, tokenizer, config.data.max_length, key=key, heldout=heldout))
+    return sets
 
 
-def read_set(name: str, probe: Probe, tokenizer: PreTrainedTokenizerBase, max_length: int, *, key: str) -> ProbeSet:
+def read_set(
+    name: str,
+    probe: Probe,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    key: str,
+    heldout: float = 0.0,
+) -> ProbeSet:
     """The first `probe.limit` rows, each a sequence of its own, or several where it offers a choice.
 
     A text or an answer is encoded as training encodes it with `data.packing: documents`, and cut at `max_length`
@@ -76,6 +85,7 @@ def read_set(name: str, probe: Probe, tokenizer: PreTrainedTokenizerBase, max_le
 
     Args:
         key: names the set in messages, below `data`.
+        heldout: of a corpus; the rows are then the first of those that training sees.
 
     Raises:
         InputError: see `read_sets`.
@@ -85,7 +95,7 @@ def read_set(name: str, probe: Probe, tokenizer: PreTrainedTokenizerBase, max_le
     found = (
         _choices(name, probe, tokenizer, max_length, key)
         if probe.choices
-        else _texts(name, probe, tokenizer, options, key)
+        else _texts(name, probe, tokenizer, options, key=key, heldout=heldout)
     )
     if not found.sequences:
         needed = minimum_content(probe.prompt is not None, max_length)
@@ -93,8 +103,16 @@ def read_set(name: str, probe: Probe, tokenizer: PreTrainedTokenizerBase, max_le
     return found
 
 
-def _texts(name: str, probe: Probe, tokenizer: PreTrainedTokenizerBase, options: TokenOptions, key: str) -> ProbeSet:
-    rows, digest = read(Corpus(**probe.model_dump(include={*Source.model_fields})), key)
+def _texts(
+    name: str,
+    probe: Probe,
+    tokenizer: PreTrainedTokenizerBase,
+    options: TokenOptions,
+    *,
+    key: str,
+    heldout: float,
+) -> ProbeSet:
+    rows, digest = read(Corpus(**probe.model_dump(include={*Source.model_fields}), heldout=heldout), key)
     first = list(islice(rows, probe.limit))
     pieces = [one.pieces[0] for one in encoder(tokenizer, options)(first, 0)] if first else []
     used = [(ids, start) for ids, start in pieces if len(ids) > max(start, 1)]

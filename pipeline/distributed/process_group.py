@@ -67,6 +67,13 @@ def skip_shm_op() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def part() -> None:
+    """Meet the other ranks for the last time; what a rank does alone afterwards may take longer than they wait."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def leave(status: int) -> NoReturn:
     """End this process with `status`. All ranks end with 0, 2 or STOPPED together; a rank that failed ends alone.
 
@@ -81,9 +88,7 @@ def leave(status: int) -> NoReturn:
         if mpi is not None:
             mpi.COMM_WORLD.Abort(status)
         os._exit(status)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    part()
     if mpi is not None:
         mpi.Finalize()
     os._exit(status)

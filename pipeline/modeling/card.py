@@ -12,8 +12,6 @@ import torch
 import transformers
 import yaml
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import LocalEntryNotFoundError
 
 from pipeline.config.sources import format_of
 from pipeline.files import Json
@@ -51,14 +49,14 @@ def licence(path: str) -> str | None:
     if not Path(path).exists():
         try:
             card = Path(hf_hub_download(path, "README.md", etag_timeout=5))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):  # no such file, no network, no such name
+        except Exception:  # no file, name or network; types of an HTTP library. The export must not depend on it
             return None
     if not card.is_file():
         return None
     parts = card.read_text(encoding="utf-8", errors="replace").split("---\n")
     try:
         head = yaml.safe_load(parts[1]) if len(parts) > 2 and not parts[0].strip() else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: an impossible date
         return None
     found = head.get("license") if isinstance(head, dict) else None
     return found if isinstance(found, str) else None

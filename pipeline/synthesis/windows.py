@@ -37,7 +37,9 @@ def join_neighbours(tensors: Sequence[Tensor]) -> list[Tensor]:
             storage = tensor.untyped_storage()
             limit = storage.data_ptr() + storage.nbytes() if tensor.is_contiguous() else -1
         end = address + numel * tensor.itemsize
-    return [tensors[first].as_strided((n,), tensors[first].stride()) for first, n in groups]
+    # The stride of a single element may be any number, so it is not read.
+    strides = [(1,) if tensors[first].is_contiguous() else tensors[first].stride() for first, _ in groups]
+    return [tensors[first].as_strided((n,), stride) for (first, n), stride in zip(groups, strides, strict=True)]
 
 
 def cut(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[list[Tensor]]:

@@ -104,6 +104,12 @@ def test_an_unfinished_run_is_evaluated_as_far_as_it_got(run_folder: Path) -> No
     assert found == [(2, "step-000002"), (9, "step-000009"), (10, "step-000010")]
 
 
+def test_a_run_without_exports_on_the_way_has_its_final_model(run_folder: Path) -> None:
+    """As a run that is measured by probes while it trains."""
+    shutil.rmtree(run_folder / "exports")
+    assert find_models(run_folder) == [(10, run_folder / "final")]
+
+
 def test_without_data_the_probes_come_from_seed_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from pipeline.config.load import resolve
 from pipeline.config.schema import Corpus
 from pipeline.data.corpus import read, read_heldout
 from pipeline.data.packing import choose_packing
+from pipeline.data.probes import read_sets
 from tests.conftest import World
 
 
@@ -65,6 +67,20 @@ def test_questions_are_held_out_with_their_answers(tmp_path: Path) -> None:
     rows = read_heldout(chosen, "retain")
     assert len(rows) == 3 and all(row.prompt == f"q{int(row.texts[0][1:]) % 5}" for row in rows)
     assert len(list(read(chosen, "retain")[0])) == 7
+
+
+def test_probes_of_the_retain_corpus_are_of_what_is_trained(world: World, tmp_path: Path) -> None:
+    """Its set `retain` would else mix documents that the model sees with some that it does not."""
+    tokenizer, file = AutoTokenizer.from_pretrained(world.folder / "model"), tmp_path / "retain.txt"
+    file.write_text("".join(f"{letter * 8}\n" for letter in "abcdefghij"))
+    chosen = {"path": str(file), "heldout": 0.3}
+    written = world.write(tmp_path / "run.yaml", tmp_path / "run", data={"retain": chosen}, train={"probe_every": 1})
+    config = resolve(written)
+    found = {one.name: one for one in read_sets(config, tokenizer)}["retain"]
+    trained = [row.texts[0] for row in read(corpus(file, heldout=0.3), "retain")[0]]
+    assert len(trained) == 7 and [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in found.sequences] == (
+        [tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) for text in trained]
+    )
 
 
 @pytest.mark.parametrize(

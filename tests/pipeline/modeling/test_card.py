@@ -58,6 +58,7 @@ def test_the_licence_is_that_of_the_base(world: World, tmp_path: Path) -> None:
         ("# No head\n---\nlicense: mit\n---\n", None),
         ("---\nlicense: [\n---\n", None),
         ("---\ntags: [a]\n---\n", None),
+        ("---\nlicense: mit\ndate: 2024-02-31\n---\n", None),
     ):
         (base / "README.md").write_text(text)
         assert licence(str(base)) == expected
@@ -65,6 +66,17 @@ def test_the_licence_is_that_of_the_base(world: World, tmp_path: Path) -> None:
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     head = yaml.safe_load(card_of(world, tmp_path, model={"path": str(base)}).split("---\n")[1])
     assert head["license"] == "apache-2.0"
+
+
+def test_a_hub_that_breaks_off_costs_no_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card is written after the last step: an error there would lose the final model."""
+    import huggingface_hub.file_download as hub
+
+    def breaks_off(*_: object, **__: object) -> None:
+        raise hub.httpx2.ReadTimeout("the read operation timed out")
+
+    monkeypatch.setattr("pipeline.modeling.card.hf_hub_download", breaks_off)
+    assert licence("owner/model") is None
 
 
 def test_the_snippet_runs_with_and_without_a_chat_template(world: World, tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch.distributed as dist
 
 from pipeline import train
 from pipeline.config.load import hub_name, parse_command_line
+from pipeline.distributed import process_group
 from pipeline.errors import FatalError, InputError
 from pipeline.modeling.push import check_push, push
 from tests.conftest import World
@@ -70,3 +72,27 @@ def test_the_option_is_no_key_of_the_configuration(world: World, tmp_path: Path)
     config, resume, quiet = parse_command_line(arguments)
     assert hub_name(arguments) == "owner/mine" and not resume and not quiet
     assert "push" not in str(config.model_dump()) and hub_name(arguments[:2]) is None
+
+
+def test_no_rank_waits_for_the_upload(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large model uploads for longer than a collective waits: the ranks have met for the last time before it."""
+    order: list[str] = []
+    ranks = [True]
+
+    def meet() -> None:
+        order.append("meet")
+
+    def part() -> None:
+        ranks.clear()
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
+    monkeypatch.setattr(dist, "is_initialized", lambda: bool(ranks))
+    monkeypatch.setattr(dist, "barrier", meet)
+    monkeypatch.setattr(dist, "destroy_process_group", part)
+    monkeypatch.setattr("pipeline.trainer.run", lambda *_: order.append("train"))
+    monkeypatch.setattr("pipeline.modeling.push.push", lambda *_: order.append("upload"))
+    monkeypatch.setattr(process_group.os, "_exit", lambda status: order.append(f"end {status}"))
+    monkeypatch.setattr(process_group.signal, "signal", lambda *_: None)
+    file = world.write(tmp_path / "run.yaml", tmp_path / "run")
+    train.main(["--config", str(file), "--push-to-hub", "owner/mine"])
+    assert order == ["train", "meet", "upload", "end 0"]

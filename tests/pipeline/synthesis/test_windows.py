@@ -197,3 +197,10 @@ def test_where_nothing_can_be_compiled_the_plain_kernel_is_used_and_one_line_say
             combine_plainly_(Synthesis("sago"), theirs, range(len(SIZES)))
     assert all(torch.equal(a.retain, b.retain) for a, b in zip(ours, theirs, strict=True))
     assert len([line for line in caplog.messages if "without a compiled kernel" in line]) == 1
+
+
+def test_one_element_of_any_stride_joins_its_neighbours() -> None:
+    """torch calls a tensor of one element contiguous whatever its stride, which says nothing about the next one."""
+    base = torch.arange(12.0)
+    [joined] = windows.join_neighbours([base[::5][:1], base[1:4]])
+    assert joined.tolist() == [0.0, 1.0, 2.0, 3.0]

@@ -185,7 +185,7 @@ class Trainer(TrainStep):
         self.metrics.record("peak_memory_bytes", peak_memory_bytes(self.engine.device), reduce="max")
 
     def record_layers(self, done: int) -> None:
-        """The same geometry layer by layer, as `cos_forget_retain/model.layers.3`, at intervals and at the last step."""
+        """The same geometry by layers, as `cos_forget_retain/model.layers.3`, at intervals and at the last step."""
         every = self.run.config.synthesis.layer_geometry_every
         is_last = done == self.run.steps or self.probes.is_over
         if not every or (done % every and not is_last):

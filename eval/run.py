@@ -14,8 +14,8 @@ one.
 A *run folder* (with `metrics.jsonl`, and `exports/` or `final/`) gives {"trajectory": [{"step", "model", "suites"}, …],
 …} in the order of steps; any other folder is one Hugging Face model and gives {"model", "suites", …}. Each suite gives
 "metrics" (nested means), "counts" and the "protocol" in words. The command prints the headline scores as a table,
-and writes those of the last model into its card (README.md), if it has one. Without --data, suite `corpus` scores the
-corpora of the run folder. Exit status: 0 done, 2 unusable input (one line on
+writes those of the last model into its card (README.md), if it has one, and those of a run into its TensorBoard log.
+Without --data, suite `corpus` scores the corpora of the run folder. Exit status: 0 done, 2 unusable input (one line on
 stderr, nothing written).
 """
 
@@ -29,6 +29,7 @@ from pathlib import Path
 from eval.evaluation import evaluate_all, find_models, load_suites, provenance
 from eval.files import exit_status
 from eval.loading import add_trust_options, read_ds_config, trust_of
+from eval.reporting.board import write_to_board
 from eval.reporting.card import write_scores
 from eval.reporting.pages import as_text
 from eval.results.metrics import flatten, headlines, label
@@ -130,6 +131,7 @@ def main() -> None:
     for name, rows in score_tables(entries).items():
         print(f"{name}\n{as_text(rows)}\n")
         write_scores(models[-1][1], name, rows)
+    write_to_board(models, entries)
     print(f"wrote {arguments.output}")
 
 

@@ -157,6 +157,7 @@ class Trainer(TrainStep):
             result = self.train_step(step)
             self.record(step, result, lr, time.perf_counter() - began)
             self.probes.record(step + 1)
+            self.record_layers(step + 1)
             self.metrics.record("_stop", float(sigterm is not None and sigterm.is_set()), reduce="max")
             self.metrics.record("_skipped_before", float(self.metrics.skipped_in_a_row), reduce="max")  # of rank 0
             agreed = self.metrics.flush(step + 1)
@@ -182,12 +183,13 @@ class Trainer(TrainStep):
         tokens = sum(task.sampler.loss_denominator(step, "position") for task in (self.forget, self.retain) if task)
         self.metrics.record("tokens_per_second", tokens / seconds)
         self.metrics.record("peak_memory_bytes", peak_memory_bytes(self.engine.device), reduce="max")
-        every = self.run.config.synthesis.layer_geometry_every
-        if every and (step + 1) % every == 0:
-            self.record_layers()
 
-    def record_layers(self) -> None:
-        """The same geometry layer by layer, as `cos_forget_retain/model.layers.3`."""
+    def record_layers(self, done: int) -> None:
+        """The same geometry by layers, as `cos_forget_retain/model.layers.3`, at intervals and at the last step."""
+        every = self.run.config.synthesis.layer_geometry_every
+        is_last = done == self.run.steps or self.probes.is_over
+        if not every or (done % every and not is_last):
+            return
         for layer, geometry in self.combiner.by_layer().items():
             for name in GEOMETRY:
                 self.metrics.record(f"{name}/{layer}", getattr(geometry, name))

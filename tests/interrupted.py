@@ -196,7 +196,7 @@ def on_the_board(folder: Path) -> list[tuple[int, float]]:
     """The forget loss as TensorBoard has it, step by step."""
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    return [(event.step, event.value) for event in events.Scalars("forget_loss")]
+    return [(event.step, event.value) for event in events.Scalars("2_loss/forget_loss")]
 
 
 def assert_same(one: Path, other: Path) -> None:

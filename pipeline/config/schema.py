@@ -147,7 +147,10 @@ class Synthesis(Section):
     )
     geometry: bool = Field(False, description="measure the cosines under `sum` too (costs the forget buffer)")
     layer_geometry_every: int = Field(
-        10, ge=0, description="steps between measurements of each layer's cosines and conflicts; 0 is off"
+        10,
+        ge=0,
+        description="steps between measurements of each layer's cosines and conflicts, beside one at the last step; "
+        "0 is off",
     )
 
 

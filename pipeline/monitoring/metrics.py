@@ -19,8 +19,8 @@ from pipeline.errors import disk_errors
 from pipeline.files import Json, sync, write_whole
 from pipeline.monitoring import console
 from pipeline.monitoring.console import Progress
-from pipeline.monitoring.levels import probes_in, short
-from pipeline.monitoring.tensorboard import COSINES, GIB, TensorBoardWriter
+from pipeline.monitoring.levels import PREFIX, probes_in, short
+from pipeline.monitoring.tensorboard import COSINES, GIB, PROBED, TensorBoardWriter
 from pipeline.monitoring.trackers import ExternalTrackers, Monitored
 
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -173,7 +173,7 @@ def results(history: Sequence[Json]) -> dict[str, float]:
     """The results of a run. history: all rows of `metrics.jsonl`, at least one.
 
     Losses are means over the last tenth of the steps (`_start`: the first tenth), geometry over all steps, time is a
-    median. A metric without a value in any step is absent.
+    median; extraction strengths are those of the last probe. A metric without a value in any step is absent.
     """
 
     def of(name: str, rows: Sequence[Json] = history) -> list[float]:
@@ -187,6 +187,10 @@ def results(history: Sequence[Json]) -> dict[str, float]:
     }
     means |= {name: of(name) for name in (*COSINES, "conflict_fraction")}
     found = {name: sum(values) / len(values) for name, values in means.items() if values}
+    for name in PROBED:
+        task, _, measure = name.partition("_")
+        if probed := of(f"{PREFIX}{task}/{measure}"):
+            found[name] = probed[-1]
     found["skipped"] = sum(of("skipped"))
     found |= {name: statistics.median(of(name)) for name in ("seconds", "tokens_per_second")}
     found["peak_memory_gib"] = max(of("peak_memory_bytes")) / GIB

@@ -1,4 +1,4 @@
-"""TensorBoard: three charts on the first page (probes first), heat maps of layers, runs side by side in HParams."""
+"""TensorBoard: scores, then losses, then geometry on the first page; heat maps of layers; runs beside each other."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import numpy as np
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
+
+from pipeline.monitoring.levels import PREFIX
 
 GIB = 2**30
 
@@ -25,22 +27,47 @@ COSINES = {
 }
 
 
+# TensorBoard opens on *Time series*, sorted by group: what was forgotten first, how it came about below.
+GROUPS = {
+    **dict.fromkeys(("forget_loss", "retain_loss"), "2_loss"),
+    **dict.fromkeys((*COSINES, "conflict_fraction", "forget_norm", "retain_norm", "combined_norm"), "3_geometry"),
+}
+PROBE, COST = "1_probe", "4_training"  # the groups of the scores `probe/SET/MEASURE`, and of everything else
+
+
+# A loss has an axis of its own: that of GA falls without bound, and would make a straight line of the other.
 CHARTS = {
-    "Forget and retain loss": ("forget_loss", "retain_loss"),
-    "Cosines and conflict fraction": (*COSINES, "conflict_fraction"),
-    "Thousand tokens a second, peak memory in GiB": (THOUSANDS, MEMORY),
+    "Forget loss": ("2_loss/forget_loss",),
+    "Retain loss": ("2_loss/retain_loss",),
+    "Cosines and conflict fraction": tuple(f"3_geometry/{name}" for name in (*COSINES, "conflict_fraction")),
+    "Thousand tokens a second, peak memory in GiB": (f"{COST}/{THOUSANDS}", f"{COST}/{MEMORY}"),
 }
 
 
 # Of a run with probes, before the others: a line for each set, by the measures of its kind.
 PROBES = {
-    "Probes: extraction strength, accuracy": ("probe/.*/extraction_strength", "probe/.*/accuracy"),
-    "Probes: loss": ("probe/.*/loss",),
+    "Probes: extraction strength, accuracy": (f"{PROBE}/.*/extraction_strength", f"{PROBE}/.*/accuracy"),
+    "Probes: loss": (f"{PROBE}/.*/loss",),
 }
 
 
-# The results under HParams: a short heading, because columns are narrow, and its meaning. TensorBoard shows the first
-# five by default, and its parallel coordinates leave out a run without one of them: results of every run come first.
+# Before the tags of a run without a forget corpus, such as one that makes a target model: a chart that it shared with
+# runs that unlearn would have its axes, which are often much longer.
+TRAINING = "training/"
+
+
+# The scores under HParams: a short heading, because columns are narrow, and its meaning. They come first.
+PROBED = {
+    "forget_extraction_strength": ("forget ES", "extraction strength of the probe `forget`, last"),
+    "retain_extraction_strength": ("retain ES", "extraction strength of the probe `retain`, last"),
+}
+EVALUATED = {  # eval.run writes these
+    "forget_score": ("forget score", "of the last model that eval.run evaluated, by the forget score of its suite"),
+    "retain_score": ("retain score", "of the last model that eval.run evaluated, by the retain score of its suite"),
+}
+
+
+# The other results under HParams.
 MEASURES = {
     "forget_loss": ("forget loss", "mean over the last tenth of the steps"),
     "retain_loss": ("retain loss", "mean over the last tenth of the steps"),
@@ -78,28 +105,45 @@ class TensorBoardWriter:
 
     def __init__(self, folder: Path, *, start: int, has_probes: bool = False) -> None:
         self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
-        shown = {**PROBES, **CHARTS} if has_probes else CHARTS
-        # A chart takes the tags that match a regular expression at their beginning: layers would come along.
-        charts = {title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in shown.items()}
-        self.writer.add_custom_scalars({"Unlearning": charts})
+        self.has_probes = has_probes
+        self.prefix = ""  # of every tag
         self.drawn = float("-inf")
 
     def begin(self, hyperparameters: dict[str, str | float]) -> None:
-        """Write the run's row under HParams, with the scalars `result/<measure>`, which `end` writes.
+        """Write the layout of the charts, and the run's row under HParams with the scalars `result/<measure>`, which
+        `end` writes.
 
-        It goes into this file; `add_hparams` would make a second run in a folder of its own.
+        The row goes into this file; `add_hparams` would make a second run in a folder of its own.
         """
-        table, run, _ = hparams(hyperparameters, {f"result/{name}": None for name in MEASURES})
+        is_training = hyperparameters["forget"] == "none"
+        self.prefix = TRAINING if is_training else ""
+        shown = {**PROBES, **CHARTS} if self.has_probes else CHARTS
+        # A chart takes the tags that match a regular expression at their beginning: layers would come along.
+        charts = {
+            title + " (training)" * is_training: ["Multiline", [f"^{self.prefix}{tag}$" for tag in tags]]
+            for title, tags in shown.items()
+            if not (is_training and "forget" in title.lower())
+        }
+        self.writer.add_custom_scalars({"Training" if is_training else "Unlearning": charts})
+        columns = self.columns()
+        table, run, _ = hparams(hyperparameters, {f"result/{name}": None for name in columns})
         plugin = table.value[0].metadata.plugin_data
         content = HParamsPluginData.FromString(plugin.content)
         for column in content.experiment.hparam_infos:
             column.differs = column.name in SHOWN  # TensorBoard shows these first
-        for column, (heading, meaning) in zip(content.experiment.metric_infos, MEASURES.values(), strict=True):
+        for column, (heading, meaning) in zip(content.experiment.metric_infos, columns.values(), strict=True):
             column.display_name, column.description = heading, meaning
         plugin.content = content.SerializeToString()
         for summary in (table, run):
             self.file.add_summary(summary, 0)
         self.hyperparameters = hyperparameters
+
+    def columns(self) -> dict[str, tuple[str, str]]:
+        """The results under HParams, of which TensorBoard shows the first five by default.
+
+        Scores come first: those of probes in a run that has them, those of `eval.run` in another.
+        """
+        return {**PROBED, **MEASURES, **EVALUATED} if self.has_probes else {**EVALUATED, **MEASURES, **PROBED}
 
     @property
     def file(self) -> FileWriter:
@@ -115,11 +159,11 @@ class TensorBoardWriter:
         if "peak_memory_bytes" in values:
             values[MEMORY] = values["peak_memory_bytes"] / GIB
         for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+            self.writer.add_scalar(self.prefix + tag_of(name), value, step)
         for name in COSINES:
             of_layers = np.array([value for key, value in values.items() if key.startswith(f"{name}/")])
             if of_layers.size:
-                self.writer.add_histogram(f"layers/{name}", of_layers, step)
+                self.writer.add_histogram(f"{self.prefix}layers/{name}", of_layers, step)
         if (
             any(name.partition("/")[0] in HEAT_MAPS for name in values if "/" in name)
             and time.monotonic() - self.drawn > HEAT_MAP_EVERY_S
@@ -131,7 +175,9 @@ class TensorBoardWriter:
         for name in HEAT_MAPS:
             image = heat_map(history, name)
             if image is not None:
-                self.writer.add_image(f"heat_map/{name}", image, int(history[-1]["step"] or 0), dataformats="HWC")
+                self.writer.add_image(
+                    f"{self.prefix}heat_map/{name}", image, int(history[-1]["step"] or 0), dataformats="HWC"
+                )
         self.drawn = time.monotonic()
 
     def end(self, history: Sequence[Mapping[str, float | None]], results: Mapping[str, float]) -> None:
@@ -140,6 +186,14 @@ class TensorBoardWriter:
         for name, value in results.items():
             self.writer.add_scalar(f"result/{name}", value, int(history[-1]["step"] or 0))
         self.file.add_summary(hparams(self.hyperparameters, {})[2], 0)  # the status: success
+
+
+def tag_of(name: str) -> str:
+    """The tag of a number of `metrics.jsonl`: in its group, but that of a layer, which has a group already."""
+    first, _, rest = name.partition("/")
+    if rest:
+        return f"{PROBE}/{rest}" if f"{first}/" == PREFIX else name
+    return f"{GROUPS.get(name, COST)}/{name}"
 
 
 def heat_map(history: Sequence[Mapping[str, float | None]], name: str) -> np.ndarray | None:

@@ -24,7 +24,10 @@ from pipeline.monitoring.tensorboard import COSINES, TensorBoardWriter, heat_map
 from pipeline.startup import hyperparameters
 from tests.browser import Browser
 from tests.distributed import free_port
-from tests.pipeline.monitoring.base import STEPS, rows
+from tests.pipeline.monitoring.base import STEPS, evaluate, rows
+
+SCORES = {"one": 0.1, "two": 0.2, "three": 0.3}  # of forgetting, by run; of retention 1 minus that
+
 
 OTHERS = {"two": "pcgrad", "three": "sum"}  # runs beside the real one, by their rules
 
@@ -44,12 +47,16 @@ def write_others(folder: Path, history: list[dict[str, Any]]) -> None:
             board.write(logged[:step])
         board.end(logged, results(logged))
         board.writer.close()
+        (folder / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged))
+        (folder / name / "config.yaml").write_text(f"objective: {{forget: ga}}\nsynthesis: {{rule: {rule}}}\n")
 
 
 @pytest.fixture(scope="module")
 def server(told: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A `tensorboard` that serves the runs on this machine; its address."""
     write_others(told["run"].parent, rows(told["run"]))
+    for name, score in SCORES.items():
+        evaluate(told["run"].parent / name, {STEPS: score})
     port = free_port()
     line = ["tensorboard", "--logdir", str(told["run"].parent), "--host", "localhost", "--port", str(port)]
     with (tmp_path_factory.mktemp("server") / "log").open("w") as log:
@@ -88,7 +95,10 @@ def session_groups(server: str) -> list[dict[str, Any]]:
 
 
 RUN = "one/tensorboard"
-CHARTS = ["Forget and retain loss", "Cosines and conflict fraction", "Thousand tokens a second, peak memory in GiB"]
+CHARTS = [
+    *("Forget loss", "Retain loss", "Cosines and conflict fraction"),
+    "Thousand tokens a second, peak memory in GiB",
+]
 
 
 def test_charts_hold_what_they_say_and_no_layers(server: str, told: dict[str, Any]) -> None:
@@ -102,15 +112,17 @@ def test_charts_hold_what_they_say_and_no_layers(server: str, told: dict[str, An
             assert len(found) == 1, f"{tag} is matched by {list(found)}"
             drawn += found.items()
     assert [tag for tag, _ in drawn] == [
-        *("forget_loss", "retain_loss", "cos_forget_retain", "cos_combined_forget", "cos_combined_retain"),
-        *("conflict_fraction", "thousand_tokens_per_second", "peak_memory_gib"),
+        *("2_loss/forget_loss", "2_loss/retain_loss", "3_geometry/cos_forget_retain"),
+        *("3_geometry/cos_combined_forget", "3_geometry/cos_combined_retain", "3_geometry/conflict_fraction"),
+        *("4_training/thousand_tokens_per_second", "4_training/peak_memory_gib"),
     ]
+    assert [len(chart["multiline"]["tag"]) for chart in category["chart"]] == [1, 1, 4, 2]  # an axis for each loss
     logged = {name: [row[name] for row in rows(told["run"])] for name in rows(told["run"])[0]}
     logged["thousand_tokens_per_second"] = [n / 1000 for n in logged["tokens_per_second"]]
     logged["peak_memory_gib"] = [n / 2**30 for n in logged["peak_memory_bytes"]]
     for tag, events in drawn:
         assert [step for _, step, _ in events] == [1, 2, 3, 4], tag  # resumed: nothing twice
-        assert [value for _, _, value in events] == pytest.approx(logged[tag], rel=1e-5), tag
+        assert [value for _, _, value in events] == pytest.approx(logged[tag.partition("/")[2]], rel=1e-5), tag
 
 
 def test_pictures_and_histograms_of_layers(server: str) -> None:
@@ -138,6 +150,7 @@ def test_hparams_list_the_run_once_with_its_results(server: str, told: dict[str,
     logged = rows(told["run"])
     assert values["result/forget_loss"] == pytest.approx(logged[-1]["forget_loss"], rel=1e-5)
     assert values["result/cos_forget_retain"] == pytest.approx(np.mean([r["cos_forget_retain"] for r in logged]), 1e-5)
+    assert values["result/forget_score"] == pytest.approx(0.1) and values["result/retain_score"] == pytest.approx(0.9)
     assert values["result/seconds"] == pytest.approx(np.median([row["seconds"] for row in logged]), rel=1e-5)
 
 
@@ -173,9 +186,9 @@ def test_a_browser_draws_charts_pictures_and_a_table_of_three_runs(
     try:
         browser.open(f"{server}/#custom_scalars")
         cards = f"{EVERY}.filter(one => one.tagName == 'TF-CUSTOM-SCALAR-MULTI-LINE-CHART-CARD')"
-        browser.wait(f"{cards}.length >= 3")
+        browser.wait(f"{cards}.length >= 4")
         matches = f"{cards}.map(card => (card.shadowRoot.textContent.match(/Matches \\((\\d+)\\)/) || [])[1])"
-        browser.wait(f'JSON.stringify({matches}) == \'["6","8","6"]\'')  # tags of three runs, one without cosines
+        browser.wait(f'JSON.stringify({matches}) == \'["3","3","8","6"]\'')  # tags of three runs, one without cosines
         headings = f"{EVERY}.filter(one => one.tagName == 'TF-CARD-HEADING').map(one => one.shadowRoot)"
         titles = browser.look(f"{headings}.map(one => one.querySelector('.heading-label').textContent.trim())")
         assert titles == CHARTS
@@ -194,11 +207,11 @@ def test_a_browser_draws_charts_pictures_and_a_table_of_three_runs(
             "lr",
             "rule",
             "seed",
+            "forget score",
+            "retain score",
             "forget loss",
             "retain loss",
             "s a step",
-            "peak GiB",
-            "skipped",
         ]
         assert sorted(shown, key=columns.__getitem__) == shown and len(columns) <= len(shown) + 2
         seen = {
@@ -235,7 +248,7 @@ def test_an_event_file_that_ends_in_the_middle_of_a_record(damage: str, tmp_path
     assert write(3, 6, by=10.0) != killed
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    found = [(event.step, event.value) for event in events.Scalars("forget_loss")]
+    found = [(event.step, event.value) for event in events.Scalars("2_loss/forget_loss")]
     assert found == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (5, 50.0), (6, 60.0)]
 
 

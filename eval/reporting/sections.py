@@ -33,7 +33,8 @@ def reading(measure: ForgetRetainMetric, has_target: bool) -> str:
 
 def never_reached(missed: Iterable[tuple[str, Run]], measure: ForgetRetainMetric) -> str:
     """A sentence that lists the runs without a point at the level, by name, with the lowest forget score of each."""
-    names = [f"{name}: {lowest(run, measure):.3f}" for name, run in missed]
+    lows = [(name, lowest(run, measure)) for name, run in missed]
+    names = [f"{name}: {low:.3f}" if low >= 0.01 else f"{name}: {low:.2g}" for name, low in lows]
     if not names:
         return "Every run reached the level."
     return f"Never reached the level, and are in no mean (the lowest forget score of each): {'; '.join(names)}."

@@ -90,6 +90,6 @@ def collateral(points: Points, measure: ForgetRetainMetric, target: Scores | Non
 
 
 def never(missed: Mapping[str, float], objective: str, measure: ForgetRetainMetric) -> str:
-    lows = enumerated([f"{name} ({low:.3f})" for name, low in missed.items()])
+    lows = enumerated([f"{name} ({low:.3f})" if low >= 0.01 else f"{name} ({low:.2g})" for name, low in missed.items()])
     who = f"No run of {objective}" if objective else "Not compared, because none of its seeds"
     return f"{who} reached {readable(measure.forget)} {measure.level:g}; the lowest: {lows}."

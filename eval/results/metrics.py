@@ -214,6 +214,11 @@ def choose(
     )
 
 
+def rounded(score: float) -> float:
+    """To three decimals, below 0.01 to two digits: half of a small probability is not 0, which no run reaches."""
+    return round(score, 3) if score >= 0.01 else float(f"{score:.2g}")
+
+
 BY_HEART = 0.2  # above a model that never saw the text: good guesses come to about half of it
 
 
@@ -234,7 +239,7 @@ def at_share_of_target(
     start = target[measure.forget]
     if measure.floor is None:
         reason = f"The level is {measure.level:g} of the target model's {start:.3f}."
-        return replace(measure, level=round(measure.level * start, 3), reason=measure.reason or reason)
+        return replace(measure, level=rounded(measure.level * start), reason=measure.reason or reason)
     chance = target.get(measure.floor)
     if chance is None or start - chance < BY_HEART:
         known = "too few documents differ to compare it" if chance is None else f"one that never saw them {chance:.3f}"

@@ -111,8 +111,8 @@ def load_probes(folder: Path | None, suite: str = "corpus", run: Path | None = N
     """
     if folder is None and run is None:
         raise InputError(
-            "suite corpus scores your own files: give --data FOLDER with forget.txt and retain.txt (or .jsonl), or the "
-            "run folder whose corpora are meant"
+            "suite corpus scores your own files, and --model is no run folder (with config.yaml), which names them: "
+            "correct its path, or give --data FOLDER with forget.txt and retain.txt (or .jsonl), or a run folder"
         )
     if folder is None or (folder / "config.yaml").is_file():
         own = folder or run

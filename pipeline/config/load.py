@@ -122,7 +122,8 @@ def _read(file: Path, method: str | None) -> tuple[Json, Json]:
     if method is None:
         return raw, {}
     if method not in methods:
-        raise InputError(f"{where}: no method {method!r}; {nearest(method, list(methods)) if methods else 'none'}")
+        none = ": the file has no table `methods:`; leave out --method, or name a recipe that has one"
+        raise InputError(f"{where}: no method {method!r}" + (f"; {nearest(method, [*methods])}" if methods else none))
     return raw, merge(methods[method], {"method": method})
 
 

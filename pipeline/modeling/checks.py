@@ -42,7 +42,7 @@ def load_model_config(config: Model) -> PreTrainedConfig:
         reason = " ".join(str(error).split())[:300]
         if Path(path).is_dir():
             raise InputError(f"model.path: {path!r} is not the folder of a model: {reason}") from None
-        raise InputError(f"{missing}, and {path!r} is no model of the hub: {reason}") from None
+        raise InputError(f"{missing}, and {path!r} cannot be had from the hub: {reason}") from None
 
 
 def _holds_an_adapter(path: str) -> InputError:

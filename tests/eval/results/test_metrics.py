@@ -274,3 +274,10 @@ def test_a_score_that_a_better_model_has_lower_is_no_measure(tmp_path: Path, opt
     options = {"forget": "bios.forget.all", "retain": "bios.retain.all", "level": 0.1, option: score}
     with pytest.raises(InputError, match=rf"--{option} {score}: a better model has a lower one"):
         read(folder, **options)
+
+
+@pytest.mark.parametrize(("start", "level"), [(0.00075, 0.00038), (0.0126, 0.0063), (0.0874, 0.044), (0.9266, 0.463)])
+def test_half_of_a_small_probability_is_not_zero(start: float, level: float) -> None:
+    """Three decimals, but two digits of a small level: at 0 no run could ever arrive."""
+    scores = {"corpus.forget.probability": start, "corpus.forget.rouge": 0.1, "corpus.forget.rouge_unseen": 0.1}
+    assert choose(["corpus"], target=scores).level == level

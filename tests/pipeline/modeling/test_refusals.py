@@ -87,7 +87,7 @@ def test_a_folder_that_is_missing_is_named_where_it_was_looked_for(
     tried = f"{tmp_path}/here/{path.removeprefix('./').removesuffix('/')}"
     assert str(caught.value).startswith(f"model.path: there is no folder {tried}"), caught.value
     could_be_a_name = path in ("runs/typo", "typo")
-    assert (f", and {path!r} is no model of the hub: " in str(caught.value)) == could_be_a_name
+    assert (f", and {path!r} cannot be had from the hub: " in str(caught.value)) == could_be_a_name
     assert could_be_a_name or "owner/name" in str(caught.value)
 
 

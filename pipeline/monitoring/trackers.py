@@ -19,10 +19,10 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ign
 
 from pipeline.config.deepspeed import DeepSpeedDict
 from pipeline.files import write_whole
+from pipeline.monitoring.levels import PREFIX
 
 if TYPE_CHECKING:
     from deepspeed.monitor.monitor import MonitorMaster
-from pipeline.monitoring.levels import PREFIX
 
 _NAMES = "monitors.json"  # in the run folder: the identifiers of this run in W&B and Comet
 

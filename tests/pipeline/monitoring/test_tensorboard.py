@@ -240,7 +240,7 @@ def test_an_event_file_that_ends_in_the_middle_of_a_record(damage: str, tmp_path
             if step == 3:  # as before a checkpoint
                 board.writer.flush()
         board.writer.close()
-        return max(tmp_path.iterdir(), key=lambda file: file.name)
+        return max(tmp_path.iterdir(), key=lambda file: int(file.suffix[1:]))  # a count of the process
 
     killed = write(0, 5, by=1.0)
     content = killed.read_bytes()

@@ -108,7 +108,7 @@ class Synthesis:
                 finite (`is_finite`), nothing that was combined may be used; module, layer and global scopes then do
                 not change `retain` and `average`.
         """
-        partition = _Partition(pieces, len(units))
+        partition = _Partition(pieces, len(units), self._compiles)
         table = torch.zeros(len(units), len(COLUMNS), dtype=torch.float64, device=partition.device)
         if self.resolved_scope == "element":
             self._combine_elements_(partition, table)
@@ -122,6 +122,13 @@ class Synthesis:
             if is_finite(table):
                 _combine_units_(partition, weights, scale)
         return table
+
+    @property
+    def _compiles(self) -> bool:
+        """Whether a compiled kernel has the same bits: it rounds products before adding them, the plain one does not."""
+        if self.resolved_scope != "element":
+            return not self.averages_retain
+        return not any(w.f and w.r for w in (self.weights(Gramian(1.0, sign, 1.0)) for sign in (-1.0, 1.0)))
 
     def _combine_elements_(self, partition: _Partition, table: Tensor) -> None:
         """One pass: which of two mixtures an element gets depends on its signs alone."""
@@ -175,7 +182,7 @@ def is_finite(table: Tensor) -> bool:
 class _Partition:
     """The pieces of one rank, each list as one vector in windows."""
 
-    def __init__(self, pieces: Sequence[Piece], num_rows: int) -> None:
+    def __init__(self, pieces: Sequence[Piece], num_rows: int, compiles: bool) -> None:
         rows = tuple(piece.row for piece in pieces)
         self.vectors = [[piece.forget for piece in pieces], [piece.retain for piece in pieces]]
         if pieces and pieces[0].average is not None:
@@ -183,7 +190,7 @@ class _Partition:
         sizes = tuple(map(len, self.vectors[1]))
         sample = pieces[0].retain if pieces else torch.empty(0)
         self.device, self.compute_dtype = sample.device, compute_dtype(sample)
-        self.is_large = sum(sizes) >= COMPILE_FROM
+        self.is_large = compiles and sum(sizes) >= COMPILE_FROM
         self.plan = plan(rows, sizes, num_rows, self.device, self.is_large)
 
     def __iter__(self) -> Iterator[tuple[Segments, list[list[Tensor]], list[Tensor]]]:

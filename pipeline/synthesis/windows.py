@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK = 64  # elements that are added up first; a window is a matrix [blocks, BLOCK]
+BLOCK = 256  # elements that are added up first; a window is a matrix [blocks, BLOCK]
 COMPILED = {"cpu": 2**20, "cuda": 2**24}  # elements of a window of a compiled kernel, which has no temporaries
 
 

@@ -163,7 +163,9 @@ def test_nothing_waits_for_the_device_but_the_read_of_the_table(
     assert not {name for name in seen.names if name.startswith(waits)} - allowed
 
 
-@pytest.mark.parametrize(("rule", "scope"), [("sago", "element"), ("pcgrad", "module"), ("gru", "global")])
+@pytest.mark.parametrize(
+    ("rule", "scope"), [("sago", "element"), ("pcgrad", "element"), ("pcgrad", "module"), ("gru", "global")]
+)
 @pytest.mark.slow
 def test_a_compiled_kernel_gives_the_same(rule: str, scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A minute each: it is compiled."""

@@ -125,7 +125,7 @@ class Synthesis:
 
     @property
     def _compiles(self) -> bool:
-        """Whether a compiled kernel gives the same bits: it rounds products that it adds, the plain one does not."""
+        """Whether a compiled kernel has the same bits: it rounds products before it adds them, eager ones do not."""
         if self.resolved_scope != "element":
             return not self.averages_retain
         return not any(w.f and w.r for w in (self.weights(Gramian(1.0, sign, 1.0)) for sign in (-1.0, 1.0)))

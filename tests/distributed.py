@@ -109,7 +109,8 @@ def run_distributed(function: Callable[..., None], world_size: int, *arguments: 
 
 
 @atexit.register
-def _end_all() -> None:
+def end_idle_ranks() -> None:
+    """The next call of `run_distributed` has ranks that have run no other test."""
     for pools in _IDLE.values():
-        for ranks in pools:
-            ranks.end()
+        while pools:
+            pools.pop().end()

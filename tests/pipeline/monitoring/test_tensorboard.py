@@ -240,11 +240,12 @@ def test_an_event_file_that_ends_in_the_middle_of_a_record(damage: str, tmp_path
             if step == 3:  # as before a checkpoint
                 board.writer.flush()
         board.writer.close()
-        return max(tmp_path.iterdir(), key=lambda file: int(file.suffix[1:]))  # a count of the process
+        return max(tmp_path.iterdir(), key=lambda file: file.stat().st_mtime_ns)
 
     killed = write(0, 5, by=1.0)
     content = killed.read_bytes()
     killed.write_bytes(content[:-7] if damage == "cut" else content[:-20] + bytes(range(100, 150)))
+    time.sleep(1.1)  # the names of event files begin with the second: the board reads them in that order
     assert write(3, 6, by=10.0) != killed
     events = EventAccumulator(str(tmp_path))
     events.Reload()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import Ranks, run_distributed
+from tests.distributed import Ranks, end_idle_ranks, run_distributed
 from tests.pipeline.zero.stages import CONFIGURATIONS, RULES, SGD, STORES
 from tests.toy import (
     Case,
@@ -62,6 +62,7 @@ def measure_memory(names: list[str]) -> None:
 
 
 def test_one_forget_buffer_on_every_stage() -> None:
+    end_idle_ranks()  # what other tests left behind must not die while this one counts
     run_distributed(measure_memory, 2, list(STORES))
 
 

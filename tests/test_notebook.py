@@ -16,13 +16,13 @@ NOTEBOOK = REPOSITORY / "docs" / "notebooks" / "quickstart.ipynb"
 
 @pytest.fixture
 def notebook() -> Any:
-    import nbformat
+    import nbformat  # pyright: ignore[reportMissingImports]
 
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
 def test_the_notebook_runs_and_shows_scores_and_text(notebook: Any, tmp_path: Path) -> None:
-    from nbclient import NotebookClient
+    from nbclient import NotebookClient  # pyright: ignore[reportMissingImports]
 
     for part in ("pipeline", "eval", "launch", "ds_configs", "docs"):  # its runs stay out of the repository
         (tmp_path / part).symlink_to(REPOSITORY / part)

@@ -92,7 +92,7 @@ def trained(folder: Path, output: Path, rule: str, ranks: int, zero: str) -> dic
 
 @pytest.mark.parametrize(("rule", "bound"), [("sum", 1e-3), ("pcgrad", 1e-3), ("sago", 2e-3)])
 def test_two_ranks_under_zero3_train_as_one_rank_without(rule: str, bound: float, folder: Path, tmp_path: Path) -> None:
-    """Catches a gradient that is wrong. Open: 2e-5 (sago 2e-4), as on small models, is wanted; 2.2e-4 (5.8e-4) was seen."""
+    """Catches a wrong gradient. Open: 2e-5 (sago 2e-4) is wanted, as on small models; 2.2e-4 (5.8e-4) was seen."""
     plain = tmp_path / "zero0.json"
     plain.write_text('{"zero_optimization": {"stage": 0}}')
     sharded = trained(folder, tmp_path / "two" / "run", rule, 2, "zero3")

@@ -60,7 +60,9 @@ def test_what_is_there_is_not_made_again(folder: Path, tmp_path: Path) -> None:
     assert other.returncode == 2 and "holds no model" in other.stderr
 
 
-def trained(folder: Path, output: Path, rule: str, ranks: int, zero: str) -> dict[str, torch.Tensor]:
+def trained(
+    folder: Path, output: Path, rule: str, zero: str, *, ranks: int = 1, micro_batch_size: int = 2
+) -> dict[str, torch.Tensor]:
     """The exported weights after four steps of NPO on 4 + 4 questions of TOFU."""
     questions = {"prompt": "question", "response": "answer"}
     rows = REPOSITORY / "tests" / "data" / "tofu"
@@ -75,9 +77,11 @@ def trained(folder: Path, output: Path, rule: str, ranks: int, zero: str) -> dic
         },
         "objective": {"forget": "npo", "retain": "nll"},
         "synthesis": {"rule": rule},
-        # Plain SGD: Adam's first step is the sign of each gradient, which rounding decides where it is nearly 0.
-        "optimizer": {"name": "sgd", "lr": 0.1, "schedule": "constant", "warmup_ratio": 0.0},
-        "train": {"steps": 4, "batch_size": 4, "micro_batch_size": 4 // ranks, "deepspeed": zero},
+        # Plain SGD: Adam's first step is the sign of each gradient, which rounding decides where it is nearly 0. No
+        # clipping: without ZeRO DeepSpeed takes the norm of a whole tensor in float32, and torch's on a CPU is off by
+        # 1.6e-3 for the 28 million elements of the embedding. Of smaller steps more is lost when a weight is rounded.
+        "optimizer": {"name": "sgd", "lr": 1e-3, "schedule": "constant", "warmup_ratio": 0.0, "max_grad_norm": 0.0},
+        "train": {"steps": 4, "batch_size": 4, "micro_batch_size": micro_batch_size, "deepspeed": zero},
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     file = output.with_suffix(".yaml")
@@ -90,16 +94,21 @@ def trained(folder: Path, output: Path, rule: str, ranks: int, zero: str) -> dic
     return load_file(output / "final" / "model.safetensors")
 
 
-@pytest.mark.parametrize(("rule", "bound"), [("sum", 1e-3), ("pcgrad", 1e-3), ("sago", 2e-3)])
+@pytest.mark.parametrize(("rule", "bound"), [("sum", 2e-5), ("pcgrad", 2e-5), ("sago", 2e-4)])
 def test_two_ranks_under_zero3_train_as_one_rank_without(rule: str, bound: float, folder: Path, tmp_path: Path) -> None:
-    """Catches a wrong gradient. Open: 2e-5 (sago 2e-4) is wanted, as on small models; 2.2e-4 (5.8e-4) was seen."""
+    """To the bound of the small models or, where rounding alone does more, to twice what it does.
+
+    What rounding does is what another micro-batch changes on one rank. It decides the sign of a gradient that is nearly
+    0, where SAGO jumps.
+    """
     plain = tmp_path / "zero0.json"
     plain.write_text('{"zero_optimization": {"stage": 0}}')
-    sharded = trained(folder, tmp_path / "two" / "run", rule, 2, "zero3")
-    alone = trained(folder, tmp_path / "one" / "run", rule, 1, str(plain))
-    error = weight_change_error(sharded, alone, load_file(folder / "model.safetensors"))
-    print(f"{rule}: {error:.1e}")  # shown by pytest -s
-    assert error < bound
+    start = load_file(folder / "model.safetensors")
+    alone = trained(folder, tmp_path / "one" / "run", rule, str(plain), micro_batch_size=4)
+    rounding = weight_change_error(trained(folder, tmp_path / "again" / "run", rule, str(plain)), alone, start)
+    error = weight_change_error(trained(folder, tmp_path / "two" / "run", rule, "zero3", ranks=2), alone, start)
+    print(f"{rule}: {error:.1e}, by rounding {rounding:.1e}")  # shown by pytest -s
+    assert error < max(bound, 2 * rounding)
 
 
 def test_tasks_score_as_by_the_command_line_of_the_harness(folder: Path, tmp_path: Path) -> None:

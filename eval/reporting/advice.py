@@ -51,7 +51,7 @@ def advise(run: Run, measure: ForgetRetainMetric) -> str:
 
 
 def from_slope(run: Run, measure: ForgetRetainMetric, distance: float) -> str:
-    """How many more steps the slope of the last third asks for, or that it has come to rest."""
+    """How many more steps it takes at the slope of the last third, or that the score has come to rest."""
     end = run.trajectory[-1]
     slope, last = late_slope(run.trajectory, measure.forget), end["step"]
     ahead = end[measure.forget] - measure.level

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from eval.reporting.figures import Groups, enumerated, panels, styles
-from eval.results.metrics import COLLATERAL, ForgetRetainMetric, readable, words_of_score
+from eval.results.metrics import ForgetRetainMetric, collateral, readable, words_of_score
 from eval.results.stats import summarise
 from eval.results.trajectories import Scores, at_level, lowest
 
@@ -33,7 +33,7 @@ def verdict(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) 
         parts = []
         if reached:
             parts.append(keeps(reached, seeds, measure, target) + lead(reached, measure))
-            parts.append(collateral(reached, measure, target))
+            parts.append(unprotected(reached, measure, target))
         if missed:
             parts.append(never(missed, objective if not reached else "", measure))
         sentences.append(" ".join(part for part in parts if part))
@@ -74,10 +74,11 @@ def lead(points: Points, measure: ForgetRetainMetric) -> str:
     return f"; its lead over {second}, {ahead:.3f}, is no more than the spread of the seeds."
 
 
-def collateral(points: Points, measure: ForgetRetainMetric, target: Scores | None) -> str:
+def unprotected(points: Points, measure: ForgetRetainMetric, target: Scores | None) -> str:
     """What became of the scores of what neither corpus covers, and under which method each is lowest."""
     found: list[str] = []
-    for score in COLLATERAL:
+    scores = dict.fromkeys(score for each in points.values() for point in each for score in point if score != "step")
+    for score in filter(collateral, scores):
         of = {name: [p[score] for p in each if score in p] for name, each in points.items()}
         means = {name: fmean(values) for name, values in of.items() if values}
         start = (target or {}).get(score, 0.0)

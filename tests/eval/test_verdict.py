@@ -51,6 +51,24 @@ def test_the_verdict_is_arithmetic(tmp_path: Path) -> None:
     )
 
 
+def test_the_verdict_says_what_became_of_the_sets_that_only_probes_measure(tmp_path: Path) -> None:
+    """By a set that the user named beside the two corpora; the corpora themselves are no such sets."""
+    measure = next(one for one in MEASURES if one.suite == "probes")
+    start = {"step": 0.0, "probes.forget.extraction_strength": 1.0, "probes.retain.probability": 0.9}
+    start |= {"probes.others.probability": 0.8}
+
+    def ends(rule: str, others: float) -> Path:
+        of = {"forget": {"extraction_strength": 0.1}, "retain": {"probability": 0.6}, "others": {"probability": others}}
+        return make_run(tmp_path / rule, [{"probes": of}], rule=rule)
+
+    folders = [ends("sago", 0.5), ends("sum", 0.2)]
+    groups = grouping.group_runs(trajectories.prepare(trajectories.read_run(one), measure, start) for one in folders)
+    [sentence] = verdict(groups, measure, start)
+    assert (
+        "What neither corpus covers: others probability 0.20 under sum and 0.50 under sago (before: 0.80)." in sentence
+    )
+
+
 def test_a_lead_within_the_spread_and_one_seed_are_said(tmp_path: Path) -> None:
     close = read(
         *seeds(tmp_path / "close", "sago", [(0.1, 0.5, 0.5), (0.1, 0.7, 0.5)]),

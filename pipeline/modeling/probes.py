@@ -82,7 +82,12 @@ class Probes:
         if not start and self.settings.probe_every:
             self.record(0)
             self.metrics.flush(0)
-        if expected := self.levels.expected():
+        if self.is_over:
+            console.logger.warning(
+                "train.stop_at: the probe after step %d had reached a level; the run ends with the weights of step %d",
+                *(self.levels.step, start),
+            )
+        elif expected := self.levels.expected():
             console.logger.info("train.stop_at waits until %s", " or ".join(expected))
 
     def record(self, done: int) -> None:

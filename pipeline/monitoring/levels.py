@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -45,7 +46,9 @@ class Levels:
         passed = []
         for name, level in self.levels.items():
             value = numbers.get(name)
-            if value is None or value != value:  # not measured, or not a number
+            if value is None or not math.isfinite(
+                value
+            ):  # not measured, or null in the log: a resumed run sees the same
                 continue
             if name not in self.first:
                 self.first[name] = value

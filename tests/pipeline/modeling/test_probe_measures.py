@@ -73,10 +73,11 @@ def test_batches_do_not_mix_sets_and_are_those_of_a_set_alone() -> None:
 
 
 def test_a_level_is_reached_on_it_or_beyond_it_as_seen_from_the_first_probe() -> None:
-    """Falling, rising, not a number; the first probe reaches none, and only the first to be reached counts."""
+    """Falling, rising, not finite; the first probe reaches none, and only the first to be reached counts."""
     falls = Levels({"probe/forget/loss": 3.0})
     assert not falls.see(0, {"probe/forget/loss": 4.0}) and falls.expected() == ["probe/forget/loss falls from 4 to 3"]
     assert not falls.see(1, {"probe/forget/loss": 3.1}) and not falls.see(2, {"probe/forget/loss": math.nan})
+    assert not falls.see(2, {"probe/forget/loss": -math.inf}), "the log has null, so a resumed run would not see it"
     assert falls.see(3, {"probe/forget/loss": 3.0}) == ["probe/forget/loss 3 has reached 3"] and falls.step == 3
     assert not falls.see(4, {"probe/forget/loss": 2.0}) and falls.step == 3
     rises = Levels({"probe/a/accuracy": 0.5, "probe/b/loss": 1.0})

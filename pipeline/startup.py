@@ -98,7 +98,8 @@ def open_probes(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[P
         for found in sets:
             check_max_length(config.model, max(len(ids) for ids, _ in found.sequences))
             largest = max(max(ids) for ids, _ in found.sequences)
-            check_tokens(config.model, f"probes.{found.name}", largest, tokenizer)
+            key = f"probes.{found.name}" if found.name in config.data.probes else found.name
+            check_tokens(config.model, key, largest, tokenizer)
     return sets
 
 
@@ -142,17 +143,20 @@ def take_folder(lock: RunLock, config: RunConfig, resume: bool) -> None:
 
 
 def write_run_files(config: RunConfig, digests: dict[str, str], weights: dict[str, Digest]) -> None:
-    """`config.yaml` and what goes beside it, by the first rank; then `log.txt` of all ranks."""
+    """`config.yaml` and what goes beside it, by the first rank; then `log.txt` of all ranks.
+
+    Raises:
+        InputError: the corpus with held-out documents can no longer be read.
+    """
     folder = Path(config.output)
-    if dist.get_rank() == 0:
-        with disk_errors(folder / "config.yaml"):
+    with disk_errors(folder / "config.yaml"), raise_on_all_ranks():
+        if dist.get_rank() == 0:
             checkpoint.tidy(folder, config.train.keep_checkpoints)
             write_whole(folder / WEIGHTS, json.dumps(weights))
             written = heldout_rows(config) | {"digests.json": json.dumps(digests, indent=1) + "\n"}
             written["config.yaml"] = to_yaml(config)  # the last: it makes the folder a run
             for name, text in written.items():
                 write_whole(folder / name, text)
-    dist.barrier()
     with disk_errors(folder / "log.txt"):
         console.open_log(folder, dist.get_rank())
 

@@ -18,12 +18,12 @@ import pytest
 import torch
 import yaml
 from lm_eval.tasks import TaskManager
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval import loading, run
 from eval.suites import harness_tasks, shared_lm
 from pipeline.config.schema import REPOSITORY
+from tests.conftest import byte_level_bpe
 from tests.distributed import run_distributed
 
 CONTEXT = 64  # tokens: some questions lose their beginning, and the texts have several windows
@@ -68,16 +68,8 @@ def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`data/general`, `tasks/`, `model/` (a Llama with a context of `CONTEXT` tokens) and `zero3.json`."""
     folder = tmp_path_factory.mktemp("tasks")
     write_tasks(folder, data)
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<end>"],  # pyright: ignore[reportCallIssue]
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # pyright: ignore[reportCallIssue]
-    )
-    bpe.train_from_iterator([file.read_text() for file in sorted((data / "general").glob("*.jsonl"))], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>", pad_token="<end>")
+    texts = [file.read_text() for file in sorted((data / "general").glob("*.jsonl"))]
+    tokenizer = byte_level_bpe(texts, vocabulary=400)
     torch.manual_seed(0)
     shape = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -115,11 +115,14 @@ def read_rows(corpus: Source, key: str = "", columns: dict[str, str] | None = No
 
 def split_of(corpus: Source, key: str = "") -> tuple[str, int, int | None]:
     """(split, first row, row after the last or None) of `corpus.split`, as `train[40:80]`, for data that are local."""
-    match = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", corpus.split)
+    match = re.fullmatch(r"([\w.-]+)(?:\[(\d*):(\d*)\])?", corpus.split)
     if match is None:
         raise InputError(f"{key}split: {corpus.split!r} is no split of local data; write NAME, or NAME[FIRST:LAST+1]")
     name, start, stop = match.groups()
-    return name, int(start or 0), int(stop) if stop else None
+    first, last = int(start or 0), int(stop) if stop else None
+    if last is not None and last <= first:
+        raise InputError(f"{key}split: {corpus.split!r} has no row: {last} is not above {first}")
+    return name, first, last
 
 
 def _assemble(rows: Iterable[tuple[str, ...]], questions: bool, refusals: list[str]) -> Iterator[Row]:

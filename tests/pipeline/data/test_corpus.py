@@ -136,6 +136,8 @@ def test_a_split_may_be_some_of_the_rows(
     assert len(digests | {whole.digest}) == 5, "other rows must be another corpus"
     with pytest.raises(InputError, match=r"data\.forget\.split: 'train\[:10%\]' is no split of local data; write NAME"):
         read(path, split="train[:10%]")
+    with pytest.raises(InputError, match=r"data\.forget\.split: 'train\[3:3\]' has no row: 3 is not above 3"):
+        read(path, split="train[3:3]")
 
 
 GOOD = '{"text": "kara lovi"}\n'

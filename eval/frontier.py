@@ -25,7 +25,7 @@ from eval.results.comparison import collect
 from eval.results.metrics import add_metric_options, choose, suite_of
 from eval.results.trajectories import read_target
 from eval.suites import check_suites
-from eval.suites.task_options import add_task_options, task_arguments, task_options
+from eval.suites.task_options import add_task_options, task_options
 from eval.sweep.axes import OWN_KEYS, Axis, parse_sweep
 from eval.sweep.check import check_runs
 from eval.sweep.launch import end_on_terminate, exclusive_lock, refuse_overrides, split_overrides
@@ -104,7 +104,7 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, Json]:
         axes=tuple(axes),
         ranks=options.ranks,
         trials=options.trials or DEFAULT_TRIALS,
-        tasks=tuple(task_arguments(task_options(options, suites))),
+        tasks=task_options(options, suites),
     )
     return plan, presets
 

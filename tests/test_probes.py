@@ -294,7 +294,7 @@ def test_a_sweep_over_probes_evaluates_nothing(tmp_path: Path) -> None:
     assert group.retained == pytest.approx([0.9 - 0.9 * 0.3])
     check_runs(plan)
     with pytest.raises(InputError, match=r"--tasks-dir .*holds no file"):  # the options of the suite are checked too
-        check_runs(replace(plan, suites=("lm_eval",), tasks=("--tasks", "mine", "--tasks-dir", str(folder / "final"))))
+        check_runs(replace(plan, suites=("lm_eval",), tasks={"tasks": ["mine"], "tasks_dir": folder / "final"}))
     refuse_without_probes(plan)
     with pytest.raises(InputError, match=r"b has train.probe_every 0"):
         refuse_without_probes(replace(plan, methods=("a", "b")))

@@ -60,8 +60,8 @@ def what_it_says(groups: dict[str, list[Run]], measure: ForgetRetainMetric, befo
     if not found.sets:
         return [
             Heading("What the models say"),
-            Text("No text to show: some run has no evaluation with texts (none at all, an older one, or one of multiple "
-                 "choice), or they share no prompt. `python -m eval.run` writes it."),
+            Text("No text to show: some run has no evaluation with texts (none at all, an older one, or one of "
+                 "multiple choice), or they share no prompt. `python -m eval.run` writes it."),
         ]  # fmt: skip
     marks = "marked: words of the answer before that no method says, and words that are new." if found.before else ""
     reached = "the first export at or below the level, else its last, of its first seed"

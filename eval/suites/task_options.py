@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +37,10 @@ def task_options(arguments: argparse.Namespace, suites: Sequence[str]) -> dict[s
     return {"tasks": arguments.tasks, "tasks_dir": arguments.tasks_dir, "limit": arguments.limit}
 
 
-def task_arguments(options: dict[str, Any]) -> list[str]:
+def task_arguments(options: Mapping[str, Any]) -> list[str]:
     """The options as a command line of `eval.run` has them."""
     if not options:
         return []
     folder = [] if options["tasks_dir"] is None else ["--tasks-dir", str(options["tasks_dir"])]
     limit = [] if options["limit"] is None else ["--limit", str(options["limit"])]
     return ["--tasks", *options["tasks"], *folder, *limit]
-
-
-def parse_task_arguments(arguments: Sequence[str]) -> dict[str, Any]:
-    """The options that `task_arguments` wrote as a command line; empty for none."""
-    parser = argparse.ArgumentParser()
-    add_task_options(parser)
-    return task_options(parser.parse_args(arguments), (SUITE,)) if arguments else {}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import product
 
 from eval.evaluation import load_suites
-from eval.suites.task_options import SUITE, parse_task_arguments
+from eval.suites.task_options import SUITE
 from eval.sweep.axes import Setting, run_folder
 from eval.sweep.runs import Plan
 from pipeline.config.deepspeed import accumulation, deepspeed_config
@@ -39,7 +39,7 @@ def check_runs(plan: Plan) -> None:
                 read_already.add(repr(corpus))
     of_each_run = {"probes"} if plan.data is not None else {"probes", "corpus"}  # of its configuration, checked above
     needed = [name for name in plan.suites if name not in of_each_run]
-    load_suites(needed, plan.data, {SUITE: parse_task_arguments(plan.tasks)})
+    load_suites(needed, plan.data, {SUITE: plan.tasks})
 
 
 def settings(plan: Plan) -> Iterator[Setting]:

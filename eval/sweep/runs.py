@@ -11,7 +11,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
@@ -21,6 +21,7 @@ from eval.files import read_config, read_json
 from eval.results.grouping import differing_keys
 from eval.results.metrics import ForgetRetainMetric, nearest
 from eval.results.trajectories import Run, Scores, prepare, read_run
+from eval.suites.task_options import task_arguments
 from eval.sweep.axes import Axis, Setting, name_of, run_folder
 from eval.sweep.launch import call, last_error, launcher
 from pipeline.config.explain import refuse_renamed
@@ -50,7 +51,7 @@ class Plan:
     axes: tuple[Axis, ...]
     ranks: int
     trials: int
-    tasks: tuple[str, ...] = ()  # the options of suite lm_eval, as `eval.run` takes them
+    tasks: Json = field(default_factory=dict)  # the options of suite lm_eval, as `task_options` returns them
 
     @property
     def last_file(self) -> str:
@@ -72,7 +73,7 @@ class Plan:
         flags = {"allow_pickle": "--allow-pickle", "trust_remote_code": "--trust-remote-code"}
         trust = [flag for key, flag in flags.items() if allowed.get(key)]
         data = ["--data", str(self.data)] if self.data else []
-        model = ["--model", str(folder), "--suite", *self.suites, *self.tasks, *trust]
+        model = ["--model", str(folder), "--suite", *self.suites, *task_arguments(self.tasks), *trust]
         return ["python", "-m", "eval.run", *model, *data, "--output", str(folder / "evaluation.json")]
 
 
@@ -223,7 +224,7 @@ def refuse_another_sweep(plan: Plan, presets: Json) -> None:
     """Write `sweep.json`; raises InputError if the folder holds runs of other settings, which are not repeated."""
     file = plan.output / "sweep.json"
     shared = {"suites": plan.suites, "data": plan.data and str(plan.data), "overrides": plan.overrides}
-    tasks = {"tasks": plan.tasks} if plan.tasks else {}
+    tasks = {"tasks": task_arguments(plan.tasks)} if plan.tasks else {}
     now = json.loads(json.dumps({**shared, **tasks, **presets}, default=str))
     if file.is_file() and any(plan.output.glob("runs/*/*/seed-*/")):  # else a mistake that training refused
         before = read_json(file)

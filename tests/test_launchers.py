@@ -251,15 +251,15 @@ def test_slurm_job_may_be_submitted_from_any_folder(arguments: str, stand_ins: P
 def test_slurm_job_of_a_copied_script_finds_the_repository_it_was_submitted_from(
     stand_ins: Path, tmp_path: Path
 ) -> None:
-    done = slurm_job(tmp_path, REPOSITORY, "/home/me/my.sbatch --config my.yaml")
+    done = slurm_job(tmp_path, REPOSITORY, "/elsewhere/my.sbatch --config my.yaml")
     assert (done.returncode, done.stdout) == (0, f"{REPOSITORY}|{REPOSITORY}:/other\n"), done.stderr
 
 
 def test_slurm_job_without_a_repository_says_where_to_submit(stand_ins: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    done = slurm_job(tmp_path, tmp_path / "mine", "/home/me/launch/slurm.sbatch --config my.yaml")
+    done = slurm_job(tmp_path, tmp_path / "mine", "/elsewhere/launch/slurm.sbatch --config my.yaml")
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: launch/slurm.sbatch: no repository at /home/me or in ")
+    assert done.stderr.startswith("error: launch/slurm.sbatch: no repository at /elsewhere or in ")
     assert "submit it from the root of the repository, or run pip install ." in done.stderr
 
 

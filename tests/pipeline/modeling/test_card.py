@@ -31,7 +31,7 @@ def card_of(world: World, folder: Path, **sections: Any) -> str:
     [
         ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"),
         ("gpt2", "gpt2"),
-        ("/home/me/secret/model", "model"),
+        ("/elsewhere/secret/model", "model"),
         ("./model", "model"),
         ("runs/target/final", "final"),
         ("data/forget.jsonl", "forget.jsonl"),

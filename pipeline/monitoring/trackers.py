@@ -77,7 +77,7 @@ class ExternalTrackers:
             self.wandb.config.update(hyperparameters, allow_val_change=True)  # or it raises when a value is another
             names["wandb"] = self.wandb.id
         if self.comet is not None:
-            self.comet.log_parameters(hyperparameters)
+            self.comet.log_parameters(dict(hyperparameters))
             names["comet"] = self.comet.get_key()
         if names:
             write_whole(self.folder / _NAMES, json.dumps(names))

@@ -26,7 +26,7 @@ class Shipped:
 
     def find(self, given: str | Path) -> Path | None:
         """The shipped file of a name (`zero3`) or of a clone's path (`ds_configs/zero3.json`), if there is one."""
-        by_name = given in self.names()
+        by_name = str(given) in self.names()
         by_path = Path(given).parent == Path(self.folder) and Path(given).suffix == self.suffix
         file = self.path / f"{Path(given).stem}{self.suffix}"
         return file if (by_name or by_path) and file.is_file() else None

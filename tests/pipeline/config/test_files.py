@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from eval.frontier import parse_command_line as parse_sweep
 from pipeline.config.deepspeed import deepspeed_config
 from pipeline.config.files import DEEPSPEED_FILES, RECIPES
 from pipeline.config.load import parse_command_line, resolve
@@ -41,6 +42,12 @@ def test_a_recipe_is_found_by_its_name_and_by_its_path_in_a_clone(name: str) -> 
         config = resolve(given, method, reads_data=False)
         assert config.model.path == raw["methods"][method].get("model", raw["model"])["path"]
         assert config.seed == raw["seed"] and config.method == method
+
+
+def test_a_sweep_finds_a_recipe_by_its_name(elsewhere: Path) -> None:
+    line = ["--config", "tofu_smollm2", "--methods", "npo_sum", "--suite", "probes", "--output", str(elsewhere)]
+    plan, presets = parse_sweep(line)
+    assert plan.config == REPOSITORY / "launch" / "recipes" / "tofu_smollm2.yaml" and "npo_sum" in presets["methods"]
 
 
 @pytest.mark.parametrize("name", STAGES)

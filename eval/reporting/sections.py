@@ -24,10 +24,10 @@ def reading(measure: ForgetRetainMetric, has_target: bool) -> str:
     )
     return (
         "Methods forget at different speeds, so each run is read where its forget score first falls to the level, "
-        f"interpolated linearly between the two evaluations around it: {readable(measure.forget)} "
-        f"(`{measure.forget}`; lower: more forgotten) at {measure.level:g}, compared by {readable(measure.retain)} "
-        f"(`{measure.retain}`; higher: more retained). Mean ± sample sd over seeds, the best of a column in bold; "
-        f"scores in [0, 1].{reason}{chance}{start}"
+        "interpolated linearly between the two evaluations around it (a score that only the second has is not "
+        f"interpolated): {readable(measure.forget)} (`{measure.forget}`; lower: more forgotten) at {measure.level:g}, "
+        f"compared by {readable(measure.retain)} (`{measure.retain}`; higher: more retained). Mean ± sample sd over "
+        f"seeds, the best of a column in bold; scores in [0, 1].{reason}{chance}{start}"
     )
 
 

@@ -248,8 +248,9 @@ def prepare(run: Run, measure: ForgetRetainMetric, target: Scores | None) -> Run
 def at_level(trajectory: Sequence[Scores], measure: ForgetRetainMetric) -> Scores | None:
     """All scores, and the step, where the forget score first falls to the level; None if it never does.
 
-    The values are linear between the last evaluation above the level and the first at or below it; a score that one of
-    the two lacks is left out. A trajectory that starts at or below the level is read at its first point.
+    The values are linear between the last evaluation above the level and the first at or below it. A score that the
+    former lacks is that of the latter, as of a run that ends at the level and whose final model alone was evaluated on
+    a suite. A trajectory that starts at or below the level is read at its first point.
     """
     forget, level = measure.forget, measure.level
     for before, after in zip([None, *trajectory], trajectory, strict=False):
@@ -257,7 +258,8 @@ def at_level(trajectory: Sequence[Scores], measure: ForgetRetainMetric) -> Score
             if before is None:
                 return after
             share = (before[forget] - level) / (before[forget] - after[forget])
-            return {key: before[key] + share * (after[key] - before[key]) for key in after if key in before}
+            between = {key: before[key] + share * (after[key] - before[key]) for key in after if key in before}
+            return {**after, **between}
     return None
 
 

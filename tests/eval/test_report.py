@@ -49,6 +49,16 @@ def test_first_crossing_is_interpolated_in_every_number() -> None:
     assert trajectories.at_level(trajectory(early), BIOS) == trajectory(early)[0]
 
 
+def test_a_score_that_only_the_last_model_has_is_that_of_the_last_model() -> None:
+    """A run that ends at the level, and whose final model was also evaluated on what it can do at large."""
+    run = trajectory(REACHES)
+    crossing = next(number for number, scores in enumerate(run) if scores[BIOS.forget] <= BIOS.level)
+    run[crossing]["lm_eval.piqa.acc"] = 0.75
+    point = trajectories.at_level(run[: crossing + 1], BIOS)
+    assert point is not None and point["lm_eval.piqa.acc"] == 0.75
+    assert run[crossing - 1]["step"] < point["step"] < run[crossing]["step"]
+
+
 def test_the_target_is_step_zero(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "fast", [(10, 0.0, 0.5)])
     start = trajectories.read_scores(entry(7, 1.0, 1.0), tmp_path, step=0)

@@ -37,7 +37,7 @@ def main() -> None:
     runs = [read_run(folder) for folder in arguments.runs]
     measure = choose(common_suites(runs, target), arguments.forget, arguments.retain, arguments.level, target)
     prepared = [prepare(run, measure, target) for run in runs]
-    groups, target = group_runs(prepared), target or common_start(prepared)
+    groups, target = group_runs(prepared), common_start(prepared, target)
     table = write_report(output, groups, measure, target, read_target_texts(arguments.target))
     print("\n".join([*verdict(groups, measure, target), "", as_text(table)]))
     print(f"\nopen {output / 'index.html'} (or read {output / 'report.md'})")

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from eval import report, run
 from eval.attacks.run import training_config
 from eval.loading import Trust
+from eval.reporting.sweep_report import write_report
 from eval.results.comparison import collect
 from eval.results.metrics import choose
 from eval.results.trajectories import read_run
@@ -242,12 +243,20 @@ def probed_run(folder: Path, numbers: list[tuple[int, float, float]], seed: int 
     return folder
 
 
-def test_a_report_reads_probes_where_nothing_was_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """.5 at step 10 and 0 at step 20: .1 is 4/5 of the way, step 18, where retain is .8 - .8 * .2."""
+@pytest.mark.parametrize("has_target", [False, True])
+def test_a_report_reads_probes_where_nothing_was_evaluated(
+    has_target: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """.5 at step 10 and 0 at step 20: .1 is 4/5 of the way, step 18, where retain is .8 - .8 * .2.
+
+    has_target: the target model was evaluated on another suite alone; its probes are those before the first step.
+    """
     folder = probed_run(tmp_path / "run", [(0, 1.0, 0.9), (10, 0.5, 0.8), (20, 0.0, 0.6)])
     found = read_run(folder)
     assert found.suites == ["probes"] and [step["step"] for step in found.steps] == list(range(1, 21))
-    monkeypatch.setattr(sys, "argv", ["report.py", str(folder), "--output", str(tmp_path / "report")])
+    (tmp_path / "target.json").write_text(json.dumps({"suites": {"lm_eval": {"metrics": {"piqa": {"acc": 0.7}}}}}))
+    target = ["--target", str(tmp_path / "target.json")] if has_target else []
+    monkeypatch.setattr(sys, "argv", ["report.py", str(folder), "--output", str(tmp_path / "report"), *target])
     report.main()
     parts = (tmp_path / "report" / "report.md").read_text().split("## ")
     table = next(part for part in parts if part.startswith("Results at forget extraction strength 0.1"))
@@ -290,6 +299,10 @@ def test_a_sweep_over_probes_evaluates_nothing(tmp_path: Path) -> None:
     assert finished_runs(plan, "a") == {}
     (folder / "final").mkdir()
     assert finished_runs(plan, "a") == {"recipe": [0]} and not run_if_missing(plan, "a", {}, 0)
+    scores = {"step": 0.0, "lm_eval.piqa.acc": 0.7}  # of a target that was evaluated on another suite alone
+    for one in (plan, replace(plan, target=scores)):
+        write_report(one)
+        assert json.loads((tmp_path / "frontier.json").read_text())["runs"][0]["matched"]["step"] == pytest.approx(18.0)
     [group] = collect(plan)
     assert group.retained == pytest.approx([0.9 - 0.9 * 0.3])
     check_runs(plan)

@@ -24,7 +24,7 @@ from eval.results.comparison import (
 from eval.results.general import GeneralAbility
 from eval.results.metrics import label, readable
 from eval.results.stats import pareto, summarise
-from eval.results.trajectories import COMB_RETAIN
+from eval.results.trajectories import COMB_RETAIN, Scores, common_start
 from eval.sweep.axes import name_of
 from eval.sweep.runs import FailedRun, Plan, failures
 from pipeline.files import Json, write_whole
@@ -88,6 +88,11 @@ def columns_of(plan: Plan, groups: Sequence[Group]) -> list[str]:
     """The columns of the tables (see `headline_columns`); the first run decides which scores there are."""
     scores = groups[0].members[0].run.trajectory[-1] if groups else {}
     return sections.headline_columns(scores, plan.measure, general_of(groups))
+
+
+def start_of(plan: Plan, groups: Sequence[Group]) -> Scores | None:
+    """The scores of the model before unlearning, by the plan's target or by the probes of the runs."""
+    return common_start([member.run for group in groups for member in group.members], plan.target)
 
 
 def general_of(groups: Sequence[Group]) -> GeneralAbility:
@@ -162,12 +167,13 @@ def compare(plan: Plan, groups: Sequence[Group], described: Json) -> list[Block]
     those = [one for runs in missed.values() for one in runs]
     standing = sections.not_reached(missed, measure)
     reached = [group for group in best.values() if group.points]
+    reading = sections.reading(measure, start_of(plan, groups) is not None)
     chosen = settings_table(reached, columns, {})
     best_values = tables.best_cells(chosen, ["setting", *columns], ["setting"])
     tried = ", ".join(f"{method} {sum(group.method == method for group in groups)}" for method in best)
     return [
-        Text(f"Suites {', '.join(plan.suites)}; {len(members)} runs finished. "
-             f"{sections.reading(measure, plan.target is not None)} {sections.never_reached(those, measure)}"),
+        Text(f"Suites {', '.join(plan.suites)}; {len(members)} runs finished. {reading} "
+             f"{sections.never_reached(those, measure)}"),
         Text("The best setting of a method is the one that brings most seeds to the level and, among those, retains "
              "most. It is chosen and reported on the same runs, which favours a method with more settings; settings "
              f"tried: {tried}."),
@@ -196,7 +202,7 @@ def write_report(plan: Plan) -> list[list[str]]:
     described = describe(plan, groups, failed)
     if groups:
         best = {f"{m}, {name_of(g.setting)}": [one.run for one in g.members] for m, g in best_groups(groups).items()}
-        chart = figures.best(best, described["pareto"], plan.measure, plan.target)
+        chart = figures.best(best, described["pareto"], plan.measure, start_of(plan, groups))
         write_whole(plan.output / "frontier.png", png(draw(chart)))
     blocks = compose(plan, groups, failed, described)
     write_whole(plan.output / "frontier.md", as_markdown(blocks))

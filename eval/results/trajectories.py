@@ -194,20 +194,30 @@ def read_robustness(path: Path) -> Json | None:
 
 
 def common_suites(runs: Sequence[Run], target: Scores | None) -> list[str]:
-    """The suites on which all runs and the target model were evaluated. Raises InputError if there is none."""
+    """The suites on which all runs and the target model were evaluated. Raises InputError if there is none.
+
+    Probes before the first step are of the target model.
+    """
     suites = [suite for suite in runs[0].suites if all(suite in run.suites for run in runs)]
     if target is not None:
-        suites = [suite for suite in suites if any(suite_of(key) == suite for key in target)]
+        of_target = {suite_of(key) for key in target if key != "step"}
+        if all(run.probes and run.probes[0]["step"] == 0 for run in runs):
+            of_target.add("probes")
+        suites = [suite for suite in suites if suite in of_target]
     if not suites:
         whose = "these runs and --target" if target is not None else "these runs"
         raise InputError(f"{whose} have no suite in common ({runs[0].folder}: {', '.join(runs[0].suites)})")
     return suites
 
 
-def common_start(runs: Sequence[Run]) -> Scores | None:
-    """The scores before the first step, if all runs began with one model and have measured it by a probe."""
+def common_start(runs: Sequence[Run], target: Scores | None) -> Scores | None:
+    """The scores before the first step of runs that `prepare` has returned; None where they are not known.
+
+    Without a target these are what a probe measured, if all runs began with one model.
+    """
     starts = [run.trajectory[0] for run in runs]
-    return starts[0] if len({run.model for run in runs}) == 1 and not any(start["step"] for start in starts) else None
+    begins = target is not None or len({run.model for run in runs}) == 1
+    return starts[0] if starts and begins and not any(start["step"] for start in starts) else None
 
 
 def prepare(run: Run, measure: ForgetRetainMetric, target: Scores | None) -> Run:

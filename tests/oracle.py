@@ -179,25 +179,14 @@ def model_of(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
     return get_peft_model(model, adapters, autocast_adapter_dtype=False)
 
 
-def train(
-    config: dict[str, Any], dtype: torch.dtype = torch.float32
-) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-    """(final weights by name, one record a step) of the run that `config` describes; alone, on whole tensors."""
+def corpora_of(config: dict[str, Any]) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+    """(token ids or pairs of each document, the documents of each step), by task."""
     tokenizer = AutoTokenizer.from_pretrained(config["model"]["path"])
-    model = model_of(config, dtype)
-    frozen = copy.deepcopy(model)
-    if config["model"].get("lora") is None:
-        for name, parameter in model.named_parameters():
-            patterns = config["model"].get("trainable", [".*"])
-            parameter.requires_grad_(any(re.search(pattern, name) for pattern in patterns))
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    objective, synthesis, batch = config["objective"], config["synthesis"], config["train"]["batch_size"]
-    alpha, gamma = synthesis.get("alpha", 1.0), synthesis.get("gamma", 1.0)
-    tokens, order = {}, {}
+    batch, tokens, order = config["train"]["batch_size"], {}, {}
     for number, task in enumerate(("forget", "retain")):
         corpus, limit = config["data"][task], config["data"]["max_length"]
         rows = [json.loads(line) for line in Path(corpus["path"]).read_text().splitlines()]
-        if objective[task] in ("dpo", "dpo_idk", "idk"):
+        if config["objective"][task] in ("dpo", "dpo_idk", "idk"):
             refusals = Path(corpus["refusals"]).read_text().splitlines() if "refusals" in corpus else [""]
             pairs = [(row, refusals[number % len(refusals)]) for number, row in enumerate(rows)]
             tokens[task] = [pair_of(tokenizer, corpus, row, refusal, limit) for row, refusal in pairs]
@@ -205,17 +194,36 @@ def train(
             tokens[task] = [tokenizer(row["text"], truncation=True, max_length=limit).input_ids for row in rows]
         walk = BatchSampler(tokens[task], config.get("seed", 0), number, batch, batch, 0, 1, 0)  # pyright: ignore
         order[task] = [walk.global_batch(step) for step in range(config["train"]["steps"])]
+    return tokens, order
 
-    wanted = config["optimizer"]
+
+def optimizer_of(wanted: dict[str, Any], parameters: dict[str, Tensor]) -> torch.optim.Optimizer:
+    """Vectors do not decay: in these models they are the norms and biases."""
     matrices, vectors = ([p for p in parameters.values() if (p.dim() > 1) == wide] for wide in (True, False))
-    groups = [  # in these models vectors are the norms and biases
+    groups = [
         {"params": matrices, "weight_decay": wanted.get("weight_decay", 0.0)},
         {"params": vectors, "weight_decay": 0.0},
     ]
     if wanted.get("name") == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=wanted["lr"])
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=wanted["lr"], eps=wanted.get("eps", 1e-8))
+        return torch.optim.SGD(groups, lr=wanted["lr"])
+    return torch.optim.AdamW(groups, lr=wanted["lr"], eps=wanted.get("eps", 1e-8))
+
+
+def train(
+    config: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """(final weights by name, one record a step) of the run that `config` describes; alone, on whole tensors."""
+    model = model_of(config, dtype)
+    frozen = copy.deepcopy(model)
+    if config["model"].get("lora") is None:
+        for name, parameter in model.named_parameters():
+            patterns = config["model"].get("trainable", [".*"])
+            parameter.requires_grad_(any(re.search(pattern, name) for pattern in patterns))
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    objective, synthesis, wanted = config["objective"], config["synthesis"], config["optimizer"]
+    alpha, gamma = synthesis.get("alpha", 1.0), synthesis.get("gamma", 1.0)
+    tokens, order = corpora_of(config)
+    optimizer = optimizer_of(wanted, parameters)
     records, average = [], {}
     for step in range(config["train"]["steps"]):
         gradients, record = {}, {}

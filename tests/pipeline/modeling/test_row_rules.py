@@ -106,7 +106,7 @@ def test_each_task_has_the_gradient_of_its_own_pass(name: str) -> None:
 def test_recomputed_activations_change_nothing(use_reentrant: bool) -> None:
     torch.manual_seed(0)
     model = _llama(attention_dropout=0.0).train()
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     if use_reentrant:
         model.enable_input_require_grads()
     check_two_gradients(model)

@@ -49,8 +49,13 @@ FEW = [
     *(("zero2", case) for case in ("pcgrad-global", "frozen")),
 ]
 MORE = [
-    *((zero, case) for zero in ("zero2", "zero3-small") for case in (*SHARED, *OWN)),
-    *((zero, case) for zero in ZERO for case in ("sum", "sago", "pcgrad-global", "gru", "tied", "npo-kl")),
+    *(("zero3-small", case) for case in (*SHARED, *OWN)),
+    *(
+        (zero, case)
+        for zero in ZERO
+        for case in ("sum", "sago", "pcgrad-module", "pcgrad-global", "gru", "tied", "npo-kl")
+    ),
+    ("zero2", "adapters"),
 ]
 
 

@@ -91,6 +91,7 @@ def build(options: argparse.Namespace) -> tuple[ModelEngine, list[Task]]:
 
     from pipeline.modeling.outputs import install_outputs
     from pipeline.optim import make_optimizer, make_schedule
+    from pipeline.planning.random_tasks import random_tasks
 
     world = dist.get_world_size()
     batch = options.micro_batch * options.accumulation * world
@@ -126,30 +127,7 @@ def build(options: argparse.Namespace) -> tuple[ModelEngine, list[Task]]:
     )
     engine = cast("ModelEngine", made[0])
     install_outputs(engine)
-    return engine, random_tasks(options, config)
-
-
-def random_tasks(options: argparse.Namespace, config: RunConfig) -> list[Task]:
-    """`ga` and `nll` on random tokens, of this rank."""
-    import numpy as np
-    import pyarrow as pa
-    import torch.distributed as dist
-
-    from pipeline.data.batches import BatchSampler
-    from pipeline.data.tokenize import Sequences
-    from pipeline.losses.objectives import OBJECTIVES
-    from pipeline.losses.task import Task
-
-    world, batch, tasks = dist.get_world_size(), config.train.batch_size, []
-    for number, (name, objective) in enumerate((("forget", "ga"), ("retain", "nll"))):
-        dice = np.random.default_rng(number)
-        ids = pa.array(dice.integers(0, options.vocabulary, 4 * batch * options.tokens).astype(np.int32))
-        rows = pa.chunked_array([pa.ListArray.from_arrays([0, len(ids)], ids)])
-        stream = BatchSampler(
-            Sequences(rows, options.tokens, "random"), 0, number, batch, options.micro_batch, dist.get_rank(), world, 0
-        )
-        tasks.append(Task(name, stream, OBJECTIVES[objective], config.objective))
-    return tasks
+    return engine, random_tasks(config, options.vocabulary)
 
 
 def joint_step(engine: ModelEngine, combiner: GradientCombiner, tasks: list[Task], step: int) -> None:

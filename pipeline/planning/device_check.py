@@ -1,0 +1,329 @@
+"""Whether a step is exact on this device: every rule, on each way DeepSpeed keeps gradients, in each dtype.
+
+    deepspeed --num_gpus N --module pipeline.planning.device_check [--small] [--output FILE]
+
+Three identities, of an untrained Llama on random tokens. Plain SGD without clipping makes a step the gradient itself.
+1. fp32: the step of one task is the gradient that torch alone takes of a whole copy of the model.
+2. In any dtype: the step of a rule is the rule (`synthesize`, on whole tensors) of the steps of the two tasks alone.
+3. A run that is saved and resumed in a new engine makes the same weights, bit for bit.
+The first needs no other precision than the device's, so matrix products in TF32 must be off (torch's default).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+from pipeline.config.schema import RunConfig
+from pipeline.files import Json, write_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.losses.task import Task
+    from pipeline.modeling.outputs import ModelEngine
+    from pipeline.synthesis.combine import Synthesis
+
+SHAPE = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+TOKENS, MICRO_BATCH, ACCUMULATION = 32, 2, 2
+LR = 2.0**10  # a power of two, and so large that nothing of the gradient is lost when a weight is rounded
+BOUNDS = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 2e-2}  # relative, of the norm of the change
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way in which DeepSpeed keeps a gradient."""
+
+    stage: int
+    dtype: str = "float32"
+    offload: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"ZeRO-{self.stage} {self.dtype}{', CPU offload' * self.offload}"
+
+    def deepspeed(self) -> Json:
+        """The dictionary of a DeepSpeed file."""
+        zero: Json = {"stage": self.stage}
+        if self.offload:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        return {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
+
+
+@dataclass
+class Check:
+    """What was found on one way: the largest relative error of each identity, and where."""
+
+    way: str
+    seconds: float = 0.0
+    gradients: float | None = None  # identity 1
+    rules: dict[str, float] = field(default_factory=dict)  # identity 2, by rule and scope
+    resumed: bool | None = None  # identity 3
+    failed: list[str] = field(default_factory=list)
+
+
+class Built(NamedTuple):
+    engine: ModelEngine
+    tasks: dict[str, Task]
+
+
+def ways(cuda: bool, small: bool) -> list[Way]:
+    """The ways that this device has. Without ZeRO DeepSpeed does not scale the loss of fp16."""
+    if small:
+        return [Way(2), Way(3, "bfloat16")]
+    dtypes = ("float32", "bfloat16", "float16") if cuda else ("float32", "bfloat16")
+    plain = [Way(stage, dtype) for dtype in dtypes for stage in range(4) if stage or dtype != "float16"]
+    return plain + [Way(stage, dtype, True) for dtype in dtypes[:2] for stage in (2, 3)]
+
+
+def syntheses() -> Iterator[Synthesis]:
+    """Every rule at its scope in the paper; PCGrad at all."""
+    from pipeline.synthesis.combine import Synthesis
+    from pipeline.synthesis.rules import RULES, SCOPES
+
+    for rule in RULES:
+        for scope in SCOPES if rule == "pcgrad" else (None,):
+            yield Synthesis(rule, scope, alpha=0.75, gamma=1.25)
+
+
+def build(way: Way, optimizer: Json) -> Built:
+    """An engine as the program makes it, with weights that are the same for every call, and `ga` and `nll`."""
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    from pipeline.config.deepspeed import deepspeed_config
+    from pipeline.modeling.outputs import install_outputs
+    from pipeline.optim import make_optimizer, make_schedule
+    from pipeline.planning.random_tasks import random_tasks
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "deepspeed.json"
+        file.write_text(json.dumps(way.deepspeed()))
+        config = RunConfig.model_validate(
+            {
+                "output": "unused",
+                "model": {"path": "unused", "dtype": way.dtype},
+                "data": {"max_length": TOKENS},
+                "optimizer": {"schedule": "constant", "warmup_ratio": 0.0, "max_grad_norm": 0.0, **optimizer},
+                "train": {
+                    "batch_size": MICRO_BATCH * ACCUMULATION * dist.get_world_size(),
+                    "micro_batch_size": MICRO_BATCH,
+                    "deepspeed": str(file),
+                },
+            }
+        )
+        zero = deepspeed_config(config)
+    keep = HfDeepSpeedConfig(zero)  # while it lives, models are built partitioned
+    torch.manual_seed(0)
+    model = LlamaForCausalLM._from_config(LlamaConfig(**SHAPE), dtype=getattr(torch, way.dtype))
+    del keep
+    model.train()
+    made = deepspeed.initialize(
+        model=model,
+        optimizer=make_optimizer(config, model, zero),  # pyright: ignore[reportArgumentType]
+        lr_scheduler=lambda one: make_schedule(config, one, 100),  # pyright: ignore[reportArgumentType]
+        config=zero,
+    )
+    engine = cast("ModelEngine", made[0])
+    install_outputs(engine)
+    return Built(engine, {task.name: task for task in random_tasks(config, SHAPE["vocab_size"])})
+
+
+def weights(engine: ModelEngine) -> list[Tensor]:
+    """Every whole parameter as the optimizer has it, in float32 on the CPU. Every rank must call."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found = []
+    for parameter in engine.module.parameters():
+        whole = safe_get_full_fp32_param(parameter)
+        found.append((parameter if whole is None else whole).detach().float().cpu().clone())
+    return found
+
+
+def step(way: Way, synthesis: Synthesis | None, tasks: tuple[str, ...] = ("forget", "retain")) -> list[Tensor]:
+    """The gradient by which one step changes the weights, of a rule or of one task, on a new engine."""
+    from pipeline.synthesis.combine import Synthesis
+    from pipeline.trainer import TrainStep
+    from pipeline.zero.combiner import GradientCombiner
+
+    built = build(way, {"name": "sgd", "lr": LR})
+    combiner = GradientCombiner(built.engine, synthesis or Synthesis("sum"), combine_tasks=synthesis is not None)
+    before = weights(built.engine)
+    pair = (built.tasks[name] if name in tasks else None for name in ("forget", "retain"))
+    TrainStep(built.engine, combiner, *pair).train_step(0)
+    after = weights(built.engine)
+    built.engine.destroy()
+    return [(old - new) / LR for old, new in zip(before, after, strict=True)]
+
+
+def dense_gradients(way: Way) -> dict[str, list[Tensor]]:
+    """The gradients of both tasks by torch alone, of a whole copy, over the batches of all ranks."""
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+    from torch.nn import functional as F
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    built = build(way, {"name": "sgd", "lr": LR})
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).to(built.engine.device)
+    with torch.no_grad():
+        for mine, theirs in zip(model.parameters(), built.engine.module.parameters(), strict=True):
+            with deepspeed.zero.GatheredParameters([theirs]):
+                mine.copy_(theirs)
+    parameters, found = list(model.parameters()), {}
+    for name, task in built.tasks.items():
+        loss = torch.zeros((), device=built.engine.device)
+        for batch in task.sampler.batches(0):
+            labels = batch.labels.to(loss.device)
+            logits = model(input_ids=batch.input_ids.to(loss.device)).logits[:, :-1]
+            loss = loss + F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        sign = -1 if name == "forget" else 1  # ga and nll
+        gradients = torch.autograd.grad(sign * loss / task.loss_denominator(0), parameters)
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+        found[name] = [gradient.cpu() for gradient in gradients]
+    built.engine.destroy()
+    return found
+
+
+def error(found: list[Tensor], expected: list[Tensor]) -> float:
+    """‖found − expected‖ / ‖expected‖ over all tensors."""
+    difference = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, expected, strict=True))
+    size = sum(float(b.double().square().sum()) for b in expected)
+    return (difference / size) ** 0.5
+
+
+def resumes(way: Way, folder: Path) -> bool:
+    """Whether two steps of SAGO under AdamW, the second in an engine that resumed the first, make the same bits.
+
+    Args:
+        folder: an empty one, which all ranks see.
+    """
+    import torch
+
+    from pipeline.synthesis.combine import Synthesis
+    from pipeline.trainer import TrainStep
+    from pipeline.zero import checkpoint
+    from pipeline.zero.combiner import GradientCombiner
+
+    made = []
+    for resumed in (False, True):
+        built = build(way, {"lr": 1e-3})
+        combiner = GradientCombiner(built.engine, Synthesis("sago"), combine_tasks=True)
+        one = TrainStep(built.engine, combiner, built.tasks["forget"], built.tasks["retain"])
+        if resumed:
+            newest = checkpoint.newest(folder)
+            assert newest is not None, "save has just written it"
+            checkpoint.load(built.engine, combiner, newest, {})
+        else:
+            one.train_step(0)
+            checkpoint.save(built.engine, combiner, folder, 1, keep=1, identity={})
+        one.train_step(1)
+        made.append(weights(built.engine))
+        built.engine.destroy()
+    return all(torch.equal(*pair) for pair in zip(*made, strict=True))
+
+
+def check(way: Way, folder: Path) -> Check:
+    """The three identities on one way."""
+    import torch
+
+    from pipeline.synthesis import synthesize
+
+    began, result, bound = time.perf_counter(), Check(way.name), BOUNDS[way.dtype]
+    forget, retain = (step(way, None, (task,)) for task in ("forget", "retain"))
+    if way.dtype == "float32":
+        dense = dense_gradients(way)
+        result.gradients = max(error(forget, dense["forget"]), error(retain, dense["retain"]))
+        if not result.gradients < bound:
+            result.failed.append("gradients")
+    for synthesis in syntheses():
+        expected = synthesize(
+            forget,
+            retain,
+            rule=synthesis.rule,
+            scope=synthesis.scope,
+            alpha=synthesis.alpha,
+            gamma=synthesis.gamma,
+            layers=layers(way) if synthesis.scope == "layer" else None,
+            average=[torch.zeros_like(tensor) for tensor in retain] if synthesis.averages_retain else None,
+        )
+        name = f"{synthesis.rule} {synthesis.resolved_scope}"
+        result.rules[name] = error(step(way, synthesis), expected)
+        if not result.rules[name] < bound * (10 if synthesis.rule == "sago" else 1):  # it jumps where a sign turns
+            result.failed.append(name)
+    result.resumed = resumes(way, folder / way.name)
+    if not result.resumed:
+        result.failed.append("resume")
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+def layers(way: Way) -> list[str]:
+    """The layer of each parameter."""
+    from pipeline.zero.combiner import layer_of
+
+    built = build(way, {"name": "sgd", "lr": LR})
+    found = [layer_of(name) for name, _ in built.engine.module.named_parameters()]
+    built.engine.destroy()
+    return found
+
+
+def row(result: Check) -> str:
+    """A row of the table."""
+    rule, worst = max(result.rules.items(), key=lambda one: one[1])
+    gradients = "–" if result.gradients is None else f"{result.gradients:.1e}"
+    verdict = f"FAILED: {', '.join(result.failed)}" if result.failed else "ok"
+    resumed = {True: "same bits", False: "differs", None: "–"}[result.resumed]
+    return f"| {result.way} | {gradients} | {worst:.1e} ({rule}) | {resumed} | {result.seconds:.0f} | {verdict} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="deepspeed --module pipeline.planning.device_check",
+        description="Whether a step is exact on this device: every rule, ZeRO stage and dtype.",
+    )
+    parser.add_argument("--small", action="store_true", help="two ways of keeping a gradient in place of all")
+    parser.add_argument("--output", type=Path, help="write the results here, as JSON")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+
+    import torch.distributed as dist
+
+    from pipeline.distributed import process_group as ranks
+    from pipeline.monitoring.console import capture_stdout, quiet_libraries
+
+    quiet_libraries()
+    device = ranks.start()
+    shared = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(shared)
+    results = []
+    if dist.get_rank() == 0:
+        print("| way | gradient of a task | worst rule | resumed | seconds | |\n|---|---|---|---|---|---|", flush=True)
+    for way in ways(device.type == "cuda", options.small):
+        with capture_stdout():
+            results.append(check(way, Path(shared[0])))
+        if dist.get_rank() == 0:
+            print(row(results[-1]), flush=True)
+    failed = sum(bool(result.failed) for result in results)
+    if dist.get_rank() == 0:
+        shutil.rmtree(shared[0])
+        print(f"\n{len(results) - failed} of {len(results)} ways are exact, on {dist.get_world_size()} rank(s)")
+        if options.output:
+            write_whole(options.output, json.dumps([asdict(result) for result in results], indent=1) + "\n")
+    ranks.leave(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

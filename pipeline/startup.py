@@ -23,6 +23,7 @@ from pipeline.distributed.errors import local_main_first, raise_on_all_ranks
 from pipeline.distributed.run_lock import RunLock
 from pipeline.errors import disk_errors
 from pipeline.files import write_whole
+from pipeline.losses.joint import check_separation
 from pipeline.losses.task import open_sampler, warn_of_overlap
 from pipeline.modeling.checks import (
     check_layer,
@@ -34,11 +35,13 @@ from pipeline.modeling.checks import (
 )
 from pipeline.modeling.digests import Digest
 from pipeline.modeling.outputs import ModelEngine, install_outputs
+from pipeline.modeling.row_rules import install_rules
 from pipeline.monitoring import console
 from pipeline.optim import fitting_lr, make_optimizer, make_schedule
 from pipeline.synthesis.combine import Synthesis
 from pipeline.zero import checkpoint
 from pipeline.zero.combiner import GradientCombiner
+from pipeline.zero.joint import JointPass, TaskRows
 
 HELDOUT = "heldout.jsonl"  # in a run folder, for suite corpus
 WEIGHTS = ".weights.json"  # in a run folder: digests of the model's files, so that a resumed run need not read them
@@ -120,8 +123,41 @@ def make_engine(config: RunConfig, zero: DeepSpeedDict, model: PreTrainedModel, 
 def make_combiner(config: RunConfig, engine: ModelEngine) -> GradientCombiner:
     wanted = config.synthesis
     synthesis = Synthesis(wanted.rule, wanted.scope, wanted.alpha, wanted.gamma, wanted.zero_forget)
-    combine_tasks = len(config.tasks) == 2 and (wanted.rule != "sum" or wanted.geometry)
-    return GradientCombiner(engine, synthesis, combine_tasks=combine_tasks, stash_device=wanted.stash_device)
+    combines = combines_tasks(config)
+    return GradientCombiner(engine, synthesis, combine_tasks=combines, stash_device=wanted.stash_device)
+
+
+def combines_tasks(config: RunConfig) -> bool:
+    """Whether the run compares two gradients; else they are added up, or there is one."""
+    return len(config.tasks) == 2 and (config.synthesis.rule != "sum" or config.synthesis.geometry)
+
+
+def prepare_rows(config: RunConfig, model: PreTrainedModel) -> TaskRows | None:
+    """Under `train.schedule: joint`, what its passes need of the model, before an engine is made of it.
+
+    Raises:
+        InputError: a module owns trained parameters and cannot separate the rows of two tasks.
+    """
+    if config.train.schedule == "sequential":
+        return None
+    rows = TaskRows()
+    if combines_tasks(config):
+        with raise_on_all_ranks():
+            install_rules(model, rows)
+    return rows
+
+
+def make_joint(engine: ModelEngine, combiner: GradientCombiner, rows: TaskRows | None) -> JointPass | None:
+    """The joint passes of the run, once the model was seen to separate two gradients; None where `rows` is.
+
+    Raises:
+        InputError: it does not.
+    """
+    if rows is None:
+        return None
+    joint = JointPass(combiner, rows)
+    check_separation(engine, joint)
+    return joint
 
 
 def take_folder(lock: RunLock, config: RunConfig, resume: bool) -> None:

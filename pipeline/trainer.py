@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from pipeline.distributed.run_lock import RunLock
 from pipeline.distributed.signals import Preempted, stop_on_sigterm
 from pipeline.errors import disk_errors
 from pipeline.files import Json
+from pipeline.losses.joint import accumulate_jointly
 from pipeline.losses.known import warn_of_unknown
 from pipeline.losses.task import Task, make_tasks, num_steps
 from pipeline.modeling.card import model_card
@@ -46,14 +47,17 @@ from pipeline.startup import (
     hyperparameters,
     make_combiner,
     make_engine,
+    make_joint,
     open_data,
     open_probes,
+    prepare_rows,
     take_folder,
     write_run_files,
 )
 from pipeline.synthesis.geometry import Geometry
 from pipeline.zero import checkpoint
 from pipeline.zero.combiner import GradientCombiner
+from pipeline.zero.joint import JointPass
 from pipeline.zero.nvme import check_nvme_path
 from pipeline.zero.self_test import self_test
 
@@ -79,12 +83,17 @@ class TrainStep:
     combiner: GradientCombiner
     forget: Task | None
     retain: Task | None
+    joint: JointPass | None = field(default=None, kw_only=True)  # both tasks in one pass; None: one after the other
 
     def train_step(self, step: int) -> StepResult:
         self.combiner.clear()
-        losses = {"forget": self.accumulate(self.forget, step)}
-        self.combiner.stash_forget()
-        losses["retain"] = self.accumulate(self.retain, step)
+        losses: dict[str, Tensor | None]
+        if self.joint is not None:  # the forget gradient goes to the forget buffer by itself
+            losses = accumulate_jointly(self.engine, self.joint, self.forget, self.retain, step)
+        else:
+            losses = {"forget": self.accumulate(self.forget, step)}
+            self.combiner.stash_forget()
+            losses["retain"] = self.accumulate(self.retain, step)
         combined = self.combiner.combine()
         applied = combined.should_step and self.optimizer_step()
         return StepResult(losses, combined.geometry, applied)
@@ -277,12 +286,14 @@ def setup(config: RunConfig, zero: DeepSpeedDict, resume: bool = False, quiet: b
         self_test(zero)
     with raise_on_all_ranks(), blaming_the_file(config):
         model = load_model(config.model, zero, config.seed)
+    rows = prepare_rows(config, model)
     weights = weight_digests(model, folder / WEIGHTS)
     if resume:
         trackers.resume_trackers(folder, zero)
     engine = make_engine(config, zero, model, steps)
     identity = {"model": fingerprint(model, weights), "tokenizer": tokenizer_digest(tokenizer)}
     combiner = make_combiner(config, engine)
+    joint = make_joint(engine, combiner, rows)
     tasks = {task.name: task for task in make_tasks(config, samplers, steps, engine, identity)}
     corpora = {task: sampler.sequences.digest for task, sampler in samplers.items()}
     contents = {f"data.{task}": digest for task, digest in corpora.items()}
@@ -299,4 +310,4 @@ def setup(config: RunConfig, zero: DeepSpeedDict, resume: bool = False, quiet: b
     prober = Prober(engine, sets, config.train.micro_batch_size)
     probes = Probes(prober, metrics, Levels(probe_names(config.train.stop_at)), config.train, steps)
     state = Run(config, folder, lock, model, tokenizer, identity, corpora, decisive, steps, start, not on_nvme, began)
-    return Trainer(engine, combiner, tasks.get("forget"), tasks.get("retain"), state, metrics, probes)
+    return Trainer(engine, combiner, tasks.get("forget"), tasks.get("retain"), state, metrics, probes, joint=joint)

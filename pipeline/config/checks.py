@@ -1,4 +1,4 @@
-"""What a resolved configuration says about corpora and probes, checked before anything is read."""
+"""What a resolved configuration says about corpora, probes and schedule, checked before anything is read."""
 
 from __future__ import annotations
 
@@ -57,6 +57,28 @@ def check_probes(config: RunConfig, where: str, reads_data: bool) -> None:
             if measure not in sets[name].measures:
                 valid = nearest(measure, sets[name].measures)
                 raise InputError(f"{where}: train.stop_at.{name}: the set has no {measure!r}; {valid}")
+
+
+def check_schedule(config: RunConfig, where: str) -> None:
+    """
+    Raises:
+        InputError: `train.schedule: joint` where the two tasks cannot share a forward pass.
+    """
+    if config.train.schedule != "joint":
+        return
+    refused, remedy = f"{where}: train.schedule: joint", "set train.schedule: sequential"
+    absent = [task for task in ("forget", "retain") if task not in config.tasks]
+    if absent:
+        raise InputError(f"{refused} is one pass of two tasks, and objective.{absent[0]} is none; {remedy}")
+    for task in config.tasks:
+        if NEEDS[getattr(config.objective, task)].hidden:
+            objective = getattr(config.objective, task)
+            raise InputError(
+                f"{refused} runs the whole model, and objective.{task}: {objective} reads the hidden states of one "
+                f"layer without the blocks above it; {remedy}"
+            )
+    if config.model.torch_compile:
+        raise InputError(f"{refused} has rules for modules that model.torch_compile would fuse; {remedy}, or unset it")
 
 
 def _check_exists(file: str, key: str) -> None:

@@ -26,8 +26,9 @@ BY_CONTENT = (
 RESUME_MUTABLE_KEYS = (
     *("method", "model.allow_pickle", "model.gradient_checkpointing"),
     *("synthesis.stash_device", "synthesis.layer_geometry_every"),
-    *("train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints", "train.export_every"),
-    *("train.max_skipped", "train.timeout_minutes", "train.probe_every", "train.stop_at", "train.stop_action"),
+    *("train.schedule", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints"),
+    *("train.export_every", "train.max_skipped", "train.timeout_minutes"),
+    *("train.probe_every", "train.stop_at", "train.stop_action"),
 )  # another number of ranks may need another micro-batch
 
 

@@ -178,6 +178,11 @@ class Train(Section):
     epochs: float | None = Field(None, gt=0, description="instead of steps: passes over the forget set")
     batch_size: int = Field(32, ge=1, description="sequences per task and step, over all ranks")
     micro_batch_size: int = Field(4, ge=1, description="sequences per forward pass and rank")
+    schedule: Literal["sequential", "joint"] = Field(
+        "sequential",
+        description="forward and backward of the two tasks: one after the other, or both in one pass, which gathers "
+        "each weight once for both and stores the activations of both",
+    )
     deepspeed: str = Field(
         "auto",
         description="DeepSpeed file, or the name of a shipped one (zero3): ZeRO, precision and communication; auto: "

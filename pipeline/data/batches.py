@@ -45,6 +45,20 @@ def pad_rows(rows: Sequence[np.ndarray], prompts: np.ndarray, indices: np.ndarra
     return Batch(torch.from_numpy(indices), input_ids, real.long(), labels)
 
 
+def stack(batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+    """(input ids, attention mask) of all batches, one below the other, right-padded to the longest.
+
+    The token of the padding is 0, which every model embeds; it is masked.
+    """
+    longest = max(batch.input_ids.shape[1] for batch in batches)
+
+    def padded(tensor: Tensor) -> Tensor:
+        return torch.nn.functional.pad(tensor, (0, longest - tensor.shape[1]))
+
+    ids, masks = [batch.input_ids for batch in batches], [batch.attention_mask for batch in batches]
+    return torch.cat([padded(one) for one in ids]), torch.cat([padded(one) for one in masks])
+
+
 @dataclass(frozen=True)
 class BatchSampler:
     """Batches of one corpus without end: seeded random permutations of its sequences, one after another."""

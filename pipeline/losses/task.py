@@ -47,22 +47,36 @@ class Task:
 
     def loss_terms(self, engine: ModelForward, batch: Batch) -> Tensor:
         """0-dim: the sum over a micro-batch of the terms whose mean over the global batch is the loss."""
-        objective, settings = self.objective, self.settings
-        reference = self.reference(batch) if self.reference is not None else None  # before the forward with a graph
-        token_losses = hidden_states = None
-        if objective.hidden:
-            hidden_states = forward(engine, batch, HiddenStates(settings.layer))
-        elif objective.reference == "logits":
-            penalty = settings.beta if objective.logit_penalty else 0.0
-            token_losses = forward(engine, batch, TokenLosses(reference, penalty))
-        else:
-            token_losses = forward(engine, batch, TokenLosses())
-        return objective.terms(
+        reference = self.reference_output(batch)  # before the forward with a graph
+        if self.objective.hidden:
+            states = forward(engine, batch, HiddenStates(self.settings.layer))
+            return self.terms_of(batch, reference, hidden_states=states)
+        return self.terms_of(batch, reference, forward(engine, batch, self.losses_wanted(reference)))
+
+    def reference_output(self, batch: Batch) -> Tensor | None:
+        """What the objective needs of the reference model for `batch`, if anything."""
+        return self.reference(batch) if self.reference is not None else None
+
+    def losses_wanted(self, reference: Tensor | None) -> TokenLosses:
+        """The token losses that an objective without hidden states is computed from."""
+        if self.objective.reference != "logits":
+            return TokenLosses()
+        return TokenLosses(reference, self.settings.beta if self.objective.logit_penalty else 0.0)
+
+    def terms_of(
+        self,
+        batch: Batch,
+        reference: Tensor | None,
+        token_losses: Tensor | None = None,
+        hidden_states: Tensor | None = None,
+    ) -> Tensor:
+        """0-dim: the sum of the terms, from what a forward pass of `batch` returned."""
+        return self.objective.terms(
             LossInputs(
                 labels=batch.labels,
                 mask=batch.attention_mask,
-                beta=settings.beta,
-                delta=settings.delta,
+                beta=self.settings.beta,
+                delta=self.settings.delta,
                 token_losses=token_losses,
                 hidden_states=hidden_states,
                 reference=reference,

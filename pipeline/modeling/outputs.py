@@ -11,16 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.data.batches import Batch
+from pipeline.data.batches import Batch, stack
 from pipeline.modeling.decoder import base_of, blocks_of
-from pipeline.modeling.token_losses import token_losses, token_scores
+from pipeline.modeling.token_losses import OutputLayer, token_losses, token_scores
 from pipeline.zero.engine import Engine, Forward
+from pipeline.zero.joint import Divert
 from pipeline.zero.prefetch import separate_prefetch_traces
 
 ModelForward = Forward[PreTrainedModel]
@@ -52,6 +53,16 @@ class Logits:
     """[B, T, V] in the model's dtype."""
 
 
+@dataclass(frozen=True)
+class JointLosses:
+    """Of two batches in one forward pass, what each field returns of its own batch."""
+
+    forget: TokenLosses
+    retain: TokenLosses
+    divert: Divert | None  # gets the output layer's forget gradient; None: autograd adds it to the retain gradient
+
+
+Labels = Tensor | tuple[Tensor, Tensor]  # of a batch, or of the two of a joint pass
 PerToken = TokenLosses | TokenScores  # computed from the last hidden states without all logits at one time
 Output = TokenLosses | TokenScores | HiddenStates | Logits
 
@@ -65,6 +76,17 @@ def forward(engine: ModelForward, batch: Batch, output: Output) -> Tensor:
     return engine(**inputs, labels=batch.labels, output=output)
 
 
+def forward_jointly(engine: ModelForward, forget: Batch, retain: Batch, output: JointLosses) -> tuple[Tensor, Tensor]:
+    """One forward pass of both batches. Every rank must call.
+
+    Returns:
+        ([B, T], [B', T']) losses of the forget batch and of the retain batch, each padded as its own batch is.
+    """
+    input_ids, attention_mask = stack([forget, retain])
+    labels = forget.labels, retain.labels
+    return engine(input_ids=input_ids, attention_mask=attention_mask, labels=labels, output=output)
+
+
 def install_outputs(engine: ModelForward) -> None:
     """Prepare the model of `engine` for `forward`. Every rank must call, once, before the first step."""
     model = engine.module
@@ -73,19 +95,23 @@ def install_outputs(engine: ModelForward) -> None:
     fused = has_plain_head(engine, base, head)
     model_forward, head_forward = model.forward, head.forward
 
-    def head_output(hidden: Tensor, labels: Tensor | None = None, output: PerToken | None = None) -> Tensor:
+    def head_output(
+        hidden: Tensor, labels: Labels | None = None, output: PerToken | JointLosses | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         if labels is None or output is None:  # a call by the model's own code
             return head_forward(hidden)
-        return per_token(hidden, labels, output, head.weight, head.bias)
+        return per_token(hidden, labels, output, OutputLayer(head.weight, head.bias))
 
-    def model_output(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, output: Output) -> Tensor:
+    def model_output(
+        input_ids: Tensor, attention_mask: Tensor, labels: Labels, output: Output | JointLosses
+    ) -> Tensor | tuple[Tensor, Tensor]:
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if isinstance(output, HiddenStates):
             return hidden_after(base, output.layer, inputs)
-        if isinstance(output, PerToken) and fused:
+        if isinstance(output, PerToken | JointLosses) and fused:
             return head(base(**inputs).last_hidden_state, labels, output=output)
         logits = model_forward(**inputs).logits
-        return per_token(logits, labels, output) if isinstance(output, PerToken) else logits
+        return per_token(logits, labels, output) if isinstance(output, PerToken | JointLosses) else logits
 
     head.forward, model.forward = head_output, model_output
     separate_prefetch_traces(engine, modules_called)
@@ -109,12 +135,23 @@ def temporary_outputs(engine: ModelForward) -> Iterator[None]:
 
 
 def per_token(
-    states: Tensor, labels: Tensor, output: PerToken, weight: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
-    """`output` from logits [B, T, V] or, with the `weight` of the output layer, from hidden states [B, T, H]."""
+    states: Tensor, labels: Labels, output: PerToken | JointLosses, layer: OutputLayer | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`output` from logits [B, T, V] or, with the output layer, from hidden states [B, T, H]."""
+    if isinstance(output, JointLosses):
+        assert isinstance(labels, tuple)
+        layers = (layer if layer is None else replace(layer, divert=output.divert)), layer
+        forget, retain = (
+            token_losses(rows[:, : own.shape[1]], own, layer=its_layer, **vars(losses))  # no padding of the other batch
+            for rows, own, its_layer, losses in zip(
+                states.split([len(own) for own in labels]), labels, layers, (output.forget, output.retain), strict=True
+            )
+        )
+        return forget, retain
+    assert isinstance(labels, Tensor)
     if isinstance(output, TokenScores):
-        return token_scores(states, labels, weight, bias)
-    return token_losses(states, labels, weight=weight, bias=bias, **vars(output))
+        return token_scores(states, labels, layer)
+    return token_losses(states, labels, layer=layer, **vars(output))
 
 
 def modules_called(options: dict[str, object]) -> Hashable:

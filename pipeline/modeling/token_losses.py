@@ -8,12 +8,12 @@ Shapes: B sequences, T tokens, V vocabulary entries, H hidden width; N predictio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.data.batches import IGNORED
@@ -27,10 +27,28 @@ class _Context(Protocol):
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
     penalty: float
-    weight: Tensor
-    bias: Tensor | None
+    layer: OutputLayer
 
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """The layer that turns hidden states into logits."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None = None  # [V]
+    divert: Callable[[nn.Parameter, Tensor], None] | None = None  # gets the gradients of the two, if not autograd does
+
+    def hand_over(self, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """What autograd gets of the gradients of weight and bias."""
+        if self.divert is None:
+            return gradients
+        for parameter, gradient in zip((self.weight, self.bias), gradients, strict=True):
+            if gradient is not None:
+                assert isinstance(parameter, nn.Parameter)
+                self.divert(parameter, gradient)
+        return None, None
 
 
 @dataclass(frozen=True)
@@ -113,8 +131,15 @@ class _FromHidden(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: _Context, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, teacher: _Teacher | None
+        ctx: _Context,
+        hidden: Tensor,
+        targets: Tensor,
+        teacher: _Teacher | None,
+        layer: OutputLayer,
+        *parameters: Tensor | None,
     ) -> Tensor:
+        """parameters: those of the layer, for autograd to know of; the layer has them too."""
+        weight, bias = layer.weight, layer.bias
         normalizers, losses = hidden.new_empty(2, len(hidden), dtype=_wide_dtype(hidden))
         for rows in _chunks(len(hidden), len(weight)):
             z = at_least_fp32(_logits(hidden[rows], weight, bias))
@@ -122,18 +147,18 @@ class _FromHidden(torch.autograd.Function):
             q = None if teacher is None else teacher.of_rows(rows, targets)
             losses[rows] = _cross_entropy(z, targets[rows], q)
         _Teacher.save(ctx, teacher, hidden, targets, normalizers)
-        # The Parameter itself, not a saved tensor: under ZeRO-3 its data is gathered again for the backward pass.
-        ctx.weight, ctx.bias = weight, bias
+        # The Parameters themselves, not saved tensors: under ZeRO-3 their data is gathered again for the backward pass.
+        ctx.layer = layer
         return losses
 
     @staticmethod
     def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         teacher, (hidden, targets, normalizers) = _Teacher.restore(ctx)
         (upstream,) = gradients  # [N]
-        weight, bias = ctx.weight, ctx.bias
+        weight, bias = ctx.layer.weight, ctx.layer.bias
         grad_hidden = torch.zeros_like(hidden, dtype=_wide_dtype(hidden))
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[4] else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[5] else None
         teacher_normalizers = None if teacher is None else teacher.normalizers(targets)
         for part in _chunks(len(weight), len(hidden)):
             difference = at_least_fp32(_logits(hidden, weight[part], None if bias is None else bias[part]))
@@ -149,7 +174,8 @@ class _FromHidden(torch.autograd.Function):
                 grad_weight[part] = difference.T @ hidden
             if grad_bias is not None:
                 grad_bias[part] = difference.sum(0)
-        return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None
+        of_layer = ctx.layer.hand_over(grad_weight, grad_bias)
+        return grad_hidden.to(hidden.dtype), None, None, None, *of_layer
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -196,17 +222,16 @@ def token_losses(
     states: Tensor,
     labels: Tensor,
     *,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    layer: OutputLayer | None = None,
     teacher_logits: Tensor | None = None,
     logit_penalty: float = 0.0,
 ) -> Tensor:
     """Cross-entropy of each prediction: -log p of the token, or -sum_v q_v log p_v for a teacher's distribution q.
 
     Args:
-        states: [B, T, V] logits; or, with `weight`, [B, T, H] hidden states. Any float dtype.
+        states: [B, T, V] logits; or, with `layer`, [B, T, H] hidden states. Any float dtype.
         labels: [B, T] int64, the input ids with `IGNORED` where nothing is predicted; position t is predicted by t-1.
-        weight, bias: [V, H] and [V] of the output layer, applied to the hidden states.
+        layer: the output layer, applied to the hidden states.
         teacher_logits: [B, T, V] logits of q, without gradient.
         logit_penalty: subtracted from the teacher's logit of each predicted token, in fp32 whatever the dtype of
             `teacher_logits` (UNDIAL).
@@ -216,20 +241,21 @@ def token_losses(
     """
     targets, flat = shifted(labels), states.flatten(0, 1)
     teacher = None if teacher_logits is None else _Teacher(teacher_logits.flatten(0, 1), None, logit_penalty)
-    if weight is None:
+    if layer is None:
         every: Tensor = _FromLogits.apply(flat, targets.flatten(), teacher)
         return every.view(targets.shape)
     index = (targets.flatten() != IGNORED).nonzero().squeeze(1)  # padding and prompts cost nothing
     teacher = None if teacher is None else replace(teacher, index=index)
-    losses: Tensor = _FromHidden.apply(flat[index], weight, bias, targets.flatten()[index], teacher)
+    given = (flat[index], targets.flatten()[index], teacher, layer, layer.weight, layer.bias)
+    losses: Tensor = _FromHidden.apply(*given)
     return losses.new_zeros(targets.numel()).index_copy(0, index, losses).view(targets.shape)
 
 
-def token_scores(states: Tensor, labels: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def token_scores(states: Tensor, labels: Tensor, layer: OutputLayer | None = None) -> Tensor:
     """The loss of each prediction, and whether it has the largest logit; no gradient flows.
 
     Args:
-        states, labels, weight, bias: as in `token_losses`, whose losses these are.
+        states, labels, layer: as in `token_losses`, whose losses these are.
 
     Returns:
         [2, B, T] in fp32 (float64 for float64 states): the losses, and 1 where the token at t+1 has the largest logit
@@ -238,8 +264,8 @@ def token_scores(states: Tensor, labels: Tensor, weight: Tensor | None = None, b
     targets, flat = shifted(labels), states.detach().flatten(0, 1)
     index = (targets.flatten() != IGNORED).nonzero().squeeze(1)
     wanted, found = targets.flatten()[index], flat.new_zeros(2, targets.numel(), dtype=_wide_dtype(flat))
-    for rows in _chunks(len(index), flat.shape[1] if weight is None else len(weight)):
-        z = flat[index[rows]] if weight is None else _logits(flat[index[rows]], weight, bias)
+    for rows in _chunks(len(index), flat.shape[1] if layer is None else len(layer.weight)):
+        z = flat[index[rows]] if layer is None else _logits(flat[index[rows]], layer.weight, layer.bias)
         z = at_least_fp32(z)
         found[0, index[rows]] = _cross_entropy(z, wanted[rows], None)
         found[1, index[rows]] = (z.argmax(-1) == wanted[rows]).to(found.dtype)

@@ -177,7 +177,10 @@ def head_bytes(shape: ModelShape, tokens: int, asks_logits: bool) -> float:
 
 
 def working(config: RunConfig, shape: ModelShape, passes: dict[str, Pass], micro: int) -> tuple[float, float]:
-    """(activations, logits): peak bytes of forward and backward of the task that needs more, beside `states`."""
+    """(activations, logits): peak bytes of forward and backward beside `states`, of the task that needs more.
+
+    A joint pass stores the activations of both tasks, and computes their token losses one after the other.
+    """
     found = []
     for name, one in passes.items():
         objective = NEEDS[getattr(config.objective, name)]
@@ -185,4 +188,6 @@ def working(config: RunConfig, shape: ModelShape, passes: dict[str, Pass], micro
         asks = objective.reference == "logits"
         head = 0.0 if objective.hidden else head_bytes(shape, size * config.data.max_length, asks)
         found.append((max(one.kept(size), one.peak(size) - head), head))
+    if config.train.schedule == "joint":
+        return sum(activations for activations, _ in found), max(logits for _, logits in found)
     return max(found, key=sum)

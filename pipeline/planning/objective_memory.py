@@ -30,7 +30,7 @@ from pipeline.losses.objectives import OBJECTIVES, LossInputs
 from pipeline.modeling.decoder import blocks_of
 from pipeline.modeling.outputs import HiddenStates, Logits, TokenLosses, forward, install_outputs
 from pipeline.modeling.reference import ReferenceWeights
-from pipeline.modeling.token_losses import token_losses
+from pipeline.modeling.token_losses import OutputLayer, token_losses
 from pipeline.planning.meta_trace import LiveBytes
 
 MIB = 2**20
@@ -94,7 +94,7 @@ def head(tokens: int, width: int, vocabulary: int, dtype: torch.dtype, device: t
         return F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")
 
     def ours(hidden: Tensor, weight: Tensor) -> Tensor:
-        return token_losses(hidden, labels, weight=weight).sum()
+        return token_losses(hidden, labels, layer=OutputLayer(weight)).sum()
 
     found = {}
     for name, loss in {"logits and cross-entropy": ordinary, "ours": ours}.items():

@@ -2,87 +2,36 @@
 
     deepspeed --num_gpus N --module pipeline.planning.step_cost [--rules sago pcgrad] [--hidden 512 --layers 8] ...
 
-One engine and one process group run all schedules in turns, step by step, so every ratio is a median over pairs of
-neighbouring steps. `joint` is the schedule that only `sum` allows: one forward and backward over both batches at once.
-It gathers parameters once instead of twice and stores the activations of both batches. If memory limits the
-micro-batch, `joint` does not fit, and a user would run `sum` in two passes.
+One engine and one process group run `sum` and the rules, each in both schedules (`train.schedule`), in turns, step by
+step, so every ratio is a median over pairs of neighbouring steps. A rule is compared with the cheapest `sum`: where
+memory limits the micro-batch, no joint pass fits, and `sum` in two passes is what a user would run. `sum` in joint
+passes is DeepSpeed's ordinary step on both batches.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 from pipeline.config.deepspeed import deepspeed_config
 from pipeline.config.schema import RunConfig
+from pipeline.planning.meters import Traffic, peak, restart_peak
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from pipeline.data.batches import Batch
-    from pipeline.losses.objectives import LossInputs
     from pipeline.losses.task import Task
     from pipeline.modeling.outputs import ModelEngine
-    from pipeline.zero.combiner import GradientCombiner
-
-REDUCTIONS = "all_reduce broadcast reduce all_gather all_gather_into_tensor reduce_scatter reduce_scatter_tensor"
-
-
-class Traffic:
-    """Counts the bytes that collectives move, as this rank calls them."""
-
-    def __init__(self) -> None:
-        import torch.distributed as dist
-
-        self.calls, self.bytes = 0, 0
-        for name in REDUCTIONS.split():
-            setattr(dist, name, self._counted(getattr(dist, name)))
-
-    def _counted(self, collective: Callable[..., object]) -> Callable[..., object]:
-        import torch
-
-        def wrapper(*arguments: object, **options: object) -> object:
-            tensors = [x for x in (*arguments, *options.values()) if isinstance(x, torch.Tensor)]
-            self.calls += 1
-            self.bytes += max((x.numel() * x.element_size() for x in tensors), default=0)
-            return collective(*arguments, **options)
-
-        return wrapper
+    from pipeline.trainer import TrainStep
+    from pipeline.zero.joint import TaskRows
 
 
-def restart_peak(cuda: bool) -> bool:
-    """Reset the peak of memory to its present size; returns whether this system can."""
-    if cuda:
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
-        return True
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
-    except OSError:
-        return False
-    return True
-
-
-def peak(cuda: bool) -> int:
-    """Most bytes of this rank since `restart_peak`: torch's on a GPU, else all resident pages of the process."""
-    if cuda:
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    (kilobytes,) = re.findall(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return 1024 * int(kilobytes)
-
-
-def build(options: argparse.Namespace) -> tuple[ModelEngine, list[Task]]:
-    """(engine, the two tasks): an untrained Llama of the given shape, on random tokens."""
+def build(options: argparse.Namespace) -> tuple[ModelEngine, list[Task], TaskRows]:
+    """(engine, the two tasks, the rows of its joint passes): an untrained Llama of that shape, on random tokens."""
     import deepspeed
     import torch
     import torch.distributed as dist
@@ -90,8 +39,9 @@ def build(options: argparse.Namespace) -> tuple[ModelEngine, list[Task]]:
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     from pipeline.modeling.outputs import install_outputs
+    from pipeline.modeling.row_rules import install_rules
     from pipeline.optim import make_optimizer, make_schedule
-    from pipeline.planning.random_tasks import random_tasks
+    return engine, random_tasks(config, options.vocabulary), rows
 
     world = dist.get_world_size()
     batch = options.micro_batch * options.accumulation * world
@@ -119,6 +69,8 @@ def build(options: argparse.Namespace) -> tuple[ModelEngine, list[Task]]:
     if options.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
+    rows = TaskRows()
+    install_rules(model, rows)
     made = deepspeed.initialize(
         model=model,
         optimizer=make_optimizer(config, model, zero),  # pyright: ignore[reportArgumentType]
@@ -127,86 +79,130 @@ def build(options: argparse.Namespace) -> tuple[ModelEngine, list[Task]]:
     )
     engine = cast("ModelEngine", made[0])
     install_outputs(engine)
+<<<<<<< HEAD
     return engine, random_tasks(config, options.vocabulary)
+=======
+    return engine, random_tasks(options, config), rows
 
 
-def joint_step(engine: ModelEngine, combiner: GradientCombiner, tasks: list[Task], step: int) -> None:
-    """`sum` in its fastest schedule: each forward and backward contains a micro-batch of both tasks."""
-    import torch
+def random_tasks(options: argparse.Namespace, config: RunConfig) -> list[Task]:
+    """`ga` and `nll` on random tokens, of this rank."""
+    import numpy as np
+    import pyarrow as pa
+    import torch.distributed as dist
 
-    from pipeline.data.batches import Batch
-    from pipeline.modeling.outputs import TokenLosses, forward
+    from pipeline.data.batches import BatchSampler
+    from pipeline.data.tokenize import Sequences
+    from pipeline.losses.objectives import OBJECTIVES
+    from pipeline.losses.task import Task
 
-    combiner.clear()
-    forget, retain = tasks
-    for pair in zip(forget.sampler.batches(step), retain.sampler.batches(step), strict=True):
-        both = Batch(*(torch.cat(parts) for parts in zip(*(vars(b).values() for b in pair), strict=True)))
-        both = both.to(engine.device)
-        losses = forward(engine, both, TokenLosses())
-        size = len(pair[0].index)
-        loss = retain.objective.terms(loss_inputs(losses[size:], pair[1])) / retain.loss_denominator(step)
-        loss = loss + forget.objective.terms(loss_inputs(losses[:size], pair[0])) / forget.loss_denominator(step)
-        engine.backward(loss * engine.world_size, scale_wrt_gas=False)
-    combiner.combine()
-    engine.step()
-
-
-def loss_inputs(losses: Tensor, batch: Batch) -> LossInputs:
-    from pipeline.losses.objectives import LossInputs
-
-    return LossInputs(batch.labels, batch.attention_mask, beta=0.1, delta=0.0, token_losses=losses)
+    world, batch, tasks = dist.get_world_size(), config.train.batch_size, []
+    for number, (name, objective) in enumerate((("forget", "ga"), ("retain", "nll"))):
+        dice = np.random.default_rng(number)
+        ids = pa.array(dice.integers(0, options.vocabulary, 4 * batch * options.tokens).astype(np.int32))
+        rows = pa.chunked_array([pa.ListArray.from_arrays([0, len(ids)], ids)])
+        stream = BatchSampler(
+            Sequences(rows, options.tokens, "random"), 0, number, batch, options.micro_batch, dist.get_rank(), world, 0
+        )
+        tasks.append(Task(name, stream, OBJECTIVES[objective], config.objective))
+    return tasks
+>>>>>>> joint
 
 
-def measure(options: argparse.Namespace, traffic: Traffic) -> list[SimpleNamespace]:
-    """One row a schedule: step seconds, ratios to `sum` and to `joint`, memory and traffic of a step."""
-    import torch
+SCHEDULES = ("sequential", "joint")
 
-    from pipeline.synthesis.combine import Synthesis
-    from pipeline.trainer import TrainStep
-    from pipeline.zero.combiner import GradientCombiner
 
-    engine, tasks = build(options)
-    plain = GradientCombiner(engine, Synthesis("sum"), combine_tasks=False)
-    partition_bytes = sum(size for _, size in plain.store.layout) * plain.store.dtype.itemsize
-    schedules: dict[str, Callable[[int], object]] = {
-        "sum": TrainStep(engine, plain, *tasks).train_step,
-        "joint": lambda step: joint_step(engine, plain, tasks, step),
-    }
-    held: dict[str, GradientCombiner] = {}  # of the present schedule: its forget buffer exists during its own step only
-    for rule in options.rules:
-        schedules[rule] = lambda step, rule=rule: TrainStep(engine, held[rule], *tasks).train_step(step)
-    cuda = engine.device.type == "cuda"
-    seconds: dict[str, list[float]] = {name: [] for name in schedules}
-    peaks: dict[str, list[int]] = {name: [] for name in schedules}  # empty if the system does not measure it
-    rows = {name: SimpleNamespace(name=name) for name in schedules}
+@dataclass
+class Cost:
+    """Of one rule in one schedule."""
+
+    rule: str
+    schedule: str
+    seconds: list[float] = field(default_factory=list)  # of each measured step
+    peaks: list[int] = field(default_factory=list)  # bytes; empty if the system does not measure it
+    collectives: int = 0  # these four of one step
+    moved: int = 0  # bytes
+    gathered: int = 0  # bytes of weights, among them
+    kernels: int = 0
+    waits: int = 0  # of the host for the device; on a CPU, the reads that would be such
+
+    def ratio(self, other: Cost) -> float:
+        return median(mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True))
+
+
+class Bench:
+    """One engine on which every rule takes steps in every schedule."""
+
+    def __init__(self, options: argparse.Namespace, traffic: Traffic) -> None:
+        self.engine, self.tasks, self.rows = build(options)
+        self.traffic, self.cuda = traffic, self.engine.device.type == "cuda"
+
+    def step_of(self, cost: Cost) -> TrainStep:
+        """Its forget buffer exists as long as the caller has it."""
+        from pipeline.synthesis.combine import Synthesis
+        from pipeline.trainer import TrainStep
+        from pipeline.zero.combiner import GradientCombiner
+        from pipeline.zero.joint import JointPass
+
+        combiner = GradientCombiner(self.engine, Synthesis(cost.rule), combine_tasks=cost.rule != "sum")
+        joint = JointPass(combiner, self.rows) if cost.schedule == "joint" else None
+        return TrainStep(self.engine, combiner, *self.tasks, joint=joint)
+
+    def time(self, cost: Cost, number: int, is_measured: bool) -> None:
+        step = self.step_of(cost)
+        self.synchronize()
+        measures_peak = restart_peak(self.cuda)
+        before = vars(self.traffic).copy()
+        start = time.perf_counter()
+        step.train_step(number)
+        self.synchronize()
+        elapsed = time.perf_counter() - start
+        calls, moved, gathered = (vars(self.traffic)[name] - before[name] for name in ("calls", "bytes", "gathered"))
+        cost.collectives, cost.moved, cost.gathered = calls, moved, gathered
+        if is_measured:
+            cost.seconds.append(elapsed)
+            if measures_peak:
+                cost.peaks.append(peak(self.cuda))
+
+    def count_kernels(self, cost: Cost, number: int) -> None:
+        from torch.profiler import profile
+
+        from pipeline.planning.combine_cost import NO_KERNEL
+
+        step = self.step_of(cost)
+        with profile() as profiler:
+            step.train_step(number)
+        events = list(profiler.events() or ())
+        if self.cuda:
+            cost.kernels = sum(str(event.device_type).endswith("CUDA") for event in events)
+        else:
+            cost.kernels = sum(event.name not in NO_KERNEL for event in events if not event.cpu_children)
+        cost.waits = sum(event.name in WAITS["cuda" if self.cuda else "cpu"] for event in events)
+
+    def synchronize(self) -> None:
+        import torch
+
+        if self.cuda:
+            torch.cuda.synchronize()
+
+
+WAITS = {
+    "cuda": ("cudaStreamSynchronize", "cudaDeviceSynchronize"),
+    "cpu": ("aten::_local_scalar_dense", "aten::nonzero"),
+}
+
+
+def measure(options: argparse.Namespace, traffic: Traffic) -> tuple[list[Cost], int]:
+    """(the costs, bytes of one gradient partition)."""
+    bench = Bench(options, traffic)
+    costs = [Cost(rule, schedule) for rule in ("sum", *options.rules) for schedule in SCHEDULES]
     for pair in range(options.warm_up + options.pairs):
-        order = list(schedules) if pair % 2 else list(reversed(schedules))  # no schedule is always the first
-        for name in order:
-            held.clear()
-            if name in options.rules:
-                held[name] = GradientCombiner(engine, Synthesis(name), combine_tasks=True)
-            if cuda:
-                torch.cuda.synchronize()
-            measures_peak = restart_peak(cuda)
-            before_calls, before_bytes = traffic.calls, traffic.bytes
-            start = time.perf_counter()
-            schedules[name](pair % 4)
-            if cuda:
-                torch.cuda.synchronize()
-            elapsed = time.perf_counter() - start
-            rows[name].calls, rows[name].bytes = traffic.calls - before_calls, traffic.bytes - before_bytes
-            if pair >= options.warm_up:
-                seconds[name].append(elapsed)
-                if measures_peak:
-                    peaks[name].append(peak(cuda))
-    for name, row in rows.items():
-        row.seconds = median(seconds[name])
-        for rival in ("sum", "joint"):
-            ratios = [a / b for a, b in zip(seconds[name], seconds[rival], strict=True)]
-            setattr(row, rival, median(ratios))
-        extra = [(a - b) / partition_bytes for a, b in zip(peaks[name], peaks["sum"], strict=True)]
-        row.partitions = median(extra) if extra else None
-    return list(rows.values())
+        for cost in costs if pair % 2 else reversed(costs):  # no schedule is always the first
+            bench.time(cost, pair % 4, pair >= options.warm_up)
+    for cost in costs:
+        bench.count_kernels(cost, 0)
+    store = bench.step_of(costs[0]).combiner.store
+    return costs, sum(size for _, size in store.layout) * store.dtype.itemsize
 
 
 def bandwidth() -> str | None:
@@ -234,17 +230,23 @@ def bandwidth() -> str | None:
     return f"combination {combination / 1e9:.0f} GB/s, copy {copy / 1e9:.0f} GB/s: {combination / copy:.0%}"
 
 
-def table(rows: list[SimpleNamespace]) -> str:
-    def cell(value: float | None, form: str) -> str:
-        return "–" if value is None else format(value, form)
-
+def table(costs: list[Cost], partition: int) -> str:
+    cheapest = min((cost for cost in costs if cost.rule == "sum"), key=lambda cost: median(cost.seconds))
     lines = [
-        "| schedule | seconds a step | of `sum` | of `joint` | extra peak, partitions | collectives | MB moved |",
-        "|---|---|---|---|---|---|---|",
+        "| rule | schedule | seconds a step | of the cheapest `sum` | of its sequential step | extra peak, partitions "
+        "| collectives | MB moved | MB gathered | kernels | waits |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        cells = [f"{row.seconds:.4f}", f"{row.sum:.3f}", f"{row.joint:.3f}", cell(row.partitions, ".2f")]
-        lines.append(f"| {row.name} | {' | '.join(cells)} | {row.calls} | {row.bytes / 1e6:.2f} |")
+    for cost in costs:
+        two_passes = next(other for other in costs if (other.rule, other.schedule) == (cost.rule, "sequential"))
+        extra = [(mine - theirs) / partition for mine, theirs in zip(cost.peaks, cheapest.peaks, strict=True)]
+        cells = [
+            *(cost.rule, cost.schedule, f"{median(cost.seconds):.4f}"),
+            *(f"{cost.ratio(cheapest):.3f}", f"{cost.ratio(two_passes):.3f}"),
+            *(f"{median(extra):.2f}" if extra else "–", str(cost.collectives)),
+            *(f"{cost.moved / 1e6:.2f}", f"{cost.gathered / 1e6:.2f}", f"{cost.kernels:,}", f"{cost.waits:,}"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -276,10 +278,11 @@ def main() -> int:
     quiet_libraries()
     traffic = Traffic()  # before DeepSpeed binds the collectives
     device = ranks.start()
-    rows = measure(options, traffic)
+    costs, partition = measure(options, traffic)
     if dist.get_rank() == 0:
         shape = {k: v for k, v in vars(options).items() if k not in ("local_rank", "output", "rules")}
-        text = f"{dist.get_world_size()} rank(s) on {device.type}, {shape}\n\n{table(rows)}\n{bandwidth() or ''}\n"
+        text = f"{dist.get_world_size()} rank(s) on {device.type}, {shape}\n\n{table(costs, partition)}\n"
+        text += f"{bandwidth() or ''}\n"
         print(text)
         if options.output:
             with options.output.open("a", encoding="utf-8") as file:

@@ -59,11 +59,15 @@ def traffic(
     if machines.world == 1:
         return []
     count = micro_batches(config, machines, micro)
-    trained, combines = shape.trained, keeps_stash(config) > 0
+    trained, combines, joint = shape.trained, keeps_stash(config) > 0, config.train.schedule == "joint"
+    added_up = joint and not combines  # one gradient of both tasks
     sent = [CommVolume("all_reduce", 80 * sum(shape.trains))] if combines else []
     if zero.stage < 3:
         whole = shape.trained * zero.wire
-        times = count * len(config.tasks) if zero.stage == 2 else 1 + combines
+        if zero.stage == 2:
+            times = count * (1 if added_up else len(config.tasks))
+        else:  # a joint pass reduces the forget gradient of each micro-batch
+            times = 1 + combines * (count if joint else 1)
         sent.append(CommVolume("all_reduce", whole * times))
         return sent if zero.stage == 0 else [*sent, CommVolume("all_gather", trained * shape.itemsize)]
     hpz = min(zero.hpz, machines.world) > 1
@@ -78,7 +82,8 @@ def traffic(
                 copied.add(row)
 
     reduced = 0
-    for name, one in passes.items():
+    for number, (name, one) in enumerate(passes.items()):
+        shares = joint and number > 0  # the pass, and so the gathers, of the first task
         for _ in range(count):
             if NEEDS[getattr(config.objective, name)].reference in (
                 "logits",
@@ -87,9 +92,11 @@ def traffic(
                 copied -= trained_rows
                 gather(one.used)
                 copied -= trained_rows
-            gather(one.used)
-            gather(one.backward_gathers)
-        reduced += count * zero.wire * sum(shape.sizes[row] for row in one.reached)
+            if not shares:
+                gather(one.used)
+                gather(one.backward_gathers)
+        if not (shares and added_up):
+            reduced += count * zero.wire * sum(shape.sizes[row] for row in one.reached)
     kept = shape.itemsize * sum(size for size in shape.sizes if size <= zero.persistent)  # updated after the step
     sent += [CommVolume("all_gather", gathered[False] + kept), CommVolume("reduce_scatter", reduced)]
     return [*sent, CommVolume("all_gather", gathered[True], within_machine=True)] if hpz else sent

@@ -136,7 +136,7 @@ class GradientCombiner:
         if self.stash is not None:
             rows = [row for row, _ in self.store.layout]
             averages = [None] * len(rows) if self.average is None else self._cut(self.average)
-            pieces = [Piece(*piece) for piece in zip(rows, self._cut(self.stash), slices, averages, strict=True)]
+            pieces = [Piece(*piece) for piece in zip(rows, self.stash_slices(), slices, averages, strict=True)]
             self.scale = self.store.loss_scale
             self.table = self.synthesis.combine_(pieces, self.units, self._add_up, self.scale)
             geometry = Geometry.of(self.table, sum(self.sizes), self.scale)
@@ -170,6 +170,10 @@ class GradientCombiner:
             layer: Geometry.of(self.table[rows], sum(self.sizes[row] for row in rows), self.scale)
             for layer, rows in members.items()
         }
+
+    def stash_slices(self) -> list[Tensor]:
+        """Views of the forget buffer, one for each slice of the store's layout; none without a buffer."""
+        return [] if self.stash is None else self._cut(self.stash)
 
     def _cut(self, flat: Tensor) -> list[Tensor]:
         """Views of `flat`, one a slice."""

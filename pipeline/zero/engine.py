@@ -42,6 +42,7 @@ class Engine(Forward[Module], Protocol[Module]):
     """
 
     world_size: int
+    communication_data_type: torch.dtype  # in which gradients are reduced
     lr_scheduler: LRScheduler
     monitor: MonitorMaster
     global_steps: int
@@ -78,6 +79,8 @@ class Engine(Forward[Module], Protocol[Module]):
     def allreduce_gradients(self) -> None: ...
 
     def zero_optimization_stage(self) -> int: ...
+
+    def zero_reduce_bucket_size(self) -> int: ...
 
     def fp16_enabled(self) -> bool: ...
 

@@ -73,6 +73,11 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     ),
     (["--data.forget.prompt", "3"], ["data.forget.prompt", "3"]),
     (["--objective.forget", "none", "--objective.retain", "none"], ["objective.forget", "objective.retain", "none"]),
+    (["--train.schedule", "both"], ["train.schedule", "'both'", "sequential", "joint"]),
+    (["--train.schedule", "joint", "--objective.retain", "none"], ["joint", "objective.retain", "sequential"]),
+    (["--train.schedule", "joint", "--objective.forget", "rmu"], ["joint", "objective.forget: rmu", "sequential"]),
+    (["--train.schedule", "joint", "--objective.retain", "embed_diff"], ["objective.retain: embed_diff", "sequential"]),
+    (["--train.schedule", "joint", "--model.torch_compile", "true"], ["joint", "model.torch_compile", "sequential"]),
 ]
 
 

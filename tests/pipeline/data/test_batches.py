@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.data.batches import IGNORED, BatchSampler, collate
+from pipeline.data.batches import IGNORED, BatchSampler, collate, stack
 from tests.pipeline.data.corpora import (
     MANY,
     truncated,
@@ -125,3 +125,10 @@ def test_batches_read_from_disk_are_the_corpus(read: Any, tokenizer: PreTrainedT
     for batch in walk.batches(2):
         for index, ids, mask in zip(batch.index.tolist(), batch.input_ids, batch.attention_mask, strict=True):
             assert ids[: int(mask.sum())].tolist() == expected[index]
+
+
+def test_two_batches_in_one_are_padded_to_the_longer() -> None:
+    rows = Rows([np.array([5, 6, 7]), np.array([8, 9]), np.array([1, 2, 3, 4])])
+    ids, mask = stack([collate(rows, np.array(indices), 49) for indices in ([0, 1], [2])])  # pyright: ignore
+    assert ids.tolist() == [[5, 6, 7, 0], [8, 9, 49, 0], [1, 2, 3, 4]]
+    assert mask.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.data.batches import IGNORED
-from pipeline.modeling.token_losses import token_losses
+from pipeline.modeling.token_losses import OutputLayer, token_losses
 
 V, H = 13, 5  # vocabulary, hidden width
 
@@ -76,7 +76,8 @@ def leaves_of(way: str, labels: Tensor, dtype: torch.dtype) -> list[Tensor]:
 def losses_of(leaves: list[Tensor], labels: Tensor, teacher: Tensor | None = None, penalty: float = 0.0) -> Tensor:
     states, weight, bias = [*leaves, None, None][:3]
     assert states is not None
-    return token_losses(states, labels, weight=weight, bias=bias, teacher_logits=teacher, logit_penalty=penalty)
+    layer = None if weight is None else OutputLayer(weight, bias)
+    return token_losses(states, labels, layer=layer, teacher_logits=teacher, logit_penalty=penalty)
 
 
 def exactly(leaves: list[Tensor]) -> tuple[list[Tensor], Tensor]:

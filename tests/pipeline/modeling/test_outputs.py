@@ -96,7 +96,7 @@ def check(name: str, stage: int) -> None:
         block.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
 
     def watched(*arguments: Any, **options: Any) -> Tensor:
-        through_head.append(options.get("weight") is not None)
+        through_head.append(options.get("layer") is not None)
         return token_losses(*arguments, **options)
 
     outputs.token_losses = watched

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from pipeline.data.batches import Batch
 from pipeline.data.probes import ProbeSet, Question, RowScores, measures_of, schedule
 from pipeline.modeling.probes import rows_of, score_rows
-from pipeline.modeling.token_losses import token_scores
+from pipeline.modeling.token_losses import OutputLayer, token_scores
 from pipeline.monitoring.levels import Levels
 
 
@@ -50,7 +50,7 @@ def test_scores_from_hidden_states_equal_those_from_logits(monkeypatch: pytest.M
     hidden, weight, bias = torch.randn(2, 7, 5), torch.randn(30, 5), torch.randn(30)
     labels = torch.randint(30, (2, 7)).index_put((torch.tensor([0, 1]), torch.tensor([2, 6])), torch.tensor(-100))
     through_logits = token_scores(hidden @ weight.T + bias, labels)
-    assert torch.allclose(token_scores(hidden, labels, weight, bias), through_logits, atol=1e-6)
+    assert torch.allclose(token_scores(hidden, labels, OutputLayer(weight, bias)), through_logits, atol=1e-6)
     assert torch.equal(through_logits[0], token_losses.token_losses(hidden @ weight.T + bias, labels))
     assert (through_logits[:, 0, 1] == 0).all() and (through_logits[:, :, -1] == 0).all()
 

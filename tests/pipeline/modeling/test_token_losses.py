@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.data.batches import IGNORED
 from pipeline.modeling import token_losses as module
-from pipeline.modeling.token_losses import entropies, shifted, token_losses
+from pipeline.modeling.token_losses import OutputLayer, entropies, shifted, token_losses
 from tests.pipeline.modeling.predictions import (
     ERRORS,
     LABELS,
@@ -81,7 +81,7 @@ def test_a_position_is_predicted_by_the_one_before_it() -> None:
     logits[0, 0, 1], logits[0, 1, 2], logits[0, 2, 0] = 5.0, 7.0, 9.0
     want = [math.log(1 + 2 * math.exp(-5)), math.log(1 + 2 * math.exp(-7)), 0.0]
     torch.testing.assert_close(token_losses(logits, labels)[0].tolist(), want, rtol=1e-5, atol=1e-7)
-    through_the_head = token_losses(logits, labels, weight=torch.eye(3))
+    through_the_head = token_losses(logits, labels, layer=OutputLayer(torch.eye(3)))
     torch.testing.assert_close(through_the_head[0].tolist(), want, rtol=1e-5, atol=1e-7)
     assert shifted(labels).tolist() == [[1, 2, IGNORED]]
     assert labels.tolist() == [[0, 1, 2]]
@@ -98,7 +98,7 @@ def test_the_label_of_the_first_position_does_not_matter() -> None:
 def test_large_logits_neither_overflow_nor_lose_the_gap(dtype: torch.dtype, weight: Tensor | None) -> None:
     labels = torch.tensor([[0, 1, 2]])
     states = torch.tensor([[[1e4, 0.0, -1e4], [-1e4, -1e4, -1e4], [0.0, 0.0, 0.0]]], dtype=dtype).requires_grad_()
-    losses = token_losses(states, labels, weight=None if weight is None else weight.to(dtype))
+    losses = token_losses(states, labels, layer=None if weight is None else OutputLayer(weight.to(dtype)))
     gap = states[0, 0, 0].item() - states[0, 0, 1].item()
     torch.testing.assert_close(losses[0].tolist(), [gap, math.log(3), 0.0])
     gradient = gradients_of(losses.sum(), [states])[0][0].float()
@@ -150,7 +150,7 @@ def test_nothing_of_the_size_of_the_logits_is_ever_made(dtype: torch.dtype, soft
     weight = random(vocabulary, width, seed=1, scale=1.0).to(dtype).requires_grad_()
     q = torch.zeros(1, 1, 1, dtype=dtype).expand(1, tokens, vocabulary) if soft else None
     with Created() as created:
-        token_losses(hidden, labels, weight=weight, teacher_logits=q).sum().backward()
+        token_losses(hidden, labels, layer=OutputLayer(weight), teacher_logits=q).sum().backward()
     assert hidden.grad is not None and weight.grad is not None
     assert (vocabulary, width) in created.shapes, "the weight's gradient was seen being made"
     assert created.largest <= module._CHUNK

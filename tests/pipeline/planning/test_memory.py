@@ -37,6 +37,11 @@ MORE_RUNS = {
     "lora zero3": ("untied", "zero3", {"model": {"lora": {"r": 8}}}),
     "lora zero2": ("untied", "zero2", {"model": {"lora": {"r": 8}}}),
     "recomputed zero3": ("untied", "zero3", {"model": {"gradient_checkpointing": True}}),
+    **{
+        f"joint {file} {rule}": ("tied", file, {"synthesis": {"rule": rule}, "train": {"schedule": "joint"}})
+        for file in ("zero1", "zero2", "zero3")
+        for rule in ("sum", "sago")
+    },
 }
 
 
@@ -78,7 +83,7 @@ def measured(request: pytest.FixtureRequest, world: World, tmp_path_factory: pyt
     for name, (shape, file, keys) in request.param.items():
         model = {"path": str(shapes[shape]), "dtype": "float32", **keys.get("model", {})}
         zero = write_zero(folder / f"{file}.json", file)
-        train = {"steps": 3, "deepspeed": zero}
+        train = {"steps": 3, "deepspeed": zero, **keys.get("train", {})}
         configurations[name] = world.configuration(folder / name, **{**keys, "model": model, "train": train})
     run_distributed(measure, 2, configurations, str(folder / "measured.json"), timeout=900)
     found = json.loads((folder / "measured.json").read_text())

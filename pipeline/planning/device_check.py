@@ -20,49 +20,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING
 
-from pipeline.config.schema import RunConfig
-from pipeline.files import Json, write_whole
+from pipeline.files import write_whole
+from pipeline.planning.identities import Way, dense_gradients, error, layers, resumes, step
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from pipeline.losses.task import Task
-    from pipeline.modeling.outputs import ModelEngine
     from pipeline.synthesis.combine import Synthesis
-    from pipeline.zero.joint import TaskRows
 
-SHAPE = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
-TOKENS, MICRO_BATCH, ACCUMULATION = 32, 2, 2
-LR = 2.0**10  # a power of two, and so large that nothing of the gradient is lost when a weight is rounded
 # Relative, of the norm of the change. Gradients are added up in fp32, but in bf16 without ZeRO, where nothing else is.
 BOUND, ROUNDED = 2e-5, 2.0**-7
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way in which DeepSpeed keeps a gradient."""
-
-    stage: int
-    dtype: str = "float32"
-    offload: bool = False
-
-    @property
-    def bound(self) -> float:
-        return BOUND if self.stage or self.dtype == "float32" else ROUNDED
-
-    @property
-    def name(self) -> str:
-        return f"ZeRO-{self.stage} {self.dtype}{', CPU offload' * self.offload}"
-
-    def deepspeed(self) -> Json:
-        """The dictionary of a DeepSpeed file."""
-        zero: Json = {"stage": self.stage}
-        if self.offload:
-            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-        return {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
+HEADER = "| way | gradient of a task | worst rule | joint against sequential | resumed | seconds | |"
 
 
 @dataclass
@@ -73,15 +41,9 @@ class Check:
     seconds: float = 0.0
     gradients: float | None = None  # identity 1
     rules: dict[str, float] = field(default_factory=dict)  # identity 2, by rule and scope
-    joint: float | None = None  # identity 3
-    resumed: bool | None = None  # identity 4
+    joint: float = 0.0  # identity 3
+    resumed: bool = False  # identity 4
     failed: list[str] = field(default_factory=list)
-
-
-class Built(NamedTuple):
-    engine: ModelEngine
-    tasks: dict[str, Task]
-    rows: TaskRows
 
 
 def ways(cuda: bool, small: bool) -> list[Way]:
@@ -93,179 +55,34 @@ def ways(cuda: bool, small: bool) -> list[Way]:
     return plain + [Way(stage, dtype, True) for dtype in dtypes[:2] for stage in (2, 3)]
 
 
-def syntheses() -> Iterator[Synthesis]:
+def syntheses(small: bool) -> Iterator[Synthesis]:
     """Every rule at its scope in the paper; PCGrad at all."""
     from pipeline.synthesis.combine import Synthesis
     from pipeline.synthesis.rules import RULES, SCOPES
 
-    for rule in RULES:
+    for rule in ("sago", "pcgrad") if small else RULES:
         for scope in SCOPES if rule == "pcgrad" else (None,):
             yield Synthesis(rule, scope, alpha=0.75, gamma=1.25)
 
 
-def build(way: Way, optimizer: Json) -> Built:
-    """An engine as the program makes it, with weights that are the same for every call, and `ga` and `nll`."""
-    import deepspeed
-    import torch
-    import torch.distributed as dist
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
-
-    from pipeline.config.deepspeed import deepspeed_config
-    from pipeline.modeling.outputs import install_outputs
-    from pipeline.modeling.row_rules import install_rules
-    from pipeline.optim import make_optimizer, make_schedule
-    from pipeline.planning.random_tasks import random_tasks
-    from pipeline.zero.joint import TaskRows
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "deepspeed.json"
-        file.write_text(json.dumps(way.deepspeed()))
-        config = RunConfig.model_validate(
-            {
-                "output": "unused",
-                "model": {"path": "unused", "dtype": way.dtype},
-                "data": {"max_length": TOKENS},
-                "optimizer": {"schedule": "constant", "warmup_ratio": 0.0, "max_grad_norm": 0.0, **optimizer},
-                "train": {
-                    "batch_size": MICRO_BATCH * ACCUMULATION * dist.get_world_size(),
-                    "micro_batch_size": MICRO_BATCH,
-                    "deepspeed": str(file),
-                },
-            }
-        )
-        zero = deepspeed_config(config)
-    keep = HfDeepSpeedConfig(zero)  # while it lives, models are built partitioned
-    torch.manual_seed(0)
-    model = LlamaForCausalLM._from_config(LlamaConfig(**SHAPE), dtype=getattr(torch, way.dtype))
-    del keep
-    model.train()
-    rows = TaskRows()
-    install_rules(model, rows)  # outside a joint pass they change nothing
-    made = deepspeed.initialize(
-        model=model,
-        optimizer=make_optimizer(config, model, zero),  # pyright: ignore[reportArgumentType]
-        lr_scheduler=lambda one: make_schedule(config, one, 100),  # pyright: ignore[reportArgumentType]
-        config=zero,
-    )
-    engine = cast("ModelEngine", made[0])
-    install_outputs(engine)
-    return Built(engine, {task.name: task for task in random_tasks(config, SHAPE["vocab_size"])}, rows)
-
-
-def weights(engine: ModelEngine) -> list[Tensor]:
-    """Every whole parameter as the optimizer has it, in float32 on the CPU. Every rank must call."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    found = []
-    for parameter in engine.module.parameters():
-        whole = safe_get_full_fp32_param(parameter)
-        found.append((parameter if whole is None else whole).detach().float().cpu().clone())
-    return found
-
-
-def step(
-    way: Way, synthesis: Synthesis | None, tasks: tuple[str, ...] = ("forget", "retain"), joint: bool = False
-) -> list[Tensor]:
-    """The gradient by which one step changes the weights, of a rule or of one task, on a new engine."""
-    from pipeline.synthesis.combine import Synthesis
-    from pipeline.trainer import TrainStep
-    from pipeline.zero.combiner import GradientCombiner
-    from pipeline.zero.joint import JointPass
-
-    built = build(way, {"name": "sgd", "lr": LR})
-    combiner = GradientCombiner(built.engine, synthesis or Synthesis("sum"), combine_tasks=synthesis is not None)
-    before = weights(built.engine)
-    pair = (built.tasks[name] if name in tasks else None for name in ("forget", "retain"))
-    both = JointPass(combiner, built.rows) if joint else None
-    TrainStep(built.engine, combiner, *pair, joint=both).train_step(0)
-    after = weights(built.engine)
-    built.engine.destroy()
-    return [(old - new) / LR for old, new in zip(before, after, strict=True)]
-
-
-def dense_gradients(way: Way) -> dict[str, list[Tensor]]:
-    """The gradients of both tasks by torch alone, of a whole copy, over the batches of all ranks."""
-    import deepspeed
-    import torch
-    import torch.distributed as dist
-    from torch.nn import functional as F
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    built = build(way, {"name": "sgd", "lr": LR})
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).to(built.engine.device)
-    with torch.no_grad():
-        for mine, theirs in zip(model.parameters(), built.engine.module.parameters(), strict=True):
-            with deepspeed.zero.GatheredParameters([theirs]):
-                mine.copy_(theirs)
-    parameters, found = list(model.parameters()), {}
-    for name, task in built.tasks.items():
-        loss = torch.zeros((), device=built.engine.device)
-        for batch in task.sampler.batches(0):
-            labels = batch.labels.to(loss.device)
-            logits = model(input_ids=batch.input_ids.to(loss.device)).logits[:, :-1]
-            loss = loss + F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-        sign = -1 if name == "forget" else 1  # ga and nll
-        gradients = torch.autograd.grad(sign * loss / task.loss_denominator(0), parameters)
-        for gradient in gradients:
-            dist.all_reduce(gradient)
-        found[name] = [gradient.cpu() for gradient in gradients]
-    built.engine.destroy()
-    return found
-
-
-def error(found: list[Tensor], expected: list[Tensor]) -> float:
-    """‖found − expected‖ / ‖expected‖ over all tensors."""
-    difference = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, expected, strict=True))
-    size = sum(float(b.double().square().sum()) for b in expected)
-    return (difference / size) ** 0.5
-
-
-def resumes(way: Way, folder: Path) -> bool:
-    """Whether two steps of SAGO under AdamW, the second in an engine that resumed the first, make the same bits.
-
-    Args:
-        folder: an empty one, which all ranks see.
-    """
-    import torch
-
-    from pipeline.synthesis.combine import Synthesis
-    from pipeline.trainer import TrainStep
-    from pipeline.zero import checkpoint
-    from pipeline.zero.combiner import GradientCombiner
-
-    made = []
-    for resumed in (False, True):
-        built = build(way, {"lr": 1e-3})
-        combiner = GradientCombiner(built.engine, Synthesis("sago"), combine_tasks=True)
-        one = TrainStep(built.engine, combiner, built.tasks["forget"], built.tasks["retain"])
-        if resumed:
-            newest = checkpoint.newest(folder)
-            assert newest is not None, "save has just written it"
-            checkpoint.load(built.engine, combiner, newest, {})
-        else:
-            one.train_step(0)
-            checkpoint.save(built.engine, combiner, folder, 1, keep=1, identity={})
-        one.train_step(1)
-        made.append(weights(built.engine))
-        built.engine.destroy()
-    return all(torch.equal(*pair) for pair in zip(*made, strict=True))
-
-
-def check(way: Way, folder: Path) -> Check:
+def check(way: Way, folder: Path, small: bool) -> Check:
     """The identities on one way."""
     import torch
 
     from pipeline.synthesis import synthesize
 
-    began, result, bound = time.perf_counter(), Check(way.name), way.bound
+    began, result, bound = (
+        time.perf_counter(),
+        Check(way.name),
+        BOUND if way.stage or way.dtype == "float32" else ROUNDED,
+    )
     forget, retain = (step(way, None, (task,)) for task in ("forget", "retain"))
     if way.dtype == "float32":
         dense = dense_gradients(way)
         result.gradients = max(error(forget, dense["forget"]), error(retain, dense["retain"]))
         if not result.gradients < bound:
             result.failed.append("gradients")
-    for synthesis in syntheses():
+    for synthesis in syntheses(small):
         expected = synthesize(
             forget,
             retain,
@@ -280,7 +97,7 @@ def check(way: Way, folder: Path) -> Check:
         result.rules[name] = error(step(way, synthesis), expected)
         if not result.rules[name] < bound * (10 if synthesis.rule == "sago" else 1):  # it jumps where a sign turns
             result.failed.append(name)
-    pcgrad = next(synthesis for synthesis in syntheses() if synthesis.scope == "module")
+    pcgrad = next(synthesis for synthesis in syntheses(small) if synthesis.scope == "module")
     result.joint = error(step(way, pcgrad, joint=True), step(way, pcgrad))
     if not result.joint < max(bound, 0.0 if way.dtype == "float32" else ROUNDED):  # each pass rounds to the dtype
         result.failed.append("joint")
@@ -291,23 +108,15 @@ def check(way: Way, folder: Path) -> Check:
     return result
 
 
-def layers(way: Way) -> list[str]:
-    """The layer of each parameter."""
-    from pipeline.zero.combiner import layer_of
-
-    built = build(way, {"name": "sgd", "lr": LR})
-    found = [layer_of(name) for name, _ in built.engine.module.named_parameters()]
-    built.engine.destroy()
-    return found
-
-
 def row(result: Check) -> str:
     """A row of the table."""
     rule, worst = max(result.rules.items(), key=lambda one: one[1])
-    gradients = "–" if result.gradients is None else f"{result.gradients:.1e}"
-    verdict = f"FAILED: {', '.join(result.failed)}" if result.failed else "ok"
-    resumed = {True: "same bits", False: "differs", None: "–"}[result.resumed]
-    return f"| {result.way} | {gradients} | {worst:.1e} ({rule}) | {result.joint:.1e} | {resumed} | {result.seconds:.0f} | {verdict} |"
+    cells = [
+        *(result.way, "–" if result.gradients is None else f"{result.gradients:.1e}", f"{worst:.1e} ({rule})"),
+        *(f"{result.joint:.1e}", "same bits" if result.resumed else "differs", f"{result.seconds:.0f}"),
+        f"FAILED: {', '.join(result.failed)}" if result.failed else "ok",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -315,7 +124,7 @@ def main() -> None:
         prog="deepspeed --module pipeline.planning.device_check",
         description="Whether a step is exact on this device: every rule, ZeRO stage and dtype.",
     )
-    parser.add_argument("--small", action="store_true", help="two ways of keeping a gradient in place of all")
+    parser.add_argument("--small", action="store_true", help="two ways of keeping a gradient, and two rules")
     parser.add_argument("--output", type=Path, help="write the results here, as JSON")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -337,7 +146,7 @@ def main() -> None:
         )
     for way in ways(device.type == "cuda", options.small):
         with capture_stdout():
-            results.append(check(way, Path(shared[0])))
+            results.append(check(way, Path(shared[0]), options.small))
         if dist.get_rank() == 0:
             print(row(results[-1]), flush=True)
     failed = sum(bool(result.failed) for result in results)

@@ -55,7 +55,6 @@ def check_with_an_error(name: str, folder: str) -> None:
     assert found.failed == [name] or name == "gradients"  # rules of wrong gradients are other steps
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gradients", "pcgrad layer", "joint"])
 def test_a_step_that_is_wrong_is_named(name: str, tmp_path: Path) -> None:
     run_distributed(check_with_an_error, 1, name, str(tmp_path))

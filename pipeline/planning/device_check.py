@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -136,22 +135,20 @@ def main() -> None:
 
     quiet_libraries()
     device = ranks.start()
-    shared = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(shared)
     results = []
     if dist.get_rank() == 0:
-        print(
-            "| way | gradient of a task | worst rule | joint | resumed | seconds | |\n|---|---|---|---|---|---|---|",
-            flush=True,
-        )
-    for way in ways(device.type == "cuda", options.small):
-        with capture_stdout():
-            results.append(check(way, Path(shared[0]), options.small))
-        if dist.get_rank() == 0:
-            print(row(results[-1]), flush=True)
+        print(f"{HEADER}\n{'|---' * 7}|", flush=True)
+    with tempfile.TemporaryDirectory() as own:
+        shared = [own]  # of the first rank
+        dist.broadcast_object_list(shared)
+        for way in ways(device.type == "cuda", options.small):
+            with capture_stdout():
+                results.append(check(way, Path(shared[0]), options.small))
+            if dist.get_rank() == 0:
+                print(row(results[-1]), flush=True)
+        dist.barrier()
     failed = sum(bool(result.failed) for result in results)
     if dist.get_rank() == 0:
-        shutil.rmtree(shared[0])
         print(f"\n{len(results) - failed} of {len(results)} ways are exact, on {dist.get_world_size()} rank(s)")
         if options.output:
             write_whole(options.output, json.dumps([asdict(result) for result in results], indent=1) + "\n")

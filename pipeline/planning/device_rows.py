@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from pipeline.files import Json, write_whole
-from pipeline.planning.memory import GIB
+from pipeline.planning.memory import GIB, RESERVED
 
 PACKAGES = ("torch", "deepspeed", "transformers")
 
@@ -38,7 +38,6 @@ def planned_peak(shape: Json, gpus: int) -> float:
     """
     from transformers import LlamaConfig
 
-    from pipeline.plan import RESERVED
     from pipeline.planning.step_cost import llama
 
     with tempfile.TemporaryDirectory() as folder:

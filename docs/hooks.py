@@ -46,6 +46,7 @@ COMMANDS = (
     "eval.robustness",
     "eval.bios",
     "pipeline.planning.step_cost",
+    "pipeline.planning.device_check",
 )
 KEYS_OF_TRAIN = "configuration keys and defaults"  # in its --help; the configuration reference has them
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")

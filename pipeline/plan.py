@@ -22,13 +22,12 @@ from pipeline.config.load import Parser, add_config_options, resolve
 from pipeline.config.objectives import NEEDS
 from pipeline.config.schema import RunConfig
 from pipeline.errors import InputError
-from pipeline.planning.memory import GIB, Cluster, Zero, states, working
+from pipeline.planning.memory import GIB, RESERVED, Cluster, Zero, states, working
 from pipeline.planning.traffic import CommVolume, Seconds, seconds, traffic
 
 if TYPE_CHECKING:
     from pipeline.planning.meta_trace import ModelShape, Pass
 
-RESERVED = 3 * GIB  # of a GPU, for CUDA's context, NCCL's buffers, cuBLAS' workspace and fragmentation
 SHIPPED = ("zero1", "zero2", "zero3", "zero3_hpz", "zero3_offload", "zero3_nvme")  # files in ds_configs
 
 

@@ -70,6 +70,9 @@ BY: dict[str, list[str]] = {
     "tests/pipeline/monitoring/test_tensorboard.py::test_a_browser_draws_charts_pictures_and_a_table_of_three_runs": [
         "tensorboard --logdir runs --host localhost",
     ],
+    "tests/pipeline/planning/test_device_check.py::test_the_script_finds_every_step_exact_and_writes_its_rows": [
+        "bash launch/gpu_check.sh",
+    ],
     "tests/eval/test_chat.py::test_a_run_answers_beside_the_model_that_it_began_with": [
         "python -m eval.chat --model runs/mine",
     ],

@@ -9,14 +9,17 @@ processor (of all threads), which other programs on the machine hardly change; o
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import profile
 
+from pipeline.files import write_whole
 from pipeline.synthesis import combine
 from pipeline.synthesis.combine import Piece, Synthesis, units_of
 
@@ -63,6 +66,7 @@ def main() -> int:
     parser.add_argument("--tensors", type=int, nargs="+", default=[1, 100, 1_000, 10_000])
     parser.add_argument("--elements", type=int, default=2**21)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--compiled", action="store_true", help="compile also where the partition is small")
     options = parser.parse_args()
 
@@ -71,10 +75,13 @@ def main() -> int:
     synthesis = Synthesis(options.rule, options.scope)
     print(f"{options.rule} at scope {synthesis.resolved_scope}, {options.elements:,} elements")
     print("\n| tensors | kernels | waits for the device | ns an element |\n|---|---|---|---|")
+    found = {}
     for tensors in options.tensors:
-        cost = measure(synthesis, tensors, options.elements, options.repeats)
+        found[tensors] = cost = measure(synthesis, tensors, options.elements, options.repeats)
         syncs = "–" if cost.syncs is None else cost.syncs
         print(f"| {tensors:,} | {cost.kernels:,} | {syncs} | {cost.nanoseconds:.1f} |", flush=True)
+    if options.json:
+        write_whole(options.json, json.dumps({tensors: cost._asdict() for tensors, cost in found.items()}) + "\n")
     return 0
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 GIB = 2**30
+RESERVED = 3 * GIB  # of a GPU, for CUDA's context, NCCL's buffers, cuBLAS' workspace and fragmentation
 
 
 ADAM_BYTES = 48  # memory traffic of an element in combination, clipping and AdamW: 12 reads and writes of 4 bytes

@@ -11,16 +11,18 @@ passes is DeepSpeed's ordinary step on both batches.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, cast
 
 from pipeline.config.deepspeed import deepspeed_config
 from pipeline.config.schema import RunConfig
+from pipeline.files import Json, write_whole
 from pipeline.planning.meters import Traffic, peak, restart_peak
 
 if TYPE_CHECKING:
@@ -28,6 +30,17 @@ if TYPE_CHECKING:
     from pipeline.modeling.outputs import ModelEngine
     from pipeline.trainer import TrainStep
     from pipeline.zero.joint import TaskRows
+
+
+def llama(shape: Json) -> Json:
+    """The arguments of LlamaConfig for the options of this command."""
+    return {
+        "vocab_size": shape["vocabulary"],
+        "hidden_size": shape["hidden"],
+        "intermediate_size": shape["hidden"] * 3,
+        "num_hidden_layers": shape["layers"],
+        "num_attention_heads": max(shape["hidden"] // 64, 1),
+    }
 
 
 def build(options: argparse.Namespace) -> tuple[ModelEngine, list[Task], TaskRows]:
@@ -41,6 +54,7 @@ def build(options: argparse.Namespace) -> tuple[ModelEngine, list[Task], TaskRow
     from pipeline.modeling.outputs import install_outputs
     from pipeline.modeling.row_rules import install_rules
     from pipeline.optim import make_optimizer, make_schedule
+    from pipeline.planning.random_tasks import random_tasks
     from pipeline.zero.joint import TaskRows
 
     world = dist.get_world_size()
@@ -57,13 +71,7 @@ def build(options: argparse.Namespace) -> tuple[ModelEngine, list[Task], TaskRow
     zero = deepspeed_config(config)
     keep = HfDeepSpeedConfig(zero)  # while it lives, models are built partitioned
     torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=options.vocabulary,
-        hidden_size=options.hidden,
-        intermediate_size=options.hidden * 3,
-        num_hidden_layers=options.layers,
-        num_attention_heads=max(options.hidden // 64, 1),
-    )
+    shape = LlamaConfig(**llama(vars(options)))
     model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, options.dtype))
     del keep
     if options.checkpointing:
@@ -79,30 +87,7 @@ def build(options: argparse.Namespace) -> tuple[ModelEngine, list[Task], TaskRow
     )
     engine = cast("ModelEngine", made[0])
     install_outputs(engine)
-    return engine, random_tasks(options, config), rows
-
-
-def random_tasks(options: argparse.Namespace, config: RunConfig) -> list[Task]:
-    """`ga` and `nll` on random tokens, of this rank."""
-    import numpy as np
-    import pyarrow as pa
-    import torch.distributed as dist
-
-    from pipeline.data.batches import BatchSampler
-    from pipeline.data.tokenize import Sequences
-    from pipeline.losses.objectives import OBJECTIVES
-    from pipeline.losses.task import Task
-
-    world, batch, tasks = dist.get_world_size(), config.train.batch_size, []
-    for number, (name, objective) in enumerate((("forget", "ga"), ("retain", "nll"))):
-        dice = np.random.default_rng(number)
-        ids = pa.array(dice.integers(0, options.vocabulary, 4 * batch * options.tokens).astype(np.int32))
-        rows = pa.chunked_array([pa.ListArray.from_arrays([0, len(ids)], ids)])
-        stream = BatchSampler(
-            Sequences(rows, options.tokens, "random"), 0, number, batch, options.micro_batch, dist.get_rank(), world, 0
-        )
-        tasks.append(Task(name, stream, OBJECTIVES[objective], config.objective))
-    return tasks
+    return engine, random_tasks(config, options.vocabulary), rows
 
 
 SCHEDULES = ("sequential", "joint")
@@ -201,14 +186,14 @@ def measure(options: argparse.Namespace, traffic: Traffic) -> tuple[list[Cost], 
     return costs, sum(size for _, size in store.layout) * store.dtype.itemsize
 
 
-def bandwidth() -> str | None:
-    """Bytes a second of SAGO's combination (reads f and r, writes g) against a device-to-device copy; GPU only."""
+def bandwidth() -> dict[str, float]:
+    """Bytes a second of SAGO's combination (reads f and r, writes g) and of a copy on the device; empty on a CPU."""
     import torch
 
     from pipeline.synthesis.combine import Piece, Synthesis
 
     if not torch.cuda.is_available():
-        return None
+        return {}
     f, r = (torch.randn(2**28, device="cuda") for _ in range(2))
 
     def timed(work: Callable[[], object]) -> float:
@@ -223,7 +208,7 @@ def bandwidth() -> str | None:
 
     copy = 2 * f.nbytes / timed(lambda: r.copy_(f))
     combination = 3 * f.nbytes / timed(lambda: Synthesis("sago").combine_([Piece(0, f, r)], [0]))
-    return f"combination {combination / 1e9:.0f} GB/s, copy {copy / 1e9:.0f} GB/s: {combination / copy:.0%}"
+    return {"combination": combination, "copy": copy}
 
 
 def table(costs: list[Cost], partition: int) -> str:
@@ -263,6 +248,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=15, help="measured steps of each schedule")
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--output", type=Path, help="also append the table to this file")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
 
@@ -276,10 +262,21 @@ def main() -> int:
     device = ranks.start()
     costs, partition = measure(options, traffic)
     if dist.get_rank() == 0:
-        shape = {k: v for k, v in vars(options).items() if k not in ("local_rank", "output", "rules")}
+        shape = {k: v for k, v in vars(options).items() if k not in ("local_rank", "output", "json", "rules")}
         text = f"{dist.get_world_size()} rank(s) on {device.type}, {shape}\n\n{table(costs, partition)}\n"
-        text += f"{bandwidth() or ''}\n"
+        speed = bandwidth()
+        if speed:
+            text += "combination {combination:.3g} bytes a second, copy {copy:.3g}\n".format(**speed)
         print(text)
+        if options.json:
+            found = {
+                "shape": shape,
+                "ranks": dist.get_world_size(),
+                "partition": partition,
+                "costs": [asdict(cost) for cost in costs],
+                **speed,
+            }
+            write_whole(options.json, json.dumps(found, indent=1) + "\n")
         if options.output:
             with options.output.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")

@@ -22,7 +22,9 @@ from eval.results.comparison import (
     sum_against_others,
 )
 from eval.results.general import GeneralAbility
+from eval.results.known import nothing_to_forget
 from eval.results.metrics import label, readable
+from eval.results.numbers import printed
 from eval.results.stats import pareto, summarise
 from eval.results.trajectories import COMB_RETAIN
 from eval.sweep.axes import name_of
@@ -118,7 +120,7 @@ def correlation_table(correlation: Json) -> list[list[str]]:
 
 def pareto_table(points: Iterable[Json]) -> list[list[str]]:
     return [["method", "setting", "step", "forget", "retain"]] + [
-        [p["method"], name_of(p["setting"]), f"{p['step']:g}", f"{p['forget']:.3f}", f"{p['retain']:.3f}"]
+        [p["method"], name_of(p["setting"]), f"{p['step']:g}", printed(p["forget"]), printed(p["retain"])]
         for p in points
     ]
 
@@ -164,8 +166,10 @@ def compare(plan: Plan, groups: Sequence[Group], described: Json) -> list[Block]
     reached = [group for group in best.values() if group.points]
     chosen = settings_table(reached, columns, {})
     best_values = tables.best_cells(chosen, ["setting", *columns], ["setting"])
+    nothing = nothing_to_forget(measure, plan.target)
     tried = ", ".join(f"{method} {sum(group.method == method for group in groups)}" for method in best)
     return [
+        *([Warn(nothing)] if nothing else []),
         Text(f"Suites {', '.join(plan.suites)}; {len(members)} runs finished. "
              f"{sections.reading(measure, plan.target is not None)} {sections.never_reached(those, measure)}"),
         Text("The best setting of a method is the one that brings most seeds to the level and, among those, retains "

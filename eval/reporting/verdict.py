@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from eval.reporting.figures import Groups, enumerated, panels, styles
+from eval.results.known import nothing_to_forget
 from eval.results.metrics import ForgetRetainMetric, collateral, readable, words_of_score
+from eval.results.numbers import printed
 from eval.results.stats import summarise
 from eval.results.trajectories import Scores, at_level, lowest
 
@@ -15,7 +17,12 @@ Points = Mapping[str, Sequence[Scores]]  # label -> its points at the level, one
 
 
 def verdict(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) -> list[str]:
-    """A sentence or two for each pair of objectives; what never reached the level is said, and is not compared."""
+    """A sentence or two for each pair of objectives; what never reached the level is said, and is not compared.
+
+    One sentence alone if the target model has nothing to forget: a comparison would say how unneeded runs differ.
+    """
+    if target is not None and (nothing := nothing_to_forget(measure, target)):
+        return [nothing]
     style, by_objective = styles(groups), panels(groups)
     sentences = []
     for objective, names in by_objective.items():
@@ -70,8 +77,8 @@ def lead(points: Points, measure: ForgetRetainMetric) -> str:
         return "; with one seed there is no spread to judge the difference by."
     ahead = (best["mean"] or 0) - (other["mean"] or 0)
     if ahead > math.hypot(best["sd"], other["sd"]):
-        return f"; its lead over {second}, {ahead:.3f}, is more than the spread of the seeds."
-    return f"; its lead over {second}, {ahead:.3f}, is no more than the spread of the seeds."
+        return f"; its lead over {second}, {printed(ahead)}, is more than the spread of the seeds."
+    return f"; its lead over {second}, {printed(ahead)}, is no more than the spread of the seeds."
 
 
 def unprotected(points: Points, measure: ForgetRetainMetric, target: Scores | None) -> str:
@@ -85,12 +92,12 @@ def unprotected(points: Points, measure: ForgetRetainMetric, target: Scores | No
         if score == measure.retain or not means or start <= 0:
             continue
         worst, best = min(means, key=lambda name: means[name]), max(means, key=lambda name: means[name])
-        place = "" if len(means) < 2 else f" under {worst} and {means[best]:.2f} under {best}"
-        found.append(f"{words_of_score(score)} {means[worst]:.2f}{place} (before: {start:.2f})")
+        place = "" if len(means) < 2 else f" under {worst} and {printed(means[best], 2)} under {best}"
+        found.append(f"{words_of_score(score)} {printed(means[worst], 2)}{place} (before: {printed(start, 2)})")
     return f"What neither corpus covers: {'; '.join(found)}." if found else ""
 
 
 def never(missed: Mapping[str, float], objective: str, measure: ForgetRetainMetric) -> str:
-    lows = enumerated([f"{name} ({low:.3f})" if low >= 0.01 else f"{name} ({low:.2g})" for name, low in missed.items()])
+    lows = enumerated([f"{name} ({printed(low)})" for name, low in missed.items()])
     who = f"No run of {objective}" if objective else "Not compared, because none of its seeds"
     return f"{who} reached {readable(measure.forget)} {measure.level:g}; the lowest: {lows}."

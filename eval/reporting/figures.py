@@ -223,7 +223,10 @@ def running_mean(values: Sequence[float]) -> np.ndarray:
 
 
 def curves(title: str, groups: Groups, numbers: Mapping[str, str]) -> Chart:
-    """Logged numbers ({key: title}) against the step, two panels abreast, for each pair of objectives in turn."""
+    """Logged numbers ({key: title}) against the step, two panels abreast, for each pair of objectives in turn.
+
+    What no run logged has no panel.
+    """
     style = styles(groups)
     found = []
     for objective, names in panels(groups).items():
@@ -235,7 +238,8 @@ def curves(title: str, groups: Groups, numbers: Mapping[str, str]) -> Chart:
                     own, means = style[name], [float(value) for value in running_mean(values)]
                     hover = [f"{name}, step {step}: {value:.4g}" for step, value in zip(steps, means, strict=True)]
                     panel.traces.append(Trace(steps, means, own.look, own.label, hover=hover))
-            found.append(panel)
+            if panel.traces:
+                found.append(panel)
     return Chart(f"{title}: {compared(groups)}", found, 2)
 
 

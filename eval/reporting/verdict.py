@@ -40,6 +40,7 @@ def verdict(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) 
         parts = []
         if reached:
             parts.append(keeps(reached, seeds, measure, target) + lead(reached, measure))
+            parts.append(likewise(reached, measure, target))
             parts.append(unprotected(reached, measure, target))
         if missed:
             parts.append(never(missed, objective if not reached else "", measure))
@@ -50,21 +51,38 @@ def verdict(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) 
 def keeps(points: Points, seeds: Mapping[str, int], measure: ForgetRetainMetric, target: Scores | None) -> str:
     """How much of the retain score each method keeps where all have forgotten equally, the best first."""
     whole = target[measure.retain] if target else 0.0
-    ordered = sorted(points, key=lambda name: -fmean(p[measure.retain] for p in points[name]))
     parts = []
-    for name in ordered:
-        found = summarise(p[measure.retain] / whole if whole > 0 else p[measure.retain] for p in points[name])
-        mean, sd = found["mean"], found["sd"]
-        scale, digits, unit = (100, 1, " %") if whole > 0 else (1, 3, "")
-        value = f"{scale * (mean or 0):.{digits}f}{unit}"
-        spread = "" if sd is None else f" ± {scale * sd:.{digits}f}"
+    for name, share in shares(points, measure.retain, whole):
         short = "" if len(points[name]) == seeds[name] else f" ({len(points[name])} of {seeds[name]} seeds)"
-        parts.append(f"{name} {'keeps ' if name == ordered[0] else ''}{value}{spread}{short}")
+        parts.append(f"{name} {'' if parts else 'keeps '}{share}{short}")
     of = f"the target model's {readable(measure.retain)}" if whole > 0 else readable(measure.retain)
     first, *rest = parts
     others = f", {enumerated(rest)}" if rest else ""
     same = "at the same forgetting" if rest else "where it has forgotten"
     return f"{first} of {of} {same} ({readable(measure.forget)} {measure.level:g}){others}"
+
+
+def shares(points: Points, score: str, whole: float) -> list[tuple[str, str]]:
+    """(method, mean ± sd of the score at the level), the best first: as a share of `whole`, if that is above 0."""
+    found = []
+    for name in sorted(points, key=lambda name: -fmean(p[score] for p in points[name])):
+        of = summarise(p[score] / whole if whole > 0 else p[score] for p in points[name])
+        scale, digits, unit = (100, 1, " %") if whole > 0 else (1, 3, "")
+        spread = "" if of["sd"] is None else f" ± {scale * of['sd']:.{digits}f}"
+        found.append((name, f"{scale * (of['mean'] or 0):.{digits}f}{unit}{spread}"))
+    return found
+
+
+def likewise(points: Points, measure: ForgetRetainMetric, target: Scores | None) -> str:
+    """What is kept by the kind of score that measures forgetting, if retention is compared by another kind.
+
+    A probability falls much later than a text that is known by heart is lost, so one alone would flatter.
+    """
+    score = f"{measure.retain.rpartition('.')[0]}.{measure.forget.rpartition('.')[2]}"
+    if score in (measure.retain, measure.forget) or not all(score in p for of in points.values() for p in of):
+        return ""
+    found = shares(points, score, (target or {}).get(score, 0.0))
+    return f"By {readable(score)}: {enumerated([f'{name} {share}' for name, share in found])}."
 
 
 def lead(points: Points, measure: ForgetRetainMetric) -> str:

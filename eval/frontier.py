@@ -22,6 +22,7 @@ from eval.files import exit_status
 from eval.reporting.pages import as_text
 from eval.reporting.sweep_report import write_report
 from eval.results.comparison import collect
+from eval.results.known import nothing_to_forget
 from eval.results.metrics import add_metric_options, choose, suite_of
 from eval.results.trajectories import read_target
 from eval.suites import check_suites
@@ -114,6 +115,8 @@ def main() -> int:
     plan, presets = parse_command_line(sys.argv[1:])
     if "data" in presets["base"]:  # else something else must give it, or the first run refuses
         check_runs(plan)
+    if nothing := nothing_to_forget(plan.measure, plan.target):  # before hours of runs that would show nothing
+        print(f"warning: {nothing}", file=sys.stderr)
     end_on_terminate()
     with exclusive_lock(plan.output, "eval.frontier"):
         refuse_without_probes(plan)

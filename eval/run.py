@@ -27,12 +27,15 @@ import time
 from pathlib import Path
 
 from eval.evaluation import evaluate_all, find_models, load_suites, provenance
-from eval.files import exit_status
+from eval.files import exit_status, read_config, read_jsonl
 from eval.loading import add_trust_options, read_ds_config, trust_of
 from eval.reporting.board import write_to_board
 from eval.reporting.card import write_scores
 from eval.reporting.pages import as_text
+from eval.results.known import unknown_to
 from eval.results.metrics import flatten, headlines, label
+from eval.results.numbers import printed
+from eval.results.trajectories import Scores, probes_of, read_scores
 from eval.suites import MMLU_SHOTS, SUITES, check_suites, sharing
 from eval.suites.task_options import add_task_options, task_options
 from pipeline.errors import InputError
@@ -101,11 +104,20 @@ def score_tables(entries: list[Json]) -> dict[str, list[list[str]]]:
         header = ["model" if single else "step", *(label(score, shown) for score in shown)]
         rows = [
             [Path(entry["model"]).name if single else str(entry["step"])]
-            + [f"{found[score]:.3f}" if score in found else "-" for score in shown]
+            + [printed(found[score]) if score in found else "-" for score in shown]
             for entry, found in zip(entries, scores, strict=True)
         ]
         tables[suite] = [header, *rows]
     return tables
+
+
+def before_unlearning(folder: Path, entries: list[Json]) -> tuple[str, Scores]:
+    """A single model and its scores; the model that a run began with and those of its first probe, if there was one."""
+    if entries[0]["step"] is None:
+        return "this model", read_scores(entries[0], folder, step=0)
+    first = read_jsonl(folder / "metrics.jsonl", required=("step",))[0]
+    unlearns = not first["step"] and read_config(folder, ["objective"])["objective"].get("forget") != "none"
+    return "the model before the first step", probes_of(first) if unlearns else {}
 
 
 def main() -> None:
@@ -131,6 +143,8 @@ def main() -> None:
     for name, rows in score_tables(entries).items():
         print(f"{name}\n{as_text(rows)}\n")
         write_scores(models[-1][1], name, rows)
+    for sentence in unknown_to(*before_unlearning(arguments.model, entries)):
+        print(f"{sentence}\n")
     write_to_board(models, entries)
     print(f"wrote {arguments.output}")
 

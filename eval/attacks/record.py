@@ -13,6 +13,7 @@ from pathlib import Path
 from eval.attacks.spec import Attack, Plan
 from eval.files import read_json
 from eval.reporting.pages import as_text
+from eval.results.numbers import printed
 from pipeline.data.corpus import file_digest
 from pipeline.errors import InputError
 from pipeline.files import Json
@@ -80,6 +81,6 @@ def table(entries: Iterable[Json]) -> str:
         overall = overall if entry["name"] != "probes" else set()  # the kinds of probes differ in strength
         for name in names:
             if name.rpartition(".")[0] not in overall or name.lower().endswith("all"):
-                values = (f"{column[name]:.3f}" if name in column else "–" for column in columns)
+                values = (printed(column[name]) if name in column else "–" for column in columns)
                 rows.append([entry["name"], name, *values])
     return as_text(rows)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from eval.results.metrics import ForgetRetainMetric
+from eval.results.numbers import printed
 from eval.results.trajectories import Run, Scores
 
 LATE = 2 / 3  # the slope is that of the last third of the steps
@@ -36,14 +37,14 @@ def advise(run: Run, measure: ForgetRetainMetric) -> str:
         return "One evaluation shows no direction: export on the way (train.export_every), or give --target."
     if end[forget] - low[forget] > AGAIN * distance:
         words = (
-            f"It fell to {low[forget]:.3f} at step {low['step']:g} and rose again to {end[forget]:.3f}: retention has "
-            "overtaken forgetting. More steps do not help; try a larger synthesis.gamma, or a forget objective that "
-            "does not saturate (ga)."
+            f"It fell to {printed(low[forget])} at step {low['step']:g} and rose again to {printed(end[forget])}: "
+            "retention has overtaken forgetting. More steps do not help; try a larger synthesis.gamma, or a forget "
+            "objective that does not saturate (ga)."
         )
     elif start[forget] - end[forget] < STILL * distance:
         words = (
-            f"It hardly moved ({start[forget]:.3f} to {end[forget]:.3f}): try a learning rate ten times as large "
-            f"({tenfold(run)}), and only then a larger synthesis.gamma."
+            f"It hardly moved ({printed(start[forget])} to {printed(end[forget])}): try a learning rate ten times as "
+            f"large ({tenfold(run)}), and only then a larger synthesis.gamma."
         )
     else:
         words = from_slope(run, measure, distance)
@@ -57,7 +58,7 @@ def from_slope(run: Run, measure: ForgetRetainMetric, distance: float) -> str:
     ahead = end[measure.forget] - measure.level
     if slope >= 0 or ahead / -slope > MOST_LONGER * last:
         return (
-            f"It has come to rest at {end[measure.forget]:.3f}: more steps alone do not help; try a larger "
+            f"It has come to rest at {printed(end[measure.forget])}: more steps alone do not help; try a larger "
             f"synthesis.gamma (now {setting(run, 'synthesis.gamma')}), {tenfold(run, 3)}, or another forget objective."
         )
     more = math.ceil(round(ahead / -slope, 6))  # a slope has rounding errors
@@ -65,7 +66,7 @@ def from_slope(run: Run, measure: ForgetRetainMetric, distance: float) -> str:
     falling = str(run.settings.get("optimizer.schedule")) in FALLING
     over = "; the learning rate was falling to 0 there, so fewer may do" if falling else ""
     return (
-        f"In the last third of the steps it fell by {-10 * slope:.3f} in 10 steps, so about {more} more "
+        f"In the last third of the steps it fell by {printed(-10 * slope)} in 10 steps, so about {more} more "
         f"would reach the level{over}: train.steps {total}, or {tenfold(run, 3)}."
     )
 
@@ -76,10 +77,10 @@ def room(start: Scores, end: Scores, measure: ForgetRetainMetric) -> str:
     if before <= 0:
         return ""
     if after >= 0.9 * before:
-        return f"The retain score, {after:.3f} of {before:.3f}, leaves room for it."
+        return f"The retain score, {printed(after)} of {printed(before)}, leaves room for it."
     if after < 0.5 * before:
         return (
-            f"The retain score is down to {after:.3f} of {before:.3f}: a stronger push costs more of it; try "
+            f"The retain score is down to {printed(after)} of {printed(before)}: a stronger push costs more of it; try "
             "synthesis.rule sago, or a retain corpus that covers more."
         )
     return ""

@@ -11,10 +11,13 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[repo
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from eval.files import read_config, read_jsonl
+from eval.results.general import GENERAL
 from eval.results.metrics import MEASURES, flatten, headlines, suite_of
 from pipeline.files import Json, whole
 
-GROUP = "1_eval"  # sorts before the groups of the training, which are in pipeline/monitoring/tensorboard.py
+# Groups sort after the probes of a training and before its losses (pipeline/monitoring/tensorboard.py): first the pair
+# by which reports compare, then the other scores of the suite. General ability, many tasks, comes last.
+PAIR, OTHERS, ABILITY = "1_scores", "1_scores_others", "5_general"
 
 # TensorBoard reads the files of a folder in the order of their names, and what a training begins with discards what it
 # has read by then: these are the last. A suite has its own, which a later evaluation of it replaces.
@@ -63,8 +66,12 @@ def scalars(entry: Mapping[str, Json], suite: str, prefix: str) -> dict[str, flo
     for name, scored in entry["suites"].items():
         every |= flatten(scored["metrics"], name)
     own = [score for score in every if suite_of(score) == suite]
-    found = {f"{prefix}{GROUP}/{score}": every[score] for score in headlines(own) or own}
     pair = next((one for one in MEASURES if one.suite == suite and one.forget in every and one.retain in every), None)
+    first = (pair.forget, pair.retain) if pair else ()
+    found = {}
+    for score in dict.fromkeys([*first, *(headlines(own) or own)]):
+        group = PAIR if score in first else ABILITY if suite in GENERAL else OTHERS
+        found[f"{prefix}{group}/{score}"] = every[score]
     if pair is not None:
         found |= {"result/forget_score": every[pair.forget], "result/retain_score": every[pair.retain]}
     return found

@@ -14,6 +14,7 @@ from eval.reporting.charts import GREY, Chart, Dashes, Look, Mark, Panel, Trace
 from eval.results import paper
 from eval.results.grouping import plain_of
 from eval.results.metrics import ForgetRetainMetric, readable
+from eval.results.numbers import printed, with_spread
 from eval.results.stats import summarise
 from eval.results.trajectories import Run, Scores, at_level, mean_of, step_means
 from pipeline.files import Json
@@ -132,7 +133,8 @@ def target_trace(measure: ForgetRetainMetric, target: Scores | None) -> list[Tra
         return []
     x, y = target[measure.forget], target[measure.retain]
     look = Look("#888888", marker="X")
-    return [Trace([x], [y], look, "target model", lines=False, markers=True, hover=[f"target model: {x:.3f}, {y:.3f}"])]
+    hover = f"target model: {printed(x)}, {printed(y)}"
+    return [Trace([x], [y], look, "target model", lines=False, markers=True, hover=[hover])]
 
 
 def axes_of(measure: ForgetRetainMetric) -> tuple[str, str]:
@@ -153,14 +155,14 @@ def frontier(groups: Groups, measure: ForgetRetainMetric, target: Scores | None)
                 label = "" if number else f"{own.label}: its runs" + ("" if reached else " (level not reached)")
                 hover = [
                     f"{name}, seed {run.seed}, step {scores['step']:g}: "
-                    f"forget {scores[measure.forget]:.3f}, retain {scores[measure.retain]:.3f}"
+                    f"forget {printed(scores[measure.forget])}, retain {printed(scores[measure.retain])}"
                     for scores in run.trajectory
                 ]
                 panel.traces.append(Trace(x, y, own.look, label, hover=hover, faint=True))
             if reached:
                 x, y = ([point[key] for _, point in reached] for key in both)
                 hover = [
-                    f"{name}, seed {run.seed}, at the level: step {point['step']:.1f}, retain {point[both[1]]:.3f}"
+                    f"{name}, seed {run.seed}, at the level: step {point['step']:.1f}, retain {printed(point[both[1]])}"
                     for run, point in reached
                 ]
                 label = f"{own.label}: at the level"
@@ -187,7 +189,8 @@ def points(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) -
     for name, (x, y) in ends.items():
         spread = [summarise(values)["sd"] or 0.0 for values in (x, y)]
         hover = [
-            f"{name}: forget {centre[name][0]:.3f} ± {spread[0]:.3f}, retain {centre[name][1]:.3f} ± {spread[1]:.3f}"
+            f"{name}: forget {with_spread(centre[name][0], spread[0])}, "
+            f"retain {with_spread(centre[name][1], spread[1])}"
         ]
         errors = ([spread[0]], [spread[1]])
         x, y = ([value] for value in centre[name])
@@ -220,7 +223,10 @@ def running_mean(values: Sequence[float]) -> np.ndarray:
 
 
 def curves(title: str, groups: Groups, numbers: Mapping[str, str]) -> Chart:
-    """Logged numbers ({key: title}) against the step, two panels abreast, for each pair of objectives in turn."""
+    """Logged numbers ({key: title}) against the step, two panels abreast, for each pair of objectives in turn.
+
+    What no run logged has no panel.
+    """
     style = styles(groups)
     found = []
     for objective, names in panels(groups).items():
@@ -232,7 +238,8 @@ def curves(title: str, groups: Groups, numbers: Mapping[str, str]) -> Chart:
                     own, means = style[name], [float(value) for value in running_mean(values)]
                     hover = [f"{name}, step {step}: {value:.4g}" for step, value in zip(steps, means, strict=True)]
                     panel.traces.append(Trace(steps, means, own.look, own.label, hover=hover))
-            found.append(panel)
+            if panel.traces:
+                found.append(panel)
     return Chart(f"{title}: {compared(groups)}", found, 2)
 
 
@@ -257,7 +264,7 @@ def layers(groups: Groups, numbers: Mapping[str, str]) -> Chart:
                     [m for run in groups[name] if (m := mean_of(run, f"{key}/{layer}")) is not None] for layer in logged
                 ]
                 means = [fmean(values) if values else math.nan for values in of_layers]
-                hover = [f"{name}, {layer}: {mean:.3f}" for layer, mean in zip(ticks, means, strict=True)]
+                hover = [f"{name}, {layer}: {printed(mean)}" for layer, mean in zip(ticks, means, strict=True)]
                 own = style[name]
                 panel.traces.append(Trace(range(len(logged)), means, own.look, own.label, markers=True, hover=hover))
             found.append(panel)

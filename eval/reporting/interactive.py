@@ -140,7 +140,7 @@ DRAW = """
     return {ink: of('--ink'), faint: of('--faint'), axis};
   };
   const fold = axis => narrow ? {...axis, title: {text: axis.title.text.replace(' (', '<br>(')}} : axis;
-  const drawn = [];
+  const drawn = [], LEGEND = 40;  // pixels of a legend of two lines, for which the height of a place is made
   const layout = panel => {
     const {ink, faint, axis} = theme(), {title, xaxis, yaxis, ...rest} = panel.layout;
     return {...rest, font: {color: ink, size: 12}, paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)',
@@ -163,6 +163,12 @@ DRAW = """
     for (const [at, panel] of panels.entries()) {
       const place = places[at];
       await Plotly.newPlot(place, panel.data, layout(panel), options);
+      const legend = place.querySelector('.legend .scrollbox');
+      const taller = legend ? legend.getBBox().height - LEGEND : 0;
+      if (taller > 0) {  // a long legend stands below the axes, and takes nothing of their height
+        place.style.height = `${place.clientHeight + taller}px`;
+        await Plotly.Plots.resize(place);
+      }
       drawn.push([place, panel]);
     }
     picture.hidden = true;

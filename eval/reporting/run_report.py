@@ -29,11 +29,14 @@ def compose(
 ) -> list[Block]:
     """The report in order, before it becomes Markdown or HTML; `before`: the texts of the target model."""
     runs = [run for members in groups.values() for run in members]
+    said = what_it_says(groups, measure, before or {})
+    has_text = any(isinstance(block, Answers) for block in said)
     reached = any(at_level(run.trajectory, measure) for run in runs)  # else tables at the level would be dashes
     return [
         Verdict(verdict(groups, measure, target)),
-        *what_it_says(groups, measure, before or {}),
+        *(said if has_text else []),
         *results(groups, measure, target),
+        *(said if not has_text else []),
         *beside_the_paper(groups, measure),
         *(outside(groups, measure, target) if reached else []),
         *general(groups, measure, target),
@@ -216,8 +219,9 @@ def geometry(groups: dict[str, list[Run]], measure: ForgetRetainMetric) -> list[
              f"logs them with synthesis.geometry. {tables.prediction(groups, measure)} The paper's rows are WMDP "
              "Cyber, 100 steps."),
         Table(tables.cosine_table(groups)),
-        Figure("geometry.png", "The same numbers during training, drawn in the same way as the losses."),
     ]  # fmt: skip
+    if figures.curves("", groups, GEOMETRY).panels:
+        blocks.append(Figure("geometry.png", "The same numbers during training, drawn in the same way as the losses."))
     if figures.layers_of(runs, next(iter(LAYERS))):
         blocks.append(Figure("layers.png", "Each layer, mean over the steps that logged it: where the two tasks "
                              "conflict."))  # fmt: skip
@@ -280,7 +284,7 @@ def charts_of(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target:
     runs = [run for members in groups.values() for run in members]
     if figures.layers_of(runs, next(iter(LAYERS))):
         charts["layers.png"] = figures.layers(groups, LAYERS)
-    return charts
+    return {file: chart for file, chart in charts.items() if chart.panels}
 
 
 def draw(charts: dict[str, Chart]) -> dict[str, bytes]:

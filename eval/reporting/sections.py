@@ -12,6 +12,7 @@ from eval.reporting.pages import Block, Code, Heading, Table, Text
 from eval.reporting.tables import standing_table
 from eval.results.general import GeneralAbility
 from eval.results.metrics import ForgetRetainMetric, headlines, readable
+from eval.results.numbers import printed
 from eval.results.trajectories import Run, lowest
 
 
@@ -34,7 +35,7 @@ def reading(measure: ForgetRetainMetric, has_target: bool) -> str:
 def never_reached(missed: Iterable[tuple[str, Run]], measure: ForgetRetainMetric) -> str:
     """A sentence that lists the runs without a point at the level, by name, with the lowest forget score of each."""
     lows = [(name, lowest(run, measure)) for name, run in missed]
-    names = [f"{name}: {low:.3f}" if low >= 0.01 else f"{name}: {low:.2g}" for name, low in lows]
+    names = [f"{name}: {printed(low)}" for name, low in lows]
     if not names:
         return "Every run reached the level."
     return f"Never reached the level, and are in no mean (the lowest forget score of each): {'; '.join(names)}."

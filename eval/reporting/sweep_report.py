@@ -22,7 +22,9 @@ from eval.results.comparison import (
     sum_against_others,
 )
 from eval.results.general import GeneralAbility
+from eval.results.known import nothing_to_forget
 from eval.results.metrics import label, readable
+from eval.results.numbers import printed
 from eval.results.stats import pareto, summarise
 from eval.results.trajectories import COMB_RETAIN, Scores, common_start
 from eval.sweep.axes import name_of
@@ -123,7 +125,7 @@ def correlation_table(correlation: Json) -> list[list[str]]:
 
 def pareto_table(points: Iterable[Json]) -> list[list[str]]:
     return [["method", "setting", "step", "forget", "retain"]] + [
-        [p["method"], name_of(p["setting"]), f"{p['step']:g}", f"{p['forget']:.3f}", f"{p['retain']:.3f}"]
+        [p["method"], name_of(p["setting"]), f"{p['step']:g}", printed(p["forget"]), printed(p["retain"])]
         for p in points
     ]
 
@@ -167,11 +169,14 @@ def compare(plan: Plan, groups: Sequence[Group], described: Json) -> list[Block]
     those = [one for runs in missed.values() for one in runs]
     standing = sections.not_reached(missed, measure)
     reached = [group for group in best.values() if group.points]
-    reading = sections.reading(measure, start_of(plan, groups) is not None)
+    start = start_of(plan, groups)
+    reading = sections.reading(measure, start is not None)
     chosen = settings_table(reached, columns, {})
     best_values = tables.best_cells(chosen, ["setting", *columns], ["setting"])
+    nothing = nothing_to_forget(measure, start)
     tried = ", ".join(f"{method} {sum(group.method == method for group in groups)}" for method in best)
     return [
+        *([Warn(nothing)] if nothing else []),
         Text(f"Suites {', '.join(plan.suites)}; {len(members)} runs finished. {reading} "
              f"{sections.never_reached(those, measure)}"),
         Text("The best setting of a method is the one that brings most seeds to the level and, among those, retains "

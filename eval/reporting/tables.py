@@ -12,6 +12,7 @@ from eval.results import paper
 from eval.results.general import GeneralAbility
 from eval.results.grouping import plain_of
 from eval.results.metrics import ADVERSARIAL, MEASURES, ForgetRetainMetric, falls, label, readable
+from eval.results.numbers import printed
 from eval.results.stats import correlate, mean_sd
 from eval.results.trajectories import COMB_RETAIN, COSINES, Run, Scores, at_level, best_below, lowest, mean_of
 from pipeline.files import Json
@@ -90,7 +91,7 @@ def best_cells(rows: Rows, columns: Sequence[str], skip: Iterable[str] = ()) -> 
             at: float(found[0])
             for at, row in enumerate(rows[1:], start=1)
             if row[0] != "target model" and not row[0].startswith("paper")
-            if (found := re.match(r"-?\d+\.?\d*", row[place]))
+            if (found := re.match(r"-?\d+\.?\d*(e-?\d+)?", row[place]))
         }
         if column not in skip and len({*values.values()}) > 1:
             low = falls(column) or rows[0][place].endswith(LOWER)
@@ -101,7 +102,7 @@ def best_cells(rows: Rows, columns: Sequence[str], skip: Iterable[str] = ()) -> 
 
 def target_row(target: Scores, columns: Iterable[str], end: Iterable[str]) -> list[str]:
     """The scores of the model that the runs begin with."""
-    return ["target model", *(f"{target[c]:.3f}" if c in target else "–" for c in columns), *end]
+    return ["target model", *(printed(target[c]) if c in target else "–" for c in columns), *end]
 
 
 def matched_table(groups: Groups, measure: ForgetRetainMetric, columns: Sequence[str], target: Scores | None) -> Rows:
@@ -148,7 +149,7 @@ def paper_table(groups: Groups, measure: ForgetRetainMetric) -> Rows:
     for name, runs in groups.items():
         ends = [run.trajectory[-1] for run in runs]
         rows.append([name, *cells(ends, columns), *cells(points_of(runs, measure), [measure.retain])])
-    return rows + [[name, *(f"{scores[column]:.3f}" for column in columns), "–"] for name, scores in theirs.items()]
+    return rows + [[name, *(printed(scores[column]) for column in columns), "–"] for name, scores in theirs.items()]
 
 
 def every_score(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) -> Rows:
@@ -157,7 +158,7 @@ def every_score(groups: Groups, measure: ForgetRetainMetric, target: Scores | No
     rows = [["score", *(["target model"] if target else []), *groups]]
     points_of_methods = [points_of(runs, measure) for runs in groups.values()]
     for column in columns:
-        first = [f"{target[column]:.3f}" if column in target else "–"] if target else []
+        first = [printed(target[column]) if column in target else "–"] if target else []
         rows.append(
             [marked(column, column, general), *first, *(cells(points, [column])[0] for points in points_of_methods)]
         )
@@ -172,7 +173,7 @@ def most_hurt(groups: Groups, measure: ForgetRetainMetric, columns: Iterable[str
         means = {name: fmean(values) for name, values in found.items() if values}
         if len(means) > 1:
             low, high = min(means, key=lambda name: means[name]), max(means, key=lambda name: means[name])
-            ends = [f"lowest under {low} ({means[low]:.3f})", f"highest under {high} ({means[high]:.3f})"]
+            ends = [f"lowest under {low} ({printed(means[low])})", f"highest under {high} ({printed(means[high])})"]
             ends = ends[::-1] if column in general.lower_is_better else ends  # the worst first
             sentences.append(f"{marked(readable(column), column, general)}: {', '.join(ends)}.")
     return sentences
@@ -186,9 +187,9 @@ def standing_table(runs: Iterable[tuple[str, Run]], measure: ForgetRetainMetric)
     for name, run in runs:
         first, last = run.trajectory[0], run.trajectory[-1]
         low = min(run.trajectory, key=lambda scores: scores[measure.forget])
-        before = [f"{first[score]:.3f}" if first["step"] == 0 else "–" for score in (measure.forget, measure.retain)]
-        forgotten = [before[0], f"{low[measure.forget]:.3f}", f"{low['step']:g}", f"{last[measure.forget]:.3f}"]
-        retained = [before[1], f"{low[measure.retain]:.3f}", f"{last[measure.retain]:.3f}", f"{last['step']:g}"]
+        before = [printed(first[score]) if first["step"] == 0 else "–" for score in (measure.forget, measure.retain)]
+        forgotten = [before[0], printed(low[measure.forget]), f"{low['step']:g}", printed(last[measure.forget])]
+        retained = [before[1], printed(low[measure.retain]), printed(last[measure.retain]), f"{last['step']:g}"]
         rows.append([name, *forgotten, *retained])
     return rows
 
@@ -200,9 +201,9 @@ def seed_table(groups: Groups, measure: ForgetRetainMetric) -> Rows:
     for name, runs in groups.items():
         for run in runs:
             point = at_level(run.trajectory, measure)
-            found = [f"{point['step']:.1f}", f"{point[measure.retain]:.3f}"] if point else ["not reached", "–"]
+            found = [f"{point['step']:.1f}", printed(point[measure.retain])] if point else ["not reached", "–"]
             skipped = sum(bool(step.get("skipped")) for step in run.steps)
-            rows.append([str(run.folder), name, str(run.seed), f"{lowest(run, measure):.3f}", *found, str(skipped)])
+            rows.append([str(run.folder), name, str(run.seed), printed(lowest(run, measure)), *found, str(skipped)])
     return rows
 
 

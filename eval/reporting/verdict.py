@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from eval.reporting.figures import Groups, enumerated, panels, styles
+from eval.results.known import nothing_to_forget
 from eval.results.metrics import ForgetRetainMetric, collateral, readable, words_of_score
+from eval.results.numbers import printed
 from eval.results.stats import summarise
 from eval.results.trajectories import Scores, at_level, lowest
 
@@ -15,7 +17,12 @@ Points = Mapping[str, Sequence[Scores]]  # label -> its points at the level, one
 
 
 def verdict(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) -> list[str]:
-    """A sentence or two for each pair of objectives; what never reached the level is said, and is not compared."""
+    """A sentence or two for each pair of objectives; what never reached the level is said, and is not compared.
+
+    One sentence alone if the target model has nothing to forget: a comparison would say how unneeded runs differ.
+    """
+    if target is not None and (nothing := nothing_to_forget(measure, target)):
+        return [nothing]
     style, by_objective = styles(groups), panels(groups)
     sentences = []
     for objective, names in by_objective.items():
@@ -33,6 +40,7 @@ def verdict(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) 
         parts = []
         if reached:
             parts.append(keeps(reached, seeds, measure, target) + lead(reached, measure))
+            parts.append(likewise(reached, measure, target))
             parts.append(unprotected(reached, measure, target))
         if missed:
             parts.append(never(missed, objective if not reached else "", measure))
@@ -43,21 +51,38 @@ def verdict(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) 
 def keeps(points: Points, seeds: Mapping[str, int], measure: ForgetRetainMetric, target: Scores | None) -> str:
     """How much of the retain score each method keeps where all have forgotten equally, the best first."""
     whole = target[measure.retain] if target else 0.0
-    ordered = sorted(points, key=lambda name: -fmean(p[measure.retain] for p in points[name]))
     parts = []
-    for name in ordered:
-        found = summarise(p[measure.retain] / whole if whole > 0 else p[measure.retain] for p in points[name])
-        mean, sd = found["mean"], found["sd"]
-        scale, digits, unit = (100, 1, " %") if whole > 0 else (1, 3, "")
-        value = f"{scale * (mean or 0):.{digits}f}{unit}"
-        spread = "" if sd is None else f" ± {scale * sd:.{digits}f}"
+    for name, share in shares(points, measure.retain, whole):
         short = "" if len(points[name]) == seeds[name] else f" ({len(points[name])} of {seeds[name]} seeds)"
-        parts.append(f"{name} {'keeps ' if name == ordered[0] else ''}{value}{spread}{short}")
+        parts.append(f"{name} {'' if parts else 'keeps '}{share}{short}")
     of = f"the target model's {readable(measure.retain)}" if whole > 0 else readable(measure.retain)
     first, *rest = parts
     others = f", {enumerated(rest)}" if rest else ""
     same = "at the same forgetting" if rest else "where it has forgotten"
     return f"{first} of {of} {same} ({readable(measure.forget)} {measure.level:g}){others}"
+
+
+def shares(points: Points, score: str, whole: float) -> list[tuple[str, str]]:
+    """(method, mean ± sd of the score at the level), the best first: as a share of `whole`, if that is above 0."""
+    found = []
+    for name in sorted(points, key=lambda name: -fmean(p[score] for p in points[name])):
+        of = summarise(p[score] / whole if whole > 0 else p[score] for p in points[name])
+        scale, digits, unit = (100, 1, " %") if whole > 0 else (1, 3, "")
+        spread = "" if of["sd"] is None else f" ± {scale * of['sd']:.{digits}f}"
+        found.append((name, f"{scale * (of['mean'] or 0):.{digits}f}{unit}{spread}"))
+    return found
+
+
+def likewise(points: Points, measure: ForgetRetainMetric, target: Scores | None) -> str:
+    """What is kept by the kind of score that measures forgetting, if retention is compared by another kind.
+
+    A probability falls much later than a text that is known by heart is lost, so one alone would flatter.
+    """
+    score = f"{measure.retain.rpartition('.')[0]}.{measure.forget.rpartition('.')[2]}"
+    if score in (measure.retain, measure.forget) or not all(score in p for of in points.values() for p in of):
+        return ""
+    found = shares(points, score, (target or {}).get(score, 0.0))
+    return f"By {readable(score)}: {enumerated([f'{name} {share}' for name, share in found])}."
 
 
 def lead(points: Points, measure: ForgetRetainMetric) -> str:
@@ -70,8 +95,8 @@ def lead(points: Points, measure: ForgetRetainMetric) -> str:
         return "; with one seed there is no spread to judge the difference by."
     ahead = (best["mean"] or 0) - (other["mean"] or 0)
     if ahead > math.hypot(best["sd"], other["sd"]):
-        return f"; its lead over {second}, {ahead:.3f}, is more than the spread of the seeds."
-    return f"; its lead over {second}, {ahead:.3f}, is no more than the spread of the seeds."
+        return f"; its lead over {second}, {printed(ahead)}, is more than the spread of the seeds."
+    return f"; its lead over {second}, {printed(ahead)}, is no more than the spread of the seeds."
 
 
 def unprotected(points: Points, measure: ForgetRetainMetric, target: Scores | None) -> str:
@@ -85,12 +110,12 @@ def unprotected(points: Points, measure: ForgetRetainMetric, target: Scores | No
         if score == measure.retain or not means or start <= 0:
             continue
         worst, best = min(means, key=lambda name: means[name]), max(means, key=lambda name: means[name])
-        place = "" if len(means) < 2 else f" under {worst} and {means[best]:.2f} under {best}"
-        found.append(f"{words_of_score(score)} {means[worst]:.2f}{place} (before: {start:.2f})")
+        place = "" if len(means) < 2 else f" under {worst} and {printed(means[best], 2)} under {best}"
+        found.append(f"{words_of_score(score)} {printed(means[worst], 2)}{place} (before: {printed(start, 2)})")
     return f"What neither corpus covers: {'; '.join(found)}." if found else ""
 
 
 def never(missed: Mapping[str, float], objective: str, measure: ForgetRetainMetric) -> str:
-    lows = enumerated([f"{name} ({low:.3f})" if low >= 0.01 else f"{name} ({low:.2g})" for name, low in missed.items()])
+    lows = enumerated([f"{name} ({printed(low)})" for name, low in missed.items()])
     who = f"No run of {objective}" if objective else "Not compared, because none of its seeds"
     return f"{who} reached {readable(measure.forget)} {measure.level:g}; the lowest: {lows}."

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from eval.results.metrics import ForgetRetainMetric
+from eval.results.numbers import printed, with_spread
 from eval.results.stats import correlate, summarise
 from eval.results.trajectories import COMB_RETAIN, Run, Scores, at_level, lowest, mean_of
 from eval.sweep.axes import Setting, by_number, parse_setting
@@ -168,8 +169,8 @@ def answer_sum(answers: Sequence[Json], level: float) -> str:
             sentences.append(f"{late} reached forget {level:g} in no run, so the two cannot be compared.")
             continue
         sides = [
-            f"{side['method']} at its best (gamma / alpha {side['ratio']:g}) retains {side['mean']:.3f}"
-            + (f" ± {side['sd']:.3f}" if side["sd"] is not None else "")
+            f"{side['method']} at its best (gamma / alpha {side['ratio']:g}) retains "
+            + with_spread(side["mean"], side["sd"])
             for side in (plain, other)
         ]
         if plain["sd"] is None or other["sd"] is None:
@@ -180,7 +181,8 @@ def answer_sum(answers: Sequence[Json], level: float) -> str:
             verdict = "more than the spread of the seeds, so sum does not reach it"
         else:
             verdict = "more than the spread of the seeds, so sum is ahead"
+        ahead = f"{'+' if difference >= 0 else ''}{printed(difference)}"
         sentences.append(
-            f"Of {answer['ratios_tried']} ratios, {sides[0]}; {sides[1]}: a difference of {difference:+.3f}, {verdict}."
+            f"Of {answer['ratios_tried']} ratios, {sides[0]}; {sides[1]}: a difference of {ahead}, {verdict}."
         )
     return " ".join(sentences)

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from eval.results.numbers import printed
 from pipeline.errors import InputError
 
 
@@ -214,11 +215,6 @@ def choose(
     )
 
 
-def rounded(score: float) -> float:
-    """To three decimals, below 0.01 to two digits: half of a small probability is not 0, which no run reaches."""
-    return round(score, 3) if score >= 0.01 else float(f"{score:.2g}")
-
-
 BY_HEART = 0.2  # above a model that never saw the text: good guesses come to about half of it
 
 
@@ -238,14 +234,15 @@ def at_share_of_target(
         )
     start = target[measure.forget]
     if measure.floor is None:
-        reason = f"The level is {measure.level:g} of the target model's {start:.3f}."
-        return replace(measure, level=rounded(measure.level * start), reason=measure.reason or reason)
+        reason = f"The level is {measure.level:g} of the target model's {printed(start)}."
+        return replace(measure, level=float(printed(measure.level * start)), reason=measure.reason or reason)
     chance = target.get(measure.floor)
     if chance is None or start - chance < BY_HEART:
-        known = "too few documents differ to compare it" if chance is None else f"one that never saw them {chance:.3f}"
+        unseen = "too few documents differ to compare it"
+        unseen = unseen if chance is None else f"one that never saw them {printed(chance)}"
         following = others[others.index(measure) + 1 :] if others else ()
         instead = next((other for other in following if other.suite == measure.suite), None)
-        words = f"the target model has {readable(measure.forget)} {start:.3f}, {known}"
+        words = f"the target model has {readable(measure.forget)} {printed(start)}, {unseen}"
         if instead is None:
             raise InputError(
                 f"--forget {measure.forget}: {words}, so it knows none of it by heart; name --level, or another score"
@@ -253,8 +250,9 @@ def at_share_of_target(
         why = f"Compared by {readable(instead.forget)}, because {words}: nothing shows that it knows them by heart."
         return at_share_of_target(replace(instead, reason=why), None, target)
     reason = (
-        f"The level is about what a model has that never saw the texts ({chance:.3f}: what the most similar other "
-        f"document says in that place) and {measure.level:g} of what the target model has above that ({start:.3f})."
+        f"The level is about what a model has that never saw the texts ({printed(chance)}: what the most similar "
+        f"other document says in that place) and {measure.level:g} of what the target model has above that "
+        f"({printed(start)})."
     )
     return replace(
         measure, level=round(chance + measure.level * (start - chance), 3), chance=round(chance, 3), reason=reason

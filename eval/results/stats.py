@@ -7,6 +7,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 
+from eval.results.numbers import with_spread
 from pipeline.files import Json
 
 
@@ -16,13 +17,19 @@ def summarise(values: Iterable[float]) -> dict[str, float | None]:
     return {"mean": fmean(numbers) if numbers else None, "sd": stdev(numbers) if len(numbers) > 1 else None}
 
 
-def mean_sd(values: Iterable[float], digits: int = 3) -> str:
-    """Mean ± sample standard deviation; the mean alone for one value; a dash for none."""
+def mean_sd(values: Iterable[float], digits: int | None = None) -> str:
+    """Mean ± sample standard deviation; the mean alone for one value; a dash for none.
+
+    Args:
+        digits: decimals of both; None: those of a score (`with_spread`).
+    """
     summary = summarise(values)
-    if summary["mean"] is None:
+    mean, sd = summary["mean"], summary["sd"]
+    if mean is None:
         return "–"
-    spread = "" if summary["sd"] is None else f" ± {summary['sd']:.{digits}f}"
-    return f"{summary['mean']:.{digits}f}{spread}"
+    if digits is None:
+        return with_spread(mean, sd)
+    return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
 
 
 def ranks_of(values: Sequence[float]) -> np.ndarray:

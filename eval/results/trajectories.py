@@ -163,13 +163,17 @@ def read_steps(path: Path) -> tuple[list[Json], list[Scores]]:
             raise InputError(
                 f"{path}, step {row['step']}: needs an object with {', '.join(needed)}; repair or remove it"
             )
-    probes = []
-    for row in rows:
-        numbers = {key.removeprefix("probe/"): value for key, value in row.items() if key.startswith("probe/")}
-        if numbers:
-            scores = flatten({key.replace("/", "."): value for key, value in numbers.items()}, "probes")
-            probes.append({"step": float(row["step"]), **scores})
+    probes = [probes_of(row) for row in rows if any(key.startswith("probe/") for key in row)]
     return steps, probes
+
+
+def probes_of(row: Json) -> Scores:
+    """The scores of the probes in a row of `metrics.jsonl`, as those of suite `probes`."""
+    numbers = {key.removeprefix("probe/"): value for key, value in row.items() if key.startswith("probe/")}
+    return {
+        "step": float(row["step"]),
+        **flatten({key.replace("/", "."): value for key, value in numbers.items()}, "probes"),
+    }
 
 
 def protocol(suite: Json) -> str:

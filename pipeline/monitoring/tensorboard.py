@@ -32,7 +32,9 @@ GROUPS = {
     **dict.fromkeys(("forget_loss", "retain_loss"), "2_loss"),
     **dict.fromkeys((*COSINES, "conflict_fraction", "forget_norm", "retain_norm", "combined_norm"), "3_geometry"),
 }
-PROBE, COST = "1_probe", "4_training"  # the groups of the scores `probe/SET/MEASURE`, and of everything else
+# The groups of the scores `probe/SET/MEASURE` of the two corpora and of other sets, and of everything else. Within a
+# group the measure comes first, so that the cards of what is forgotten and what is retained stand side by side.
+PROBE, PROBE_OTHERS, COST = "1_probe", "1_probe_others", "4_training"
 
 
 # A loss has an axis of its own: that of GA falls without bound, and would make a straight line of the other.
@@ -46,8 +48,8 @@ CHARTS = {
 
 # Of a run with probes, before the others: a line for each set, by the measures of its kind.
 PROBES = {
-    "Probes: extraction strength, accuracy": (f"{PROBE}/.*/extraction_strength", f"{PROBE}/.*/accuracy"),
-    "Probes: loss": (f"{PROBE}/.*/loss",),
+    "Probes: extraction strength, accuracy": (f"{PROBE}[^/]*/extraction_strength/.*", f"{PROBE}[^/]*/accuracy/.*"),
+    "Probes: loss": (f"{PROBE}[^/]*/loss/.*",),
 }
 
 
@@ -191,8 +193,11 @@ class TensorBoardWriter:
 def tag_of(name: str) -> str:
     """The tag of a number of `metrics.jsonl`: in its group, but that of a layer, which has a group already."""
     first, _, rest = name.partition("/")
+    if f"{first}/" == PREFIX:
+        of, _, measure = rest.rpartition("/")
+        return f"{PROBE if of in ('forget', 'retain') else PROBE_OTHERS}/{measure}/{of}"
     if rest:
-        return f"{PROBE}/{rest}" if f"{first}/" == PREFIX else name
+        return name
     return f"{GROUPS.get(name, COST)}/{name}"
 
 

@@ -37,14 +37,19 @@ def forgetting_failed(objective: str, losses: Sequence[float]) -> str | None:
     )
 
 
-def never_known(forget: float, retain: float | None) -> str | None:
-    """A warning if the model finds the forget corpus as improbable as text that it never saw.
+def looks_unseen(forget: float, retain: float | None) -> bool:
+    """Whether a model finds the forget corpus as improbable as text that it never saw.
 
     Args:
         forget, retain: NLL a token of the two corpora before training, in nats; None without a retain task.
     """
     less_likely = retain is not None and forget > PERHAPS_UNKNOWN and forget > retain + FARTHER
-    if forget < SURELY_UNKNOWN and not less_likely:
+    return forget >= SURELY_UNKNOWN or less_likely
+
+
+def never_known(forget: float, retain: float | None) -> str | None:
+    """A warning if the forget corpus `looks_unseen`; arguments as there."""
+    if not looks_unseen(forget, retain):
         return None
     beside = f"; those of data.retain {math.exp(-retain):.2g}" if retain is not None else ""
     return (

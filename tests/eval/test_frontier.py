@@ -91,6 +91,26 @@ def test_suites_and_scores_are_the_users(pretender: Pretender, command: Callable
     assert answer["runs"][0]["matched"]["bios.forget.all"] == pytest.approx(0.2)
 
 
+def test_a_target_that_never_knew_is_said_before_the_first_run(
+    pretender: Pretender, command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before: list[str] = []
+
+    def note(number: int, folder: Path, log: Path) -> None:
+        before.append(capsys.readouterr().err)
+
+    pretender.before = note
+    for score, warned in ((0.06, True), (0.9, False)):
+        metrics = {"forget": {"all": score}, "retain": {"all": 0.9}}
+        (tmp_path / "target.json").write_text(json.dumps({"suites": {"bios": {"metrics": metrics}}}))
+        options = ("--methods", "sago", "--seeds", 0, "--suite", "bios", "--target", tmp_path / "target.json")
+        command(*options, "--output", tmp_path / f"out-{score}")
+        assert ("warning: Nothing to forget: the target model has forget ROUGE-L 0.060" in before[0]) == warned
+        report = (tmp_path / f"out-{score}" / "frontier.md").read_text()
+        assert ("> **Note.** Nothing to forget" in report) == warned
+        before.clear()
+
+
 def test_tasks_of_the_harness_are_evaluated_beside(
     pretender: Pretender, command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,6 +69,31 @@ def test_the_verdict_says_what_became_of_the_sets_that_only_probes_measure(tmp_p
     )
 
 
+def test_what_is_kept_is_said_by_the_kind_of_score_that_measures_forgetting(tmp_path: Path) -> None:
+    """By probability 0.6 of 0.9 is 66.7 %; known by heart are only 0.2 and 0.1 of 0.8: 25.0 and 12.5 %."""
+    measure = next(one for one in MEASURES if one.suite == "probes")
+    start = {"step": 0.0, "probes.forget.extraction_strength": 1.0, "probes.retain.probability": 0.9}
+    start |= {"probes.retain.extraction_strength": 0.8}
+    folders = [
+        make_run(
+            tmp_path / rule,
+            [{"probes": {"forget": {"extraction_strength": 0.1},
+                         "retain": {"probability": 0.6, "extraction_strength": strength}}}],
+            rule=rule,
+        )
+        for rule, strength in (("sum", 0.1), ("sago", 0.2))
+    ]  # fmt: skip
+    groups = grouping.group_runs(trajectories.prepare(trajectories.read_run(one), measure, start) for one in folders)
+    [sentence] = verdict(groups, measure, start)
+    assert "66.7 % of the target model's retain probability" in sentence
+    assert "By retain extraction strength: sago 25.0 % and sum 12.5 %." in sentence
+
+
+def test_a_report_without_texts_begins_with_results(tmp_path: Path) -> None:
+    text = as_markdown(run_report.compose(read(*seeds(tmp_path, "sago", [(0.1, 0.7, 0.3)])), BIOS, TARGET))
+    assert text.index("## Results at forget ROUGE-L 0.1") < text.index("## What the models say")
+
+
 def test_a_lead_within_the_spread_and_one_seed_are_said(tmp_path: Path) -> None:
     close = read(
         *seeds(tmp_path / "close", "sago", [(0.1, 0.5, 0.5), (0.1, 0.7, 0.5)]),
@@ -240,7 +265,7 @@ def test_where_no_run_reaches_the_level_the_first_table_says_where_each_stands(t
     assert first[1] == ["npo+nll sago seed 0", "1.000", "0.300", "20", "0.350", "0.800", "0.600", "0.650", "30"]
     text = (tmp_path / "report" / "report.md").read_text()
     headings = re.findall(r"(?m)^## (.*)", text)
-    assert headings.index("Runs that did not reach the level, and what to try") == 1
+    assert headings[0] == "Runs that did not reach the level, and what to try"
     assert "| npo+nll sago | – |" not in text.partition("## Loss dynamics")[0], "a table of dashes"
     groups = read(run, make_run(tmp_path / "sum", [bios(0.05, 0.5)], rule="sum"))
     first = run_report.write_report(tmp_path / "report", groups, BIOS, TARGET)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]
@@ -24,7 +25,9 @@ def short_run(folder: Path, forget: str = "ga", has_probes: bool = True) -> Path
     cost = {"seconds": 1.0, "tokens_per_second": 10.0, "peak_memory_bytes": 2**30, "skipped": 0}
     losses = {"retain_loss": 2.0} if forget == "none" else {"forget_loss": -90.0, "retain_loss": 2.0}
     steps: list[dict[str, Any]] = [{"step": step, **losses, **cost} for step in (1, 2)]
-    board.write([{"step": 0, "probe/forget/extraction_strength": 1.0, "probe/retain/extraction_strength": 1.0}])
+    others = {"probe/others/extraction_strength": 0.5}
+    before = {"probe/forget/extraction_strength": 1.0, "probe/retain/extraction_strength": 1.0}
+    board.write([{"step": 0, **before, **others}])
     board.write(steps[:1])
     steps[1] |= {"probe/forget/extraction_strength": 0.25, "probe/retain/extraction_strength": 0.75}
     board.write(steps)
@@ -36,12 +39,25 @@ def short_run(folder: Path, forget: str = "ga", has_probes: bool = True) -> Path
 
 
 def test_the_first_page_begins_with_scores_then_losses_then_geometry(tmp_path: Path, told: dict[str, Any]) -> None:
-    """*Time series* sorts by group, and each tag is a card with an axis of its own."""
+    """*Time series* sorts by group and name, and each tag is a card with an axis of its own.
+
+    Forget and retain scores are the first two cards, and tasks of general ability do not come before them.
+    """
     run = short_run(tmp_path / "run")
     evaluate(run, {2: 0.5})
+    tasks = {"arc_easy": {"acc": 0.4}, "lambada_openai": {"perplexity": 30.0}}
+    write_to_board([(2, run / "final")], [{"suites": {"lm_eval": {"metrics": tasks}}}])
     groups = {tag.partition("/")[0] for tag in (*scalars(run), *scalars(told["run"]))}
-    assert sorted(groups)[:5] == ["1_eval", "1_probe", "2_loss", "3_geometry", "4_training"]
-    assert scalars(run)["1_probe/forget/extraction_strength"] == {0: 1.0, 2: 0.25}
+    assert sorted(groups)[:7] == [
+        *("1_probe", "1_probe_others", "1_scores", "2_loss", "3_geometry", "4_training", "5_general"),
+    ]
+    assert sorted(scalars(run))[:5] == [
+        *("1_probe/extraction_strength/forget", "1_probe/extraction_strength/retain"),
+        "1_probe_others/extraction_strength/others",
+        *("1_scores/bios.forget.all", "1_scores/bios.retain.all"),
+    ]
+    assert scalars(run)["1_probe/extraction_strength/forget"] == {0: 1.0, 2: 0.25}
+    assert scalars(run)["5_general/lm_eval.arc_easy.acc"] == {2: pytest.approx(0.4)}
     assert scalars(run)["2_loss/forget_loss"] == {1: -90.0, 2: -90.0}
 
 
@@ -67,13 +83,13 @@ def test_an_evaluation_is_on_the_board_once(tmp_path: Path) -> None:
     run = short_run(tmp_path / "run")
     before = scalars(run)
     evaluate(run, {1: 0.5, 2: 0.125})
-    assert scalars(run)["1_eval/bios.forget.all"] == {1: 0.5, 2: 0.125}
+    assert scalars(run)["1_scores/bios.forget.all"] == {1: 0.5, 2: 0.125}
     assert scalars(run)["result/retain_score"] == {1: 0.5, 2: 0.875}
-    assert "1_eval/bios.forget.city" not in scalars(run)  # no headline score
+    assert "1_scores/bios.forget.city" not in scalars(run)  # no headline score
     assert {tag: found for tag, found in scalars(run).items() if tag in before} == before
     files = sorted(run.glob("tensorboard/*"))
     evaluate(run, {1: 0.5, 2: 0.25})
-    assert scalars(run)["1_eval/bios.forget.all"] == {1: 0.5, 2: 0.25} and sorted(run.glob("tensorboard/*")) == files
+    assert scalars(run)["1_scores/bios.forget.all"] == {1: 0.5, 2: 0.25} and sorted(run.glob("tensorboard/*")) == files
 
 
 def test_a_model_that_is_no_export_leaves_the_board_alone(tmp_path: Path) -> None:

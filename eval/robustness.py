@@ -1,6 +1,6 @@
 """Attack an unlearned model, and report how much of what it forgot returns.
 
-    python -m eval.robustness --run RUN --suite NAME [--attacks relearn retain int8 int4 probes] [--data FOLDER]
+    python -m eval.robustness --run RUN --suite NAME [--attacks relearn retain int8 int4 nf4 probes] [--data FOLDER]
         [--group FIELD] [--steps N] [--lr X] [--seed S] [--ranks N] [--output FILE.json] [--allow-pickle]
         [--trust-remote-code] [-- --key value, for training]
 
@@ -8,8 +8,10 @@
   tested on the rest. The test leaves out probes about the relearned part; the match is by text, whatever the names of
   the columns (`eval/attacks/matching.py`). A forget set that belongs to another corpus is refused.
 - `retain`: fine-tuning on the retain corpus alone, which mentions nothing of the forget set.
-- `int8`, `int4`: linear layers rounded to the nearest value (`eval/attacks/quantize.py`).
+- `int8`, `int4`, `nf4`: linear layers rounded to the nearest value (`eval/attacks/quantize.py`).
 - `probes`: the suite's questions as an adversary puts them, if the suite has such probes (bios, rwku).
+
+Suite `probes` measures the sets of RUN's own configuration, and suite `corpus` without --data its corpora.
 
 The command reads weights from safetensors only and does not run code that comes with a model, unless the two options
 allow it, whatever the configuration of RUN allows.
@@ -94,6 +96,12 @@ def read_finished(run: Path) -> Json:
     return config
 
 
+def probes_of_run(options: argparse.Namespace, suite: str) -> dict[str, Path]:
+    """The further argument of `load_probes` of a suite whose rows are those of the run itself."""
+    own = {"probes": options.run / "config.yaml", "corpus": options.run}
+    return {"run": own[suite]} if suite in own else {}
+
+
 def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, list[str], Path | None, Path]:
     """The plan, the names of its attacks, --data and --output; raises InputError."""
     own, overrides = split_overrides(arguments)
@@ -112,7 +120,7 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, list[str], Path 
         config=config,
         suite=suite,
         module=module,
-        probes=module.load_probes(options.data, suite),
+        probes=module.load_probes(options.data, suite, **probes_of_run(options, suite)),
         group=options.group,
         steps=options.steps,
         lr=config["optimizer"]["lr"] if options.lr is None else options.lr,

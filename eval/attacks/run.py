@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from eval.attacks.matching import Matcher
-from eval.attacks.quantize import COLUMNS, round_linear_layers
+from eval.attacks.quantize import ROUNDINGS, round_linear_layers
 from eval.attacks.relearn import Row, Split, columns_of, mean_nll, read_corpus, split_corpus, without_copies
 from eval.attacks.spec import FRACTION, Attack, EvalSpec, Metrics, Plan
 from eval.files import write_jsonl
@@ -34,13 +34,13 @@ class Evaluator:
         self.plan = plan
         self.untouched = cache(self.evaluate)
 
-    def evaluate(self, folder: Path, spec: EvalSpec, bits: int | None = None) -> tuple[Metrics, float]:
-        """(metrics of the model in `folder` with linear layers rounded to `bits`, share of the rounded weights)."""
+    def evaluate(self, folder: Path, spec: EvalSpec, rounding: str | None = None) -> tuple[Metrics, float]:
+        """(metrics of the model in `folder` with linear layers rounded, share of the rounded weights)."""
         plan, title = self.plan, f"{self.plan.suite} {folder.name}"
         model, tokenizer = load(folder, trust=plan.trust)
-        share = round_linear_layers(model, bits) if bits else 0.0
-        if bits and not share:
-            raise InputError(f"int{bits}: {folder} has no linear layer to round; leave it out of --attacks")
+        share = round_linear_layers(model, rounding) if rounding else 0.0
+        if rounding and not share:
+            raise InputError(f"{rounding}: {folder} has no linear layer to round; leave it out of --attacks")
         result = plan.module.evaluate(model, tokenizer, spec.probes, batch_size=plan.batch_size, title=title)
         metrics = flatten(result["metrics"])
         if spec.documents:
@@ -80,8 +80,7 @@ def attacks_of(plan: Plan, names: Iterable[str]) -> list[Attack]:
             selection = {"probes": len(adversarial)}
             attacks.append(Attack(name, {}, EvalSpec(adversarial), plain=EvalSpec(plain), selection=selection))
         else:
-            bits = int(name.removeprefix("int"))
-            attacks.append(Attack(name, {"bits": bits, "columns": COLUMNS[bits]}, everything, bits=bits))
+            attacks.append(Attack(name, ROUNDINGS[name], everything, rounding=name))
     return attacks
 
 
@@ -147,7 +146,7 @@ def probes_of_held_out(
         raise InputError(
             f"relearn: {len(unknown)} of {len(forgotten)} probes of the forget set are about no row of the forget "
             f"corpus (the first: {shorten(first)!r}), so nobody can say whether they are learned again; give --data "
-            "whose forget set is of this corpus, or leave relearn out of --attacks"
+            "or data.probes whose forget set is of this corpus, or leave relearn out of --attacks"
         )
     probes = [probe for probe in plan.probes if matcher.name(module.group_of(probe)) not in relearned]
     if not any(map(module.forgotten, probes)):
@@ -234,8 +233,8 @@ def run_attack(plan: Plan, attack: Attack, evaluator: Evaluator) -> Json:
         target, entry["command"] = train(plan, attack)
     print(f"evaluating {attack.name}", flush=True)
     entry["before"], _ = evaluator.untouched(plan.final, attack.plain or attack.evaluation)
-    entry["after"], share = evaluator.evaluate(target, attack.evaluation, attack.bits)
-    if attack.bits:
+    entry["after"], share = evaluator.evaluate(target, attack.evaluation, attack.rounding)
+    if attack.rounding:
         entry["rounded_share"] = share
     if plan.original is not None:
         entry["original"], _ = evaluator.untouched(plan.original, attack.evaluation)

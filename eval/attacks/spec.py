@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from eval.attacks.quantize import ROUNDINGS
 from eval.attacks.relearn import Row
 from eval.loading import Trust, is_model
 from eval.suites import Probes, Suite
@@ -13,7 +14,7 @@ from pipeline.files import Json
 Metrics = dict[str, float]
 
 
-ATTACKS = ("relearn", "retain", "int8", "int4", "probes")
+ATTACKS = ("relearn", "retain", *ROUNDINGS, "probes")
 
 
 FRACTION = 0.1  # of the groups of the forget corpus, for relearning
@@ -68,5 +69,5 @@ class Attack:
     plain: EvalSpec | None = None  # evaluated before the attack, if `evaluation` is itself the attack
     corpus: Json | None = None  # the `data.retain` to train on
     rows: tuple[Row, ...] = ()  # to write to its path, if it is not a corpus of the run
-    bits: int | None = None
+    rounding: str | None = None  # one of ROUNDINGS
     selection: Json | None = None  # counts and groups of what the attack selected, for the file

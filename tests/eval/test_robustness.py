@@ -152,7 +152,7 @@ def test_all_attacks_on_two_ranks(
         == resolve(run_folder / "config.yaml").data.retain
     )
 
-    for name in ("retain", "int8", "int4"):
+    for name in ("retain", "int8", "int4", "nf4"):
         entry = entries[name]
         assert entry["original"]["forget.all"] > 0.9 > 0.2 > entry["before"]["forget.all"]
         assert entry["before"] == entries["int8"]["before"] and entry["after"]["forget_nll"] > 0

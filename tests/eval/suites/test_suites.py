@@ -30,7 +30,7 @@ def test_every_suite_takes_what_the_commands_pass(name: str) -> None:
 
 def test_which_suites_have_the_optional_parts() -> None:
     suites = {name: load_suite(name) for name in SUITES}
-    expected = {*SUITES} - HARNESS - GENERAL - {"probes"}
+    expected = {*SUITES} - HARNESS - GENERAL
     assert {name for name, suite in suites.items() if isinstance(suite, GroupedSuite)} == expected
     assert {name for name, suite in suites.items() if isinstance(suite, WholeSuite)} == HARNESS
     assert {name for name, suite in suites.items() if isinstance(suite, AdversarialSuite)} == {"bios", "rwku"}

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 
+from eval.reporting.attacks import DIRECT, words_of
 from eval.results import paper
 from eval.results.general import GeneralAbility
 from eval.results.grouping import plain_of
@@ -260,12 +261,6 @@ def cost_table(groups: Groups, measure: ForgetRetainMetric) -> Rows:
     return rows
 
 
-def words_of(settings: Json) -> str:
-    """The settings of an attack as "steps 100, lr 0.001", without its seed and empty ones."""
-    shown = {key: value for key, value in settings.items() if key != "seed" and value not in (None, [], {})}
-    return ", ".join(f"{key} {value}" for key, value in shown.items())
-
-
 def read_attack(suite: str, scores: Mapping[str, float]) -> dict[str, float | None]:
     """{"forget", "retain", "nll"} of the scores before or after an attack, by the metric of its suite."""
     named = {f"{suite}.{metric}": value for metric, value in scores.items()}
@@ -296,6 +291,8 @@ def attack_table(groups: Groups) -> Rows:
             results = run.robustness or {"suite": "", "attacks": []}
             suite = results["suite"]
             for attack in results["attacks"]:
+                if attack["name"] in DIRECT:
+                    continue
                 settings = words_of(attack.get("settings") or {})
                 title = f"{attack['name']} ({settings})" if settings else attack["name"]
                 found[name, suite, title].append(attack)

@@ -55,11 +55,15 @@ def test_normal_floats_by_hand(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape) * torch.logspace(-6, 3, shape[0]).unsqueeze(1)
     weight[-1, :5] = 0
     flat = weight.flatten().tolist()
-    expected = []
+    expected = list[float]()
+
+    def nearest(value: float) -> float:
+        return min(PUBLISHED_NF4, key=lambda code: abs(value - code))
+
     for start in range(0, len(flat), 64):
         block = flat[start : start + 64]
         scale = max(abs(value) for value in block)
-        expected += [scale * min(PUBLISHED_NF4, key=lambda code: abs(value / scale - code)) for value in block]
+        expected += [scale * nearest(value / scale) for value in block]
     answer = rounded(weight, "nf4")
     assert answer.flatten().tolist() == pytest.approx(expected, rel=1e-5, abs=0)
     assert rounded(torch.zeros(2, 64), "nf4").tolist() == [[0.0] * 64] * 2

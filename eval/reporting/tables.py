@@ -12,7 +12,7 @@ from eval.reporting.attacks import DIRECT, words_of
 from eval.results import paper
 from eval.results.general import GeneralAbility
 from eval.results.grouping import plain_of
-from eval.results.metrics import ADVERSARIAL, MEASURES, ForgetRetainMetric, falls, label, readable
+from eval.results.metrics import ADVERSARIAL, MEASURES, NEAREST_ZERO, ForgetRetainMetric, falls, label, readable
 from eval.results.stats import correlate, mean_sd
 from eval.results.trajectories import COMB_RETAIN, COSINES, Run, Scores, at_level, best_below, lowest, mean_of
 from pipeline.files import Json
@@ -79,7 +79,7 @@ def best_cells(rows: Rows, columns: Sequence[str], skip: Iterable[str] = ()) -> 
 
     Args:
         columns: the scores of the cells from the second on; a score that forgetting lowers, or a title with LOWER, is
-            best where it is lowest.
+            best where it is lowest, and one of NEAREST_ZERO there.
         skip: scores without a best value, as the one that all rows have in common.
 
     Rows of the target model and of the paper compete with nobody, and a column with fewer than two values, or with
@@ -96,6 +96,7 @@ def best_cells(rows: Rows, columns: Sequence[str], skip: Iterable[str] = ()) -> 
         if column not in skip and len({*values.values()}) > 1:
             low = falls(column) or rows[0][place].endswith(LOWER)
             winner = min(values.values()) if low else max(values.values())
+            winner = min(values.values(), key=abs) if column in NEAREST_ZERO else winner
             best |= {(at, place) for at, value in values.items() if value == winner}
     return frozenset(best)
 

@@ -115,7 +115,10 @@ IN_RETAIN = {
 ADVERSARIAL = {"rwku.sago.F-All": "rwku.sago.F-AA"}
 
 
-RISING = ("tofu.forget_quality", "tofu.forget.truth_ratio")  # these rise with forgetting: no level to fall to
+NEAREST_ZERO = ("muse_news.privleak", "muse_books.privleak")  # the best value is neither the greatest nor the least
+
+
+RISING = ("tofu.forget_quality", "tofu.forget.truth_ratio", *NEAREST_ZERO)  # with forgetting: no level to fall to
 
 
 SUITE_WORDS = {"wmdp_bio": "WMDP Bio", "wmdp_cyber": "WMDP Cyber", "mmlu": "MMLU", "rwku": "RWKU", "tofu": "TOFU"}

@@ -8,7 +8,7 @@ import pytest
 
 from eval.reporting import run_report, sections, tables
 from eval.reporting.pages import Table, as_markdown
-from eval.results import grouping, trajectories
+from eval.results import grouping, paper, trajectories
 from eval.results.metrics import MEASURES, ForgetRetainMetric, choose
 from pipeline.errors import InputError
 from tests.eval.runs import Suites, make_run
@@ -93,6 +93,7 @@ def test_options_override_the_measure() -> None:
         (["bios"], {"forget": "rwku.sago.F-All"}, "--forget rwku.sago.F-All"),
         (["bios"], {"retain": "retain.all"}, "SUITE.METRIC"),
         (["tofu"], {"forget": "tofu.forget_quality"}, "rises"),
+        (["muse_news"], {"forget": "muse_news.privleak"}, "rises"),
         (["bios"], {"level": 1.5}, "--level 1.5"),
         (["bios"], {"forget": "bios.forget.FB", "level": 0.1}, "give --retain and --level"),
         (["wmdp_bio"], {}, "mmlu"),
@@ -149,6 +150,11 @@ def test_the_papers_rows_are_beneath_ours(tmp_path: Path) -> None:
     rows = tables.paper_table(groups, measure)
     assert rows[1][1:5] == ["0.200", "0.100", "-50.000", "0.300"] and len(rows) == 2 + 7
     assert ["paper, OpenUnlearning: NPO+GD", "0.560", "0.350", "-86.000", "0.510", "–"] in rows
+    columns = [*paper.COLUMNS["muse_news"], measure.retain]
+    privacy = [
+        [name, "0.1", "0.1", leak, "0.1", "0.1"] for name, leak in (("a", "-50.0"), ("b", "-2.0"), ("c", "60.0"))
+    ]
+    assert tables.best_cells([rows[0], *privacy], columns) == {(2, 3)}, "neither the greatest nor the least"
     text = as_markdown(run_report.compose(groups, measure, None))
     assert "Beside published numbers" in text and "OpenUnlearning's reproduction" in text
     groups, measure = read(make_run(tmp_path / "tofu", [tofu(0.3, 0.5)]))

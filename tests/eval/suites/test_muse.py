@@ -21,9 +21,9 @@ from pipeline.errors import InputError
 
 TOWNS = ("Lyon", "Graz", "Brno", "Lima", "Kyoto", "Oslo", "Bari", "Cork", "Turku", "Ghent")
 THINGS = ("red lamp", "blue boat", "old mill", "tall oak", "grey horse", "new bell")
-FORGET = [{"question": f"Where is the {thing}?", "answer": f"In {TOWNS[n]}"} for n, thing in enumerate(THINGS)]
-RETAIN = [{"question": f"Who paints the {thing}?", "answer": f"Ann of {TOWNS[-n]}"} for n, thing in enumerate(THINGS)]
-EXAMPLES = [{"question": f"Is {town} far?", "answer": "No"} for town in TOWNS]
+FORGET = [{"question": f"Where is the {thing}?", "answer": TOWNS[n]} for n, thing in enumerate(THINGS)]
+RETAIN = [{"question": f"Who paints the {thing}?", "answer": f"Ann {TOWNS[-n]}"} for n, thing in enumerate(THINGS)]
+EXAMPLES = [{"question": f"Is {town} far?", "answer": "No"} for town in TOWNS[:3]]
 PASSAGES = [
     {"prompt": f"Last night the {thing} stood", "gt": f"in {TOWNS[n]}, and nobody, they say, walked by. " * (1 + 4 * n)}
     for n, thing in enumerate(THINGS[:4])
@@ -62,7 +62,7 @@ def prompt_of(row: dict[str, str], examples: list[dict[str, str]]) -> str:
 
 @pytest.fixture(scope="module")
 def learned(memorise: Callable[[list[str]], tuple[Any, Any]]) -> tuple[Any, Any]:
-    """It knows what it was to forget, and half of what it was to retain.
+    """It knows some of what it was to forget, and half of what it was to retain.
 
     The prompt ends with a space, which is a token of its own: a second one keeps it so in front of an answer.
     """

@@ -49,8 +49,9 @@ def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[Json]:
     return rows
 
 
-def read_hub(path: str, name: str) -> list[Json]:
-    """The rows of all splits of configuration `name` of a hub dataset; raises InputError if it cannot be loaded."""
+def read_hub(path: str, name: str, split: str | None = None) -> list[Json]:
+    """The rows of configuration `name` of a hub dataset, of one split or else of all; raises InputError if it cannot be
+    loaded."""
     import datasets  # takes seconds
 
     try:
@@ -58,8 +59,10 @@ def read_hub(path: str, name: str) -> list[Json]:
     except Exception as error:  # `datasets` and the hub raise a dozen unrelated types for "not there" and "no network"
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"cannot load {path} ({name}) from the hub: {reason}; name local copies by --data") from None
-    # Without a named split it returns all of them.
-    return [dict(row) for split in cast(datasets.DatasetDict, splits).values() for row in split]
+    found = cast(datasets.DatasetDict, splits)
+    if split is not None and split not in found:
+        raise InputError(f"{path} ({name}) on the hub has no split {split}; it has {', '.join(map(str, found))}")
+    return [dict(row) for key, rows in found.items() if split in (None, key) for row in rows]
 
 
 def read_config(folder: Path, sections: Iterable[str]) -> Json:

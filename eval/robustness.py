@@ -1,15 +1,26 @@
 """Attack an unlearned model, and report how much of what it forgot returns.
 
-    python -m eval.robustness --run RUN --suite NAME [--attacks relearn retain int8 int4 probes] [--data FOLDER]
-        [--group FIELD] [--steps N] [--lr X] [--seed S] [--ranks N] [--output FILE.json] [--allow-pickle]
-        [--trust-remote-code] [-- --key value, for training]
+    python -m eval.robustness --run RUN --suite NAME [--attacks NAME [NAME …]] [--data FOLDER] [--group FIELD]
+        [--steps N] [--lr X] [--shots N] [--samples N] [--texts FILE] [--seed S] [--ranks N] [--batch-size N]
+        [--output FILE.json] [--allow-pickle] [--trust-remote-code] [-- --key value, for training]
 
 - `relearn`: fine-tuning on 10 % of the forget corpus (whole groups: a person, a subject, a question; else documents),
   tested on the rest. The test leaves out probes about the relearned part; the match is by text, whatever the names of
   the columns (`eval/attacks/matching.py`). A forget set that belongs to another corpus is refused.
 - `retain`: fine-tuning on the retain corpus alone, which mentions nothing of the forget set.
-- `int8`, `int4`: linear layers rounded to the nearest value (`eval/attacks/quantize.py`).
+- `int8`, `int4`, `nf4`: linear layers rounded to the nearest value (`eval/attacks/quantize.py`).
 - `probes`: the suite's questions as an adversary puts them, if the suite has such probes (bios, rwku).
+
+Four more by name, which take longer, or an option. They look at the forget corpus itself, whatever the suite:
+
+- `relearn_curve`: fine-tuning on one half of the forget corpus, at a constant rate, and the probability of the other
+  half at about ten steps on the way, under `curve`.
+- `few_shot`: questions of one half after `--shots` answered questions of the other half.
+- `leak`: leak@k, the chance that one of k answers drawn at temperature 1 gives the text away, from `--samples` answers
+  to each prompt.
+- `kl`: KL(before ‖ after) a token on `--texts` of neither corpus: the budget at which methods may be compared.
+
+Suite `probes` measures the sets of RUN's own configuration, and suite `corpus` without --data its corpora.
 
 The command reads weights from safetensors only and does not run code that comes with a model, unless the two options
 allow it, whatever the configuration of RUN allows.
@@ -31,7 +42,7 @@ from pathlib import Path
 
 from eval.attacks.record import begin, missing, table
 from eval.attacks.run import Evaluator, attacks_of, run_attack, unavailable_reason
-from eval.attacks.spec import ATTACKS, Plan
+from eval.attacks.spec import ATTACKS, BY_DEFAULT, Plan
 from eval.files import exit_status, read_config
 from eval.loading import add_trust_options, check_trust, is_model, trust_of
 from eval.results.general import GENERAL
@@ -51,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--run", type=Path, required=True, metavar="RUN", help="the folder of a finished training run")
     add("--suite", required=True, metavar="NAME", help=f"the suite that measures, one of: {', '.join(SUITES)}")
-    allowed = "default: all that the run and the suite allow"
+    allowed = f"default: of {', '.join(BY_DEFAULT)} all that the run and the suite allow"
     add("--attacks", nargs="+", metavar="NAME", help=f"one or more of: {', '.join(ATTACKS)} ({allowed})")
     add("--data", type=Path, metavar="FOLDER", help="local copies of the suite's data")
     groups = "column of the forget corpus whose values are the groups for relearning (default: by suite)"
@@ -60,6 +71,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lr", type=float, metavar="X", help="learning rate of fine-tuning (default: the run's)")
     add("--seed", type=int, default=0, metavar="S", help="selects and orders what is relearned (default 0)")
     add("--ranks", type=int, default=2, metavar="N", help="processes that train (default 2)")
+    add("--shots", type=int, default=5, metavar="N", help="answered questions before each one, of few_shot (default 5)")
+    add("--samples", type=int, default=200, metavar="N", help="answers drawn to each prompt, of leak (default 200)")
+    add("--texts", type=Path, metavar="FILE", help="texts of neither corpus, of kl: .txt, .jsonl, ...")
     add("--batch-size", type=int, default=64, metavar="N", help="prompts in one batch (default 64)")
     add("--output", type=Path, metavar="FILE.json", help="the file to write (default RUN/robustness.json)")
     add_trust_options(parser)
@@ -70,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
 def check(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Raises InputError for options that are out of range."""
     refuse_overrides(overrides, OWN_KEYS, "by this command")
-    for name in ("steps", "ranks", "batch_size"):
+    for name in ("steps", "ranks", "batch_size", "shots", "samples"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: give 1 or more")
     if options.lr is not None and not 0 < options.lr < math.inf:
@@ -94,6 +108,12 @@ def read_finished(run: Path) -> Json:
     return config
 
 
+def probes_of_run(options: argparse.Namespace, suite: str) -> dict[str, Path]:
+    """The further argument of `load_probes` of a suite whose rows are those of the run itself."""
+    own = {"probes": options.run / "config.yaml", "corpus": options.run}
+    return {"run": own[suite]} if suite in own else {}
+
+
 def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, list[str], Path | None, Path]:
     """The plan, the names of its attacks, --data and --output; raises InputError."""
     own, overrides = split_overrides(arguments)
@@ -112,7 +132,7 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, list[str], Path 
         config=config,
         suite=suite,
         module=module,
-        probes=module.load_probes(options.data, suite),
+        probes=module.load_probes(options.data, suite, **probes_of_run(options, suite)),
         group=options.group,
         steps=options.steps,
         lr=config["optimizer"]["lr"] if options.lr is None else options.lr,
@@ -122,8 +142,11 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, list[str], Path 
         batch_size=options.batch_size,
         folder=output.with_suffix(""),
         trust=trust_of(options),
+        shots=options.shots,
+        samples=options.samples,
+        texts=options.texts,
     )
-    reasons = {name: unavailable_reason(plan, name) for name in options.attacks or ATTACKS}
+    reasons = {name: unavailable_reason(plan, name) for name in options.attacks or BY_DEFAULT}
     for name, reason in reasons.items():
         if reason and options.attacks:
             raise InputError(f"--attacks {name}: {reason}; leave it out")

@@ -80,6 +80,17 @@ BY: dict[str, list[str]] = {
     "tests/test_probes.py::test_adapters_are_measured_and_evaluated_alike": [
         "python -m eval.run --model runs/mine --suite probes",
     ],
+    "tests/eval/attacks/test_probes.py::test_sets_of_the_run_are_relearned_and_measured": [
+        "python -m eval.robustness --run runs/mine --suite probes --attacks relearn int4 nf4",
+    ],
+    "tests/eval/attacks/test_answers.py::test_divergence_by_its_definition": [
+        "python -m eval.robustness --run runs/mine --suite probes --attacks relearn_curve few_shot leak kl "
+        "--texts wiki.txt",
+    ],
+    "tests/eval/suites/test_tofu.py::test_retain_only_model": [
+        "python -m eval.run --model RETAIN_ONLY --suite tofu --data data --output data/tofu/retain_model.json",
+        "python -m eval.run --model TARGET --suite tofu --data data --output data/tofu/target_model.json",
+    ],
     "by hand, docs/log.md: MPICH's mpirun and Open MPI's exclude each other": [
         "deepspeed --hostfile hosts --launcher mpich pipeline/train.py --config my.yaml",
     ],

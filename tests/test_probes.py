@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from eval import report, run
-from eval.attacks.run import training_config
+from eval.attacks.training import training_config
 from eval.loading import Trust
 from eval.reporting.sweep_report import write_report
 from eval.results.comparison import collect

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from eval.attacks.quantize import ROUNDINGS
 from eval.attacks.relearn import Row
 from eval.loading import Trust, is_model
 from eval.suites import Probes, Suite
 from pipeline.files import Json
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 Metrics = dict[str, float]
+Measure = Callable[["PreTrainedModel", "PreTrainedTokenizerBase"], Metrics]
 
 
-ATTACKS = ("relearn", "retain", "int8", "int4", "probes")
+BY_DEFAULT = ("relearn", "retain", *ROUNDINGS, "probes")
+ATTACKS = (*BY_DEFAULT, "relearn_curve", "few_shot", "leak", "kl")  # the others take long, or need an option
 
 
 FRACTION = 0.1  # of the groups of the forget corpus, for relearning
@@ -37,6 +45,9 @@ class Plan:
     batch_size: int
     folder: Path  # for corpora and trained models
     trust: Trust
+    shots: int = 5  # answered questions before each question of `few_shot`
+    samples: int = 200  # of each prompt, of `leak`
+    texts: Path | None = None  # on which `kl` compares two models
 
     @property
     def final(self) -> Path:
@@ -51,11 +62,13 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)  # compared by identity, so that `Evaluator` can cache results
 class EvalSpec:
-    """What to evaluate: probes of the suite, and documents whose negative log-likelihood is reported as `nll`."""
+    """What to evaluate: probes of the suite, and documents whose negative log-likelihood is reported as `nll`; or else
+    what `measure` returns."""
 
-    probes: Probes
+    probes: Probes = ()
     documents: tuple[Row, ...] = ()
     nll: str = "forget_nll"
+    measure: Measure | None = None
 
 
 @dataclass(frozen=True)
@@ -68,5 +81,7 @@ class Attack:
     plain: EvalSpec | None = None  # evaluated before the attack, if `evaluation` is itself the attack
     corpus: Json | None = None  # the `data.retain` to train on
     rows: tuple[Row, ...] = ()  # to write to its path, if it is not a corpus of the run
-    bits: int | None = None
+    rounding: str | None = None  # one of ROUNDINGS
     selection: Json | None = None  # counts and groups of what the attack selected, for the file
+    probed: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)  # sets that the training itself measures
+    compares: bool = False  # `evaluation` compares with the model before unlearning, which is therefore not evaluated

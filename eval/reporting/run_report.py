@@ -8,6 +8,7 @@ from pathlib import Path
 
 from eval.reporting import figures, sections, tables
 from eval.reporting.answers import Answers
+from eval.reporting.attacks import attack_chart, direct_table
 from eval.reporting.charts import Chart
 from eval.reporting.pages import Block, Figure, Heading, Table, Text, Verdict, Warn, as_html, as_markdown
 from eval.reporting.pictures import draw as picture
@@ -164,11 +165,11 @@ def beside_the_paper(groups: dict[str, list[Run]], measure: ForgetRetainMetric) 
     if not rows:
         return []
     models = sorted({run.model for members in groups.values() for run in members})
+    heading, where = paper.source(measure.suite)
     return [
-        Heading("Beside the paper's Tables 1 and 2"),
-        Text(f"The paper's rows are its figures for {paper.TARGETS[measure.suite]} (Xiao et al., ACL 2026), as "
-             "printed: one seed, tuned to about equal forgetting but not interpolated to a level. The runs here began "
-             f"with {', '.join(models)}; with other models or questions the numbers are not comparable."),
+        Heading(heading),
+        Text(f"The paper's rows are {where}. The runs here began with {', '.join(models)}; with other models or "
+             "questions the numbers are not comparable."),
         Table(rows),
     ]  # fmt: skip
 
@@ -230,8 +231,8 @@ def geometry(groups: dict[str, list[Run]], measure: ForgetRetainMetric) -> list[
 
 def robustness(groups: dict[str, list[Run]]) -> list[Block]:
     """What attacks recovered, of the runs that have a robustness.json."""
-    rows = tables.attack_table(groups)
-    if len(rows) == 1:
+    rows, direct, chart = tables.attack_table(groups), direct_table(groups), attack_chart(groups)
+    if len(rows) == len(direct) == 1:
         absent = "No RUN/robustness.json: none of these runs was attacked (python -m eval.robustness)."
         return [Heading("Robustness"), Text(absent)]
     attacked = [run.robustness for members in groups.values() for run in members if run.robustness]
@@ -242,7 +243,10 @@ def robustness(groups: dict[str, list[Run]]) -> list[Block]:
              "same model attacked; original: the model before unlearning, on the same probes. NLL: nats per token of "
              "the forget corpus, or of its part that was not relearned. `probes` puts the questions as an adversary "
              f"does. Mean ± sd over the runs ({'; '.join(settings)}); RUN/robustness.json has every score."),
-        Table(rows),
+        *([Table(rows)] if len(rows) > 1 else []),
+        *([Table(direct)] if len(direct) > 1 else []),
+        *([Figure("attacks.png", "Means over the runs of a method: how fast one half of the forget corpus returns "
+                  "while the other is learned again, and what is among k answers.")] if chart else []),
     ]  # fmt: skip
 
 
@@ -284,6 +288,7 @@ def charts_of(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target:
     runs = [run for members in groups.values() for run in members]
     if figures.layers_of(runs, next(iter(LAYERS))):
         charts["layers.png"] = figures.layers(groups, LAYERS)
+    charts |= {"attacks.png": chart} if (chart := attack_chart(groups)) else {}
     return {file: chart for file, chart in charts.items() if chart.panels}
 
 

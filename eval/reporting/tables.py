@@ -8,10 +8,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 
+from eval.reporting.attacks import DIRECT, words_of
 from eval.results import paper
 from eval.results.general import GeneralAbility
 from eval.results.grouping import plain_of
-from eval.results.metrics import ADVERSARIAL, MEASURES, ForgetRetainMetric, falls, label, readable
+from eval.results.metrics import ADVERSARIAL, MEASURES, NEAREST_ZERO, ForgetRetainMetric, falls, label, readable
 from eval.results.numbers import printed
 from eval.results.stats import correlate, mean_sd
 from eval.results.trajectories import COMB_RETAIN, COSINES, Run, Scores, at_level, best_below, lowest, mean_of
@@ -79,7 +80,7 @@ def best_cells(rows: Rows, columns: Sequence[str], skip: Iterable[str] = ()) -> 
 
     Args:
         columns: the scores of the cells from the second on; a score that forgetting lowers, or a title with LOWER, is
-            best where it is lowest.
+            best where it is lowest, and one of NEAREST_ZERO there.
         skip: scores without a best value, as the one that all rows have in common.
 
     Rows of the target model and of the paper compete with nobody, and a column with fewer than two values, or with
@@ -96,6 +97,7 @@ def best_cells(rows: Rows, columns: Sequence[str], skip: Iterable[str] = ()) -> 
         if column not in skip and len({*values.values()}) > 1:
             low = falls(column) or rows[0][place].endswith(LOWER)
             winner = min(values.values()) if low else max(values.values())
+            winner = min(values.values(), key=abs) if column in NEAREST_ZERO else winner
             best |= {(at, place) for at, value in values.items() if value == winner}
     return frozenset(best)
 
@@ -261,12 +263,6 @@ def cost_table(groups: Groups, measure: ForgetRetainMetric) -> Rows:
     return rows
 
 
-def words_of(settings: Json) -> str:
-    """The settings of an attack as "steps 100, lr 0.001", without its seed and empty ones."""
-    shown = {key: value for key, value in settings.items() if key != "seed" and value not in (None, [], {})}
-    return ", ".join(f"{key} {value}" for key, value in shown.items())
-
-
 def read_attack(suite: str, scores: Mapping[str, float]) -> dict[str, float | None]:
     """{"forget", "retain", "nll"} of the scores before or after an attack, by the metric of its suite."""
     named = {f"{suite}.{metric}": value for metric, value in scores.items()}
@@ -297,6 +293,8 @@ def attack_table(groups: Groups) -> Rows:
             results = run.robustness or {"suite": "", "attacks": []}
             suite = results["suite"]
             for attack in results["attacks"]:
+                if attack["name"] in DIRECT:
+                    continue
                 settings = words_of(attack.get("settings") or {})
                 title = f"{attack['name']} ({settings})" if settings else attack["name"]
                 found[name, suite, title].append(attack)

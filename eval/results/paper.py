@@ -1,8 +1,10 @@
-"""The SAGO paper's numbers (Xiao et al., ACL 2026), to print beside those of a run on the same benchmark."""
+"""Published numbers, to print beside those of a run on the same benchmark: the SAGO paper's (Xiao et al., ACL 2026),
+and for MUSE, which it does not have, OpenUnlearning's."""
 
 from __future__ import annotations
 
 TARGETS = {"wmdp_bio": "Zephyr-7B-beta", "wmdp_cyber": "Zephyr-7B-beta", "rwku": "Llama-3-8B-Instruct"}
+TARGETS |= {"muse_news": "the benchmark's target, Llama-2-7B", "muse_books": "the benchmark's target, ICLM-7B"}
 
 
 # Columns of its Tables 1 and 2, in percent there and here.
@@ -10,6 +12,10 @@ COLUMNS = {
     "wmdp_bio": ("wmdp_bio.acc.all", "mmlu.acc.all"),
     "wmdp_cyber": ("wmdp_cyber.acc.all", "mmlu.acc.all"),
     "rwku": tuple(f"rwku.sago.{kind}" for kind in ("F-FB", "F-QA", "F-All", "N-FB", "N-QA", "N-All")),
+    **{
+        suite: tuple(f"{suite}.{score}" for score in ("forget.knowmem", "forget.verbmem", "privleak", "retain.knowmem"))
+        for suite in ("muse_news", "muse_books")
+    },
 }
 
 
@@ -41,6 +47,18 @@ TABLE_2 = {  # without the two rows that Table 1 has too
 }
 
 
+# OpenUnlearning (Dorna et al. 2025), docs/repro.md: learning rate 1e-5, 10 epochs, not tuned. Scores as they are there.
+MUSE = {
+    "target": {"muse_news": (0.64, 0.58, -99.81, 0.56), "muse_books": (0.47, 1.0, -57.26, 0.69)},
+    "retrained": {"muse_news": (0.33, 0.20, 0.0, 0.56), "muse_books": (0.30, 0.14, 0.0, 0.69)},
+    "GA": {"muse_news": (0.0, 0.0, 52.11, 0.0), "muse_books": (0.0, 0.0, -0.67, 0.0)},
+    "GA+GD": {"muse_news": (0.41, 0.009, 93.23, 0.37), "muse_books": (0.18, 0.16, -37.79, 0.30)},
+    "NPO+GD": {"muse_news": (0.56, 0.35, -86.00, 0.51), "muse_books": (0.32, 0.84, -54.24, 0.55)},
+    "SimNPO+GD": {"muse_news": (0.54, 0.36, -86.11, 0.51), "muse_books": (0.32, 0.84, -54.26, 0.54)},
+    "RMU": {"muse_news": (0.48, 0.05, 56.36, 0.51), "muse_books": (0.29, 0.79, -60.52, 0.48)},
+}
+
+
 # fmt: on
 
 TABLE_3 = {  # cosines forget-retain, comb-forget, comb-retain: WMDP Cyber, mean of 100 steps
@@ -51,7 +69,12 @@ TABLE_3 = {  # cosines forget-retain, comb-forget, comb-retain: WMDP Cyber, mean
 
 
 def rows(suite: str) -> dict[str, dict[str, float]]:
-    """{"paper, Table 1: METHOD": {score: value in [0, 1]}} of a suite; empty if the paper does not have it."""
+    """{"paper, Table 1: METHOD": {score: value}} of a suite, as the suite scales it; empty if nobody has it."""
+    if suite in TARGETS and suite.startswith("muse_"):
+        columns = COLUMNS[suite]
+        return {
+            f"paper, OpenUnlearning: {name}": dict(zip(columns, of[suite], strict=True)) for name, of in MUSE.items()
+        }
     return {
         f"paper, Table {number}: {method}": dict(
             zip(COLUMNS[suite], (round(value / 100, 3) for value in values[suite]), strict=True)
@@ -60,3 +83,12 @@ def rows(suite: str) -> dict[str, dict[str, float]]:
         for method, values in table.items()
         if suite in values
     }
+
+
+def source(suite: str) -> tuple[str, str]:
+    """(heading, where the numbers are from and how they were made) for the rows of a suite."""
+    if suite.startswith("muse_"):
+        how = "OpenUnlearning's reproduction: one seed, ten epochs at a learning rate of 1e-5, tuned for no method"
+        return "Beside published numbers", f"{how}, for {TARGETS[suite]}"
+    how = "as printed: one seed, tuned to about equal forgetting but not interpolated to a level"
+    return "Beside the paper's Tables 1 and 2", f"its figures for {TARGETS[suite]} (Xiao et al., ACL 2026), {how}"

@@ -24,6 +24,8 @@ SUITES = {
     "lm_eval": "eval.suites.harness_tasks",
     "rwku": "eval.suites.rwku",
     "tofu": "eval.suites.tofu",
+    "muse_news": "eval.suites.muse",
+    "muse_books": "eval.suites.muse",
     "probes": "eval.suites.probes",
 }
 

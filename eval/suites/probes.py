@@ -3,12 +3,15 @@
 The sets are those of the run's own configuration (`data.probes`, and its corpora): the config.yaml of the run folder,
 or the file of --config. The scores of the export of a step are the numbers `probe/SET/MEASURE` of that step in
 `metrics.jsonl`.
+
+An attack leaves rows out: of every set those whose question, or text, is in a row that was learned again.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eval.suites.sharing import share
 from pipeline.config.load import resolve
@@ -28,15 +31,38 @@ PROTOCOL = (
 )
 
 
-def load_probes(folder: Path | None, suite: str = "probes", *, run: Path | None = None) -> RunConfig:
-    """The configuration that names the sets. run: config.yaml of a run, or another file with its keys.
+class Probe(NamedTuple):
+    """A row of a set."""
+
+    config: RunConfig  # which names the sets; the same of every row
+    set: str
+    key: str  # its question, or its text where there is none
+
+
+def load_probes(folder: Path | None, suite: str = "probes", *, run: Path | None = None) -> list[Probe]:
+    """The rows of the sets that a configuration names. run: config.yaml of a run, or another file with its keys.
 
     Raises:
-        InputError: there is no configuration, it is not valid, or a file that it names is missing.
+        InputError: there is no configuration, it is not valid or names no set, or a source is missing or malformed.
     """
     if run is None:
         raise InputError("suite probes reads data.probes of a run: name a run folder by --model, or give --config FILE")
-    return resolve(run)
+    from pipeline.data.probes import read_keys  # which imports transformers
+
+    config = resolve(run)
+    if not (probes := [Probe(config, name, key) for name, keys in read_keys(config).items() for key in keys]):
+        raise InputError(f"{run} names no row to measure; give it data.probes, or data.forget and data.retain")
+    return probes
+
+
+def group_of(probe: Probe) -> str:
+    """The text by which a row of a corpus is known to be about this row, whatever its set."""
+    return probe.key
+
+
+def forgotten(probe: Probe) -> bool:
+    """Whether a row belongs to the forget set."""
+    return probe.set == "forget"
 
 
 class _Whole:
@@ -60,7 +86,7 @@ class _Whole:
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    probes: RunConfig,
+    probes: list[Probe],
     *,
     batch_size: int = 64,
     title: str = "probes",
@@ -76,9 +102,12 @@ def evaluate(
     from pipeline.modeling.outputs import temporary_outputs
     from pipeline.modeling.probes import batch_of, rows_of, score_rows
 
-    sets = read_sets(probes, tokenizer)
+    config, keys = probes[0].config, defaultdict(set[str])
+    for probe in probes:
+        keys[probe.set].add(probe.key)
+    sets = [left for one in read_sets(config, tokenizer) if (left := one.only(keys[one.name])).sequences]
     sequences = [sequence for found in sets for sequence in found.sequences]
-    batches = schedule(sets, probes.train.micro_batch_size)
+    batches = schedule(sets, config.train.micro_batch_size)
     engine = _Whole(model.eval(), model.device)
     with temporary_outputs(engine), torch.no_grad():
         found = share(

@@ -29,6 +29,15 @@ def recall_rouge_score(references: Sequence[str], answers: Sequence[str]) -> lis
     return [scorer.score(reference, answer)["rougeL"].recall for reference, answer in pairs]
 
 
+def f1_rouge_score(references: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """PyPI `rouge_score` without stemming: F1 of ROUGE-L, as MUSE has it."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    pairs = zip(references, answers, strict=True)
+    return [scorer.score(reference, answer)["rougeL"].fmeasure for reference, answer in pairs]
+
+
 # First words of the names that Unicode gives their characters (most are of the line-breaking classes ID and SA of
 # Unicode Standard Annex 14, those between which a line may break without a space).
 SPACELESS = {

@@ -14,7 +14,6 @@ does not exist is not evaluated, and its count is 0. Without --data, the dataset
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,13 +22,13 @@ from typing import TYPE_CHECKING
 
 from eval.files import check_texts, read_hub, read_json
 from eval.suites import scoring
+from eval.suites.membership import MEMBERSHIP, auc, membership
 from eval.suites.rouge import recall_rouge, recall_rouge_score, script_note
 from eval.suites.texts import Answered, choose_texts
 from pipeline.errors import InputError
 from pipeline.files import Json
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -55,9 +54,6 @@ TEXTS = {"FM": "forget", "RM": "retain"}
 
 
 LOWEST = 0.2  # the share of tokens that Min-K% and Min-K%++ look at
-
-
-MEMBERSHIP = ("loss", "zlib", "min_k", "min_k_plus")
 
 
 @dataclass(frozen=True)
@@ -184,30 +180,6 @@ def answer(
     )
 
 
-def membership(text: str, ids: Tensor, logits: Tensor) -> dict[str, float]:
-    """The four scores of a text; ids [T] int64, logits [T, V] float32. NaN where the text has fewer than two tokens.
-
-    Sources: Carlini et al. 2021 (zlib), Shi et al. 2024 (Min-K%), Zhang et al. 2025 (Min-K%++).
-    """
-    if len(ids) < 2:
-        return dict.fromkeys(MEMBERSHIP, math.nan)
-    log_p = logits[:-1].log_softmax(dim=-1)
-    p = log_p.exp()
-    own = log_p.gather(1, ids[1:, None]).squeeze(1)
-    mean = (p * log_p).sum(dim=1)
-    variance = (p * (log_p - mean[:, None]).square()).sum(dim=1)
-    # A uniform prediction has no variance, and own = mean.
-    standardised = (own - mean) / variance.clamp_min(1e-12).sqrt()
-    lowest = max(1, int(LOWEST * len(own)))
-    likelihood = own.mean().item()
-    return {
-        "loss": likelihood,
-        "zlib": likelihood / len(zlib.compress(text.encode())),
-        "min_k": own.sort().values[:lowest].mean().item(),
-        "min_k_plus": standardised.sort().values[:lowest].mean().item(),
-    }
-
-
 def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -233,7 +205,7 @@ def score(
     scores = scoring.read_logits(
         model,
         [tokenizer(probes[i]["text"]).input_ids for i in texts],
-        lambda at, ids, logits: membership(probes[texts[at]]["text"], ids, logits),
+        lambda at, ids, logits: membership(probes[texts[at]]["text"], ids, logits, lowest=LOWEST),
         batch_size=batch_size,
         title=f"{title} membership",
     )
@@ -273,15 +245,6 @@ def summarise(probes: list[Probe], results: list[dict[str, float]]) -> Json:
         },
         "versions": {name: version(name.replace("_", "-")) for name in ("rouge", "rouge_score")},
     }
-
-
-def auc(positives: list[float], negatives: list[float]) -> float:
-    """The chance that one of `positives` is above one of `negatives`, a tie counting half (Mann-Whitney)."""
-    from scipy.stats import rankdata
-
-    ranks = rankdata([*positives, *negatives])[: len(positives)]
-    above = float(ranks.sum()) - len(positives) * (len(positives) + 1) / 2
-    return above / (len(positives) * len(negatives))
 
 
 def evaluate(

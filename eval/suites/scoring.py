@@ -28,17 +28,19 @@ NO_ANSWER = "NOANSWER"  # RWKU puts it in place of an empty answer, on which its
 
 @dataclass(frozen=True)
 class Stopping:
-    """Where greedy decoding ends.
+    """Where decoding ends, and whether it draws.
 
     Args:
         max_new_tokens: one number, or one for each prompt.
         tokens: ids that end an answer. None among them (a tokenizer without that token) is left out.
         texts: what an answer is cut at, once it is complete: they decide what is scored, not how long the model writes.
+        seed: draws each token from the model's own distribution, at temperature 1; None: greedy.
     """
 
     max_new_tokens: int | Sequence[int]
     tokens: Sequence[int | None]
     texts: Sequence[str] = ()
+    seed: int | None = None
 
     def limits(self, number: int) -> Sequence[int]:
         """The most new tokens of each of `number` prompts."""
@@ -75,10 +77,15 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str, opening: st
     They hold one beginning-of-text token at most: a template that writes its own gets no second one.
     """
     if tokenizer.chat_template is None:
-        ids = tokenizer(question + opening).input_ids
-        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+        return encode_text(tokenizer, question + opening)
     [text] = openings(tokenizer, [question])
     return tokenizer(text + opening, add_special_tokens=False).input_ids
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that the model continues, as they are without a chat template, and without an end."""
+    ids = tokenizer(text).input_ids
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
 
 def encode_document(
@@ -134,7 +141,7 @@ def answer(
     batch_size: int,
     title: str,
 ) -> list[str]:
-    """The greedy answer to each prompt of token ids, ended as `stopping` says and stripped."""
+    """The greedy (or drawn) answer to each prompt of token ids, ended as `stopping` says and stripped."""
     import torch
 
     stops = [token for token in stopping.tokens if token is not None]
@@ -146,16 +153,20 @@ def answer(
         pads = [width - len(prompts[i]) for i in batch]
         ids = torch.tensor([[padding] * pad + prompts[i] for pad, i in zip(pads, batch, strict=True)])
         mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
-        generated = model.generate(  # pyright: ignore[reportCallIssue] (its mixin is typed as a Module)
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=max(limits[i] for i in batch),
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,  # some models' own settings have another: then it is not greedy
-            eos_token_id=stops or None,
-            pad_token_id=padding,
-        )
+        drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        with torch.random.fork_rng(enabled=stopping.seed is not None):
+            if stopping.seed is not None:
+                torch.manual_seed(stopping.seed * len(prompts) + batch[0])  # of the batch: ranks do not matter
+            generated = model.generate(  # pyright: ignore[reportCallIssue] (its mixin is typed as a Module)
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max(limits[i] for i in batch),
+                **({"do_sample": False} if stopping.seed is None else drawn),
+                num_beams=1,
+                repetition_penalty=1.0,  # some models' own settings have another: then it is not greedy
+                eos_token_id=stops or None,
+                pad_token_id=padding,
+            )
         texts = []
         for i, tokens in zip(batch, generated[:, width:].tolist(), strict=True):
             end = next((at for at, token in enumerate(tokens) if token in stops), len(tokens))

@@ -1,116 +1,61 @@
 """TOFU: what a model still knows about invented authors, and what else it knows (Maini et al., 2024).
 
-Four sets of questions: forget, retain, real_authors, world_facts. Of each: the probability of the answer, the ROUGE-L
-recall of the greedy answer, and the truth ratio, which compares wrong answers of the same form with the right one.
-Model utility is the harmonic mean of the nine numbers outside the forget set. Forget quality is the p-value of a
-two-sample Kolmogorov-Smirnov test between the truth ratios of this model and of one trained on the retain set only, on
-the forget set: it is high where the test cannot distinguish the two.
+Four sets of questions: forget, retain, real_authors, world_facts. Of each, from one pass over the right answer:
+extraction strength, exact memorisation and probability; the ROUGE-L recall of the greedy answer; and the truth ratio,
+which compares wrong answers of the same form with the right one. Where there is a paraphrase of the answer, its
+probability.
 
-Under --data, JSON lines `tofu/forgetNN_perturbed.json` (one of them), `retain_perturbed.json`,
-`real_authors_perturbed.json`, `world_facts_perturbed.json`; and `tofu/retain_model.json`, which eval.run wrote for the
-retain-only model. Without --data, the dataset `locuslab/TOFU` on the hub, with --forget-set.
+- Model utility: the harmonic mean of probability, ROUGE-L and truth ratio of the three sets outside the forget set.
+- Forget quality: the p-value of a two-sample Kolmogorov-Smirnov test between the truth ratios of this model and of one
+  trained on the retain set only, on the forget set: it is high where the test cannot distinguish the two.
+- Membership inference: how well four scores tell forgotten authors from held-out ones, whom no model has seen.
+- The aggregate (arXiv 2605.24614, there with a judge of fluency beside model utility): harmonic means, all in [0, 1]
+  and higher the better, of what is no longer memorised, of privacy (membership inference as for the retain-only model)
+  and of utility (model utility by that of the model before unlearning), and of the three.
+
+`eval/suites/tofu_data.py` says where the questions and the answers of the two other models come from, and
+`tofu_answers.py` makes the forward passes.
 """
 
 from __future__ import annotations
 
 import math
 from importlib.metadata import version
-from pathlib import Path
 from statistics import fmean, harmonic_mean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from eval.files import check_texts, read_hub, read_json, read_jsonl
-from eval.suites import scoring
-from eval.suites.rouge import recall_rouge_score, script_note
+from eval.suites.membership import MEMBERSHIP, auc
+from eval.suites.rouge import script_note
 from eval.suites.texts import Answered, choose_texts
-from pipeline.data.chat import encode_answers
-from pipeline.errors import InputError
+from eval.suites.tofu_answers import LOWEST, MAX_NEW_TOKENS, Result, score
+from eval.suites.tofu_data import CHOICES, HELD_OUT, SETS, Probe, load_probes
 from pipeline.files import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-Probe = Json  # keys set, file, question, answer, paraphrase, perturbed and, of the forget set, reference
-
-
-HUB = "locuslab/TOFU"
+__all__ = ["evaluate", "forgotten", "group_of", "load_probes"]
 
 
-SETS = ("forget", "retain", "real_authors", "world_facts")
-
-
-CHOICES = ("real_authors", "world_facts")  # their wrong answers are other options, their right one has no paraphrase
-
-
-MAX_NEW_TOKENS = 200
+UTILITY = ("probability", "rouge", "truth_ratio")  # of three sets: the nine numbers of model utility
 
 
 PROTOCOL = (
     "questions in the chat template, else 'Question: ...\\nAnswer: ...'; probability = exp(-mean answer loss), divided "
     "by the sum over all options in real_authors and world_facts; greedy answers of at most "
     f"{MAX_NEW_TOKENS} new tokens, ROUGE-L recall of rouge_score with stemming; truth ratio R = exp(-mean loss of the "
-    "perturbed answers) / exp(-loss of the paraphrase), as min(R, 1/R) in the forget set and max(0, 1 - R) elsewhere; "
-    "model utility = harmonic mean of the nine numbers outside the forget set; forget quality = p-value of the "
-    "two-sample Kolmogorov-Smirnov test of R against the retain-only model"
+    "perturbed answers) / exp(-loss of the paraphrase), as min(R, 1/R) in the forget set and max(0, 1 - R) elsewhere, "
+    "and as truth_share = 1/(1 + R); model utility = harmonic mean of the nine numbers outside the forget set; forget "
+    "quality = p-value of the two-sample Kolmogorov-Smirnov test of R against the retain-only model; with the right "
+    "tokens before each token: extraction strength = 1 - k/T, all of the T tokens after the first k are greedy (0 if "
+    "the last is not), exact memorization = share of greedy tokens, both without what the template puts after an "
+    "answer; membership AUC = chance that an answer of the forget set scores above one of the held-out authors: "
+    f"loss, loss / bytes of the compressed answer, mean of the lowest {LOWEST:.0%} of the log-likelihoods, as they are "
+    "and standardised; aggregate: memorization = harmonic mean of 1 - (extraction strength, exact memorization, "
+    "probability of the paraphrase, truth_share), privacy = that of 1 - min(|AUC - AUC'| / AUC', 1) over the four "
+    "scores, AUC' of the retain-only model, utility = model utility / that of the model before unlearning (without the "
+    "fluency of arXiv 2605.24614), overall = harmonic mean of the three"
 )
-
-
-class Result(NamedTuple):
-    """Of one question: mean losses, in nats per token, the recall of the greedy answer, and this answer."""
-
-    answer: float
-    paraphrase: float
-    perturbed: list[float]
-    rouge: float
-    said: str = ""
-
-    def log_truth_ratio(self) -> float:
-        """log R, which is finite wherever the losses are and orders answers as R does."""
-        return self.paraphrase - fmean(self.perturbed)
-
-
-def load_probes(folder: Path | None, suite: str = "tofu", forget_set: str = "forget10") -> list[Probe]:
-    """The questions of the sets that exist, in the order of `SETS`, from FOLDER/tofu or the hub's `forget_set`.
-
-    Raises:
-        InputError: no set, two forget sets, a malformed row, answers of another retain-only model, or no hub.
-    """
-    probes: list[Probe] = []
-    for name in SETS:
-        texts = ("question", "answer") if name in CHOICES else ("question", "answer", "paraphrased_answer")
-        if folder is None:
-            stem = f"{forget_set if name == 'forget' else name}_perturbed"
-            where, rows = f"{HUB} ({stem})", read_hub(HUB, stem)
-        else:
-            pattern = "forget[0-9][0-9]" if name == "forget" else name
-            found = sorted((folder / "tofu").glob(f"{pattern}_perturbed.json"))
-            if not found:
-                continue
-            if len(found) > 1:
-                raise InputError(f"{folder / 'tofu'} has {found[0].name} and {found[1].name}; leave one forget set")
-            stem, where, rows = found[0].stem, str(found[0]), read_jsonl(found[0])
-        for number, row in enumerate(check_texts(rows, texts, where), start=1):
-            wrong = row.get("perturbed_answer")
-            if not isinstance(wrong, list) or not wrong or not all(isinstance(text, str) and text for text in wrong):
-                raise InputError(f"{where}, row {number}: needs a list of texts under perturbed_answer; get it again")
-            probes.append(
-                {
-                    "set": name,
-                    "file": stem,
-                    "question": row["question"],
-                    "answer": row["answer"],
-                    "paraphrase": row.get("paraphrased_answer", row["answer"]),
-                    "perturbed": wrong,
-                }
-            )
-    if not probes:
-        raise InputError(f"{folder} has no tofu/forgetNN_perturbed.json or its like; copy them there")
-    forget = [probe for probe in probes if probe["set"] == "forget"]
-    if folder is not None and forget and (path := folder / "tofu" / "retain_model.json").is_file():
-        for probe, reference in zip(forget, read_reference(path, forget), strict=True):
-            probe["reference"] = reference
-    return probes
 
 
 def group_of(probe: Probe) -> str | None:
@@ -121,56 +66,6 @@ def group_of(probe: Probe) -> str | None:
 def forgotten(probe: Probe) -> bool:
     """Whether a probe belongs to the forget set."""
     return probe["set"] == "forget"
-
-
-def read_reference(path: Path, forget: list[Probe]) -> list[float]:
-    """log R of the retain-only model for each question of the forget set, from the file that eval.run wrote."""
-    answer = read_json(path)
-    try:
-        file, values = (answer["suites"]["tofu"][key] for key in ("forget_set", "log_truth_ratios"))
-    except (KeyError, TypeError):
-        raise InputError(f"{path} was not written by eval.run --suite tofu for one model; write it so") from None
-    if file != forget[0]["file"] or len(values) != len(forget) or None in values:
-        raise InputError(
-            f"{path} needs {len(forget)} truth ratios, all numbers, on {forget[0]['file']}, and has {len(values)} on "
-            f"{file}; evaluate the retain-only model on the same files"
-        )
-    return values
-
-
-def score(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    probes: list[Probe],
-    *,
-    batch_size: int = 64,
-    title: str = "tofu",
-) -> list[Result]:
-    """The result of each probe, in order."""
-    model.eval()
-    if tokenizer.chat_template is None and tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no end-of-text token and no chat template, so no answer can end; set one")
-    texts = [(probe["answer"], probe["paraphrase"], *probe["perturbed"]) for probe in probes]
-    rows = zip(probes, texts, strict=True)
-    pairs = list(dict.fromkeys((probe["question"], text) for probe, row in rows for text in row))
-    encoded = encode_answers(tokenizer, *zip(*pairs, strict=True))
-    losses = scoring.answer_losses(model, encoded, batch_size=batch_size, title=f"{title} likelihoods")
-    loss, spans = dict(zip(pairs, losses, strict=True)), dict(zip(pairs, encoded, strict=True))
-    starts = [spans[probe["question"], probe["answer"]] for probe in probes]
-    answers = scoring.answer(
-        model,
-        tokenizer,
-        [ids[:start] for ids, start in starts],  # up to where training begins to predict
-        stopping=scoring.Stopping(MAX_NEW_TOKENS, scoring.ends_of_answer(model, tokenizer)),
-        batch_size=batch_size,
-        title=f"{title} answers",
-    )
-    recalls = recall_rouge_score([probe["answer"] for probe in probes], answers)
-    results = []
-    for probe, row, recall, said in zip(probes, texts, recalls, answers, strict=True):
-        right, paraphrase, *perturbed = (loss[probe["question"], text] for text in row)
-        results.append(Result(right, paraphrase, perturbed, recall, said))
-    return results
 
 
 def probability(name: str, result: Result) -> float:
@@ -191,38 +86,36 @@ def truth(name: str, result: Result) -> float:
 
 def summarise(probes: list[Probe], results: list[Result]) -> Json:
     """What `evaluate` returns, from all probes and their results."""
-    sets: dict[str, list[tuple[Probe, Result]]] = {name: [] for name in SETS}
+    sets: dict[str, list[tuple[Probe, Result]]] = {name: [] for name in (*SETS, HELD_OUT)}
     for probe, result in zip(probes, results, strict=True):
         sets[probe["set"]].append((probe, result))
-    means = {
-        name: {
-            "probability": number(fmean(probability(name, result) for _, result in rows)),
-            "rouge": fmean(result.rouge for _, result in rows),
-            "truth_ratio": number(fmean(truth(name, result) for _, result in rows)),
-        }
-        for name, rows in sets.items()
-        if rows
-    }
+    means = {name: means_of(name, [result for _, result in sets[name]]) for name in SETS if sets[name]}
     notes: dict[str, str] = {}
-    nine = [value for name, row in means.items() if name != "forget" for value in row.values()]
+    nine = [means[name][key] for name in SETS[1:] if name in means for key in UTILITY]
     utility = float(harmonic_mean(values)) if len(values := [v for v in nine if v is not None]) == 9 else None
     if utility is None:
         missing = [name for name in SETS[1:] if name not in means]
-        notes["model_utility"] = f"no {', '.join(missing)}" if missing else "the model gave losses that are not finite"
+        notes["model_utility"] = f"no {', '.join(missing)}" if missing else NOT_FINITE
     log_ratios = [number(result.log_truth_ratio()) for _, result in sets["forget"]]
+    metrics = {**means, "model_utility": utility, "forget_quality": None}
     references = [probe["reference"] for probe, _ in sets["forget"] if "reference" in probe]
-    quality = None
     if not references:
         notes["forget_quality"] = "no forget set" if not log_ratios else "no tofu/retain_model.json under --data"
     elif None in log_ratios:
-        notes["forget_quality"] = "the model gave losses that are not finite"
+        notes["forget_quality"] = NOT_FINITE
     else:
         from scipy.stats import ks_2samp
 
         test: Any = ks_2samp(log_ratios, references)  # of ranks alone: log R gives the p-value of R
-        quality = float(test.pvalue)
+        metrics["forget_quality"] = float(test.pvalue)
+    areas = areas_of([result for _, result in sets["forget"]], [result for _, result in sets[HELD_OUT]])
+    if areas is None:
+        notes["membership"] = NOT_FINITE if log_ratios and sets[HELD_OUT] else "no forget set or no tofu/holdoutNN.json"
+    else:
+        metrics["membership"] = {"AUC": areas}
+    metrics["aggregate"] = aggregate(metrics, probes, notes)
     return {
-        "metrics": {**means, "model_utility": utility, "forget_quality": quality},
+        "metrics": metrics,
         "counts": {name: len(rows) for name, rows in sets.items()},
         "protocol": PROTOCOL,
         "notes": notes,
@@ -230,6 +123,68 @@ def summarise(probes: list[Probe], results: list[Result]) -> Json:
         "log_truth_ratios": log_ratios,
         "versions": {name: version(name.replace("_", "-")) for name in ("rouge_score", "scipy")},
     }
+
+
+NOT_FINITE = "the model gave losses that are not finite"
+
+
+def means_of(name: str, results: list[Result]) -> dict[str, float | None]:
+    """The numbers of the set `name`; None where the model gave losses that are not finite."""
+    values = {
+        "probability": fmean(probability(name, result) for result in results),
+        "rouge": fmean(result.rouge for result in results),
+        "truth_ratio": fmean(truth(name, result) for result in results),
+        "extraction_strength": fmean(result.right.strength for result in results),
+        "exact_memorization": fmean(result.right.memorized for result in results),
+    }
+    if name not in CHOICES:
+        values["paraphrase_probability"] = fmean(math.exp(-result.paraphrase) for result in results)
+    if name == "forget":
+        values["truth_share"] = fmean(truth_share(result) for result in results)
+    return {key: number(value) for key, value in values.items()}
+
+
+def truth_share(result: Result) -> float:
+    """1 / (1 + R): the share of the paraphrase beside the mean wrong answer, which falls with forgetting to a half."""
+    log_ratio = result.log_truth_ratio()
+    larger = 1 / (1 + math.exp(-abs(log_ratio)))
+    return 1 - larger if log_ratio > 0 else larger
+
+
+def areas_of(forget: list[Result], held_out: list[Result]) -> dict[str, float] | None:
+    """The AUC of every score of membership inference; None without both sets, or if a score is no number."""
+    sides = [[result.right.familiar for result in side] for side in (forget, held_out)]
+    finite = all(math.isfinite(value) for side in sides for scores in side for value in scores.values())
+    if not all(sides) or not finite:
+        return None
+    return {key: auc(*([scores[key] for scores in side] for side in sides)) for key in MEMBERSHIP}
+
+
+def aggregate(metrics: Json, probes: list[Probe], notes: dict[str, str]) -> dict[str, float | None]:
+    """Memorization, privacy, utility and overall; None, with a note under `aggregate`, of what is missing."""
+    forget = metrics.get("forget", {})
+    keys = ("extraction_strength", "exact_memorization", "paraphrase_probability", "truth_share")
+    lost = [1 - forget[key] for key in keys if forget.get(key) is not None]
+    areas = metrics.get("membership", {}).get("AUC")
+    other = next((probe["reference"] for probe in probes if probe["set"] == HELD_OUT and "reference" in probe), None)
+    target = next((probe["target_utility"] for probe in probes if "target_utility" in probe), None)
+    found: dict[str, float | None] = dict.fromkeys(("memorization", "privacy", "utility"))
+    if len(lost) == len(keys):
+        found["memorization"] = float(harmonic_mean(lost))
+    if areas is not None and other is not None and all(other.values()):
+        found["privacy"] = float(harmonic_mean([max(1 - abs(areas[key] / other[key] - 1), 0.0) for key in MEMBERSHIP]))
+    if metrics["model_utility"] is not None and target:
+        found["utility"] = metrics["model_utility"] / target
+    missing = [name for name, value in found.items() if value is None]
+    if missing:
+        needed = {
+            "memorization": "a forget set and finite losses",
+            "privacy": "membership inference here and in tofu/retain_model.json",
+            "utility": "model utility here and in tofu/target_model.json",
+        }
+        notes["aggregate"] = "; ".join(f"{name} needs {needed[name]}" for name in missing)
+    values = [value for value in found.values() if value is not None]
+    return {**found, "overall": None if missing else float(harmonic_mean(values))}
 
 
 def number(value: float) -> float | None:
@@ -245,9 +200,11 @@ def evaluate(
     batch_size: int = 64,
     title: str = "tofu",
 ) -> Json:
-    """Model utility, forget quality and what they are made of.
+    """Model utility, forget quality, membership inference, their aggregate, and what they are made of.
 
-    Returns {"metrics": {set: {"probability", "rouge", "truth_ratio"}, …, "model_utility", "forget_quality"}, "counts":
+    Returns {"metrics": {set: {"probability", "rouge", "truth_ratio", "extraction_strength", "exact_memorization",
+    "paraphrase_probability" (forget, retain), "truth_share" (forget)}, …, "model_utility", "forget_quality",
+    "membership": {"AUC": {score: value}}, "aggregate": {"memorization", "privacy", "utility", "overall"}}, "counts":
     {set: n}, "protocol": text, "notes": {metric: why it is null or of little value}, "forget_set": name,
     "log_truth_ratios": log R of each question of the forget set, "texts": {set: [{"prompt", "expected", "answer"}, …]}
     (see `choose_texts`), "versions"}. Nothing is random. The model keeps its device and dtype and is put into
@@ -258,6 +215,7 @@ def evaluate(
     answer["texts"] = choose_texts(
         (probe["set"], Answered(prompt=probe["question"], expected=probe["answer"], answer=result.said))
         for probe, result in zip(probes, results, strict=True)
+        if probe["set"] != HELD_OUT
     )
     answer["notes"] |= script_note([probe["answer"] for probe in probes])
     return answer

@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.config.schema import RunConfig
 from pipeline.config.sources import CHOICE_MEASURES, TEXT_MEASURES, Corpus, Probe, Source
 from pipeline.data.chat import encode_answers
-from pipeline.data.corpus import read, read_rows, text_of
+from pipeline.data.corpus import Row, read, read_rows, text_of
 from pipeline.data.encode import TokenOptions, encoder, minimum_content
 from pipeline.data.tables import Located
 from pipeline.data.tokenize import check_tokenizer, counted
@@ -44,6 +44,20 @@ class ProbeSet:
     sequences: list[Encoded]
     digest: str  # of the source
     questions: list[Question] | None = None
+    keys: Sequence[str] = ()  # of each row: its question, or its text where there is none
+
+    def only(self, keys: Collection[str]) -> ProbeSet:
+        """The set with the rows of these keys alone."""
+        rows = [number for number, key in enumerate(self.keys) if key in keys]
+        left = [self.keys[number] for number in rows]
+        if self.questions is None:
+            return replace(self, sequences=[self.sequences[number] for number in rows], keys=left)
+        sequences: list[Encoded] = []
+        questions = []
+        for options, right in (self.questions[number] for number in rows):
+            questions.append(Question(range(len(sequences), len(sequences) + len(options)), right))
+            sequences += [self.sequences[number] for number in options]
+        return replace(self, sequences=sequences, questions=questions, keys=left)
 
 
 class RowScores(NamedTuple):
@@ -63,10 +77,30 @@ def read_sets(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Pro
     """
     sets = []
     for name, probe in config.probes.items():
-        is_own = name in config.data.probes
-        key, heldout = (f"probes.{name}", 0.0) if is_own else (name, getattr(config.data, name).heldout)
+        key, heldout = _place(config, name)
         sets.append(read_set(name, probe, tokenizer, config.data.max_length, key=key, heldout=heldout))
     return sets
+
+
+def read_keys(config: RunConfig) -> dict[str, list[str]]:
+    """The keys (see `ProbeSet`) of the first rows of each set, without a tokenizer: also of rows that cannot be used.
+
+    Raises:
+        InputError: a source is missing or malformed.
+    """
+    keys = {}
+    for name, probe in config.probes.items():
+        key, heldout = _place(config, name)
+        if probe.choices:
+            keys[name] = [prompt for prompt, _, _ in _first_questions(probe, key)[0]]
+        else:
+            keys[name] = [_key_of(row) for row in _first_rows(probe, key, heldout)[0]]
+    return keys
+
+
+def _place(config: RunConfig, name: str) -> tuple[str, float]:
+    """(the key below `data` that names the set, the share of its rows that training does not see)."""
+    return (f"probes.{name}", 0.0) if name in config.data.probes else (name, getattr(config.data, name).heldout)
 
 
 def read_set(
@@ -112,29 +146,47 @@ def _texts(
     key: str,
     heldout: float,
 ) -> ProbeSet:
-    rows, digest = read(Corpus(**probe.model_dump(include={*Source.model_fields}), heldout=heldout), key)
-    first = list(islice(rows, probe.limit))
+    first, digest = _first_rows(probe, key, heldout)
     pieces = [one.pieces[0] for one in encoder(tokenizer, options)(first, 0)] if first else []
-    used = [(ids, start) for ids, start in pieces if len(ids) > max(start, 1)]
+    used = [number for number, (ids, start) in enumerate(pieces) if len(ids) > max(start, 1)]
     _warn_of_unused(key, len(first) - len(used), minimum_content(probe.prompt is not None, options.max_length))
-    return ProbeSet(name, used, digest)
+    sequences, keys = [pieces[number] for number in used], [_key_of(first[number]) for number in used]
+    return ProbeSet(name, sequences, digest, keys=keys)
+
+
+def _first_rows(probe: Probe, key: str, heldout: float) -> tuple[list[Row], str]:
+    """The first rows of a set of texts or answers, and the digest of its source."""
+    rows, digest = read(Corpus(**probe.model_dump(include={*Source.model_fields}), heldout=heldout), key)
+    return list(islice(rows, probe.limit)), digest
+
+
+def _key_of(row: Row) -> str:
+    return row.texts[0] if row.prompt is None else row.prompt
 
 
 def _choices(name: str, probe: Probe, tokenizer: PreTrainedTokenizerBase, max_length: int, key: str) -> ProbeSet:
     tokenizer = copy.deepcopy(tokenizer)  # a call changes the state that is saved with a model
-    rows, digest = read_rows(probe, f"data.{key}.", probe.columns)
+    first, digest = _first_questions(probe, key)
     sequences: list[Encoded] = []
     questions: list[Question] = []
+    keys: list[str] = []
     unused = 0
-    for prompt, choices, right in (_question(probe, row) for row in islice(rows, probe.limit)):
+    for prompt, choices, right in first:
         answers = encode_answers(tokenizer, [prompt] * len(choices), choices)
         if any(len(ids) > max_length or len(ids) <= max(start, 1) for ids, start in answers):
             unused += 1
             continue
         questions.append(Question(range(len(sequences), len(sequences) + len(answers)), right))
         sequences += answers
+        keys.append(prompt)
     _warn_of_unused(key, unused, f"choices within {max_length} tokens (data.max_length)")
-    return ProbeSet(name, sequences, digest, questions)
+    return ProbeSet(name, sequences, digest, questions, keys)
+
+
+def _first_questions(probe: Probe, key: str) -> tuple[list[tuple[str, list[str], int]], str]:
+    """The first rows of a choice among answers (see `_question`), and the digest of their source."""
+    rows, digest = read_rows(probe, f"data.{key}.", probe.columns)
+    return [_question(probe, row) for row in islice(rows, probe.limit)], digest
 
 
 def _question(probe: Probe, located: Located) -> tuple[str, list[str], int]:

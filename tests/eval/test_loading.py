@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval import loading, robustness
 from eval.attacks import run as attack_run
+from eval.attacks import training
 from eval.files import write_jsonl
 from eval.loading import Trust
 from eval.results.metrics import choose
@@ -181,10 +182,10 @@ def test_an_attack_trains_with_what_its_command_allows(
         shutil.copytree(finished / "final", log.with_suffix("") / "final")
         return 0
 
-    monkeypatch.setattr(attack_run, "call", train_nothing)
+    monkeypatch.setattr(training, "call", train_nothing)
     plan, *_ = robustness.parse_command_line(attack(finished, *flags))
     (made,) = attack_run.attacks_of(plan, ["retain"])
-    attack_run.train(plan, made)
+    training.train(plan, made)
     model = yaml.safe_load((plan.folder / "retain.yaml").read_text())["model"]
     assert (model["allow_pickle"], model["trust_remote_code"]) == expected
 

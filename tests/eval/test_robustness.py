@@ -11,8 +11,7 @@ import pytest
 import yaml
 
 from eval import bios, robustness
-from eval.attacks import run as attack_run
-from eval.attacks import spec
+from eval.attacks import spec, training
 from eval.files import read_jsonl, write_jsonl
 from eval.suites import biographies
 from eval.suites import bios as bios_suite
@@ -113,7 +112,7 @@ def test_all_attacks_on_two_ranks(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    launch, launched = attack_run.call, list[str]()
+    launch, launched = training.call, list[str]()
 
     def launch_one(line: list[str], log: Path) -> int:
         """The first training as it is; the other on ranks of the pool."""
@@ -124,17 +123,17 @@ def test_all_attacks_on_two_ranks(
         run_distributed(run_in_process, int(line[line.index("--num_gpus") + 1]), given)
         return 0
 
-    monkeypatch.setattr(attack_run, "call", launch_one)
+    monkeypatch.setattr(training, "call", launch_one)
     arguments = ("--run", run_folder, "--suite", "bios", "--data", run_folder.parent, "--steps", 3, "--lr", 0.003)
     assert command(*arguments) == 0
     assert launched == ["relearn.training", "retain.training"]
     output = run_folder / "robustness.json"
     answer = json.loads(output.read_text())
     entries = {entry["name"]: entry for entry in answer["attacks"]}
-    assert tuple(entries) == spec.ATTACKS
+    assert tuple(entries) == spec.BY_DEFAULT
     assert answer["dtype"] == "float32" and answer["suite"] == "bios" and answer["seed"] == 0
     said = capsys.readouterr().out
-    assert all(name in said for name in spec.ATTACKS) and "held_out_nll" in said
+    assert all(name in said for name in spec.BY_DEFAULT) and "held_out_nll" in said
 
     relearned = entries["relearn"]
     assert len(relearned["groups"]) == 1 and relearned["excluded_probes"] == 2  # one person of ten: FB and QA
@@ -152,7 +151,7 @@ def test_all_attacks_on_two_ranks(
         == resolve(run_folder / "config.yaml").data.retain
     )
 
-    for name in ("retain", "int8", "int4"):
+    for name in ("retain", "int8", "int4", "nf4"):
         entry = entries[name]
         assert entry["original"]["forget.all"] > 0.9 > 0.2 > entry["before"]["forget.all"]
         assert entry["before"] == entries["int8"]["before"] and entry["after"]["forget_nll"] > 0
@@ -166,7 +165,7 @@ def test_all_attacks_on_two_ranks(
         raise AssertionError("nothing is missing")
 
     # What is there is not repeated; what is missing is done, and alone; other settings are refused.
-    monkeypatch.setattr(attack_run, "call", never)
+    monkeypatch.setattr(training, "call", never)
     del answer["attacks"][3]
     output.write_text(json.dumps(answer))
     assert command(*arguments) == 0
@@ -196,7 +195,7 @@ def test_a_failing_training_is_one_line(
         Path(f"{log}.err").write_text("noise\nerror: train.batch_size 3 does not divide\n")
         return 2
 
-    monkeypatch.setattr(attack_run, "call", fail)
+    monkeypatch.setattr(training, "call", fail)
     line = ("--run", run_folder, "--suite", "bios", "--data", run_folder.parent, "--", "--train.batch_size", 3)
     assert command(*line) == 2
     error = capsys.readouterr().err

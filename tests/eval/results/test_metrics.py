@@ -8,7 +8,7 @@ import pytest
 
 from eval.reporting import run_report, sections, tables
 from eval.reporting.pages import Table, as_markdown
-from eval.results import grouping, trajectories
+from eval.results import grouping, paper, trajectories
 from eval.results.metrics import MEASURES, ForgetRetainMetric, choose
 from pipeline.errors import InputError
 from tests.eval.runs import Suites, make_run
@@ -29,8 +29,9 @@ def rwku(forget: float, retain: float) -> Suites:
     return {"rwku": {"rwku": dict.fromkeys(of, 0.99), "sago": of, "membership": {"AUC": {"loss": 0.5}}}}
 
 
-def tofu(rouge: float, utility: float | None) -> Suites:
-    return {"tofu": {"forget": {"probability": 0.5, "rouge": rouge}, "model_utility": utility, "forget_quality": None}}
+def tofu(strength: float, utility: float | None) -> Suites:
+    forget = {"probability": 0.5, "extraction_strength": strength}
+    return {"tofu": {"forget": forget, "model_utility": utility, "forget_quality": None}}
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def tofu(rouge: float, utility: float | None) -> Suites:
     [
         (wmdp, 0.30, [(0.40, 0.6), (0.20, 0.5)], 15, 0.55),  # half of the way
         (rwku, 0.15, [(0.75, 0.8), (0.00, 0.3)], 18, 0.4),  # four fifths
-        (tofu, 0.40, [(0.90, 0.7), (0.40, 0.6)], 20, 0.6),
+        (tofu, 0.10, [(0.90, 0.7), (0.10, 0.6)], 20, 0.6),
     ],
 )
 def test_each_suite_is_read_by_its_own_measure(
@@ -92,6 +93,7 @@ def test_options_override_the_measure() -> None:
         (["bios"], {"forget": "rwku.sago.F-All"}, "--forget rwku.sago.F-All"),
         (["bios"], {"retain": "retain.all"}, "SUITE.METRIC"),
         (["tofu"], {"forget": "tofu.forget_quality"}, "rises"),
+        (["muse_news"], {"forget": "muse_news.privleak"}, "rises"),
         (["bios"], {"level": 1.5}, "--level 1.5"),
         (["bios"], {"forget": "bios.forget.FB", "level": 0.1}, "give --retain and --level"),
         (["wmdp_bio"], {}, "mmlu"),
@@ -106,14 +108,15 @@ def test_measures_that_cannot_be(suites: list[str], options: dict[str, Any], sai
 
 def test_an_export_without_the_score_is_left_out_and_told(tmp_path: Path) -> None:
     """A model beyond repair has no utility: its losses are no numbers, and the suite writes null."""
-    groups, measure = read(make_run(tmp_path / "run", [tofu(0.8, 0.6), tofu(0.5, None), tofu(0.2, 0.4)]))
+    folder = make_run(tmp_path / "run", [tofu(0.8, 0.6), tofu(0.5, None), tofu(0.2, 0.4)])
+    groups, measure = read(folder, level=0.4)
     ((run,),) = groups.values()
     assert run.left_out == [20]
     assert trajectories.at_level(run.trajectory, measure) == pytest.approx(
         # two thirds of the way from step 10 to step 30
         {
             "step": 10 + 20 * 2 / 3,
-            "tofu.forget.rouge": 0.4,
+            "tofu.forget.extraction_strength": 0.4,
             "tofu.forget.probability": 0.5,
             "tofu.model_utility": 0.6 - 0.4 / 3,
         }
@@ -142,6 +145,18 @@ def test_the_papers_rows_are_beneath_ours(tmp_path: Path) -> None:
     groups, measure = read(make_run(tmp_path / "rwku", [rwku(0.1, 0.5)]))
     values = ["0.051", "0.057", "0.054", "0.361", "0.472", "0.417", "–"]
     assert ["paper, Table 1: NPO+GD, SAGO", *values] in tables.paper_table(groups, measure)
+    muse = {"forget": {"verbmem": 0.1, "knowmem": 0.2}, "retain": {"knowmem": 0.3}, "privleak": -50.0}
+    groups, measure = read(make_run(tmp_path / "muse", [{"muse_news": muse}]))
+    rows = tables.paper_table(groups, measure)
+    assert rows[1][1:5] == ["0.200", "0.100", "-50.000", "0.300"] and len(rows) == 2 + 7
+    assert ["paper, OpenUnlearning: NPO+GD", "0.560", "0.350", "-86.000", "0.510", "–"] in rows
+    columns = [*paper.COLUMNS["muse_news"], measure.retain]
+    privacy = [
+        [name, "0.1", "0.1", leak, "0.1", "0.1"] for name, leak in (("a", "-50.0"), ("b", "-2.0"), ("c", "60.0"))
+    ]
+    assert tables.best_cells([rows[0], *privacy], columns) == {(2, 3)}, "neither the greatest nor the least"
+    text = as_markdown(run_report.compose(groups, measure, None))
+    assert "Beside published numbers" in text and "OpenUnlearning's reproduction" in text
     groups, measure = read(make_run(tmp_path / "tofu", [tofu(0.3, 0.5)]))
     assert tables.paper_table(groups, measure) == []
 

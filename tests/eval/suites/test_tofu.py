@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from eval.suites import rouge as scoring
-from eval.suites import tofu
+from eval.files import read_jsonl
+from eval.suites import tofu, tofu_answers
 from pipeline.data.chat import encode_answers
 from pipeline.errors import InputError
 
@@ -26,26 +27,40 @@ CHAT += "{% if add_generation_prompt %}<assistant> {% endif %}"
 
 @pytest.fixture(scope="module")
 def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The five shortest rows of each real file."""
+    """The five shortest rows of each real file; held-out authors are of the retain set, which nobody learns here."""
     path = tmp_path_factory.mktemp("data")
     (path / "tofu").mkdir()
     for name in FILES:
         lines = (data / "tofu" / f"{name}_perturbed.json").read_text().splitlines()
         (path / "tofu" / f"{name}_perturbed.json").write_text("\n".join(sorted(lines, key=len)[:5]) + "\n")
+    lines = (data / "tofu" / "retain99.json").read_text().splitlines()
+    (path / "tofu" / "holdout01.json").write_text("\n".join(lines[:6]) + "\n")
     return path
 
 
 @pytest.fixture(scope="module")
 def learned(folder: Path, memorise: Callable[[list[str]], tuple[Any, Any]]) -> tuple[Any, Any]:
-    probes = tofu.load_probes(folder)
-    return memorise([f"Question: {row['question']}\nAnswer: {row['answer']}<|endoftext|>" for row in probes])
+    """It knows four of the five rows of each set, and nobody who is held out."""
+    known = [probe for number, probe in enumerate(asked(folder)) if number % 5 < 4]
+    return memorise([f"Question: {row['question']}\nAnswer: {row['answer']}<|endoftext|>" for row in known])
 
 
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> int:
+def asked(folder: Path) -> list[tofu.Probe]:
+    """The questions of the four sets."""
+    return [probe for probe in tofu.load_probes(folder) if probe["set"] != "holdout"]
+
+
+@pytest.fixture(scope="module")
+def short() -> Iterator[int]:
     """Fewer new tokens than the protocol has: an untaught model would write them all."""
-    monkeypatch.setattr(tofu, "MAX_NEW_TOKENS", 20)
-    return 20
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tofu_answers, "MAX_NEW_TOKENS", 20)
+        yield 20
+
+
+@pytest.fixture(scope="module")
+def evaluated(folder: Path, learned: tuple[Any, Any], short: int) -> dict[str, Any]:
+    return tofu.evaluate(*learned, tofu.load_probes(folder), batch_size=7)
 
 
 @torch.no_grad()
@@ -67,9 +82,10 @@ def recall_of(model: Any, tokenizer: Any, question: str, answer: str, length: in
     return RougeScorer(["rougeL"], use_stemmer=True).score(answer, text)["rougeL"].recall
 
 
-def test_numbers_are_their_formulas(folder: Path, learned: tuple[Any, Any], short: int) -> None:
-    answer = tofu.evaluate(*learned, tofu.load_probes(folder), batch_size=7)
-    nine = []
+def test_numbers_are_their_formulas(
+    folder: Path, learned: tuple[Any, Any], short: int, evaluated: dict[str, Any]
+) -> None:
+    answer, nine = evaluated, []
     for name, file in zip(tofu.SETS, FILES, strict=True):
         rows = [json.loads(line) for line in (folder / "tofu" / f"{file}_perturbed.json").read_text().splitlines()]
         probabilities, truths, ratios, recalls = [], [], [], []
@@ -86,7 +102,7 @@ def test_numbers_are_their_formulas(folder: Path, learned: tuple[Any, Any], shor
             recalls.append(recall_of(*learned, row["question"], row["answer"], short))
         assert fmean(recalls) > 0.05, "a model that knows nothing would show nothing"
         expected = {"probability": fmean(probabilities), "rouge": fmean(recalls), "truth_ratio": fmean(truths)}
-        assert answer["metrics"][name] == pytest.approx(expected, rel=1e-4)
+        assert {key: answer["metrics"][name][key] for key in expected} == pytest.approx(expected, rel=1e-4)
         assert answer["counts"][name] == 5
         if name == "forget":
             assert answer["log_truth_ratios"] == pytest.approx(ratios, rel=1e-3, abs=1e-4)
@@ -94,13 +110,14 @@ def test_numbers_are_their_formulas(folder: Path, learned: tuple[Any, Any], shor
             nine += expected.values()
     assert answer["metrics"]["model_utility"] == pytest.approx(9 / sum(1 / value for value in nine), rel=1e-3)
     assert answer["metrics"]["forget_quality"] is None
-    assert answer["notes"] == {"forget_quality": "no tofu/retain_model.json under --data"}
+    assert answer["notes"].keys() == {"forget_quality", "aggregate"}
+    assert answer["notes"]["forget_quality"] == "no tofu/retain_model.json under --data"
     assert answer["forget_set"] == "forget01_perturbed"
     assert json.loads(json.dumps(answer)) == answer
 
 
 def test_a_result_does_not_depend_on_its_batch(folder: Path, learned: tuple[Any, Any], short: int) -> None:
-    probes = tofu.load_probes(folder)
+    probes = asked(folder)
     whole = tofu.score(*learned, probes, batch_size=64)
     for rank in range(2):
         for one, other in zip(tofu.score(*learned, probes[rank::2], batch_size=1), whole[rank::2], strict=True):
@@ -111,7 +128,7 @@ def test_a_result_does_not_depend_on_its_batch(folder: Path, learned: tuple[Any,
 @pytest.mark.parametrize("template", [None, CHAT])
 def test_answers_are_encoded_as_in_training(folder: Path, learned: tuple[Any, Any], template: str | None) -> None:
     tokenizer = learned[1]
-    rows = [(probe["question"], text) for probe in tofu.load_probes(folder) for text in probe["perturbed"]]
+    rows = [(probe["question"], text) for probe in asked(folder) for text in probe["perturbed"]]
     tokenizer.chat_template = template
     try:
         expected = encode_answers(tokenizer, [row[0] for row in rows], [row[1] for row in rows])
@@ -121,57 +138,82 @@ def test_answers_are_encoded_as_in_training(folder: Path, learned: tuple[Any, An
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# By hand
+# Memorisation, membership inference, the aggregate
 
 
-def result(log_ratio: float) -> tofu.Result:
-    return tofu.Result(answer=1.0, paraphrase=log_ratio, perturbed=[0.5, -0.5], rouge=1.0)
+class Token(NamedTuple):
+    log_p: float
+    standardised: float  # by the predicted distribution
+    greedy: bool
 
 
-def test_one_result_by_hand() -> None:
-    two = tofu.Result(answer=math.log(2), paraphrase=math.log(4), perturbed=[math.log(4), math.log(16)], rouge=0.0)
-    # Wrong answers: exp(-mean loss) = sqrt(1/4 * 1/16) = 1/8; the paraphrase: 1/4. R = 1/2.
-    assert tofu.truth("forget", two) == pytest.approx(1 / 2)
-    assert tofu.truth("retain", two) == pytest.approx(1 / 2)
-    swapped = two._replace(paraphrase=math.log(16))  # R = 2
-    assert tofu.truth("forget", swapped) == pytest.approx(1 / 2) and tofu.truth("retain", swapped) == 0.0
-    assert tofu.probability("retain", two) == pytest.approx(1 / 2)
-    assert tofu.probability("world_facts", two) == pytest.approx((1 / 2) / (1 / 2 + 1 / 4 + 1 / 16))
+@torch.no_grad()
+def tokens_of(model: Any, tokenizer: Any, question: str, answer: str) -> list[Token]:
+    """Each token of an answer as training encodes it, the end of text among them, from sums over the vocabulary."""
+    [(ids, start)] = encode_answers(tokenizer, [question], [answer])
+    table = model(input_ids=torch.tensor([ids])).logits[0].double().softmax(-1).tolist()
+    tokens = []
+    for at in range(start, len(ids)):
+        p = table[at - 1]
+        mean = sum(q * math.log(q) for q in p)
+        deviation = math.sqrt(sum(q * math.log(q) ** 2 for q in p) - mean**2)
+        log_p = math.log(p[ids[at]])
+        tokens.append(Token(log_p, (log_p - mean) / deviation, p[ids[at]] == max(p)))
+    return tokens
 
 
-def test_the_published_scorer_stays_and_a_note_says_what_it_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = {"set": "forget", "file": "forget01_perturbed", "question": "?", "paraphrase": "a", "perturbed": ["b"]}
-    probes = [{**row, "answer": "他出生在北京"}, {**row, "answer": "He was born in Bergen"}]
-    monkeypatch.setattr(tofu, "score", lambda *_, **__: [result(0.0), result(0.0)])
-    answer = tofu.evaluate(None, None, probes)  # pyright: ignore[reportArgumentType]
-    assert answer["notes"]["rouge"].startswith("1 of 2 reference answers") and "rouge" in answer["protocol"].lower()
-    assert "rouge" not in tofu.evaluate(None, None, probes[1:] * 2)["notes"]  # pyright: ignore[reportArgumentType]
-    assert scoring.recall_rouge_score(["他出生在北京"], ["他出生在北京"]) == [0.0]
+def test_memorisation_by_its_definition(folder: Path, learned: tuple[Any, Any], evaluated: dict[str, Any]) -> None:
+    for name, file in zip(tofu.SETS, FILES, strict=True):
+        rows = read_jsonl(folder / "tofu" / f"{file}_perturbed.json")
+        strengths, shares = [], []
+        for row in rows:
+            hits = [token.greedy for token in tokens_of(*learned, row["question"], row["answer"])[:-1]]
+            first = next(k for k in range(len(hits) + 1) if all(hits[k:]))
+            strengths.append(1 - first / len(hits))
+            shares.append(sum(hits) / len(hits))
+        metrics = evaluated["metrics"][name]
+        assert metrics["extraction_strength"] == pytest.approx(fmean(strengths))
+        assert metrics["exact_memorization"] == pytest.approx(fmean(shares)) and 0.1 < fmean(shares) < 1
+    forget = read_jsonl(folder / "tofu" / "forget01_perturbed.json")
+    pairs = [
+        (math.exp(-loss_of(*learned, row["question"], row["paraphrased_answer"])),
+         math.exp(-fmean(loss_of(*learned, row["question"], text) for text in row["perturbed_answer"])))
+        for row in forget
+    ]  # fmt: skip
+    metrics = evaluated["metrics"]["forget"]
+    assert metrics["paraphrase_probability"] == pytest.approx(fmean(right for right, _ in pairs), rel=1e-4)
+    assert metrics["truth_share"] == pytest.approx(fmean(right / (right + wrong) for right, wrong in pairs), rel=1e-4)
 
 
-def test_forget_quality_by_hand() -> None:
-    """Three against three without overlap: 2 of the 20 ways to deal six ranks are as far apart."""
-    row = {"set": "forget", "file": "forget01_perturbed"}
-    apart = tofu.summarise([row | {"reference": 5.0 + at} for at in range(3)], [result(at) for at in range(3)])
-    assert apart["metrics"]["forget_quality"] == pytest.approx(2 / 20)
-    same = tofu.summarise([row | {"reference": float(at)} for at in range(3)], [result(at) for at in range(3)])
-    assert same["metrics"]["forget_quality"] == pytest.approx(1.0)
-    assert same["notes"] == {"model_utility": "no retain, real_authors, world_facts"}
+def test_membership_by_its_definition(folder: Path, learned: tuple[Any, Any], evaluated: dict[str, Any]) -> None:
+    sides: list[dict[str, list[float]]] = []
+    for file in ("forget01_perturbed", "holdout01"):
+        scores: dict[str, list[float]] = {key: [] for key in ("loss", "zlib", "min_k", "min_k_plus")}
+        for row in read_jsonl(folder / "tofu" / f"{file}.json"):
+            tokens = tokens_of(*learned, row["question"], row["answer"])
+            loss = fmean(token.log_p for token in tokens)
+            lowest = int(0.4 * (len(tokens) - 1))  # without the end of text
+            scores["loss"].append(loss)
+            scores["zlib"].append(loss / len(zlib.compress(row["answer"].encode())))
+            scores["min_k"].append(fmean(sorted(token.log_p for token in tokens[:-1])[:lowest]))
+            scores["min_k_plus"].append(fmean(sorted(token.standardised for token in tokens[:-1])[:lowest]))
+        sides.append(scores)
+    areas = evaluated["metrics"]["membership"]["AUC"]
+    for key, value in areas.items():
+        wins = [(f > h) + (f == h) / 2 for f in sides[0][key] for h in sides[1][key]]
+        assert value == pytest.approx(fmean(wins))
+    assert areas["loss"] > 0.5, "it knows four of five"
+    assert evaluated["counts"]["holdout"] == 6
 
 
-def test_losses_without_bounds() -> None:
-    """Unlearning may end in losses of thousands, or in none at all: numbers or null, never an error or NaN."""
-    far = tofu.Result(answer=5000.0, paraphrase=9000.0, perturbed=[2000.0, 3000.0], rouge=0.0)
-    lost = tofu.Result(answer=math.nan, paraphrase=math.nan, perturbed=[math.nan], rouge=0.0)
-    for name in tofu.SETS:
-        assert tofu.probability(name, far) == 0.0 and tofu.truth(name, far) == 0.0
-    probes = [{"set": name, "file": "forget01_perturbed", "reference": 0.0} for name in tofu.SETS]
-    answer = tofu.summarise(probes, [far] * 4)
-    assert answer["metrics"]["model_utility"] == 0.0 and answer["log_truth_ratios"] == [6500.0]
-    answer = tofu.summarise(probes, [lost] * 4)
-    assert answer["metrics"]["model_utility"] is None and answer["metrics"]["forget_quality"] is None
-    assert set(answer["notes"].values()) == {"the model gave losses that are not finite"}
-    json.dumps(answer, allow_nan=False)
+def test_what_a_template_puts_after_an_answer_is_no_part_of_it(learned: tuple[Any, Any]) -> None:
+    tokenizer = learned[1]
+    assert tofu_answers.num_closing_tokens(tokenizer) == 1
+    try:
+        tokenizer.chat_template = CHAT.replace("<|endoftext|>", "<|endoftext|>\n")
+        assert tofu_answers.num_closing_tokens(tokenizer) == 2
+    finally:
+        tokenizer.chat_template = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,17 +225,22 @@ def test_the_real_files(data: Path) -> None:
     assert [sum(probe["set"] == name for probe in probes) for name in tofu.SETS] == [10, 5, 5, 5]
 
 
-def test_retain_only_model(folder: Path, learned: tuple[Any, Any], short: int, tmp_path: Path) -> None:
+def test_retain_only_model(folder: Path, learned: tuple[Any, Any], evaluated: dict[str, Any], tmp_path: Path) -> None:
+    """A model that is itself the retain-only model, and the target model, cannot be told from them."""
     shutil.copytree(folder / "tofu", tmp_path / "tofu")
-    file = tmp_path / "tofu" / "retain_model.json"
-    answer = tofu.evaluate(*learned, tofu.load_probes(tmp_path))
-    file.write_text(json.dumps({"model": "retain", "suites": {"tofu": answer}}))
-    again = tofu.evaluate(*learned, tofu.load_probes(tmp_path))
+    file, answer = tmp_path / "tofu" / "retain_model.json", dict(evaluated)
+    for name in ("retain", "target"):
+        content = json.dumps({"model": name, "suites": {"tofu": answer}})
+        (tmp_path / "tofu" / f"{name}_model.json").write_text(content)
+    again = tofu.evaluate(*learned, tofu.load_probes(tmp_path), batch_size=7)
     assert again["metrics"]["forget_quality"] == pytest.approx(1.0) and again["notes"] == {}
+    memorization = again["metrics"]["aggregate"]["memorization"]
+    expected = {"memorization": memorization, "privacy": 1, "utility": 1, "overall": 3 / (1 / memorization + 2)}
+    assert again["metrics"]["aggregate"] == pytest.approx(expected)
     file.write_text(json.dumps({"trajectory": []}))
     with pytest.raises(InputError, match=r"retain_model\.json was not written by eval\.run --suite tofu for one model"):
         tofu.load_probes(tmp_path)
-    answer["log_truth_ratios"].pop()
+    answer["log_truth_ratios"] = answer["log_truth_ratios"][:-1]
     file.write_text(json.dumps({"suites": {"tofu": answer}}))
     with pytest.raises(InputError, match=r"needs 5 truth ratios, all numbers, .* has 4"):
         tofu.load_probes(tmp_path)
@@ -230,7 +277,7 @@ def test_the_hub_is_asked_for_the_forget_set_that_was_trained_on(monkeypatch: py
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     probes = tofu.load_probes(None, forget_set="forget05")
-    names = ["forget05_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed"]
+    names = ["forget05_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed", "holdout05"]
     assert asked == [("locuslab/TOFU", name) for name in names]
     assert [probe["file"] for probe in probes] == names
 

@@ -1,0 +1,109 @@
+"""Fine-tune the model of a run by the program itself, and read what the training measured on the way."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from pathlib import Path
+
+import yaml
+
+from eval.attacks.spec import Attack, Plan
+from eval.files import read_jsonl, write_jsonl
+from eval.loading import is_model
+from eval.sweep.launch import call, last_error, launcher
+from pipeline.errors import InputError
+from pipeline.files import Json, write_whole
+
+ALONE: Json = {
+    "export_every": 0,
+    "checkpoint_every": 0,
+    "probe_every": 0,
+    "stop_at": {},
+}  # nothing on the way
+
+
+def training_config(plan: Plan, corpus: Json, output: Path) -> Json:
+    """The configuration of the run, changed to fine-tune all weights of its `final/` on `corpus`."""
+    config = plan.config
+    model = {"path": str(plan.final), "trainable": [".*"], "lora": None}
+    # The configuration came with the run: what it allows, the user of this command did not allow.
+    model |= {"allow_pickle": plan.trust.allow_pickle, "trust_remote_code": plan.trust.remote_code}
+    return {
+        **config,
+        "output": str(output),
+        "method": None,
+        "seed": plan.seed,
+        "model": {**config["model"], **model},
+        "data": {**config["data"], "forget": None, "retain": corpus, "probes": {}},
+        "objective": {**config["objective"], "forget": "none", "retain": "nll"},
+        "synthesis": {**config["synthesis"], "rule": "sum", "scope": None, "geometry": False, "alpha": 1.0},
+        "optimizer": {**config["optimizer"], "lr": plan.lr, "schedule": "constant", "warmup_ratio": 0.0},
+        "train": {**config["train"], **ALONE, "steps": plan.steps, "epochs": None},
+    }
+
+
+def train(plan: Plan, attack: Attack) -> tuple[Path, str]:
+    """Fine-tune `final/` on the attack's corpus; returns the model's folder and the command.
+
+    Files of an earlier, killed training are removed: they may have other settings.
+
+    Raises:
+        InputError: the training failed; the message has the last line of its stderr.
+    """
+    from pipeline.zero.compat import release_memory  # DeepSpeed takes seconds to import
+
+    assert attack.corpus is not None
+    release_memory()  # the last evaluated model may still occupy the device that training needs
+    output = plan.folder / attack.name
+    shutil.rmtree(output, ignore_errors=True)
+    if attack.rows:
+        write_jsonl(Path(attack.corpus["path"]), attack.rows)
+    for name, rows in attack.probed.items():
+        write_jsonl(plan.folder / f"{attack.name}.{name}.jsonl", rows)
+    file, config = output.with_suffix(".yaml"), training_config(plan, attack.corpus, output)
+    if attack.probed:
+        config["data"]["probes"] = {
+            name: probe_of(plan, f"{attack.name}.{name}", len(rows)) for name, rows in attack.probed.items()
+        }
+        config["train"]["probe_every"] = max(1, plan.steps // NUM_PROBES)
+    write_whole(file, yaml.safe_dump(config, sort_keys=False))
+    line = ["--num_gpus", str(plan.ranks), "--module", "pipeline.train", "--config", str(file), *plan.overrides]
+    print(f"training   {attack.name}", flush=True)
+    status = call([*launcher(), *line], output.with_suffix(".training"))
+    if status or not is_model(output / "final"):
+        log = output.with_suffix(".training.err")
+        raise InputError(f"training {attack.name} failed: {last_error(log)}; the log is {log}")
+    return output / "final", shlex.join(["deepspeed", *line])
+
+
+NUM_PROBES = 10  # of a training that measures itself, after the one before its first step
+
+
+def local_corpus(plan: Plan, name: str) -> Json:
+    """The `data.forget` of the run, of the rows that the attack `name` writes."""
+    moved = {"path": str(plan.folder / f"{name}.jsonl"), "name": None, "split": "train", "preferred": None}
+    return {**plan.config["data"]["forget"], **moved}
+
+
+def probe_of(plan: Plan, name: str, limit: int) -> Json:
+    """A set of `data.probes` whose rows are in the file of this name."""
+    corpus = local_corpus(plan, name)
+    return {key: corpus[key] for key in ("path", "field", "prompt", "response")} | {"limit": limit}
+
+
+def read_curve(output: Path) -> list[Json]:
+    """[{"step", SET: {measure: value}, ...}] of the probes that a training in `output` has made.
+
+    `relearned` is the set of what the training learned, which is its retain corpus.
+    """
+    curve = []
+    for row in read_jsonl(output / "metrics.jsonl", required=("step",)):
+        sets: dict[str, Json] = {}
+        for key, value in row.items():
+            if key.startswith("probe/"):
+                _, name, measure = key.split("/")
+                sets.setdefault({"retain": "relearned"}.get(name, name), {})[measure] = value
+        if sets:
+            curve.append({"step": row["step"], **sets})
+    return curve

@@ -46,7 +46,7 @@ def disk_errors(path: Path, partial: Path | None = None) -> Iterator[None]:
 
 def _of_disk(error: BaseException | None) -> BaseException | None:
     """The error of a disk behind `error`, which libraries may have wrapped; None if the cause is another one."""
-    while error is not None and not isinstance(error, InputError):
+    while error is not None and not isinstance(error, InputError | FatalError):  # whose text may name the disk
         is_refusal = isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError)
         if is_refusal or _is_full(error):
             return error

@@ -127,8 +127,7 @@ class Run:
     began: float  # time.perf_counter() when the process began to set up
 
     def export(self, target: Path, card: str | None = None) -> None:
-        with disk_errors(target):
-            export(self.model, self.tokenizer, target, self.config.model.lora, card)
+        export(self.model, self.tokenizer, target, self.config.model.lora, card)
 
 
 @dataclass

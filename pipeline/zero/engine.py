@@ -103,6 +103,7 @@ class PartitionedParameter(nn.Parameter):
 
     ds_id: int
     ds_numel: int
+    ds_shape: torch.Size
     ds_process_group: torch.distributed.ProcessGroup
     ds_status: Enum
     ds_tensor: Tensor

@@ -19,6 +19,7 @@ from torch.distributed import distributed_c10d
 
 from pipeline.distributed.process_group import T
 from pipeline.distributed.signals import INTERRUPTED
+from pipeline.distributed.slow_work import slow_work
 from pipeline.errors import FatalError, InputError
 
 
@@ -39,10 +40,13 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 
 def local_main_first(build: Callable[[], T]) -> T:
-    """`build()` on the first rank of each machine, which fills the caches on disk, then on the others."""
+    """`build()` on the first rank of each machine, which fills the caches on disk, then on the others.
+
+    The others wait as long as that takes (`slow_work`).
+    """
     result: list[T] = []
     for first in (True, False):
-        with raise_on_all_ranks():
+        with raise_on_all_ranks(), slow_work():
             if (int(os.environ["LOCAL_RANK"]) == 0) is first:
                 result.append(build())
     return result[0]

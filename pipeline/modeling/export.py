@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import deepspeed
-import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor

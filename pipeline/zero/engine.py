@@ -13,6 +13,7 @@ from typing_extensions import TypeVar
 
 if TYPE_CHECKING:
     from deepspeed.monitor.monitor import MonitorMaster
+    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
 Module = TypeVar("Module", bound=nn.Module, covariant=True, default=nn.Module)
 
@@ -47,6 +48,7 @@ class Engine(Forward[Module], Protocol[Module]):
     global_steps: int
     global_samples: int
     skipped_steps: int
+    checkpoint_engine: CheckpointEngine  # what writes and reads the files of a checkpoint
     _global_grad_norm: float | None  # the one private attribute: see `compat.INTERNALS`
 
     def backward(self, loss: Tensor, *, scale_wrt_gas: bool = True) -> Tensor:

@@ -173,12 +173,11 @@ def run_stages(config: Path, ranks: int, *more: str, limit_s: float = 900) -> di
 
 def main(folder: Path, millions: float, ranks: int) -> None:
     config, size = make_run(folder, millions)
-    stages = run_stages(config, ranks)
-    resumed = run_stages(config, ranks, "--resume")
-    stages |= {name: resumed[name] for name in ("resume",)}
-    print(f"{size / 1e6:.1f} M parameters, {2 * size / 2**20:.0f} MiB in bf16, {ranks} ranks")
-    for name, stage in stages.items():
-        print(f"{name:12}{stage.peak / 2**20:8.1f} MiB a rank{stage.cpu / (2 * size / 1e9):8.2f} CPU s a GB")
+    print(f"{size / 1e6:.1f} M parameters, {2 * size / 2**20:.0f} MiB in bf16, {ranks} ranks", flush=True)
+    for options in ([], ["--resume"]):
+        for name, stage in run_stages(config, ranks, *options).items():
+            row = f"{name:12}{stage.peak / 2**20:8.1f} MiB a rank{stage.cpu / (2 * size / 1e9):8.2f} CPU s a GB"
+            print(" ".join([row, *options]), flush=True)
 
 
 if __name__ == "__main__":

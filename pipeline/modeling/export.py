@@ -23,7 +23,8 @@ from pipeline.distributed.slow_work import slow_work
 from pipeline.errors import disk_errors
 from pipeline.files import remove_whole, sync, whole
 from pipeline.modeling.lora import write_adapter
-from pipeline.modeling.shards import SHARD_BYTES, File, Shards
+from pipeline.modeling.shards import File, Shards
+from pipeline.zero.sizes import EXPORT_FILE
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def export(
     folder: Path,
     lora: Lora | None = None,
     card: str | None = None,
-    max_bytes: int = SHARD_BYTES,
+    max_bytes: int = EXPORT_FILE,
 ) -> None:
     """Write `folder` for `AutoModelForCausalLM.from_pretrained`: safetensors, tokenizer, model card.
 

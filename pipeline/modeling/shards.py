@@ -22,8 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from pipeline.modeling.lora import merged_weight
 from pipeline.zero.parameters import whole_shape
-
-SHARD_BYTES = 5 * 10**9  # of a file, as the hub splits models by default; a larger tensor has a file of its own
+from pipeline.zero.sizes import EXPORT_FILE
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Shards:
     files: list[File]
 
     @staticmethod
-    def of(model: PreTrainedModel, max_bytes: int = SHARD_BYTES) -> Shards:
+    def of(model: PreTrainedModel, max_bytes: int = EXPORT_FILE) -> Shards:
         """The files as `save_pretrained` would name them and their tensors. No weight is read.
 
         Args:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pipeline.config.schema import RunConfig
 
+EXPORT_FILE = 5 * 10**9  # bytes, as the hub splits models by default; a larger tensor has a file of its own
 UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6))
 
 

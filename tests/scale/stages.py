@@ -54,12 +54,12 @@ def main(arguments: list[str]) -> None:
     found = trainer.setup(config, deepspeed_config(config), resume, quiet)
     assert found is not None
     run = found.run
-    marks.begin("train")
     for step in range(run.start, run.steps):
+        marks.begin("train")
         found.train_step(step)
-    if not resume:
-        marks.begin("checkpoint")
-        checkpoint.save(found.engine, found.combiner, run.folder, run.steps - 1, keep=1, identity=run.fingerprint)
+        if step + 2 == run.steps:  # a resumed run does the last step again
+            marks.begin("checkpoint")
+            checkpoint.save(found.engine, found.combiner, run.folder, step + 1, keep=1, identity=run.fingerprint)
     marks.begin("export")
     target = run.folder / ("exports" if not resume else "resumed") / "step"
     export(run.model, run.tokenizer, target, None, None, FILE_BYTES)

@@ -116,7 +116,7 @@ def table_rows(
     Args:
         columns: names for ids and for the length of the prompt, of each text of a row.
     """
-    count = dict.fromkeys(COUNTS, 0)
+    count: Counts = {name: 0 for name in COUNTS}
     table: list[TableRow] = []
     for batch in _batched(rows):
         for row, *sides in zip(batch, *(encode(batch, which) for which in range(len(columns))), strict=True):

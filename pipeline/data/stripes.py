@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 from collections import deque
@@ -72,7 +73,7 @@ def stored_table(rows: Iterable[Row], recipe: Recipe, folder: Path) -> tuple[pa.
             raise
         write_whole(marker, json.dumps({"files": number}))
     files: Json = json.loads(marker.read_text(encoding="utf-8"))
-    counts: Counts = dict.fromkeys(COUNTS, 0)
+    counts: Counts = {name: 0 for name in COUNTS}
     tables = [recipe.schema.empty_table()]
     for number in range(files["files"]):
         table = pa.ipc.open_file(pa.memory_map(str(_file(folder, number)))).read_all()
@@ -159,6 +160,7 @@ _OWN: list[tuple[Recipe, Encoder]] = []  # of a process that writes files
 
 def _begin(recipe: Recipe, parent: int) -> None:
     """In a process of `_Workers`: it ends with its parent, also if that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the parent ends the others
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
     _OWN[:] = [(recipe, encoder(recipe.tokenizer, recipe.options))]
 

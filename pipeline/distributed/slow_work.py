@@ -51,7 +51,7 @@ def slow_work() -> Iterator[None]:
     _leave(store, done, beats)
 
 
-def _leave(store: dist.Store, done: str, beats: str) -> None:
+def _leave(store: distributed_c10d.Store, done: str, beats: str) -> None:
     """Say that this rank is done, and wait until all are."""
     limit, world = distributed_c10d.default_pg_timeout.total_seconds(), dist.get_world_size()
     number = store.add(done, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
@@ -78,7 +79,7 @@ def merged_weight(weight: Tensor, layer: LoraLayer) -> Tensor:
     Args:
         weight: [out, in], but a Conv1D's is [in, out]. The layer's A, [r, in], and B, [out, r], must be gathered.
     """
-    a, b = (side["default"].weight.detach().float() for side in (layer.lora_A, layer.lora_B))
+    a, b = (cast(Tensor, side["default"].weight).detach().float() for side in (layer.lora_A, layer.lora_B))
     change = layer.scaling["default"] * (b @ a)
     change = change.T if isinstance(layer.get_base_layer(), Conv1D) else change
     return (weight.detach().float() + change).to(weight.dtype)

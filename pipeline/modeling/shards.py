@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import (
     WeightConverter,
+    WeightTransform,
     apply_converters,
     dot_natural_key,
     revert_weight_conversion,
@@ -119,7 +120,8 @@ class Shards:
 
 def _converted_together(model: PreTrainedModel, names: list[str]) -> list[tuple[str, ...]]:
     """The names in groups, each of which `revert_weight_conversion` converts without the others."""
-    reverse = [conversion.reverse_transform() for conversion in reversed(model._weight_conversions or [])]
+    conversions: list[WeightTransform] = getattr(model, "_weight_conversions", None) or []
+    reverse = [conversion.reverse_transform() for conversion in reversed(conversions)]
     converters = [entry for entry in reverse if isinstance(entry, WeightConverter)]
     groups: dict[tuple[str, bool], list[str]] = {}
     for name in sorted(names, key=dot_natural_key):

@@ -32,10 +32,10 @@ class Storage(CheckpointEngine):
     def save(self, state_dict: Content, path: str) -> None:
         self.files[Path(path)] = state_dict
 
-    def commit(self, info: CheckpointCommitInfo) -> bool:
-        return True
+    def commit(self, info: CheckpointCommitInfo) -> None:
+        pass
 
-    def load(self, path: str, map_location: Any = None) -> Content:
+    def load(self, path: str, map_location: Any = None) -> Content:  # pyright: ignore[reportIncompatibleMethodOverride]
         return torch.load(path, map_location=map_location, mmap=True, weights_only=False)
 
     def write(self) -> None:

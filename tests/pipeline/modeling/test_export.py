@@ -31,7 +31,7 @@ STAGES = {
     for stage in (2, 3)
 }
 BYTES = 30_000  # of a file: the models below have 50 to 150 kB
-ADAPTERS = Lora(r=2, alpha=3.0, merge=True)
+ADAPTERS = Lora.model_validate({"r": 2, "alpha": 3.0, "merge": True})
 
 
 def model_of(folder: Path, **options: Any) -> Model:

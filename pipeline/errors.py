@@ -26,16 +26,16 @@ def disk_errors(path: Path, partial: Path | None = None) -> Iterator[None]:
     """Turn a failure to write `path` into one line, and remove `partial`, the unfinished files.
 
     Raises:
-        FatalError: in place of an error of the disk. Other errors pass.
+        FatalError: in place of an error of the disk. Other errors pass, also a FatalError that tells of a disk.
     """
     try:
         yield
     except Exception as error:
         cause = _of_disk(error)
+        if partial is not None and (cause is not None or isinstance(error, FatalError)):
+            shutil.rmtree(partial, ignore_errors=True)
         if cause is None:
             raise
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
         reason = "a file ends too early" if any(sign in str(cause) for sign in OF_TORCH) else shorten(cause)
         problem, remedy = f"cannot write {path} ({reason})", "Make it writable"
         if _is_full(cause):
@@ -46,7 +46,7 @@ def disk_errors(path: Path, partial: Path | None = None) -> Iterator[None]:
 
 def _of_disk(error: BaseException | None) -> BaseException | None:
     """The error of a disk behind `error`, which libraries may have wrapped; None if the cause is another one."""
-    while error is not None and not isinstance(error, InputError):
+    while error is not None and not isinstance(error, InputError | FatalError):  # whose text may name the disk
         is_refusal = isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError)
         if is_refusal or _is_full(error):
             return error

@@ -23,10 +23,10 @@ def whole(path: Path) -> Iterator[Path]:
     Readers, and whoever looks after a kill or a power cut, find at `path` what was there before or all that the block
     has written: it is on the disk (fsync) before the rename, and the rename is when this returns. An error in the block
     removes what it wrote; a kill leaves that, under a name for `remove_unfinished`. A folder replaces an empty one
-    only: a block that replaces a full one removes it at its end.
+    only: a block that replaces a full one removes it at its end, by `remove_whole`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED}")  # two writers have two names
+    unfinished = _unfinished_name(path)
     try:
         yield unfinished
         for part in (*unfinished.rglob("*"), unfinished):
@@ -42,6 +42,14 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file by `whole`; text in UTF-8."""
     with whole(path) as unfinished:
         unfinished.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def remove_whole(folder: Path) -> None:
+    """Remove a folder, if it exists; a kill meanwhile leaves all of it, or nothing under its name."""
+    if folder.exists():
+        old = _unfinished_name(folder)
+        os.replace(folder, old)
+        _remove(old)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -60,6 +68,10 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def _unfinished_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED}")  # two writers have two names
 
 
 def _remove(path: Path) -> None:

@@ -20,10 +20,11 @@ from pipeline.config.deepspeed import deepspeed_config, refuse_uneven_groups, re
 from pipeline.config.files import DEEPSPEED_FILES
 from pipeline.config.load import Parser, add_config_options, resolve
 from pipeline.config.objectives import NEEDS
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import DEFAULT_STEPS, RunConfig
 from pipeline.errors import InputError
-from pipeline.planning.memory import GIB, RESERVED, Cluster, Zero, states, working
+from pipeline.planning.memory import GIB, RESERVED, Cluster, Zero, main_memory, states, working
 from pipeline.planning.traffic import CommVolume, Seconds, seconds, traffic
+from pipeline.zero.sizes import DiskUse, disk_use
 
 if TYPE_CHECKING:
     from pipeline.planning.meta_trace import ModelShape, Pass
@@ -43,6 +44,7 @@ class Row:
     lacks: float  # bytes beyond the GPU's memory
     host: float  # of one machine
     disk: float  # of one machine
+    written: DiskUse  # in the run's folder
     sent: list[CommVolume]
     seconds: Seconds
 
@@ -60,7 +62,6 @@ def fit(file: str, zero: Zero, shape: ModelShape, config: RunConfig, machines: C
         gpu = {**memory.gpu, "activations": activations, "logits": logits, "step": memory.step}
         if total <= limit:
             break
-    loading = 0 if zero.stage == 3 else shape.elements * shape.itemsize  # from_pretrained reads into main memory
     return Row(
         deepspeed=file,
         fits=total <= limit,
@@ -68,11 +69,17 @@ def fit(file: str, zero: Zero, shape: ModelShape, config: RunConfig, machines: C
         gpu=gpu,
         total=total + RESERVED,
         lacks=max(total - limit, 0.0),
-        host=machines.gpus * max(sum(memory.host.values()), loading),
+        host=main_memory(shape, zero, memory, machines),
         disk=machines.gpus * memory.disk,
+        written=disk_use(config, zero.stage, shape.elements, shape.trained, shape.itemsize, _steps(config)),
         sent=traffic(shape, zero, config, machines, passes, micro),
         seconds=seconds(shape, zero, config, machines, passes, micro),
     )
+
+
+def _steps(config: RunConfig) -> int:
+    """Of the run; with `train.epochs`, which count by data that is not read here, the default."""
+    return config.train.steps or DEFAULT_STEPS
 
 
 @dataclass(frozen=True)
@@ -177,7 +184,8 @@ def report(plan: Plan, machines: Cluster, arguments: Sequence[str]) -> str:
                 "nothing fits; use more GPUs, --model.gradient_checkpointing true, or a smaller --data.max_length",
             ]
         )
-    lines += ["", f"cheapest that fits: {best.deepspeed}, micro-batches of {best.micro_batch_size}", ""]
+    lines += ["", f"cheapest that fits: {best.deepspeed}, micro-batches of {best.micro_batch_size}"]
+    lines += [f"it writes, at most: {best.written}", ""]
     if machines.nodes > 1:
         lines.append(f"# hosts: {machines.nodes} lines like `NAME slots={machines.gpus}`, one a machine")
     return "\n".join([*lines, launch_line(best, machines, arguments)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import cast
 
@@ -42,6 +43,8 @@ from pipeline.synthesis.combine import Synthesis
 from pipeline.zero import checkpoint
 from pipeline.zero.combiner import GradientCombiner
 from pipeline.zero.joint import JointPass, TaskRows
+from pipeline.zero.parameters import whole_shape
+from pipeline.zero.sizes import disk_use, in_units
 
 HELDOUT = "heldout.jsonl"  # in a run folder, for suite corpus
 WEIGHTS = ".weights.json"  # in a run folder: digests of the model's files, so that a resumed run need not read them
@@ -158,6 +161,22 @@ def make_joint(engine: ModelEngine, combiner: GradientCombiner, rows: TaskRows |
     joint = JointPass(combiner, rows)
     check_separation(engine, joint)
     return joint
+
+
+def log_disk_use(config: RunConfig, zero: DeepSpeedDict, model: PreTrainedModel, steps: int) -> None:
+    """Log what the run is going to write, if that is a gigabyte or more, or more than the disk has left."""
+    parameters = list(model.parameters())
+    elements, trained = (
+        sum(whole_shape(p).numel() for p in some) for some in (parameters, [p for p in parameters if p.requires_grad])
+    )
+    stage, itemsize = zero["zero_optimization"].get("stage", 0), parameters[0].element_size()
+    use, folder = disk_use(config, stage, elements, trained, itemsize, steps), Path(config.output)
+    left = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
+    if use.peak > left:
+        remedy = "make room, or lower train.keep_checkpoints or set a larger train.export_every"
+        console.logger.warning("disk of %s: %s; %s are free: %s", folder, use, in_units(left), remedy)
+    elif use.peak >= 1e9:
+        console.logger.info("disk of %s: %s; %s are free", folder, use, in_units(left))
 
 
 def take_folder(lock: RunLock, config: RunConfig, resume: bool) -> None:

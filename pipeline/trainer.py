@@ -45,6 +45,7 @@ from pipeline.startup import (
     choose,
     content_digests,
     hyperparameters,
+    log_disk_use,
     make_combiner,
     make_engine,
     make_joint,
@@ -136,8 +137,7 @@ class Run:
     began: float  # time.perf_counter() when the process began to set up
 
     def export(self, target: Path, card: str | None = None) -> None:
-        with disk_errors(target):
-            export(self.model, self.tokenizer, target, self.config.model.lora, card)
+        export(self.model, self.tokenizer, target, self.config.model.lora, card)
 
 
 @dataclass
@@ -300,6 +300,8 @@ def setup(config: RunConfig, zero: DeepSpeedDict, resume: bool = False, quiet: b
     contents |= {f"data.probes.{found.name}": found.digest for found in sets if found.name in config.data.probes}
     decisive = {**keys, **identity, **contents, "steps": steps}
     take_folder(lock, config, resume)
+    if dist.get_rank() == 0:
+        log_disk_use(config, zero, model, steps)
     last = checkpoint.newest(folder) if resume else None
     start = checkpoint.load(engine, combiner, last, decisive) if last is not None else 0
     if not start:

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.config.objectives import Pairing
 from pipeline.data.chat import encode_answers, ended
 from pipeline.data.corpus import Row, document_key
-from pipeline.errors import InputError
 
 T = TypeVar("T")
 
@@ -24,7 +23,10 @@ FORMAT_VERSION = 2  # of the table; increase it whenever the same text becomes o
 TableRow = dict[str, Any]  # a column of ids holds a list, any other a number
 
 
-COUNTS = ("documents", "tokens", "unused", "dropped", "empty")
+COUNTS = ("documents", "tokens", "unused", "dropped", "empty")  # the fields of Usage
+
+
+Counts = dict[str, int]  # by the names of COUNTS
 
 
 @dataclass(frozen=True)
@@ -107,19 +109,15 @@ def split_document(ids: list[int], max_length: int, begin: object) -> list[list[
 
 
 def table_rows(
-    rows: Iterable[Row], encode: Encoder, columns: Sequence[tuple[str, str]], packing: str, source: tuple[str, str]
-) -> Iterator[TableRow]:
-    """The rows of the table: sequences, the key of their document, and the COUNTS since the row before.
+    rows: list[Row], encode: Encoder, columns: Sequence[tuple[str, str]], packing: str
+) -> tuple[list[TableRow], Counts]:
+    """Rows of the table: sequences, and the key of their document; and what the COUNTS of `rows` are.
 
     Args:
         columns: names for ids and for the length of the prompt, of each text of a row.
-        source: the path of the corpus and what its documents need, for the message.
-
-    Raises:
-        InputError: nothing would be predicted.
     """
-    count = dict.fromkeys(COUNTS, 0)
-    last: TableRow | None = None  # not yet yielded: documents that are dropped behind it are counted with it
+    count: Counts = {name: 0 for name in COUNTS}
+    table: list[TableRow] = []
     for batch in _batched(rows):
         for row, *sides in zip(batch, *(encode(batch, which) for which in range(len(columns))), strict=True):
             pieces = list(zip(*(side.pieces for side in sides), strict=True))
@@ -135,14 +133,9 @@ def table_rows(
             count["unused"] += size - len(sides[0].pieces[0][0]) if len(pieces) == 1 else 0
             key: int | None = document_key(row)
             for piece in pieces:
-                if last is not None:
-                    yield last
-                last = dict(zip(chain(*columns), chain(*piece), strict=True)) | {"key": key, **count}
-                key, count = None, dict.fromkeys(COUNTS, 0)
-    if last is None:
-        path, needed = source
-        raise InputError(f"{path} holds no text{f' with {needed}' if count['dropped'] else ''}; add some")
-    yield last | {name: last[name] + number for name, number in count.items()}
+                table.append(dict(zip(chain(*columns), chain(*piece), strict=True)) | {"key": key})
+                key = None
+    return table, count
 
 
 def minimum_content(questions: bool, max_length: int) -> str:

@@ -5,31 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets.exceptions import DatasetGenerationError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.sources import Corpus
 from pipeline.data.corpus import read
-from pipeline.data.encode import (
-    COUNTS,
-    FORMAT_VERSION,
-    TableRow,
-    TokenOptions,
-    Usage,
-    encoder,
-    minimum_content,
-    table_rows,
-)
+from pipeline.data.encode import FORMAT_VERSION, TokenOptions, Usage, minimum_content
+from pipeline.data.stripes import Recipe, stored_table
 from pipeline.errors import InputError, disk_errors
 from pipeline.monitoring.console import is_live
 
@@ -127,16 +116,19 @@ def tokenize(
     questions = corpus.prompt is not None
     check_tokenizer(tokenizer, key, options, questions)
     columns = COLUMNS[: 1 if options.pairing is None else 2]
-
-    def table() -> Iterator[TableRow]:
-        progress = tqdm(rows, f"tokenising {key}", disable=not (show_progress and is_live()), unit=" documents")
-        source = (corpus.path, minimum_content(questions, options.max_length))
-        return table_rows(progress, encoder(tokenizer, options), columns, options.packing, source)
-
     recipe = [FORMAT_VERSION, digest, tokenizer_digest(tokenizer), options.packing]
     recipe += [options.max_length, options.splits] if options.packing == "documents" else []
-    stored = _cached_table(table, columns, recipe, key, cache / "tokens")
-    usage = Usage(*(pc.sum(stored.column(name)).as_py() for name in COUNTS))  # pyright: ignore[reportAttributeAccessIssue]
+    progress = tqdm(rows, f"tokenising {key}", disable=not (show_progress and is_live()), unit=" documents")
+    try:
+        with disk_errors(cache / "tokens"):
+            folder = cache / "tokens" / hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
+            stored, counts = stored_table(progress, Recipe(tokenizer, options, columns), folder)
+    except InputError as error:
+        raise InputError(f"data.{key}: {error}") from None
+    usage = Usage(**counts)
+    if not len(stored):
+        needed = f" with {minimum_content(questions, options.max_length)}" if usage.dropped else ""
+        raise InputError(f"data.{key}: {corpus.path} holds no text{needed}; add some")
     made = [
         Sequences(
             rows=stored.column(ids),
@@ -171,37 +163,6 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, key: str, options: Token
         raise InputError(
             f"data.{key}: an answer must end, and the tokenizer has no end-of-text token or chat template; set one"
         )
-
-
-def _cached_table(
-    table: Callable[[], Iterator[TableRow]],
-    columns: Sequence[tuple[str, str]],
-    recipe: list[object],
-    key: str,
-    folder: Path,
-) -> pa.Table:
-    """The rows of `table()`, from the file in `folder` that `recipe` identifies; written there if it does not exist.
-
-    Raises:
-        InputError: of `table()`; `key` names the corpus.
-        FatalError: the disk refuses the file.
-    """
-    features = {name: datasets.List(datasets.Value("int32")) for name, _ in columns}
-    features |= {name: datasets.Value("int32") for _, name in columns}
-    features |= {name: datasets.Value("int64") for name in ("key", *COUNTS)}
-    try:
-        with disk_errors(folder):
-            made = datasets.Dataset.from_generator(
-                table,
-                features=datasets.Features(features),
-                cache_dir=str(folder),
-                fingerprint=hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32],
-            )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, InputError):
-            raise InputError(f"data.{key}: {error.__cause__}") from None
-        raise
-    return made.data
 
 
 def num_shared(one: Sequences, other: Sequences) -> int:

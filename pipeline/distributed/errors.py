@@ -19,29 +19,34 @@ from torch.distributed import distributed_c10d
 
 from pipeline.distributed.process_group import T
 from pipeline.distributed.signals import INTERRUPTED
+from pipeline.distributed.slow_work import slow_work
 from pipeline.errors import FatalError, InputError
 
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Run a block on every rank; an InputError on any of them becomes the same InputError on all."""
-    mine: str | None = None
+    """Run a block on every rank; an InputError or a FatalError on any of them becomes the same error on all."""
+    mine: tuple[type[Exception], str] | None = None
     try:
         yield
-    except InputError as error:
-        mine = str(error)
-    errors: list[str | None] = [None] * dist.get_world_size()
+    except (InputError, FatalError) as error:
+        mine = type(error), str(error)
+    errors: list[tuple[type[Exception], str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, mine)
-    for error in errors:
-        if error is not None:
-            raise InputError(error)
+    for found in errors:
+        if found is not None:
+            kind, text = found
+            raise kind(text)
 
 
 def local_main_first(build: Callable[[], T]) -> T:
-    """`build()` on the first rank of each machine, which fills the caches on disk, then on the others."""
+    """`build()` on the first rank of each machine, which fills the caches on disk, then on the others.
+
+    The others wait as long as that takes (`slow_work`).
+    """
     result: list[T] = []
     for first in (True, False):
-        with raise_on_all_ranks():
+        with raise_on_all_ranks(), slow_work():
             if (int(os.environ["LOCAL_RANK"]) == 0) is first:
                 result.append(build())
     return result[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
@@ -72,26 +73,20 @@ def attach_adapters(model: PreTrainedModel, lora: Lora) -> None:
         )
 
 
-def merge_adapters(model: torch.nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` under the names of `model` without adapters, with W + alpha/r B A (in fp32) for each adapted W.
+def merged_weight(weight: Tensor, layer: LoraLayer) -> Tensor:
+    """`weight` of an adapted layer with alpha/r B A added in fp32, in its own dtype and on its device.
 
     Args:
-        weights: all tensors of `model`, as `gather_weights` names them.
+        weight: [out, in], but a Conv1D's is [in, out]. The layer's A, [r, in], and B, [out, r], must be gathered.
     """
-    merged = {name.replace(".base_layer.", "."): tensor for name, tensor in weights.items() if ".lora_" not in name}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            a, b = (weights[f"{name}.lora_{side}.default.weight"].float() for side in "AB")  # [r, in], [out, r]
-            change = layer.scaling["default"] * (b @ a)
-            before = merged[f"{name}.weight"]  # [out, in], but a Conv1D's is [in, out]
-            change = change.T if isinstance(layer.get_base_layer(), Conv1D) else change
-            merged[f"{name}.weight"] = (before.float() + change).to(before.dtype)
-    return merged
+    a, b = (cast(Tensor, side["default"].weight).detach().float() for side in (layer.lora_A, layer.lora_B))
+    change = layer.scaling["default"] * (b @ a)
+    change = change.T if isinstance(layer.get_base_layer(), Conv1D) else change
+    return (weight.detach().float() + change).to(weight.dtype)
 
 
 def write_adapter(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path) -> None:
-    """`weights` of the adapters of `model`, in the files that peft reads."""
-    folder.mkdir(parents=True)
+    """`weights` of the adapters of `model`, in the files that peft reads, in a folder that exists."""
     adapter = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
     tensors = {f"base_model.model.{name}": tensor for name, tensor in adapter.items()}  # as in peft's own wrapper
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

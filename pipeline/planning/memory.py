@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.objectives import NEEDS
 from pipeline.config.schema import RunConfig
 from pipeline.files import Json
+from pipeline.zero.sizes import EXPORT_FILE
 
 if TYPE_CHECKING:
     from pipeline.planning.meta_trace import ModelShape, Pass
@@ -45,6 +46,7 @@ class Memory:
     host: dict[str, float] = field(default_factory=dict)  # of one rank
     disk: float = 0  # of one rank
     step: float = 0  # on the GPU, during engine.step() only
+    saving: float = 0  # in main memory, of one rank, while it writes a checkpoint
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,22 @@ def states(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster) 
     updated = min(zero.sub_group, mine) if zero.stage == 3 else mine
     if not offloaded:  # the gradient as one fp32 tensor, and what AdamW computes before it writes
         memory.step = updated * 4 * (2 if moments else 1)
+        memory.saving = updated * 4  # torch.save copies one tensor after the other from the GPU
     if zero.stage in (1, 2) and offloaded:
         memory.step = 0
     return memory
+
+
+def main_memory(shape: ModelShape, zero: Zero, memory: Memory, machines: Cluster) -> float:
+    """Peak bytes of main memory of one machine: while the model loads, a checkpoint or an export is written, or always.
+
+    To resume takes none beside what is offloaded, because files are mapped and the state is copied from there.
+    """
+    whole = shape.elements * shape.itemsize
+    loading = 0 if zero.stage == 3 else machines.gpus * whole  # from_pretrained reads into main memory
+    file = max(EXPORT_FILE, max(shape.sizes) * shape.itemsize)
+    export = min(machines.gpus * file, whole)  # every rank writes a file at a time
+    return max(loading, machines.gpus * sum(memory.host.values()) + max(export, machines.gpus * memory.saving))
 
 
 def buffers(shape: ModelShape, zero: Zero) -> float:

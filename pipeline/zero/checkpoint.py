@@ -24,13 +24,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.distributed import errors as rank_errors
+from pipeline.distributed.errors import is_lost, raise_on_all_ranks
+from pipeline.distributed.slow_work import slow_work
 from pipeline.errors import InputError, disk_errors, shorten
 from pipeline.files import Json, remove_unfinished, sync, write_whole
 from pipeline.zero.combiner import GradientCombiner
 from pipeline.zero.engine import Engine
 from pipeline.zero.optimizer_state import Fragment, optimizer_layout
 from pipeline.zero.reshard import copy_fragments, load_optimizer
+from pipeline.zero.storage import copy_into_memory, own_storage
 
 MARKER = "complete.json"
 
@@ -77,15 +79,20 @@ def save(engine: Engine, combiner: GradientCombiner, run: Path, step: int, *, ke
         dist.barrier()
         # Frozen weights are those that the run starts from, which the marker names by their digest.
         tied = engine.module.register_state_dict_post_hook(_drop_frozen)
-        engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True)
+        with own_storage(engine) as storage:
+            place, tag = str(folder.parent), folder.name
+            engine.save_checkpoint(place, tag=tag, save_latest=False, exclude_frozen_parameters=True)
         tied.remove()
-        torch.save(_rank_state(engine, combiner), _rank_file(folder, dist.get_rank()))
-        dist.barrier()
+        with raise_on_all_ranks(), slow_work(), disk_errors(folder):
+            storage.write()
+            torch.save(_rank_state(engine, combiner), _rank_file(folder, dist.get_rank()))
         sums: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
-        own = [file for file in sorted(folder.iterdir()) if _is_own(file.name)]
-        for file in own:  # an older checkpoint is removed below: this one must outlast a power cut by then
-            sync(file)
-        dist.all_gather_object(sums, {file.name: checksum(file) for file in own})
+        with raise_on_all_ranks(), slow_work(), disk_errors(folder):
+            own = [file for file in sorted(folder.iterdir()) if _is_own(file.name)]
+            for file in own:  # an older checkpoint is removed below: this one must outlast a power cut by then
+                sync(file)
+            mine = {file.name: checksum(file) for file in own}
+        dist.all_gather_object(sums, mine)
         if dist.get_rank() == 0:
             files = {name: value for part in sums for name, value in part.items()}
             marker: Marker = {"step": step, "ranks": dist.get_world_size(), "run": identity, "files": files}
@@ -141,7 +148,7 @@ def load(engine: Engine, combiner: GradientCombiner, checkpoint: Path, identity:
     Raises:
         InputError: the checkpoint is damaged, or of another run.
     """
-    with rank_errors.raise_on_all_ranks():
+    with raise_on_all_ranks(), slow_work():
         marker = _check(checkpoint, identity)
     rank, world = dist.get_rank(), dist.get_world_size()
     same = world == marker["ranks"]
@@ -151,9 +158,11 @@ def load(engine: Engine, combiner: GradientCombiner, checkpoint: Path, identity:
         for writer in ([rank] if same else range(marker["ranks"]))
     ]
     if same or not engine.zero_optimization_stage():
-        found, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
+        with own_storage(engine):
+            found, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
         if found is None:
             raise RuntimeError(f"DeepSpeed finds no checkpoint in {checkpoint}")
+        copy_into_memory(getattr(engine.optimizer, "optimizer", engine.optimizer))
     else:
         layouts = [[_fragments(group) for group in state["optimizer_layout"]] for state in before]
         load_optimizer(engine, checkpoint, layouts)
@@ -207,7 +216,7 @@ def _damage(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
-        if rank_errors.is_lost(error):
+        if is_lost(error):
             raise
         raise InputError(
             f"--resume: {checkpoint} is damaged ({shorten(error)}); remove it to resume from the one before"

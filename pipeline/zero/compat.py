@@ -96,6 +96,7 @@ INTERNALS: dict[str, dict[str, str]] = {
         "ds_id": "key of a parameter in DeepSpeed's tables",
         "ds_numel": "elements of the whole parameter",
         "ds_process_group": "the ranks that share it",
+        "ds_shape": "shape of the whole parameter, by which the files of an export are planned",
         "ds_status": "says whether it is gathered at the moment",
         "ds_tensor": "this rank's share, swapped while the reference model runs",
         "partition_numel": "elements of a share, with padding",

@@ -13,6 +13,7 @@ from typing_extensions import TypeVar
 
 if TYPE_CHECKING:
     from deepspeed.monitor.monitor import MonitorMaster
+    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
 Module = TypeVar("Module", bound=nn.Module, covariant=True, default=nn.Module)
 
@@ -48,6 +49,7 @@ class Engine(Forward[Module], Protocol[Module]):
     global_steps: int
     global_samples: int
     skipped_steps: int
+    checkpoint_engine: CheckpointEngine  # what writes and reads the files of a checkpoint
     _global_grad_norm: float | None  # the one private attribute: see `compat.INTERNALS`
 
     def backward(self, loss: Tensor, *, scale_wrt_gas: bool = True) -> Tensor:
@@ -106,6 +108,7 @@ class PartitionedParameter(nn.Parameter):
 
     ds_id: int
     ds_numel: int
+    ds_shape: torch.Size
     ds_process_group: torch.distributed.ProcessGroup
     ds_status: Enum
     ds_tensor: Tensor

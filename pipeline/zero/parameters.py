@@ -1,8 +1,8 @@
-"""The part of a parameter that this rank stores, on any ZeRO stage."""
+"""The part of a parameter that this rank stores, and its whole shape, on any ZeRO stage."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from pipeline.zero.engine import PartitionedParameter
 
@@ -10,6 +10,11 @@ from pipeline.zero.engine import PartitionedParameter
 def local_share(parameter: nn.Parameter) -> Tensor:
     """This rank's share under ZeRO-3, a 1-D tensor with padding; else the whole parameter."""
     return getattr(parameter, "ds_tensor", parameter)
+
+
+def whole_shape(tensor: Tensor) -> Size:
+    """The shape of a tensor of the model; under ZeRO-3 that of the gathered parameter."""
+    return getattr(tensor, "ds_shape", tensor.shape)
 
 
 def release_gathered(parameter: nn.Parameter) -> None:

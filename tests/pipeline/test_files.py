@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.schema import REPOSITORY
-from pipeline.files import remove_unfinished, whole, write_whole
+from pipeline.files import remove_unfinished, remove_whole, whole, write_whole
 
 KILLED = """
 import os, sys
@@ -28,13 +28,14 @@ def counting(call):
         left -= 1
         return call(*arguments, **named)
     return wrapper
-for name in ("open", "fsync", "replace"):
+for name in ("open", "fsync", "replace", "unlink", "rmdir"):
     setattr(os, name, counting(getattr(os, name)))
 with files.whole(Path(sys.argv[1])) as unfinished:
     unfinished.mkdir()
     for name in "ab":
         (unfinished / name).write_text("new")
         counting(bool)()
+    files.remove_whole(Path(sys.argv[1]))
 """
 
 
@@ -42,10 +43,15 @@ def content(folder: Path) -> dict[str, str]:
     return {file.name: file.read_text() for file in folder.iterdir()}
 
 
-def test_a_kill_at_any_moment_leaves_all_or_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [None, {"a": "old", "c": "old"}], ids=["nothing before", "a full folder before"])
+def test_a_kill_at_any_moment_leaves_all_or_nothing(before: dict[str, str] | None, tmp_path: Path) -> None:
     found = []
     for moment in range(100):
         place = tmp_path / str(moment)
+        if before is not None:
+            place.mkdir()
+            for name, text in before.items():
+                (place / name).write_text(text)
         ended = subprocess.run([sys.executable, "-c", KILLED, str(place), str(moment)], cwd=REPOSITORY, check=False)
         found.append(content(place) if place.exists() else None)
         remove_unfinished(tmp_path)
@@ -55,7 +61,9 @@ def test_a_kill_at_any_moment_leaves_all_or_nothing(tmp_path: Path) -> None:
         assert ended.returncode == 9
     written = {"a": "new", "b": "new"}
     renamed = found.index(written)
-    assert found == [None] * renamed + [written] * (len(found) - renamed) and renamed >= 8 and found[-1] == written
+    old = next((moment for moment, it in enumerate(found) if it != before), 0)  # moments of the folder before
+    assert found == [before] * old + [None] * (renamed - old) + [written] * (len(found) - renamed)
+    assert renamed >= 8 and found[-1] == written
 
 
 def disk_calls(monkeypatch: pytest.MonkeyPatch, work: Callable[[], None]) -> list[tuple[str, str]]:
@@ -111,6 +119,14 @@ def test_a_folder_that_holds_something_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(OSError), whole(tmp_path / "mine") as unfinished:
         unfinished.mkdir()
     assert [path.name for path in tmp_path.iterdir()] == ["mine"] and (tmp_path / "mine" / "text").exists()
+
+
+def test_a_folder_is_removed_at_once_or_not_at_all(tmp_path: Path) -> None:
+    remove_whole(tmp_path / "absent")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "text").touch()
+    remove_whole(tmp_path / "mine")
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_writers_do_not_mix(tmp_path: Path) -> None:

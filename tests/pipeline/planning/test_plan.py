@@ -14,6 +14,7 @@ import pytest
 from pipeline import plan
 from pipeline.planning import memory as budget_memory
 from pipeline.planning import traffic
+from pipeline.planning.meta_trace import ModelShape
 from tests.conftest import World
 from tests.pipeline.planning.base import configuration_of
 
@@ -46,6 +47,26 @@ def test_the_largest_micro_batch_that_fits(world: World) -> None:
     least = row(1)
     assert (least.fits, least.micro_batch_size) == (False, 1)
     assert row((least.total + 1) / 2**30).fits and least.lacks == pytest.approx(least.total - 2**30)
+
+
+def test_main_memory_while_the_model_is_read_and_written() -> None:
+    """A model of 20 GB in bf16 on one machine of 4, counted by hand: 2.5 G elements a tensor, and a rank."""
+    machines = budget_memory.Cluster(4, 1, 80, 0, 400)
+    shape = ModelShape([2_500_000_000] * 4, [True] * 4, 2, (10, 10), True, True)
+    config = configuration_of(Path("unused"), train={"batch_size": 32})
+
+    def needs(**keys: Any) -> float:
+        zero = budget_memory.Zero.of({"zero_optimization": keys}, shape)
+        memory = budget_memory.states(shape, zero, config, machines)
+        return budget_memory.main_memory(shape, zero, memory, machines)
+
+    # An export: 4 files of 5 GB at a time. A checkpoint: a sub-group in fp32, of 1 or 2 G elements, on 4 ranks.
+    assert needs(stage=3) == 4 * 5e9
+    assert needs(stage=3, sub_group_size=2e9) == 4 * 2e9 * 4
+    # Below ZeRO-3 every rank reads the whole model.
+    assert needs(stage=2) == 4 * 20e9
+    # What is offloaded, the gradient twice, stash, master weights and moments, stays while a model is exported.
+    assert needs(stage=3, offload_optimizer={"device": "cpu"}) == 4 * 2.5e9 * (2 + 4 + 2 + 12) + 4 * 5e9
 
 
 def test_the_launch_line_is_a_run(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

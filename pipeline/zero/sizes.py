@@ -1,0 +1,59 @@
+"""Bytes that a run writes, by arithmetic on the numbers of its parameters. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.config.schema import RunConfig
+
+EXPORT_FILE = 5 * 10**9  # bytes, as the hub splits models by default; a larger tensor has a file of its own
+UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6))
+
+
+@dataclass(frozen=True)
+class DiskUse:
+    """Of a run's folder: bytes of one checkpoint and of one export, and how many of each there are at once, at most."""
+
+    checkpoint: int
+    checkpoints: int
+    export: int
+    exports: int
+
+    @property
+    def peak(self) -> int:
+        return self.checkpoint * self.checkpoints + self.export * self.exports
+
+    def __str__(self) -> str:
+        return (
+            f"{in_units(self.checkpoint)} a checkpoint, {self.checkpoints} of them at the peak; "
+            f"{in_units(self.export)} an export, {self.exports} of them"
+        )
+
+
+def disk_use(config: RunConfig, stage: int, elements: int, trained: int, itemsize: int, steps: int) -> DiskUse:
+    """What checkpoints and exports of a run take.
+
+    A checkpoint has, of what trains, the fp32 weights, the optimizer's moments and a rule's moving average; below
+    ZeRO-3 the weights in the model's dtype too. An old one goes when the new one is complete. Exports stay.
+
+    Args:
+        elements: parameters of the model, of which `trained` train, of `itemsize` bytes each.
+    """
+    train, moments = config.train, 2 if config.optimizer.name == "adamw" else 0
+    master = 0 if itemsize == 4 and stage == 0 else 1
+    average = 1 if config.synthesis.rule == "gru" and len(config.tasks) == 2 else 0
+    checkpoint = trained * (4 * (master + moments + average) + (itemsize if stage < 3 else 0))
+    adapter = config.model.lora is not None and not config.model.lora.merge
+    export = trained if adapter else elements - (trained if config.model.lora is not None else 0)
+    return DiskUse(
+        checkpoint=checkpoint,
+        checkpoints=train.keep_checkpoints + 1 if train.checkpoint_every else 1,  # 1: SIGTERM saves
+        export=export * itemsize,
+        exports=1 + (steps // train.export_every if train.export_every else 0),
+    )
+
+
+def in_units(size: float) -> str:
+    """`1.06 TB`, `12.3 GB`, `400 MB`."""
+    unit, one = next(((unit, one) for unit, one in UNITS if size >= one), UNITS[-1])
+    return f"{size / one:.3g} {unit}"

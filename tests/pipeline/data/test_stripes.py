@@ -1,0 +1,102 @@
+"""A large corpus is tokenised by several processes, in files of which those that are whole are not made again."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from pipeline.config.sources import Corpus
+from pipeline.data import stripes
+from pipeline.data.encode import TokenOptions
+from pipeline.data.tokenize import tokenize
+from tests.conftest import World
+
+TEXTS = [f"kara lovi {'mito ' * (number % 9)}number {number}" for number in range(60)] + [""]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    file = tmp_path / "corpus.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return file
+
+
+def ids_of(world: World, corpus: Path, cache: Path, **options: Any) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(world.folder / "model")
+    wanted = TokenOptions(**{"max_length": 12, "packing": "documents", **options})
+    source = Corpus.model_validate({"path": str(corpus), "field": "text"})
+    made, _ = tokenize(source, "forget", tokenizer, wanted, cache=cache, show_progress=False)
+    assert made.usage is not None and made.usage.documents == len(TEXTS)
+    return [list(map(int, made[number])) for number in range(len(made))]
+
+
+def test_several_processes_make_the_tokens_of_one(
+    world: World, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ids are those of the tokenizer, document by document; the cache has the same key and files."""
+    tokenizer = AutoTokenizer.from_pretrained(world.folder / "model")
+    expected = [tokenizer(text, truncation=True, max_length=12).input_ids for text in TEXTS[:-1]]
+    options = {"long_documents": "truncate"}
+    monkeypatch.setattr(stripes, "STRIPE", 300)
+    monkeypatch.setattr(stripes, "num_processes", lambda: 1)
+    assert ids_of(world, corpus, tmp_path / "one", **options) == expected
+    monkeypatch.setattr(stripes, "num_processes", lambda: 2)
+    monkeypatch.setattr(stripes, "FIRST_ALONE", 1)
+    monkeypatch.setattr(stripes.Recipe, "write", only_in(os.getpid(), {"000000.arrow"}))
+    assert ids_of(world, corpus, tmp_path / "two", **options) == expected
+    files = [{f.relative_to(side): f.read_bytes() for f in side.rglob("*.arrow")} for side in each(tmp_path)]
+    assert len(files[0]) > 5 and files[0] == files[1]
+
+
+def each(folder: Path) -> list[Path]:
+    return [folder / "one", folder / "two"]
+
+
+def only_in(process: int, names: set[str]) -> Any:
+    """`Recipe.write` that refuses, in this process, files of other names; others have their own."""
+    write = stripes.Recipe.write
+
+    def guarded(recipe: stripes.Recipe, rows: Any, encode: Any, file: Path) -> None:
+        assert os.getpid() == process and file.name in names, file
+        write(recipe, rows, encode, file)
+
+    return guarded
+
+
+def test_what_was_cut_off_is_continued(
+    world: World, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stripes, "STRIPE", 300)
+    monkeypatch.setattr(stripes, "num_processes", lambda: 1)
+    whole = ids_of(world, corpus, tmp_path / "whole")
+    write, made = stripes.Recipe.write, list[str]()
+
+    def killed(recipe: stripes.Recipe, rows: Any, encode: Any, file: Path) -> None:
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(file.name)
+        write(recipe, rows, encode, file)
+
+    monkeypatch.setattr(stripes.Recipe, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ids_of(world, corpus, tmp_path / "cut")
+    assert not list((tmp_path / "cut").rglob(stripes.MARKER))
+    made.clear()
+    monkeypatch.setattr(stripes.Recipe, "write", lambda *given: made.append(given[-1].name) or write(*given))
+    assert ids_of(world, corpus, tmp_path / "cut") == whole
+    assert min(made) == "000003.arrow"  # the three before were whole
+    calls = len(made)
+    monkeypatch.setattr(PreTrainedTokenizerBase, "__call__", None)
+    assert ids_of(world, corpus, tmp_path / "cut") == whole and len(made) == calls
+
+
+def test_a_malformed_line_leaves_nothing(world: World, corpus: Path, tmp_path: Path) -> None:
+    corpus.write_text(corpus.read_text() + "{\n")
+    with pytest.raises(Exception, match=r"data\.forget: .*line 62"):
+        ids_of(world, corpus, tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.arrow"))

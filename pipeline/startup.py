@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.config.deepspeed import DeepSpeedDict, blaming_the_file, refuse_what_deepspeed_refuses
 from pipeline.config.load import to_yaml
 from pipeline.config.objectives import NEEDS
+from pipeline.config.rules import READERS
 from pipeline.config.run_folder import check_output_dir
 from pipeline.config.schema import RunConfig
 from pipeline.data.batches import BatchSampler
@@ -37,6 +38,7 @@ from pipeline.modeling.outputs import ModelEngine, install_outputs
 from pipeline.monitoring import console
 from pipeline.optim import fitting_lr, make_optimizer, make_schedule
 from pipeline.synthesis.combine import Synthesis
+from pipeline.synthesis.rules import Options
 from pipeline.zero import checkpoint
 from pipeline.zero.combiner import GradientCombiner
 
@@ -119,7 +121,8 @@ def make_engine(config: RunConfig, zero: DeepSpeedDict, model: PreTrainedModel, 
 
 def make_combiner(config: RunConfig, engine: ModelEngine) -> GradientCombiner:
     wanted = config.synthesis
-    synthesis = Synthesis(wanted.rule, wanted.scope, wanted.alpha, wanted.gamma, wanted.zero_forget)
+    options = Options(seed=config.seed, **{key: x for key in READERS if (x := getattr(wanted, key)) is not None})
+    synthesis = Synthesis(wanted.rule, wanted.scope, wanted.alpha, wanted.gamma, wanted.zero_forget, options)
     combine_tasks = len(config.tasks) == 2 and (wanted.rule != "sum" or wanted.geometry)
     return GradientCombiner(engine, synthesis, combine_tasks=combine_tasks, stash_device=wanted.stash_device)
 

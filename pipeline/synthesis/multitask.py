@@ -76,7 +76,7 @@ def conflict_free(gramian: Gramian, preference: float) -> tuple[float, float]:
     (f, r), p_f, p_r = gramian.norms, 1 - preference, preference
     if not f or not r:
         return 1.0, 1.0
-    gap = max(1 - gramian.cosine, float_info.min)  # the limit is used where the two are parallel
+    gap = max(1 - gramian.cosine, 1e-30)  # where the two are parallel: the limit
     k = (p_f * f + p_r * r) / ((p_f - p_r) ** 2 + 2 * gap * p_f * p_r)
     return k * (p_f - p_r + gap * p_r) / f, k * (p_r - p_f + gap * p_f) / r
 

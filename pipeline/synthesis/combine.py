@@ -111,7 +111,7 @@ class Synthesis:
 
         `target` is the unit's mean cosine, of a rule that tracks it.
         """
-        if self.zero_forget == "retain" and gramian.ff == 0:
+        if self.rule == "sago" and self.zero_forget == "retain" and gramian.ff == 0:
             gramian = gramian._replace(fr=-1.0)  # retention decides where the forget gradient is 0
         tracked = {"target": target} if RULES[self.rule].tracks_cosine else {}
         return RULES[self.rule].weights(gramian, self.alpha, self.gamma, **self.rule_options, **tracked)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.config.deepspeed import DeepSpeedDict, blaming_the_file, refuse_what_deepspeed_refuses
 from pipeline.config.load import to_yaml
 from pipeline.config.objectives import NEEDS
+from pipeline.config.rules import READERS
 from pipeline.config.run_folder import check_output_dir
 from pipeline.config.schema import RunConfig
 from pipeline.data.batches import BatchSampler
@@ -40,6 +41,7 @@ from pipeline.modeling.row_rules import install_rules
 from pipeline.monitoring import console
 from pipeline.optim import fitting_lr, make_optimizer, make_schedule
 from pipeline.synthesis.combine import Synthesis
+from pipeline.synthesis.rules import Options
 from pipeline.zero import checkpoint
 from pipeline.zero.combiner import GradientCombiner
 from pipeline.zero.joint import JointPass, TaskRows
@@ -125,7 +127,8 @@ def make_engine(config: RunConfig, zero: DeepSpeedDict, model: PreTrainedModel, 
 
 def make_combiner(config: RunConfig, engine: ModelEngine) -> GradientCombiner:
     wanted = config.synthesis
-    synthesis = Synthesis(wanted.rule, wanted.scope, wanted.alpha, wanted.gamma, wanted.zero_forget)
+    options = Options(seed=config.seed, **{key: x for key in READERS if (x := getattr(wanted, key)) is not None})
+    synthesis = Synthesis(wanted.rule, wanted.scope, wanted.alpha, wanted.gamma, wanted.zero_forget, options)
     combines = combines_tasks(config)
     return GradientCombiner(engine, synthesis, combine_tasks=combines, stash_device=wanted.stash_device)
 

@@ -17,6 +17,7 @@ from pipeline.config.checks import check_corpus, check_probes, check_schedule
 from pipeline.config.explain import explain, is_table, nearest, subsection
 from pipeline.config.files import RECIPES, find_file
 from pipeline.config.objectives import NEEDS
+from pipeline.config.rules import check_rule
 from pipeline.config.schema import DEFAULT_STEPS, RunConfig
 from pipeline.errors import InputError
 from pipeline.files import Json
@@ -164,8 +165,7 @@ def resolve(
     earlier = Path(config.output) / "config.yaml"
     if resume and earlier.is_file():
         config = as_before(config, _read(earlier, None)[0])
-    if config.synthesis.rule == "gru" and config.synthesis.scope == "element":
-        raise InputError(f"{where}: synthesis.scope: gru compares whole gradients; valid: module, layer, global")
+    check_rule(config.synthesis, where)
     if not config.tasks:
         raise InputError(f"{where}: objective.forget and objective.retain are both none: nothing to train")
     for task in config.tasks:

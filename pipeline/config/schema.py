@@ -131,9 +131,11 @@ class Objective(Section):
 
 
 class Synthesis(Section):
-    rule: Literal["sum", "sago", "pcgrad", "blur", "gru"] = Field(
-        "sago", description="how the two gradients are combined"
-    )
+    rule: Literal[
+        *("sum", "sago", "pcgrad", "blur", "mgda", "cagrad", "imtl_g", "conflict_free", "nash_mtl", "auxinash"),
+        *("aligned_mtl", "sdmgrad", "upgrad", "dualproj", "barrier", "agem", "mask", "graddrop", "gradvac", "bloop"),
+        "gru",
+    ] = Field("sago", description="how the two gradients are combined")
     scope: Literal["element", "module", "layer", "global"] | None = Field(
         None, description="the unit for which conflict is decided; null: the rule's scope in the paper"
     )
@@ -141,6 +143,28 @@ class Synthesis(Section):
     gamma: float = Field(1.0, ge=0, description="weight of the forget gradient")
     zero_forget: Literal["literal", "retain"] = Field(
         "literal", description="sago's result where the forget gradient is exactly 0: 0 (paper) or the retain gradient"
+    )
+    preference: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of retention, the rest is of forgetting, in conflict_free, auxinash, aligned_mtl, sdmgrad, "
+        "upgrad and dualproj; null: 0.5",
+    )
+    c: float | None = Field(
+        None, ge=0, lt=1, description="how far cagrad goes from its centre, in lengths of the centre; null: 0.5"
+    )
+    centre: Literal["sum", "retain"] | None = Field(
+        None, description="of cagrad: half the sum of the two gradients (its paper), or the retain gradient; null: sum"
+    )
+    regularization: float | None = Field(
+        None, ge=0, description="lambda of sdmgrad: how much it is drawn to the preferred combination; null: 0.3"
+    )
+    new_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of the present step in the moving average; null: 0.8 in gru, 0.1 in bloop, 0.5 in gradvac",
     )
     stash_device: Literal["device", "host"] = Field(
         "device", description="memory of the forget buffer: the GPU, or pinned host memory"

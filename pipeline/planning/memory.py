@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pipeline.config.objectives import NEEDS
+from pipeline.config.rules import AVERAGING
 from pipeline.config.schema import RunConfig
 from pipeline.files import Json
 from pipeline.zero.sizes import EXPORT_FILE
@@ -97,7 +98,7 @@ def keeps_stash(config: RunConfig) -> int:
     rule = config.synthesis.rule
     if len(config.tasks) < 2 or (rule == "sum" and not config.synthesis.geometry):
         return 0
-    return 2 if rule == "gru" else 1
+    return 2 if rule in AVERAGING else 1
 
 
 def states(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster) -> Memory:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from pipeline.synthesis.combine import Piece, Synthesis, is_finite, units_of
+from pipeline.synthesis.combine import Piece, State, Synthesis, is_finite, units_of
+from pipeline.synthesis.rules import DEFAULTS, Options
 
 
 def synthesize(
@@ -21,6 +23,8 @@ def synthesize(
     zero_forget: str = "literal",
     layers: Sequence[Hashable] | None = None,
     average: Sequence[Tensor] | None = None,
+    options: Options = DEFAULTS,
+    state: State | None = None,
 ) -> list[Tensor]:
     """Combine two lists of whole gradients (paper, Algorithm 1 line 6).
 
@@ -31,18 +35,21 @@ def synthesize(
         alpha, gamma: weights of the retain and of the forget gradient.
         zero_forget: what SAGO does where the forget gradient is exactly 0: `literal` (0) or `retain`.
         layers: for scope `layer`, which layer each tensor belongs to.
-        average: for rule `gru`, its moving average: contiguous tensors like `retain`, zero before the first step,
-            updated in place.
+        average: for rules `gru` and `bloop`, the moving average: contiguous tensors like `retain`, zero before the
+            first step, updated in place.
+        options: what some rules read beside alpha and gamma.
+        state: for rules `gradvac` and `graddrop`, what they remember, `State()` before the first step, updated in
+            place. None: this is the first step.
 
     Returns:
         The combined gradients, new tensors with the shapes and dtypes of `retain`.
 
     Raises:
-        ValueError: unknown rule or scope, lists that do not match, scope `layer` without `layers`, `gru` without
-            `average`.
+        ValueError: unknown rule or scope, a scope that the rule does not have, an option without sense, lists that do
+            not match, scope `layer` without `layers`, `gru` or `bloop` without `average`.
         FloatingPointError: a non-finite value in either gradient or in their combination.
     """
-    synthesis = Synthesis(rule, scope, alpha, gamma, zero_forget)
+    synthesis = Synthesis(rule, scope, alpha, gamma, zero_forget, options)
     if [f.shape for f in forget] != [r.shape for r in retain]:
         raise ValueError("forget and retain must hold tensors of the same shapes in the same order")
     if synthesis.resolved_scope == "layer" and (layers is None or len(layers) != len(retain)):
@@ -53,9 +60,11 @@ def synthesize(
         raise ValueError(f"rule {rule!r} needs `average`: one tensor like each retain gradient, zero at first")
     combined = [r.detach().clone(memory_format=torch.contiguous_format) for r in retain]
     averages = [m.view(-1) for m in average or ()] if synthesis.averages_retain else [None] * len(combined)
-    parts = enumerate(zip(forget, combined, averages, strict=True))
-    pieces = [Piece(row, f.detach().reshape(-1), g.view(-1), m) for row, (f, g, m) in parts]
-    table = synthesis.combine_(pieces, units_of(synthesis.resolved_scope, layers or range(len(combined))))
+    starts = [0, *accumulate(r.numel() for r in retain)][:-1]
+    parts = enumerate(zip(forget, combined, averages, starts, strict=True))
+    pieces = [Piece(row, f.detach().reshape(-1), g.view(-1), m, start) for row, (f, g, m, start) in parts]
+    units = units_of(synthesis.resolved_scope, layers or range(len(combined)))
+    table = synthesis.combine_(pieces, units, state=state)
     if not is_finite(table):
         raise FloatingPointError("a gradient or the combination holds inf or NaN; skip this step")
     return combined

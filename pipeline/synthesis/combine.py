@@ -12,17 +12,21 @@ Gramians of the shards add up to those of the whole tensors, so one small reduct
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pipeline.synthesis.elements import FORMS, uniform
 from pipeline.synthesis.kernels import (
+    Gate,
     Kernel,
     compiled,
     compute_dtype,
+    form_,
     gate_,
     moving_average,
     needs_float64,
@@ -30,7 +34,7 @@ from pipeline.synthesis.kernels import (
     weighted,
     weighted_by_element,
 )
-from pipeline.synthesis.rules import RULES, SCOPES, Gramian, Weights
+from pipeline.synthesis.rules import DEFAULTS, RULES, SCOPES, Gramian, Options, Weights
 from pipeline.synthesis.windows import Segments, cut, plan, read, to_blocks, to_device, write
 
 COMPILE_FROM = 2**27  # elements of a rank from which a compiled kernel pays for the time to compile it
@@ -46,6 +50,15 @@ class Piece(NamedTuple):
     forget: Tensor  # [n]
     retain: Tensor  # [n]; becomes the combined gradient
     average: Tensor | None = None  # [n] for rules that average the retain gradient: the state m, updated in place
+    start: int = 0  # for rules that draw: the number that the first element has among all elements of the model
+
+
+@dataclass
+class State:
+    """What a rule remembers from step to step, beside the averages of the pieces. Alike on all ranks."""
+
+    step: int = 0  # combinations so far, on which random numbers depend
+    cosines: list[float] = field(default_factory=list)  # [units] the mean cosine of f and r, where a rule tracks it
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,7 @@ class Synthesis:
     """A rule at a scope with its weights.
 
     Raises:
-        ValueError: unknown rule, scope or zero_forget.
+        ValueError: unknown rule, scope or zero_forget, a scope that the rule does not have, an option without sense.
     """
 
     rule: str
@@ -61,6 +74,7 @@ class Synthesis:
     alpha: float = 1.0  # weight of the retain gradient
     gamma: float = 1.0  # weight of the forget gradient
     zero_forget: str = "literal"  # where f = 0, sago gives 0 (`literal`, the paper) or alpha r (`retain`)
+    options: Options = DEFAULTS
 
     def __post_init__(self) -> None:
         for name, value, valid in (
@@ -70,8 +84,10 @@ class Synthesis:
         ):
             if value not in valid:
                 raise ValueError(f"unknown {name} {value!r}; valid: {', '.join(valid)}")
-        if self.averages_retain and self.scope == "element":
-            raise ValueError(f"rule {self.rule!r} has no scope 'element'; valid: {', '.join(SCOPES[1:])}")
+        scopes = RULES[self.rule].scopes
+        if self.resolved_scope not in scopes:
+            raise ValueError(f"rule {self.rule!r} has no scope {self.scope!r}; valid: {', '.join(scopes)}")
+        self.options.check()
 
     @property
     def resolved_scope(self) -> str:
@@ -81,11 +97,24 @@ class Synthesis:
     def averages_retain(self) -> bool:
         return RULES[self.rule].averages_retain
 
-    def weights(self, gramian: Gramian) -> Weights:
-        """The weights that the rule gives a unit, a group of elements in which conflict is judged together."""
-        if self.zero_forget == "retain" and gramian.ff == 0:
+    @property
+    def new_share(self) -> float:
+        """Of the present step in the rule's moving average."""
+        return RULES[self.rule].new_share if self.options.new_share is None else self.options.new_share
+
+    @property
+    def rule_options(self) -> dict[str, float | str]:
+        return {name: getattr(self.options, name) for name in RULES[self.rule].options}
+
+    def weights(self, gramian: Gramian, target: float = 0.0) -> Weights:
+        """The weights that the rule gives a unit, a group of elements in which conflict is judged together.
+
+        `target` is the unit's mean cosine, of a rule that tracks it.
+        """
+        if self.rule == "sago" and self.zero_forget == "retain" and gramian.ff == 0:
             gramian = gramian._replace(fr=-1.0)  # retention decides where the forget gradient is 0
-        return RULES[self.rule].weights(gramian, self.alpha, self.gamma)
+        tracked = {"target": target} if RULES[self.rule].tracks_cosine else {}
+        return RULES[self.rule].weights(gramian, self.alpha, self.gamma, **self.rule_options, **tracked)
 
     def combine_(
         self,
@@ -93,6 +122,7 @@ class Synthesis:
         units: Sequence[int],
         reduce: Callable[[Tensor], object] = lambda table: None,
         scale: float = 1.0,
+        state: State | None = None,
     ) -> Tensor:
         """Overwrite every piece's `retain` with the combined gradient, and return the sums that describe the step.
 
@@ -100,27 +130,32 @@ class Synthesis:
             pieces: this rank's parts of the parameters, in any order; a parameter may have none or several.
             units: for each parameter, the index of the unit it is judged in (unused at element scope).
             reduce: adds the table up over all ranks, in place: the one collective of the synthesis.
-            scale: the loss scale of fp16, by which both gradients are multiplied here. So is the combined gradient,
-                because every rule is homogeneous. The state `average` outlives a scale and does not contain it.
+            scale: the loss scale of fp16, by which both gradients are multiplied here. So is the combined gradient.
+                The state `average` outlives a scale and does not contain it.
+            state: what the rule remembers, the same on all ranks, updated in place; None: this is its first step.
 
         Returns:
             table: [parameters, 10] float64, the columns of `COLUMNS`, of the gradients times `scale`. If it is not
                 finite (`is_finite`), nothing that was combined may be used; module, layer and global scopes then do
                 not change `retain` and `average`.
         """
+        state = State() if state is None else state
         partition = _Partition(pieces, len(units), self._compiles)
         table = torch.zeros(len(units), len(COLUMNS), dtype=torch.float64, device=partition.device)
         if self.resolved_scope == "element":
-            self._combine_elements_(partition, table)
+            self._combine_elements_(partition, table, state.step)
             reduce(table)
+            state.step += 1
             return table.cpu()
         self._sum_products(partition, table, scale)
         reduce(table)
         table = table.cpu()  # the one read that waits for the device
         if is_finite(table):
-            weights = self._weigh_units(units, table)
+            weights, cosines = self._weigh_units(units, table, scale, state.cosines)
             if is_finite(table):
-                _combine_units_(partition, weights, scale)
+                _combine_units_(partition, weights, scale, self.new_share)
+                state.cosines[:] = cosines
+        state.step += 1
         return table
 
     @property
@@ -128,40 +163,56 @@ class Synthesis:
         """Whether a compiled kernel has the same bits: it rounds products before it adds them, eager ones do not."""
         if self.resolved_scope != "element":
             return not self.averages_retain
-        return not any(w.f and w.r for w in (self.weights(Gramian(1.0, sign, 1.0)) for sign in (-1.0, 1.0)))
+        return self.rule not in FORMS and not any(w.f and w.r for w in (self._gate.clash, self._gate.agree))
 
-    def _combine_elements_(self, partition: _Partition, table: Tensor) -> None:
-        """One pass: which of two mixtures an element gets depends on its signs alone."""
+    @property
+    def _gate(self) -> Gate:
         clash, agree = self.weights(Gramian(1.0, -1.0, 1.0)), self.weights(Gramian(1.0, 1.0, 1.0))
-        if sums := partition.sums(gate_, clash, agree, self.zero_forget == "retain"):
+        of_zeros = (self.weights(Gramian(0.0, 0.0, 1.0)), self.weights(Gramian(1.0, 0.0, 0.0)))
+        return Gate(clash, agree, *(weights != agree for weights in of_zeros))
+
+    def _combine_elements_(self, partition: _Partition, table: Tensor, step: int) -> None:
+        """One pass: which of two mixtures an element gets depends on its signs alone, but for the rules in `FORMS`."""
+        if self.rule not in FORMS:
+            sums = partition.sums(gate_, self._gate)
+        else:
+            form = partial(FORMS[self.rule], self.alpha, self.gamma, **self.rule_options)
+            draw = partial(uniform, self.options.seed, step) if RULES[self.rule].draws else None
+            sums = partition.sums(form_, form, draw=draw)
+        if sums:
             table[:, FF : CONFLICTS + 1] = torch.stack(sums, 1)
 
     def _sum_products(self, partition: _Partition, table: Tensor, scale: float) -> None:
         """First pass of the other scopes: every product that the weights and the geometry depend on."""
-        if sums := partition.sums(sum_products, scale):
+        if sums := partition.sums(sum_products, scale, self.new_share):
             *products, table[:, CONFLICTS] = sums
             table[:, FF:GF] = torch.stack(products[:GF], 1)
             if self.averages_retain:
                 table[:, FA:] = torch.stack(products[GF:], 1)
 
-    def _weigh_units(self, units: Sequence[int], table: Tensor) -> list[tuple[float, float, float]]:
-        """(w_f, w_r, w_a) on f, r and the anchor a, of each parameter, from the complete Gramians of the units.
+    def _weigh_units(
+        self, units: Sequence[int], table: Tensor, scale: float, cosines: list[float]
+    ) -> tuple[list[tuple[float, float, float]], list[float]]:
+        """Of each parameter (w_f, w_r, w_a) on f, r and the anchor a; of each unit its mean cosine after the step.
 
-        The products with g follow: they are put in the table, and the gradients are not read a second time.
+        Both from the complete Gramians of the units. The products with g follow: they are put in the table, and the
+        gradients are not read a second time.
         """
         index = torch.tensor(units)
         ff, fr, rr, _, _, _, _, fa, ra, aa = table.unbind(1)
-        anchored = torch.stack([ff, fa, aa] if self.averages_retain else [ff, fr, rr], 1)
-        weights = []
-        for row in anchored.new_zeros(max(units) + 1, 3).index_add_(0, index, anchored).tolist():
+        anchored = torch.stack([ff, fa, aa] if self.averages_retain else [ff, fr, rr], 1) / scale**2
+        sums = anchored.new_zeros(max(units) + 1, 3).index_add_(0, index, anchored).tolist()
+        weights, after = [], []
+        for row, before in zip(sums, cosines or [0.0] * len(sums), strict=True):
             gramian = Gramian(*row)
-            w_f, w_anchor = self.weights(gramian).on(gramian)
+            w_f, w_anchor = self.weights(gramian, before).on(gramian)
             weights.append((w_f, self.alpha, w_anchor) if self.averages_retain else (w_f, w_anchor, 0.0))
+            after.append((1 - self.new_share) * before + self.new_share * gramian.cosine)
         w_f, w_r, w_a = torch.tensor(weights, dtype=torch.float64)[index].unbind(1)
         table[:, GF] = w_f * ff + w_r * fr + w_a * fa
         table[:, GR] = w_f * fr + w_r * rr + w_a * ra
         table[:, GG] = w_f * table[:, GF] + w_r * table[:, GR] + w_a * (w_f * fa + w_r * ra + w_a * aa)
-        return [weights[unit] for unit in units]
+        return [weights[unit] for unit in units], after
 
 
 COLUMNS = ("ff", "fr", "rr", "gf", "gr", "gg", "conflicts", "fa", "ra", "aa")
@@ -188,6 +239,8 @@ class _Partition:
         if pieces and pieces[0].average is not None:
             self.vectors.append([piece.average for piece in pieces if piece.average is not None])
         sizes = tuple(map(len, self.vectors[1]))
+        self.ends = list(accumulate(sizes))
+        self.starts = [piece.start + size - end for piece, size, end in zip(pieces, sizes, self.ends, strict=True)]
         sample = pieces[0].retain if pieces else torch.empty(0)
         self.device, self.compute_dtype = sample.device, compute_dtype(sample)
         self.is_large = compiles and sum(sizes) >= COMPILE_FROM
@@ -199,27 +252,44 @@ class _Partition:
         for segments, *parts in zip(self.plan.windows, *(cut(vector, sizes) for vector in self.vectors), strict=True):
             yield segments, parts, [read(part, self.device) for part in parts]
 
-    def sums(self, kernel: Kernel, *constants: Hashable) -> tuple[Tensor, ...]:
-        """[rows] for each of a kernel's sums; nothing if there are no elements. The kernel `gate_` overwrites r."""
-        plain, sums = partial(kernel, *constants), []
+    def sums(
+        self, kernel: Kernel, *constants: Hashable, draw: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, ...]:
+        """[rows] for each of a kernel's sums; nothing if there are no elements. `gate_` and `form_` overwrite r.
+
+        `draw` makes one more vector for the kernel from the numbers of the elements.
+        """
+        plain, sums, low = partial(kernel, *constants), [], 0
         fast = plain
         if self.is_large:
             fast = compiled(kernel, constants, tuple(vector[0].dtype for vector in self.vectors), str(self.device))
         for segments, parts, vectors in self:
+            if draw is not None:
+                vectors.append(draw(self._numbers(low, segments.numel)))
             blocks = [to_blocks(vector) for vector in vectors]
             sums.append(segments.sums(plain, fast if segments.compiled else plain, *blocks))
-            if kernel is gate_ and blocks[1].data_ptr() != parts[1][0].data_ptr():
+            if kernel in (gate_, form_) and blocks[1].data_ptr() != parts[1][0].data_ptr():
                 write(parts[1], blocks[1].view(-1)[: segments.numel])
+            low += segments.numel
         return self.plan.rows(sums).unbind() if sums else ()
 
+    def _numbers(self, low: int, numel: int) -> Tensor:
+        """[numel] int64: which elements of the model those from `low` on in this rank's vector are."""
+        place = torch.arange(low, low + numel, device=self.device)
+        starts, ends = (to_device(self.device, torch.tensor(values)) for values in (self.starts, self.ends))
+        piece = torch.searchsorted(ends, place, right=True)  # the first that ends behind it: an empty one never does
+        return place + starts.index_select(0, piece)
 
-def _combine_units_(partition: _Partition, weights: Sequence[tuple[float, float, float]], scale: float) -> None:
+
+def _combine_units_(
+    partition: _Partition, weights: Sequence[tuple[float, float, float]], scale: float, new_share: float
+) -> None:
     """Second pass: g = w_f f + w_r r + w_a a, with weights by row; the average becomes a."""
     uniform = len(set(weights)) == 1
     dtype = torch.float64 if any(map(needs_float64, weights)) else partition.compute_dtype
     table = to_device(partition.device, torch.tensor(weights, dtype=torch.float64).to(dtype))
     for segments, parts, (f, r, *m) in partition:
-        anchor = moving_average(scale, r, m[0]) if m else None
+        anchor = moving_average(scale, new_share, r, m[0]) if m else None
         if uniform or len(segments.rows) == 1:
             g = weighted(weights[segments.rows[0]], f, r, anchor)
         else:

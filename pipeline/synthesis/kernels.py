@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline.synthesis.rules import NEW_SHARE, Weights
+from pipeline.synthesis.elements import opposite_signs
+from pipeline.synthesis.gramian import Weights
 from pipeline.synthesis.windows import BLOCK, COMPILED
 
 log = logging.getLogger("pipeline")
@@ -19,35 +21,49 @@ LARGE_WEIGHT = 1e30
 Kernel = Callable[..., Tensor]  # matrices [blocks, BLOCK] -> [sums, blocks] float64
 
 
-def opposite_signs(f: Tensor, r: Tensor) -> Tensor:
-    """Strict conflict per element (bool). Never by the product f·r, which underflows to 0."""
-    return f * r.sign() < 0
-
-
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def moving_average(scale: float, retain: Tensor, average: Tensor) -> Tensor:
-    """GRU's moving average after this step, times `scale` like the retain gradient."""
+def moving_average(scale: float, new_share: float, retain: Tensor, average: Tensor) -> Tensor:
+    """The moving average of r after this step, times `scale` like the retain gradient."""
     new = retain.to(compute_dtype(retain))
-    return average.to(new.dtype).mul((1 - NEW_SHARE) * scale).add_(new, alpha=NEW_SHARE)
+    return average.to(new.dtype).mul((1 - new_share) * scale).add_(new, alpha=new_share)
 
 
-def sum_products(scale: float, f: Tensor, r: Tensor, m: Tensor | None = None) -> Tensor:
+def sum_products(scale: float, new_share: float, f: Tensor, r: Tensor, m: Tensor | None = None) -> Tensor:
     """Of each block: ff fr rr and, with the anchor a of a state m, fa ra aa; then the number of conflicts."""
-    anchor = () if m is None else (moving_average(scale, r, m),)
+    anchor = () if m is None else (moving_average(scale, new_share, r, m),)
     return _sums(opposite_signs(f, r), f, r, *anchor)
 
 
-def gate_(clash: Weights, agree: Weights, keep_retain: bool, f: Tensor, r: Tensor) -> Tensor:
-    """Overwrite r with g: `clash` where signs are opposed (`keep_retain`: and where f = 0), else `agree`.
+class Gate(NamedTuple):
+    """The two mixtures of which an element gets one."""
 
-    Of each block: ff fr rr fg rg gg, then the number of conflicts.
-    """
-    opposed = opposite_signs(f, r)
-    g = torch.where(opposed | (f == 0) if keep_retain else opposed, _mix(clash, f, r), _mix(agree, f, r))
+    clash: Weights  # where signs are opposed
+    agree: Weights
+    no_forget_clashes: bool  # where f = 0: clash
+    no_retain_clashes: bool  # where r = 0: clash
+
+
+def gate_(gate: Gate, f: Tensor, r: Tensor) -> Tensor:
+    """Overwrite r with g. Of each block: ff fr rr fg rg gg, then the number of conflicts."""
+    clashes = opposed = opposite_signs(f, r)
+    if gate.no_forget_clashes:
+        clashes = clashes | (f == 0)
+    if gate.no_retain_clashes:
+        clashes = clashes | (r == 0)
+    g = torch.where(clashes, _mix(gate.clash, f, r), _mix(gate.agree, f, r))
     sums = _sums(opposed, f, r, g)
+    r.copy_(g)
+    return sums
+
+
+def form_(form: Callable[..., Tensor], f: Tensor, r: Tensor, *draw: Tensor) -> Tensor:
+    """The same with g = form(f, r), of `elements.py`."""
+    dtype = compute_dtype(r)
+    g = form(f.to(dtype), r.to(dtype), *draw)
+    sums = _sums(opposite_signs(f, r), f, r, g)
     r.copy_(g)
     return sums
 

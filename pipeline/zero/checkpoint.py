@@ -46,6 +46,8 @@ class RankState(TypedDict):
 
     average: Tensor | None  # of the combiner
     average_layout: list[Json]  # its fragments, as dictionaries
+    combinations: int  # of the combiner so far
+    cosines: dict[str, float]  # of the combiner
     optimizer_layout: list[list[Json]]  # of `optimizer_layout`, likewise
     schedule: Json
     counters: dict[str, int]
@@ -109,6 +111,8 @@ def _rank_state(engine: Engine, combiner: GradientCombiner) -> RankState:
     return {
         "average": combiner.average,
         "average_layout": [asdict(fragment) for fragment in combiner.average_layout()],
+        "combinations": combiner.state.step,
+        "cosines": combiner.cosines(),
         "optimizer_layout": [[asdict(fragment) for fragment in group] for group in optimizer_layout(engine)],
         "schedule": engine.lr_scheduler.state_dict(),
         "counters": {name: getattr(engine, name) for name in COUNTERS},
@@ -175,6 +179,7 @@ def load(engine: Engine, combiner: GradientCombiner, checkpoint: Path, identity:
             [(layout, flat) for layout, flat in flats if flat is not None],
             (combiner.average_layout(), combiner.average),
         )
+    combiner.restore(before[0]["combinations"], before[0]["cosines"])
     if same:
         torch.set_rng_state(before[0]["random"])
         if (cuda_random := before[0]["cuda_random"]) is not None:

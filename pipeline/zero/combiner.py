@@ -13,13 +13,14 @@ nothing.
 from __future__ import annotations
 
 import re
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.synthesis.combine import Piece, Synthesis, units_of
+from pipeline.synthesis.combine import Piece, State, Synthesis, units_of
 from pipeline.synthesis.geometry import Geometry
 from pipeline.synthesis.windows import copy_all_, join_neighbours
 from pipeline.zero.compat import unexpected
@@ -63,6 +64,7 @@ class GradientCombiner:
         stash: [n] the forget gradient of this rank, all slices one after another, in the dtype in which DeepSpeed
             accumulates. None if the tasks are not combined.
         average: [n] laid out alike: the state of a rule that averages the retain gradient, else None.
+        state: what the rule remembers beside it, alike on all ranks.
 
     Raises:
         RuntimeError: DeepSpeed does not keep its gradients where this program expects them.
@@ -93,6 +95,11 @@ class GradientCombiner:
                 # Without the loss scale an average in fp16 would underflow.
                 dtype = torch.float32 if self.store.dtype == torch.float16 else self.store.dtype
                 self.average = self._make_buffer(dtype, stash_device).zero_()
+        self.state = State(cosines=[0.0] * (max(self.units, default=-1) + 1))
+        whole = {names[id(p)]: int(getattr(p, "ds_numel", p.numel())) for p in engine.module.parameters()}
+        first = dict(zip(whole, accumulate(whole.values(), initial=0), strict=False))
+        places = zip(self.store.layout, self.store.starts, strict=True)
+        self.starts = [first[self.names[row]] + start for (row, _), start in places]  # numbers of elements in the model
         self.table: Tensor | None = None  # after `combine`: the sums that describe the step, by parameter
         self.scale = 1.0  # in fp16: of the gradients that those sums are of
 
@@ -136,9 +143,10 @@ class GradientCombiner:
         if self.stash is not None:
             rows = [row for row, _ in self.store.layout]
             averages = [None] * len(rows) if self.average is None else self._cut(self.average)
-            pieces = [Piece(*piece) for piece in zip(rows, self.stash_slices(), slices, averages, strict=True)]
+            parts = zip(rows, self.stash_slices(), slices, averages, self.starts, strict=True)
+            pieces = [Piece(*part) for part in parts]
             self.scale = self.store.loss_scale
-            self.table = self.synthesis.combine_(pieces, self.units, self._add_up, self.scale)
+            self.table = self.synthesis.combine_(pieces, self.units, self._add_up, self.scale, self.state)
             geometry = Geometry.of(self.table, sum(self.sizes), self.scale)
         finite = self._all_finite(slices) if geometry is None else geometry.finite
         if not finite and self.engine.fp16_enabled():
@@ -158,6 +166,16 @@ class GradientCombiner:
             layout.append(Fragment(self.names[row], start, numel, flat_offset))
             flat_offset += size
         return layout
+
+    def cosines(self) -> dict[str, float]:
+        """The mean cosine of each parameter's unit, by name: another number of ranks may order parameters anew."""
+        return {name: self.state.cosines[unit] for name, unit in zip(self.names, self.units, strict=True)}
+
+    def restore(self, step: int, cosines: dict[str, float]) -> None:
+        """Set the state to that after `step` combinations, when `cosines` returned this."""
+        self.state.step = step
+        for name, unit in zip(self.names, self.units, strict=True):
+            self.state.cosines[unit] = cosines[name]
 
     def by_layer(self) -> dict[str, Geometry]:
         """The geometry of the last `combine` for each decoder block, the embedding, the head; empty if it had none."""

@@ -16,7 +16,17 @@ from pipeline.config.load import parse_command_line, resolve
 from pipeline.config.schema import REPOSITORY
 from pipeline.errors import InputError
 
-RECIPE_NAMES = ["bios", "custom", "muse_books", "muse_news", "rwku_batch50", "tofu", "tofu_smollm2", "wmdp_bio", "wmdp_cyber"]
+RECIPE_NAMES = [
+    "bios",
+    "custom",
+    "muse_books",
+    "muse_news",
+    "rwku_batch50",
+    "tofu",
+    "tofu_smollm2",
+    "wmdp_bio",
+    "wmdp_cyber",
+]
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_hpz": 3, "zero3_offload": 3, "zero3_nvme": 3, "cpu": 3}
 
 

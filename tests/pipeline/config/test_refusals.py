@@ -17,6 +17,17 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["--synthesis.rule", "3"], ["synthesis.rule", "sum", "sago", "pcgrad"]),
     (["--synthesis.scope", "modul"], ["synthesis.scope", "'modul'", "did you mean 'module'"]),
     (["--synthesis.rule", "gru", "--synthesis.scope", "element"], ["synthesis.scope", "gru", "global"]),
+    (
+        ["--synthesis.rule", "nash_mtl", "--synthesis.scope", "element"],
+        ["synthesis.scope", "nash_mtl", "angle", "module"],
+    ),
+    (
+        ["--synthesis.rule", "graddrop", "--synthesis.scope", "module"],
+        ["synthesis.scope", "graddrop", "valid: element"],
+    ),
+    (["--synthesis.rule", "sago", "--synthesis.c", "0.4"], ["synthesis.c", "cagrad", "sago", "remove it"]),
+    (["--synthesis.rule", "gru", "--synthesis.preference", "0.4"], ["synthesis.preference", "upgrad", "gru"]),
+    (["--synthesis.rule", "cagrad", "--synthesis.c", "1"], ["synthesis.c", "less than 1"]),
     (["--objective.forget", "simpo"], ["objective.forget", "'simpo'", "did you mean 'simnpo'"]),
     (["--objective.retain", "gd"], ["objective.retain", "'gd'", "nll"]),
     (["--model.dtype", "bf16"], ["model.dtype", "'bf16'", "bfloat16"]),

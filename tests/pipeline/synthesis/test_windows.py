@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipeline.synthesis import combine, kernels, windows
 from pipeline.synthesis.combine import COLUMNS, Piece, Synthesis, units_of
 from pipeline.synthesis.rules import RULES, SCOPES
+from tests.pipeline.synthesis.literature import CLASSIC
 from tests.pipeline.synthesis.plain import combine_plainly_
 
-CASES = [(rule, scope) for rule in RULES for scope in SCOPES if rule != "gru" or scope != "element"]
+CASES = [(rule, scope) for rule in CLASSIC for scope in SCOPES if scope in RULES[rule].scopes]
 every_rule_and_scope = pytest.mark.parametrize(("rule", "scope"), CASES)
 SIZES = (1000, 1, 0, 63, 64, 65, 128, 700, 3, 3, 3, 2500, 1, 512)  # with windows of 512: whole, shared, tiny, empty
 ROWS = (0, 1, 2, 3, 4, 5, 6, 0, 8, 9, 8, 11, 12, 7)  # rows 0 and 8 have two pieces that do not touch, 10 and 13 none

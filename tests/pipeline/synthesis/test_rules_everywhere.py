@@ -169,6 +169,15 @@ def test_the_configuration_knows_what_each_rule_has_and_reads() -> None:
 # -- the table of the documentation ------------------------------------------------------------------------------------
 
 
+def test_floors_along_the_retain_gradient() -> None:
+    """Of ‖r‖², beside what the table says: 1 - c, alpha, and 0 where all preference is retention's."""
+    cases = pairs(100) + hostile()
+    options = Options(c=0.4, centre="retain", preference=1.0)
+    for rule, alpha, floor in (("cagrad", 1.0, 0.6), ("barrier", 0.7, 0.7), ("sdmgrad", 1.0, 0.0)):
+        for g, (f, r) in zip(combine(rule, cases, alpha=alpha, options=options), cases, strict=True):
+            assert g @ r >= floor * (r @ r) - 1e-9 * r.norm() * max(f.norm(), r.norm()), rule
+
+
 @cache
 def computed_properties(rule: str) -> dict[str, str]:
     """What is seen on 200 random and 72 hostile pairs, at alpha = gamma = 1 and the rule's own options."""

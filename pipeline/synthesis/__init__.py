@@ -52,8 +52,9 @@ def synthesize(
     synthesis = Synthesis(rule, scope, alpha, gamma, zero_forget, options)
     if [f.shape for f in forget] != [r.shape for r in retain]:
         raise ValueError("forget and retain must hold tensors of the same shapes in the same order")
-    if synthesis.resolved_scope == "layer" and (layers is None or len(layers) != len(retain)):
-        raise ValueError("scope 'layer' needs `layers`: the layer of each tensor")
+    named = 0 if layers is None else len(layers)
+    if named != len(retain) and (layers is not None or synthesis.resolved_scope == "layer"):
+        raise ValueError(f"`layers` must name the layer of each of {len(retain)} tensors, not of {named}")
     if not retain:
         return []
     if synthesis.averages_retain and (average is None or [m.shape for m in average] != [r.shape for r in retain]):

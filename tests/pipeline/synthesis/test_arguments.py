@@ -105,6 +105,8 @@ def test_scope_layer_needs_the_layer_of_each_tensor() -> None:
     for layers in (None, [], ["a"], ["a", "b", "c"]):
         with pytest.raises(ValueError, match="layers"):
             synthesize(tensors, tensors, rule="pcgrad", scope="layer", layers=layers)
+    with pytest.raises(ValueError, match="layers"):  # also where they decide nothing
+        synthesize(tensors, tensors, rule="sago", scope="element", layers=["a"])
 
 
 def test_the_configuration_offers_exactly_what_there_is() -> None:

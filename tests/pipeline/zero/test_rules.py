@@ -108,10 +108,10 @@ def check(cases: dict[str, Case], ways: list[tuple[str, str]], world: int, folde
             state, average = State(), [torch.zeros_like(r) for r in gradients[0]["retain"].values()]
             for step, tasks in enumerate(gradients):
                 names = list(tasks["retain"])
-                keys: dict[str, Any] = {"layers": [layer_of(n) for n in names], "options": OPTIONS, "state": state}
                 f, r = ([tasks[task][n] for n in names] for task in ("forget", "retain"))
                 if RULES[rule].draws:  # numbered as in the model, of which the frozen tensors are a part
                     f, r, names = with_frozen(case, tasks)
+                keys: dict[str, Any] = {"layers": [layer_of(n) for n in names], "options": OPTIONS, "state": state}
                 if RULES[rule].averages_retain:
                     keys["average"] = average
                 want = synthesize(f, r, rule=rule, scope=scope, alpha=ALPHA, gamma=GAMMA, **keys)

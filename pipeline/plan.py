@@ -53,6 +53,7 @@ def fit(file: str, zero: Zero, shape: ModelShape, config: RunConfig, machines: C
     """The configuration at the largest micro-batch that fits and divides the batch."""
     memory = states(shape, zero, config, machines)
     share = config.train.batch_size // machines.world
+    written = disk_use(config, zero.stage, shape.elements, shape.trained, shape.itemsize, _steps(config))
     limit = machines.gpu_memory * GIB - RESERVED
     held = sum(memory.gpu.values())
     gpu, total, micro = memory.gpu, held, 1
@@ -69,9 +70,9 @@ def fit(file: str, zero: Zero, shape: ModelShape, config: RunConfig, machines: C
         gpu=gpu,
         total=total + RESERVED,
         lacks=max(total - limit, 0.0),
-        host=main_memory(shape, zero, memory, machines),
+        host=main_memory(shape, zero, memory, machines, written.export),
         disk=machines.gpus * memory.disk,
-        written=disk_use(config, zero.stage, shape.elements, shape.trained, shape.itemsize, _steps(config)),
+        written=written,
         sent=traffic(shape, zero, config, machines, passes, micro),
         seconds=seconds(shape, zero, config, machines, passes, micro),
     )

@@ -154,15 +154,18 @@ def states(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster) 
     return memory
 
 
-def main_memory(shape: ModelShape, zero: Zero, memory: Memory, machines: Cluster) -> float:
+def main_memory(shape: ModelShape, zero: Zero, memory: Memory, machines: Cluster, exported: float) -> float:
     """Peak bytes of main memory of one machine: while the model loads, a checkpoint or an export is written, or always.
 
     To resume takes none beside what is offloaded, because files are mapped and the state is copied from there.
+
+    Args:
+        exported: bytes of an export.
     """
     whole = shape.elements * shape.itemsize
     loading = 0 if zero.stage == 3 else machines.gpus * whole  # from_pretrained reads into main memory
     file = max(EXPORT_FILE, max(shape.sizes) * shape.itemsize)
-    export = min(machines.gpus * file, whole)  # every rank writes a file at a time
+    export = min(machines.gpus * file, exported)  # every rank writes a file at a time
     return max(loading, machines.gpus * sum(memory.host.values()) + max(export, machines.gpus * memory.saving))
 
 

@@ -55,14 +55,16 @@ def test_main_memory_while_the_model_is_read_and_written() -> None:
     shape = ModelShape([2_500_000_000] * 4, [True] * 4, 2, (10, 10), True, True)
     config = configuration_of(Path("unused"), train={"batch_size": 32})
 
-    def needs(**keys: Any) -> float:
+    def needs(exported: float = 20e9, **keys: Any) -> float:
         zero = budget_memory.Zero.of({"zero_optimization": keys}, shape)
         memory = budget_memory.states(shape, zero, config, machines)
-        return budget_memory.main_memory(shape, zero, memory, machines)
+        return budget_memory.main_memory(shape, zero, memory, machines, exported)
 
     # An export: 4 files of 5 GB at a time. A checkpoint: a sub-group in fp32, of 1 or 2 G elements, on 4 ranks.
     assert needs(stage=3) == 4 * 5e9
     assert needs(stage=3, sub_group_size=2e9) == 4 * 2e9 * 4
+    # An adapter is no more than that.
+    assert needs(stage=3, sub_group_size=1e6, exported=1e9) == 1e9
     # Below ZeRO-3 every rank reads the whole model.
     assert needs(stage=2) == 4 * 20e9
     # What is offloaded, the gradient twice, stash, master weights and moments, stays while a model is exported.

@@ -54,9 +54,9 @@ class Task:
             hidden_states = forward(engine, batch, HiddenStates(settings.layer))
         elif objective.reference == "logits":
             penalty = settings.beta if objective.logit_penalty else 0.0
-            token_losses = forward(engine, batch, TokenLosses(reference, penalty))
+            token_losses = forward(engine, batch, TokenLosses(reference, penalty, objective.term))
         else:
-            token_losses = forward(engine, batch, TokenLosses())
+            token_losses = forward(engine, batch, TokenLosses(term=objective.term))
         return objective.terms(
             LossInputs(
                 labels=batch.labels,
@@ -67,6 +67,9 @@ class Task:
                 hidden_states=hidden_states,
                 reference=reference,
                 steering=self.steering,
+                beta1=settings.beta1,
+                beta2=settings.beta2,
+                divergence=settings.divergence,
             )
         )
 
@@ -75,7 +78,7 @@ def open_sampler(config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBas
     """The batches of the corpus of `task`; the first rank of each machine tokenises it, the others read its file.
 
     Raises:
-        InputError: see `pipeline.data.tokenize`.
+        InputError: see `pipeline.data.tokenize` and `target_tokens`.
     """
     objective, data = OBJECTIVES[getattr(config.objective, task)], config.data
     assert data.packing != "auto", "pipeline.startup.choose decides it"
@@ -106,7 +109,20 @@ def open_sampler(config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBas
         world_size=dist.get_world_size(),
         pad=pad_token(config.model, tokenizer),
         preferred=preferred,
+        target=target_tokens(config.objective.target, tokenizer) if objective.has_target else (),
     )
+
+
+def target_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The token ids of `objective.target`, without those that a tokenizer puts around a text.
+
+    Raises:
+        InputError: there are none.
+    """
+    found = tokenizer(text, add_special_tokens=False).input_ids
+    if not found:
+        raise InputError(f"objective.target: the tokenizer of model.path makes no token of {text!r}; name another text")
+    return tuple(found)
 
 
 def _warn_of_repeats(task: str, sequences: Sequences, batch_size: int, max_length: int) -> None:

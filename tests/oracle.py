@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.data.batches import BatchSampler
+from tests.oracle_terms import flat_term, terms_of
 
 PAPER_SCOPES = {"sum": "global", "sago": "element", "pcgrad": "module", "blur": "global", "gru": "global"}
 
@@ -80,7 +81,12 @@ def loss_of(name: str, model: Any, frozen: Any, batch: list[Any], objective: dic
             else:
                 terms.append((z.softmax(-1) * (z.log_softmax(-1) - log_p)).sum(-1))
         return torch.cat(terms).mean()
-    if name in ("dpo", "dpo_idk"):
+    if name in ("ce_u", "pdu", "jensun", "jsd"):
+        return torch.cat([terms_of(name, model, frozen, ids, objective) for ids in batch]).mean()
+    if name == "flat":
+        means = [[torch.exp(-nll_of(model, ids)[at - 1 :]).mean() for ids, at in pair] for pair in batch]
+        return torch.stack([flat_term(*pair, objective["divergence"]) for pair in means]).mean()
+    if name in ("dpo", "dpo_idk", "altpo"):
         margins = []
         for rejected, preferred in batch:
             ratios = []  # log p - log p_ref of an answer, given its question
@@ -98,6 +104,9 @@ def loss_of(name: str, model: Any, frozen: Any, batch: list[Any], objective: dic
     if name == "wga":
         p = torch.exp(-torch.cat(nlls)).detach()
         return -(p**beta * torch.cat(nlls)).mean()
+    if name == "satimp":
+        p = torch.exp(-torch.cat(nlls)).detach()
+        return -(p ** objective["beta1"] * (1 - p) ** objective["beta2"] * torch.cat(nlls)).mean()
     if name == "npo":
         with torch.no_grad():
             reference = [nll_of(frozen, ids).sum() for ids in batch]
@@ -192,12 +201,14 @@ def train(
             parameter.requires_grad_(any(re.search(pattern, name) for pattern in patterns))
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     objective, synthesis, batch = config["objective"], config["synthesis"], config["train"]["batch_size"]
+    if "target" in objective:
+        objective = {**objective, "target_ids": tokenizer(objective["target"], add_special_tokens=False).input_ids}
     alpha, gamma = synthesis.get("alpha", 1.0), synthesis.get("gamma", 1.0)
     tokens, order = {}, {}
     for number, task in enumerate(("forget", "retain")):
         corpus, limit = config["data"][task], config["data"]["max_length"]
         rows = [json.loads(line) for line in Path(corpus["path"]).read_text().splitlines()]
-        if objective[task] in ("dpo", "dpo_idk", "idk"):
+        if objective[task] in ("dpo", "dpo_idk", "altpo", "idk", "flat"):
             refusals = Path(corpus["refusals"]).read_text().splitlines() if "refusals" in corpus else [""]
             pairs = [(row, refusals[number % len(refusals)]) for number, row in enumerate(rows)]
             tokens[task] = [pair_of(tokenizer, corpus, row, refusal, limit) for row, refusal in pairs]
@@ -216,7 +227,7 @@ def train(
         optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=wanted["lr"])
     else:
         optimizer = torch.optim.AdamW(groups, lr=wanted["lr"], eps=wanted.get("eps", 1e-8))
-    records, average = [], {}
+    records, average, retain_weight = [], {}, 1.0
     for step in range(config["train"]["steps"]):
         gradients, record = {}, {}
         for task in ("forget", "retain"):
@@ -225,8 +236,13 @@ def train(
             sequences = [tokens[task][i] for i in order[task][step]]
             loss = loss_of(objective[task], model, frozen, sequences, objective, config.get("seed", 0))
             found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
-            gradients[task] = dict(zip(parameters, found, strict=True))
+            weight = retain_weight if task == "retain" else 1.0
+            gradients[task] = {name: weight * g for name, g in zip(parameters, found, strict=True)}
             record[f"{task}_loss"] = loss.item()
+        if objective["forget"] == "pdu":
+            record["dual_weight"] = retain_weight
+            excess = record["retain_loss"] - objective["retain_loss_eps"]
+            retain_weight = max(0.0, retain_weight + objective["dual_step_size"] * excess)
         if len(gradients) == 2:
             rule, zero_forget = synthesis["rule"], synthesis.get("zero_forget", "literal")
             scope = synthesis.get("scope") or PAPER_SCOPES[rule]

@@ -5,8 +5,8 @@ the whole vocabulary in the forward pass, and on some vocabulary entries of all 
 numbers of each prediction, its state, go from one to the other, so that the gradient of a part needs no other part.
 
 - `unlikelihood`: -log(1 - p) of the token y, log(1 + exp(z_y - s)) with s the logsumexp of the other logits. Computed
-  so it is exact where 1 - p is less than a rounding, and log p has no digits left. Its gradient in z is p (e_y - q) with
-  q the prediction without the token: the gradient of the cross-entropy with q as a fixed teacher (CE-U).
+  so it is exact where 1 - p is less than a rounding, and log p has no digits left. Its gradient in z is p (e_y - q),
+  with q the prediction without the token: the gradient of the cross-entropy with q as a fixed teacher (CE-U).
 - `margin`: max z - mean z. Its gradient is e_k - 1/V with k the (first) largest logit.
 - `jsd`: (KL(p||m) + KL(q||m)) / 2 with m = (p + q) / 2 and a teacher's q. Its gradient is
   p (log(p/m) - KL(p||m)) / 2.

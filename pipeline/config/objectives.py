@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Pairing = Literal["preferred", "refusal"]  # the counterpart of each text: a column of its row, or a refusal
-Term = Literal["unlikelihood", "margin", "jsd"]  # of a prediction, see `modeling/token_terms.py`
+Term = Literal["unlikelihood", "margin", "jensen_shannon"]  # of a prediction, see `modeling/token_terms.py`
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ NEEDS: dict[str, Needs] = {
     "rmu": Needs("forget", "position", hidden=True, trains_near_layer=True),
     "nll": Needs("retain", "token"),
     "kl": Needs("retain", "token", reference="logits"),
-    "jsd": Needs("retain", "token", reference="logits", term="jsd"),
+    "jsd": Needs("retain", "token", reference="logits", term="jensen_shannon"),
     "embed_diff": Needs("retain", "position", reference="hidden", hidden=True),
 }
 

@@ -103,16 +103,21 @@ def jensun(inputs: LossInputs) -> Tensor:
 def flat(inputs: LossInputs) -> Tensor:
     """f(P(answer)) - g(P(refusal)) per pair, P the mean probability of an answer's tokens (Wang et al., 2025, FLAT).
 
-    Minus the variational form of an f-divergence between refusals and answers, with g its activation and f the convex
-    conjugate of it. `tv`: tanh(P) / 2 both; `kl`: exp(P - 1) and P; `pearson`: P^2 / 4 + P and P.
+    Minus the variational form of an f-divergence between refusals and answers: see `DIVERGENCES` for f and g.
     """
     assert inputs.token_losses is not None
     p = (-inputs.token_losses).exp() * inputs.predicted
     answer, refusal = (p.sum(1) / inputs.num_predicted_tokens.clamp(min=1)).chunk(2)
-    if inputs.divergence == "tv":
-        return ((answer.tanh() - refusal.tanh()) / 2).sum()
-    conjugate = (answer - 1).exp() if inputs.divergence == "kl" else answer.square() / 4 + answer
-    return (conjugate - refusal).sum()
+    conjugate, activation = DIVERGENCES[inputs.divergence]
+    return (conjugate(answer) - activation(refusal)).sum()
+
+
+# `objective.divergence`: the convex conjugate of the divergence after its activation, and the activation.
+DIVERGENCES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "tv": (lambda p: p.tanh() / 2, lambda p: p.tanh() / 2),
+    "kl": (lambda p: (p - 1).exp(), lambda p: p),
+    "pearson": (lambda p: p.square() / 4 + p, lambda p: p),
+}
 
 
 def npo(inputs: LossInputs) -> Tensor:

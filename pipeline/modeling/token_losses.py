@@ -233,7 +233,7 @@ def token_losses(
         teacher_logits: [B, T, V] logits of q, without gradient.
         logit_penalty: subtracted from the teacher's logit of each predicted token, in fp32 whatever the dtype of
             `teacher_logits` (UNDIAL).
-        term: see `token_terms`; `jsd` needs `teacher_logits`.
+        term: see `token_terms`; `jensen_shannon` needs `teacher_logits`.
 
     Returns:
         [B, T] in fp32 (float64 for float64 states): entry t belongs to the token at t+1, 0 where it is ignored.

@@ -8,7 +8,7 @@ numbers of each prediction, its state, go from one to the other, so that the gra
   so it is exact where 1 - p is less than a rounding, and log p has no digits left. Its gradient in z is p (e_y - q),
   with q the prediction without the token: the gradient of the cross-entropy with q as a fixed teacher (CE-U).
 - `margin`: max z - mean z. Its gradient is e_k - 1/V with k the (first) largest logit.
-- `jsd`: (KL(p||m) + KL(q||m)) / 2 with m = (p + q) / 2 and a teacher's q. Its gradient is
+- `jensen_shannon`: (KL(p||m) + KL(q||m)) / 2 with m = (p + q) / 2 and a teacher's q. Its gradient is
   p (log(p/m) - KL(p||m)) / 2.
 
 Shapes: n predictions, v vocabulary entries, V all of them. Logits are in fp32 or better.
@@ -29,7 +29,7 @@ def terms_of_rows(term: Term, z: Tensor, targets: Tensor, teacher_logits: Tensor
 
     Args:
         targets: [n] int64, the tokens; for a negative one the term is not specified.
-        teacher_logits: [n, V], for `jsd`.
+        teacher_logits: [n, V], for `jensen_shannon`.
 
     Returns:
         [n] the terms, [2, n] the state that `gradient_of_columns` needs.
@@ -59,11 +59,11 @@ def gradient_of_columns(
         z: [n, v], these columns.
         start: the vocabulary entry that the first of them belongs to.
         targets: [n] int64, the tokens.
-        log_q: [n, v] these columns of the teacher's log-probabilities, for `jsd`.
+        log_q: [n, v] these columns of the teacher's log-probabilities, for `jensen_shannon`.
         state: [2, n] as `terms_of_rows` returned it.
     """
     first, second = state.unsqueeze(2)
-    if term == "jsd":
+    if term == "jensen_shannon":
         assert log_q is not None
         log_p = z - first
         slope = _log_p_over_m(log_q - log_p).sub_(second)

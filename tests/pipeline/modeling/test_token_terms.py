@@ -33,11 +33,11 @@ from tests.pipeline.modeling.predictions import (
     random,
 )
 
-TERMS: tuple[Term, ...] = ("unlikelihood", "margin", "jsd")
+TERMS: tuple[Term, ...] = ("unlikelihood", "margin", "jensen_shannon")
 
 
 def teacher_for(term: Term, labels: Tensor, dtype: torch.dtype) -> Tensor | None:
-    return logits_for(labels, seed=9, dtype=dtype) if term == "jsd" else None
+    return logits_for(labels, seed=9, dtype=dtype) if term == "jensen_shannon" else None
 
 
 def from_formula(term: Term, logits: Tensor, q: Tensor | None) -> list[Tensor]:
@@ -97,7 +97,7 @@ def test_nothing_of_the_size_of_the_logits_is_ever_made(term: Term) -> None:
     labels = torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
     hidden = random(1, tokens, width).requires_grad_()
     weight = random(vocabulary, width, seed=1, scale=1.0).requires_grad_()
-    q = torch.zeros(1, 1, 1).expand(1, tokens, vocabulary) if term == "jsd" else None
+    q = torch.zeros(1, 1, 1).expand(1, tokens, vocabulary) if term == "jensen_shannon" else None
     with Created() as created:
         token_losses(hidden, labels, weight=weight, teacher_logits=q, term=term).sum().backward()
     assert hidden.grad is not None and weight.grad is not None
@@ -136,7 +136,7 @@ def test_jsd_is_bounded_and_its_gradient_finite(far: float) -> None:
     """0 where the two agree, log 2 where they share nothing; by hand for two entries."""
     labels, states = torch.tensor([[0, 1]]), torch.tensor([[[far, 0.0], [0.0, 0.0]]], requires_grad=True)
     teacher = torch.tensor([[[0.0, far], [0.0, 0.0]]])
-    terms = token_losses(states, labels, teacher_logits=teacher, term="jsd")
+    terms = token_losses(states, labels, teacher_logits=teacher, term="jensen_shannon")
     small = math.exp(-far) / (1 + math.exp(-far))
     shared = sum(x * math.log(2 * x) for x in (small, 1 - small) if x)  # of p and q, by the symmetry of the two
     assert terms[0, 0].item() == pytest.approx(shared, abs=1e-6)

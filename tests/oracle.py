@@ -85,7 +85,7 @@ def loss_of(name: str, model: Any, frozen: Any, batch: list[Any], objective: dic
         return torch.cat([terms_of(name, model, frozen, ids, objective) for ids in batch]).mean()
     if name == "flat":
         means = [[torch.exp(-nll_of(model, ids)[at - 1 :]).mean() for ids, at in pair] for pair in batch]
-        return torch.stack([flat_term(*pair, objective["divergence"]) for pair in means]).mean()
+        return torch.stack([flat_term(a, r, objective["divergence"]) for a, r in means]).mean()
     if name in ("dpo", "dpo_idk", "altpo"):
         margins = []
         for rejected, preferred in batch:

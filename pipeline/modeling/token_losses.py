@@ -89,7 +89,7 @@ class _FromLogits(torch.autograd.Function):
         _Teacher.save(ctx, teacher, logits, targets)
         ctx.term = term
         losses = logits.new_empty(len(targets), dtype=_wide_dtype(logits))
-        for rows in _chunks(*logits.shape, term):
+        for rows in _chunks(*logits.shape, term=term):
             q = None if teacher is None else teacher.of_rows(rows, targets)
             z = at_least_fp32(logits[rows])
             if term is None:
@@ -103,7 +103,7 @@ class _FromLogits(torch.autograd.Function):
         teacher, (logits, targets) = _Teacher.restore(ctx)
         upstream = gradients[0].masked_fill(targets == IGNORED, 0)  # [N]
         gradient = torch.empty_like(logits)
-        for rows in _chunks(*logits.shape, ctx.term):
+        for rows in _chunks(*logits.shape, term=ctx.term):
             z, q = at_least_fp32(logits[rows]), None if teacher is None else teacher.of_rows(rows, targets)
             if ctx.term is not None:
                 _, state = terms_of_rows(ctx.term, z, targets[rows], q)
@@ -135,7 +135,7 @@ class _FromHidden(torch.autograd.Function):
     ) -> Tensor:
         losses = hidden.new_empty(len(hidden), dtype=_wide_dtype(hidden))
         state = losses.new_empty(1 if term is None else 2, len(hidden))  # the normalizers, or of the term
-        for rows in _chunks(len(hidden), len(weight), term):
+        for rows in _chunks(len(hidden), len(weight), term=term):
             z = at_least_fp32(_logits(hidden[rows], weight, bias))
             q = None if teacher is None else teacher.of_rows(rows, targets)
             if term is None:
@@ -157,7 +157,7 @@ class _FromHidden(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         teacher_normalizers = None if teacher is None else teacher.normalizers(targets)
-        for part in _chunks(len(weight), len(hidden), ctx.term):
+        for part in _chunks(len(weight), len(hidden), term=ctx.term):
             z = at_least_fp32(_logits(hidden, weight[part], None if bias is None else bias[part]))
             log_q = None
             if teacher is not None and teacher_normalizers is not None:
@@ -203,7 +203,7 @@ def at_least_fp32(tensor: Tensor) -> Tensor:
     return tensor.to(_wide_dtype(tensor))
 
 
-def _chunks(length: int, width: int, term: Term | None = None) -> Iterator[slice]:
+def _chunks(length: int, width: int, *, term: Term | None = None) -> Iterator[slice]:
     """Slices along the length of a [length, width] matrix, each with a bounded number of elements.
 
     They are half as large for a term, which has twice as many intermediates as a cross-entropy.

@@ -22,7 +22,7 @@ Formula = Callable[[Tensor, int, int, int], Tensor]  # log p [V], token, sequenc
 
 
 def _ce_u(teacher: Tensor | None, *exponents: float) -> Formula:
-    return lambda log_p, token, *_: -sum(log_p[v].exp() for v in range(V) if v != token).log()
+    return lambda log_p, token, *_: -torch.stack([log_p[v].exp() for v in range(V) if v != token]).sum().log()
 
 
 def _satimp(teacher: Tensor | None, saturation: float, importance: float) -> Formula:

@@ -45,7 +45,7 @@ def from_formula(term: Term, logits: Tensor, q: Tensor | None) -> list[Tensor]:
 
     def of_prediction(log_p: Tensor, token: int, number: int, at: int) -> Tensor:
         if term == "unlikelihood":
-            return -sum(log_p[v].exp() for v in range(V) if v != token).log()
+            return -torch.stack([log_p[v].exp() for v in range(V) if v != token]).sum().log()
         if term == "margin":
             largest = max(range(V), key=lambda v: log_p[v].item())  # of equal ones the first
             return log_p[largest] - log_p.sum() / V

@@ -27,6 +27,7 @@ from pipeline.distributed.run_lock import RunLock
 from pipeline.distributed.signals import Preempted, stop_on_sigterm
 from pipeline.errors import disk_errors
 from pipeline.files import Json
+from pipeline.losses.dual import log_weight, move_weight
 from pipeline.losses.joint import accumulate_jointly
 from pipeline.losses.known import warn_of_unknown
 from pipeline.losses.task import Task, make_tasks, num_steps
@@ -169,7 +170,10 @@ class Trainer(TrainStep):
             self.record_layers(step + 1)
             self.metrics.record("_stop", float(sigterm is not None and sigterm.is_set()), reduce="max")
             self.metrics.record("_skipped_before", float(self.metrics.skipped_in_a_row), reduce="max")  # of rank 0
+            log_weight(self.combiner, self.run.config.objective, self.metrics)
             agreed = self.metrics.flush(step + 1)
+            retain_loss = agreed["retain_loss"] if result.applied else None
+            move_weight(self.combiner, self.run.config.objective, step, retain_loss)
             self.check_skipped(step, 0 if result.applied else int(agreed["_skipped_before"]) + 1)
             preempted = bool(agreed["_stop"]) and step + 1 < self.run.steps and not self.probes.is_over
             self.save(step + 1, preempted)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.data.batches import BatchSampler
+from tests.oracle_terms import flat_term, terms_of
 
 PAPER_SCOPES = {"sum": "global", "sago": "element", "pcgrad": "module", "blur": "global", "gru": "global"}
 
@@ -80,7 +81,12 @@ def loss_of(name: str, model: Any, frozen: Any, batch: list[Any], objective: dic
             else:
                 terms.append((z.softmax(-1) * (z.log_softmax(-1) - log_p)).sum(-1))
         return torch.cat(terms).mean()
-    if name in ("dpo", "dpo_idk"):
+    if name in ("ce_u", "pdu", "jensun", "jsd"):
+        return torch.cat([terms_of(name, model, frozen, ids, objective) for ids in batch]).mean()
+    if name == "flat":
+        means = [[torch.exp(-nll_of(model, ids)[at - 1 :]).mean() for ids, at in pair] for pair in batch]
+        return torch.stack([flat_term(a, r, objective["divergence"]) for a, r in means]).mean()
+    if name in ("dpo", "dpo_idk", "altpo"):
         margins = []
         for rejected, preferred in batch:
             ratios = []  # log p - log p_ref of an answer, given its question
@@ -98,6 +104,9 @@ def loss_of(name: str, model: Any, frozen: Any, batch: list[Any], objective: dic
     if name == "wga":
         p = torch.exp(-torch.cat(nlls)).detach()
         return -(p**beta * torch.cat(nlls)).mean()
+    if name == "satimp":
+        p = torch.exp(-torch.cat(nlls)).detach()
+        return -(p ** objective["beta1"] * (1 - p) ** objective["beta2"] * torch.cat(nlls)).mean()
     if name == "npo":
         with torch.no_grad():
             reference = [nll_of(frozen, ids).sum() for ids in batch]
@@ -186,7 +195,7 @@ def corpora_of(config: dict[str, Any]) -> tuple[dict[str, list[Any]], dict[str, 
     for number, task in enumerate(("forget", "retain")):
         corpus, limit = config["data"][task], config["data"]["max_length"]
         rows = [json.loads(line) for line in Path(corpus["path"]).read_text().splitlines()]
-        if config["objective"][task] in ("dpo", "dpo_idk", "idk"):
+        if config["objective"][task] in ("dpo", "dpo_idk", "altpo", "idk", "flat"):
             refusals = Path(corpus["refusals"]).read_text().splitlines() if "refusals" in corpus else [""]
             pairs = [(row, refusals[number % len(refusals)]) for number, row in enumerate(rows)]
             tokens[task] = [pair_of(tokenizer, corpus, row, refusal, limit) for row, refusal in pairs]
@@ -222,9 +231,12 @@ def train(
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     objective, synthesis, wanted = config["objective"], config["synthesis"], config["optimizer"]
     alpha, gamma = synthesis.get("alpha", 1.0), synthesis.get("gamma", 1.0)
+    if "target" in objective:
+        tokenizer = AutoTokenizer.from_pretrained(config["model"]["path"])
+        objective = {**objective, "target_ids": tokenizer(objective["target"], add_special_tokens=False).input_ids}
     tokens, order = corpora_of(config)
     optimizer = optimizer_of(wanted, parameters)
-    records, average = [], {}
+    records, average, retain_weight = [], {}, 1.0
     for step in range(config["train"]["steps"]):
         gradients, record = {}, {}
         for task in ("forget", "retain"):
@@ -233,8 +245,13 @@ def train(
             sequences = [tokens[task][i] for i in order[task][step]]
             loss = loss_of(objective[task], model, frozen, sequences, objective, config.get("seed", 0))
             found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
-            gradients[task] = dict(zip(parameters, found, strict=True))
+            weight = retain_weight if task == "retain" else 1.0
+            gradients[task] = {name: weight * g for name, g in zip(parameters, found, strict=True)}
             record[f"{task}_loss"] = loss.item()
+        if objective["forget"] == "pdu":
+            record["dual_weight"] = retain_weight
+            excess = record["retain_loss"] - objective["retain_loss_eps"]
+            retain_weight = max(0.0, retain_weight + objective["dual_step_size"] * excess)
         if len(gradients) == 2:
             rule, zero_forget = synthesis["rule"], synthesis.get("zero_forget", "literal")
             scope = synthesis.get("scope") or PAPER_SCOPES[rule]

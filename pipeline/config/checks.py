@@ -1,4 +1,4 @@
-"""What a resolved configuration says about corpora, probes and schedule, checked before anything is read."""
+"""What a resolved configuration says of corpora, objectives, probes and schedule, checked before anything is read."""
 
 from __future__ import annotations
 
@@ -36,6 +36,23 @@ def check_corpus(config: RunConfig, task: str, where: str, reads_data: bool) -> 
         raise InputError(
             f"{where}: data.packing: blocks would cut through the rows that data.{task}.{rows} needs whole; "
             "set data.packing: documents"
+        )
+
+
+def check_objective(config: RunConfig, where: str) -> None:
+    """
+    Raises:
+        InputError: an objective that weighs the retain loss has none, or no level for it.
+    """
+    name, settings = config.objective.forget, config.objective
+    if "forget" not in config.tasks or not NEEDS[name].weighs_retain:
+        return
+    if "retain" not in config.tasks:
+        raise InputError(f"{where}: objective.retain: none, but {name} weighs the retain loss; set it, to nll or jsd")
+    if settings.retain_loss_eps is None:
+        raise InputError(
+            f"{where}: objective.retain_loss_eps is missing: {name} lowers the weight of a retain loss below it, and "
+            "raises the weight of one above it; set it a little above the retain loss of the model before unlearning"
         )
 
 

@@ -59,8 +59,8 @@ class Model(Section):
         ge=0,
         lt=1,
         description="rate of every dropout of the model while it trains (model.lora.dropout apart); "
-        "null: the rates of its config.json; npo, dpo, kl, undial and embed_diff then compare a model with "
-        "dropout to a reference model without dropout",
+        "null: the rates of its config.json; npo, dpo, altpo, kl, jsd, undial and embed_diff then compare a model "
+        "with dropout to a reference model without dropout",
     )
     attn_implementation: str | None = Field(
         None,
@@ -123,10 +123,25 @@ class Objective(Section):
     beta: float = Field(
         0.1,
         gt=0,
-        description="sharpness of npo, simnpo, dpo and dpo_idk; exponent in wga; penalty on the logit in undial",
+        description="sharpness of npo, simnpo, dpo, dpo_idk and altpo; exponent in wga; penalty on the logit in undial",
     )
+    beta1: float = Field(5.0, ge=0, description="exponent of p in satimp's weight of a token")
+    beta2: float = Field(1.0, ge=0, description="exponent of 1 - p in satimp's weight of a token")
     delta: float = Field(0.0, description="margin of simnpo (the paper's gamma)")
     layer: int = Field(7, ge=0, description="decoder block whose output rmu and embed_diff read, counted from 0")
+    divergence: Literal["tv", "kl", "pearson"] = Field(
+        "tv", description="of flat, between answers and refusals: total variation, Kullback-Leibler or Pearson"
+    )
+    target: str = Field(
+        "No idea", min_length=1, description="text whose tokens, repeated, jensun teaches in place of those to forget"
+    )
+    retain_loss_eps: float | None = Field(
+        None,
+        ge=0,
+        description="retain loss that pdu allows: above it the weight of the retain loss rises, below it falls",
+    )
+    dual_step_size: float = Field(1.0, gt=0, description="of pdu: how far that weight, 1 at first, moves a step")
+    dual_warmup_steps: int = Field(0, ge=0, description="steps of pdu before that weight moves")
     steering_coeff: float = Field(20.0, description="length of rmu's target, its steering coefficient c")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -20,7 +20,7 @@ class Batch:
     index: Tensor  # [B] int64, the numbers of the sequences in the corpus
     input_ids: Tensor  # [R, T] int64
     attention_mask: Tensor  # [R, T] int64, 0 on padding
-    labels: Tensor  # [R, T] int64, input_ids with prompts and padding masked
+    labels: Tensor  # [R, T] int64, input_ids with prompts and padding masked; or what a sampler's target makes of them
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(tensor.to(device) for tensor in vars(self).values()))
@@ -59,6 +59,15 @@ def stack(batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
     return torch.cat([padded(one) for one in ids]), torch.cat([padded(one) for one in masks])
 
 
+def with_target(batch: Batch, target: Sequence[int]) -> Batch:
+    """`batch` with the tokens of `target`, repeated, as labels of what each row predicts; its inputs stay."""
+    predicted = batch.labels[:, 1:] != IGNORED
+    wanted = torch.tensor(target)[(predicted.cumsum(1) - 1) % len(target)]
+    labels = torch.full_like(batch.labels, IGNORED)
+    labels[:, 1:] = wanted.where(predicted, labels[:, 1:])
+    return replace(batch, labels=labels)
+
+
 @dataclass(frozen=True)
 class BatchSampler:
     """Batches of one corpus without end: seeded random permutations of its sequences, one after another."""
@@ -72,6 +81,7 @@ class BatchSampler:
     world_size: int
     pad: int
     preferred: Sequences | None = None  # the preferred counterpart of each of `sequences`
+    target: tuple[int, ...] = ()  # token ids that, repeated, are to be predicted in place of a row's own
 
     @property
     def longest(self) -> int:
@@ -81,7 +91,7 @@ class BatchSampler:
     @property
     def largest(self) -> int:
         """The largest token id that the model gets."""
-        return max(side.largest for side in (self.sequences, self.preferred) if side is not None)
+        return max(*(side.largest for side in (self.sequences, self.preferred) if side is not None), *self.target, 0)
 
     def global_batch(self, step: int) -> np.ndarray:
         """[batch_size] int64: the sequences of step `step` (0-based), of all ranks."""
@@ -92,7 +102,8 @@ class BatchSampler:
     def batches(self, step: int) -> Iterator[Batch]:
         """This rank's micro-batches of step `step`; all ranks get the same number."""
         mine = self.global_batch(step).reshape(-1, self.world_size, self.micro_batch_size)[:, self.rank]
-        return (collate(self.sequences, indices, self.pad, self.preferred) for indices in mine)
+        made = (collate(self.sequences, indices, self.pad, self.preferred) for indices in mine)
+        return (with_target(batch, self.target) for batch in made) if self.target else made
 
     def loss_denominator(self, step: int, normalize_by: str) -> int:
         """The number of terms that the mean over the global batch of step `step` is taken of.

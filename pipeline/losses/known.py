@@ -43,10 +43,11 @@ def nll_per_token(sampler: BatchSampler, engine: ModelEngine) -> float:
 def warn_of_unknown(config: RunConfig, samplers: Mapping[str, BatchSampler], engine: ModelEngine) -> None:
     """Warn if the model finds the forget corpus as improbable as text that it never saw. Every rank must call.
 
-    Not for an objective that trains on other text than the forget corpus (idk), or on a part of the model (rmu).
+    Not for an objective that teaches other text than the forget corpus (idk, jensun), or trains a part of the model
+    (rmu).
     """
     objective = OBJECTIVES.get(config.objective.forget)
-    if "forget" not in samplers or objective is None or objective.replaces or objective.hidden:
+    if "forget" not in samplers or objective is None or objective.replaces or objective.hidden or objective.has_target:
         return
     found = {task: nll_per_token(sampler, engine) for task, sampler in samplers.items()}
     warning = never_known(found["forget"], found.get("retain"))

@@ -8,8 +8,10 @@ Shapes: B sequences, T tokens, V vocabulary entries, H hidden width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,15 +30,25 @@ class LossInputs:
     mask: Tensor  # [B, T] attention mask: 1 on real tokens
     beta: float
     delta: float
-    token_losses: Tensor | None = None  # [B, T]; or, for an objective with `hidden`:
+    token_losses: Tensor | None = (
+        None  # [B, T]; of an objective with a `term`: that of each prediction; or, for an objective with `hidden`:
+    )
     hidden_states: Tensor | None = None  # [B, T, H] after `objective.layer`
     reference: Tensor | None = None  # what `Objective.reference` names, of the reference model for the same batch
     steering: Tensor | None = None  # [H] c u, the hidden state that RMU steers to
+    beta1: float = 5.0
+    beta2: float = 1.0
+    divergence: Literal["tv", "kl", "pearson"] = "tv"
 
     @property
     def num_predicted_tokens(self) -> Tensor:
         """[B] predicted tokens per sequence, |x|."""
-        return (shifted(self.labels) != IGNORED).sum(1)
+        return self.predicted.sum(1)
+
+    @property
+    def predicted(self) -> Tensor:
+        """[B, T] whether the position predicts a token. Elsewhere `token_losses` is 0, and that is not p = 1."""
+        return shifted(self.labels) != IGNORED
 
 
 def ga(inputs: LossInputs) -> Tensor:
@@ -54,6 +66,60 @@ def wga(inputs: LossInputs) -> Tensor:
     return -((-inputs.beta * inputs.token_losses.detach()).exp() * inputs.token_losses).sum()
 
 
+def satimp(inputs: LossInputs) -> Tensor:
+    """-p^beta1 (1 - p)^beta2 NLL per token, the weight held fixed (Yang et al., 2025, SatImp).
+
+    Neither what is forgotten (p near 0) nor what the model is sure of (p near 1) moves much.
+    """
+    assert inputs.token_losses is not None
+    fixed = inputs.token_losses.detach()
+    weight = (-inputs.beta1 * fixed).exp() * (-torch.expm1(-fixed)) ** inputs.beta2
+    return -(weight * inputs.token_losses).sum()
+
+
+def ce_u(inputs: LossInputs) -> Tensor:
+    """-log(1 - p) per token, whose gradient is that of CE-U (Yang, 2025): see `modeling/token_terms.py`."""
+    assert inputs.token_losses is not None
+    return inputs.token_losses.sum()
+
+
+def pdu(inputs: LossInputs) -> Tensor:
+    """(max z - mean z)^2 per token, of its prediction's logits z (Entesari et al., 2025, the forget loss of PDU)."""
+    assert inputs.token_losses is not None
+    return inputs.token_losses.square().sum()
+
+
+def jensun(inputs: LossInputs) -> Tensor:
+    """JSD(p, e_y) per token, e_y one-hot at the token y of `objective.target` (Singh et al., 2025, JensUn).
+
+    log 2 + (p log p - (1 + p) log(1 + p)) / 2 with p the probability of y: between 0 and log 2.
+    """
+    assert inputs.token_losses is not None
+    nll = inputs.token_losses[inputs.predicted]
+    p = (-nll).exp()
+    return (math.log(2) - (nll * p + (1 + p) * p.log1p()) / 2).sum()
+
+
+def flat(inputs: LossInputs) -> Tensor:
+    """f(P(answer)) - g(P(refusal)) per pair, P the mean probability of an answer's tokens (Wang et al., 2025, FLAT).
+
+    Minus the variational form of an f-divergence between refusals and answers: see `DIVERGENCES` for f and g.
+    """
+    assert inputs.token_losses is not None
+    p = (-inputs.token_losses).exp() * inputs.predicted
+    answer, refusal = (p.sum(1) / inputs.num_predicted_tokens.clamp(min=1)).chunk(2)
+    conjugate, activation = DIVERGENCES[inputs.divergence]
+    return (conjugate(answer) - activation(refusal)).sum()
+
+
+# `objective.divergence`: the convex conjugate of the divergence after its activation, and the activation.
+DIVERGENCES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "tv": (lambda p: p.tanh() / 2, lambda p: p.tanh() / 2),
+    "kl": (lambda p: (p - 1).exp(), lambda p: p),
+    "pearson": (lambda p: p.square() / 4 + p, lambda p: p),
+}
+
+
 def npo(inputs: LossInputs) -> Tensor:
     """-(2/beta) log sigma(beta (nll(x) - nll_ref(x))) per sequence, sums over tokens (paper, section 2.2, L_NPO)."""
     assert inputs.token_losses is not None and inputs.reference is not None
@@ -64,7 +130,8 @@ def dpo(inputs: LossInputs) -> Tensor:
     """-(2/beta) log sigma(beta (log-ratio of the preferred answer - log-ratio of the answer to forget)) per sequence.
 
     Log-ratios are to the reference model (Rafailov et al., 2023, as Zhang et al., 2024, section 3, use it to unlearn).
-    `dpo_idk` is the same with a refusal preferred (Maini et al., 2024, call it preference optimization).
+    `dpo_idk` is the same with a refusal preferred (Maini et al., 2024, call it preference optimization), `altpo` with
+    an alternative answer, which the model may have written before (Mekala et al., 2024, AltPO).
     """
     assert inputs.token_losses is not None and inputs.reference is not None
     rejected, preferred = (inputs.token_losses.sum(1) - inputs.reference).chunk(2)
@@ -109,6 +176,12 @@ def kl(inputs: LossInputs) -> Tensor:
     return (inputs.token_losses - entropies(inputs.reference, inputs.labels)).sum()
 
 
+def jsd(inputs: LossInputs) -> Tensor:
+    """JSD(p, p_ref) per predicted token (Singh et al., 2025, the retain loss of JensUn)."""
+    assert inputs.token_losses is not None
+    return inputs.token_losses.sum()
+
+
 def rmu(inputs: LossInputs) -> Tensor:
     """||h(x) - c u||^2 / H per token, h the hidden state after a layer (Li et al., 2024, L_forget)."""
     assert inputs.steering is not None
@@ -143,15 +216,22 @@ class Objective(Needs):
 TERMS: dict[str, Callable[[LossInputs], Tensor]] = {
     "ga": ga,
     "wga": wga,
+    "satimp": satimp,
+    "ce_u": ce_u,
     "npo": npo,
     "simnpo": simnpo,
     "dpo": dpo,
     "dpo_idk": dpo,
+    "altpo": dpo,
+    "flat": flat,
     "idk": nll,
+    "jensun": jensun,
+    "pdu": pdu,
     "undial": undial,
     "rmu": rmu,
     "nll": nll,
     "kl": kl,
+    "jsd": jsd,
     "embed_diff": embed_diff,
 }
 

@@ -60,8 +60,9 @@ class Task:
     def losses_wanted(self, reference: Tensor | None) -> TokenLosses:
         """The token losses that an objective without hidden states is computed from."""
         if self.objective.reference != "logits":
-            return TokenLosses()
-        return TokenLosses(reference, self.settings.beta if self.objective.logit_penalty else 0.0)
+            return TokenLosses(term=self.objective.term)
+        penalty = self.settings.beta if self.objective.logit_penalty else 0.0
+        return TokenLosses(reference, penalty, self.objective.term)
 
     def terms_of(
         self,
@@ -81,6 +82,9 @@ class Task:
                 hidden_states=hidden_states,
                 reference=reference,
                 steering=self.steering,
+                beta1=self.settings.beta1,
+                beta2=self.settings.beta2,
+                divergence=self.settings.divergence,
             )
         )
 
@@ -89,7 +93,7 @@ def open_sampler(config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBas
     """The batches of the corpus of `task`; the first rank of each machine tokenises it, the others read its file.
 
     Raises:
-        InputError: see `pipeline.data.tokenize`.
+        InputError: see `pipeline.data.tokenize` and `target_tokens`.
     """
     objective, data = OBJECTIVES[getattr(config.objective, task)], config.data
     assert data.packing != "auto", "pipeline.startup.choose decides it"
@@ -120,7 +124,20 @@ def open_sampler(config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBas
         world_size=dist.get_world_size(),
         pad=pad_token(config.model, tokenizer),
         preferred=preferred,
+        target=target_tokens(config.objective.target, tokenizer) if objective.has_target else (),
     )
+
+
+def target_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The token ids of `objective.target`, without those that a tokenizer puts around a text.
+
+    Raises:
+        InputError: there are none.
+    """
+    found = tokenizer(text, add_special_tokens=False).input_ids
+    if not found:
+        raise InputError(f"objective.target: the tokenizer of model.path makes no token of {text!r}; name another text")
+    return tuple(found)
 
 
 def _warn_of_repeats(task: str, sequences: Sequences, batch_size: int, max_length: int) -> None:

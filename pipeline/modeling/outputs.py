@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pipeline.config.objectives import Term
 from pipeline.data.batches import Batch, stack
 from pipeline.modeling.decoder import base_of, blocks_of
 from pipeline.modeling.token_losses import OutputLayer, token_losses, token_scores
@@ -30,10 +31,11 @@ ModelEngine = Engine[PreTrainedModel]
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """[B, T] cross-entropy of each prediction in fp32; see `token_losses` for the two fields."""
+    """[B, T] cross-entropy of each prediction in fp32, or its `term`; see `token_losses` for the fields."""
 
     teacher_logits: Tensor | None = None  # [B, T, V]
     logit_penalty: float = 0.0
+    term: Term | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Cross-entropy of tokens from logits, or from hidden states without the whole matrix of logits.
 
 With z the logits of a position and q the distribution that its prediction is compared with (one-hot, or a teacher's):
-loss = logsumexp(z) - sum_v q_v z_v, and its gradient in z is softmax(z) - q.
+loss = logsumexp(z) - sum_v q_v z_v, and its gradient in z is softmax(z) - q. Instead, an objective may need another
+term of each prediction: those of `token_terms.py`.
 
 Shapes: B sequences, T tokens, V vocabulary entries, H hidden width; N predictions, M = B T positions.
 """
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.config.objectives import Term
 from pipeline.data.batches import IGNORED
+from pipeline.modeling.token_terms import gradient_of_columns, one_hot, terms_of_rows
 
 _CHUNK = 2**24  # logits that are in fp32 at one time
 
@@ -27,6 +30,7 @@ class _Context(Protocol):
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
     penalty: float
+    term: Term | None
     layer: OutputLayer
 
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
@@ -99,12 +103,17 @@ class _FromLogits(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: _Context, logits: Tensor, targets: Tensor, teacher: _Teacher | None) -> Tensor:
+    def forward(ctx: _Context, logits: Tensor, targets: Tensor, teacher: _Teacher | None, term: Term | None) -> Tensor:
         _Teacher.save(ctx, teacher, logits, targets)
+        ctx.term = term
         losses = logits.new_empty(len(targets), dtype=_wide_dtype(logits))
-        for rows in _chunks(*logits.shape):
+        for rows in _chunks(*logits.shape, term=term):
             q = None if teacher is None else teacher.of_rows(rows, targets)
-            losses[rows] = _cross_entropy(at_least_fp32(logits[rows]), targets[rows], q)
+            z = at_least_fp32(logits[rows])
+            if term is None:
+                losses[rows] = _cross_entropy(z, targets[rows], q)
+            else:
+                losses[rows], _ = terms_of_rows(term, z, targets[rows], q)
         return losses.masked_fill_(targets == IGNORED, 0)
 
     @staticmethod
@@ -112,14 +121,17 @@ class _FromLogits(torch.autograd.Function):
         teacher, (logits, targets) = _Teacher.restore(ctx)
         upstream = gradients[0].masked_fill(targets == IGNORED, 0)  # [N]
         gradient = torch.empty_like(logits)
-        for rows in _chunks(*logits.shape):
-            difference = at_least_fp32(logits[rows]).softmax(-1)
-            if teacher is None:
-                difference -= _one_hot(targets[rows], difference)
+        for rows in _chunks(*logits.shape, term=ctx.term):
+            z, q = at_least_fp32(logits[rows]), None if teacher is None else teacher.of_rows(rows, targets)
+            if ctx.term is not None:
+                _, state = terms_of_rows(ctx.term, z, targets[rows], q)
+                log_q = None if q is None else q.log_softmax(-1)
+                difference = gradient_of_columns(ctx.term, z, 0, targets[rows], log_q, state)
             else:
-                difference -= teacher.of_rows(rows, targets).softmax(-1)
+                difference = z.softmax(-1)
+                difference -= one_hot(targets[rows], difference) if q is None else q.softmax(-1)
             gradient[rows] = difference.mul_(upstream[rows].unsqueeze(1)).to(gradient.dtype)
-        return gradient, None, None
+        return gradient, None, None, None
 
 
 class _FromHidden(torch.autograd.Function):
@@ -135,39 +147,46 @@ class _FromHidden(torch.autograd.Function):
         hidden: Tensor,
         targets: Tensor,
         teacher: _Teacher | None,
+        term: Term | None,
         layer: OutputLayer,
         *parameters: Tensor | None,
     ) -> Tensor:
         """parameters: those of the layer, for autograd to know of; the layer has them too."""
         weight, bias = layer.weight, layer.bias
-        normalizers, losses = hidden.new_empty(2, len(hidden), dtype=_wide_dtype(hidden))
-        for rows in _chunks(len(hidden), len(weight)):
+        losses = hidden.new_empty(len(hidden), dtype=_wide_dtype(hidden))
+        state = losses.new_empty(1 if term is None else 2, len(hidden))  # the normalizers, or of the term
+        for rows in _chunks(len(hidden), len(weight), term=term):
             z = at_least_fp32(_logits(hidden[rows], weight, bias))
-            normalizers[rows] = z.logsumexp(-1)
             q = None if teacher is None else teacher.of_rows(rows, targets)
-            losses[rows] = _cross_entropy(z, targets[rows], q)
-        _Teacher.save(ctx, teacher, hidden, targets, normalizers)
+            if term is None:
+                losses[rows], state[0, rows] = _cross_entropy(z, targets[rows], q), z.logsumexp(-1)
+            else:
+                losses[rows], state[:, rows] = terms_of_rows(term, z, targets[rows], q)
+        _Teacher.save(ctx, teacher, hidden, targets, state)
+        ctx.term = term
         # The Parameters themselves, not saved tensors: under ZeRO-3 their data is gathered again for the backward pass.
         ctx.layer = layer
         return losses
 
     @staticmethod
     def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        teacher, (hidden, targets, normalizers) = _Teacher.restore(ctx)
+        teacher, (hidden, targets, state) = _Teacher.restore(ctx)
         (upstream,) = gradients  # [N]
         weight, bias = ctx.layer.weight, ctx.layer.bias
         grad_hidden = torch.zeros_like(hidden, dtype=_wide_dtype(hidden))
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[4] else None
-        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[5] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[5] else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[6] else None
         teacher_normalizers = None if teacher is None else teacher.normalizers(targets)
-        for part in _chunks(len(weight), len(hidden)):
-            difference = at_least_fp32(_logits(hidden, weight[part], None if bias is None else bias[part]))
-            difference = difference.sub_(normalizers.unsqueeze(1)).exp_()  # softmax, these columns of it
-            if teacher is None or teacher_normalizers is None:
-                difference -= _one_hot(targets - part.start, difference)
+        for part in _chunks(len(weight), len(hidden), term=ctx.term):
+            z = at_least_fp32(_logits(hidden, weight[part], None if bias is None else bias[part]))
+            log_q = None
+            if teacher is not None and teacher_normalizers is not None:
+                log_q = teacher.of_columns(part, targets).sub_(teacher_normalizers.unsqueeze(1))
+            if ctx.term is not None:
+                difference = gradient_of_columns(ctx.term, z, part.start, targets, log_q, state)
             else:
-                q = teacher.of_columns(part, targets)
-                difference -= q.sub_(teacher_normalizers.unsqueeze(1)).exp_()
+                difference = z.sub_(state[0].unsqueeze(1)).exp_()  # softmax, these columns of it
+                difference -= one_hot(targets - part.start, difference) if log_q is None else log_q.exp_()
             difference = difference.mul_(upstream.unsqueeze(1)).to(hidden.dtype)
             grad_hidden += difference @ weight[part]
             if grad_weight is not None:
@@ -175,7 +194,7 @@ class _FromHidden(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias[part] = difference.sum(0)
         of_layer = ctx.layer.hand_over(grad_weight, grad_bias)
-        return grad_hidden.to(hidden.dtype), None, None, None, *of_layer
+        return grad_hidden.to(hidden.dtype), None, None, None, None, *of_layer
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -190,17 +209,10 @@ def _cross_entropy(z: Tensor, targets: Tensor, teacher_logits: Tensor | None) ->
     return z.logsumexp(-1) - (teacher_logits.softmax(-1) * z).sum(-1)
 
 
-def _one_hot(targets: Tensor, like: Tensor) -> Tensor:
-    """[n, columns of `like`] with a 1 at each target that is among its columns."""
-    inside = ((targets >= 0) & (targets < like.shape[1])).to(like.dtype)
-    column = targets.clamp(0, like.shape[1] - 1)
-    return torch.zeros_like(like).scatter_(1, column.unsqueeze(1), inside.unsqueeze(1))
-
-
 def _penalized_teacher_logits(logits: Tensor, targets: Tensor, penalty: float) -> Tensor:
     """A copy of some columns of a teacher's logits in fp32 or better, with `penalty` subtracted at each target."""
     wide = logits.to(_wide_dtype(logits), copy=True)
-    return wide.sub_(_one_hot(targets, wide), alpha=penalty) if penalty else wide
+    return wide.sub_(one_hot(targets, wide), alpha=penalty) if penalty else wide
 
 
 def _wide_dtype(tensor: Tensor) -> torch.dtype:
@@ -212,9 +224,12 @@ def at_least_fp32(tensor: Tensor) -> Tensor:
     return tensor.to(_wide_dtype(tensor))
 
 
-def _chunks(length: int, width: int) -> Iterator[slice]:
-    """Slices along the length of a [length, width] matrix, each with a bounded number of elements."""
-    step = max(1, _CHUNK // max(width, 1))
+def _chunks(length: int, width: int, *, term: Term | None = None) -> Iterator[slice]:
+    """Slices along the length of a [length, width] matrix, each with a bounded number of elements.
+
+    They are half as large for a term, which has twice as many intermediates as a cross-entropy.
+    """
+    step = max(1, _CHUNK // max(width if term is None else 2 * width, 1))
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
@@ -225,8 +240,11 @@ def token_losses(
     layer: OutputLayer | None = None,
     teacher_logits: Tensor | None = None,
     logit_penalty: float = 0.0,
+    term: Term | None = None,
 ) -> Tensor:
     """Cross-entropy of each prediction: -log p of the token, or -sum_v q_v log p_v for a teacher's distribution q.
+
+    With a `term`, that term of each prediction instead.
 
     Args:
         states: [B, T, V] logits; or, with `layer`, [B, T, H] hidden states. Any float dtype.
@@ -235,6 +253,7 @@ def token_losses(
         teacher_logits: [B, T, V] logits of q, without gradient.
         logit_penalty: subtracted from the teacher's logit of each predicted token, in fp32 whatever the dtype of
             `teacher_logits` (UNDIAL).
+        term: see `token_terms`; `jensen_shannon` needs `teacher_logits`.
 
     Returns:
         [B, T] in fp32 (float64 for float64 states): entry t belongs to the token at t+1, 0 where it is ignored.
@@ -242,11 +261,11 @@ def token_losses(
     targets, flat = shifted(labels), states.flatten(0, 1)
     teacher = None if teacher_logits is None else _Teacher(teacher_logits.flatten(0, 1), None, logit_penalty)
     if layer is None:
-        every: Tensor = _FromLogits.apply(flat, targets.flatten(), teacher)
+        every: Tensor = _FromLogits.apply(flat, targets.flatten(), teacher, term)
         return every.view(targets.shape)
     index = (targets.flatten() != IGNORED).nonzero().squeeze(1)  # padding and prompts cost nothing
     teacher = None if teacher is None else replace(teacher, index=index)
-    given = (flat[index], targets.flatten()[index], teacher, layer, layer.weight, layer.bias)
+    given = (flat[index], targets.flatten()[index], teacher, term, layer, layer.weight, layer.bias)
     losses: Tensor = _FromHidden.apply(*given)
     return losses.new_zeros(targets.numel()).index_copy(0, index, losses).view(targets.shape)
 

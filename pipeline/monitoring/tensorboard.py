@@ -29,7 +29,7 @@ COSINES = {
 
 # TensorBoard opens on *Time series*, sorted by group: what was forgotten first, how it came about below.
 GROUPS = {
-    **dict.fromkeys(("forget_loss", "retain_loss"), "2_loss"),
+    **dict.fromkeys(("forget_loss", "retain_loss", "dual_weight"), "2_loss"),
     **dict.fromkeys((*COSINES, "conflict_fraction", "forget_norm", "retain_norm", "combined_norm"), "3_geometry"),
 }
 # The groups of the scores `probe/SET/MEASURE` of the two corpora and of other sets, and of everything else. Within a

@@ -2,8 +2,8 @@
 
 A checkpoint counts once its marker exists, which is written last, when all else is on the disk: a kill or a power cut
 while saving leaves the one before it. The marker has a checksum of each file, and what identifies the run. What
-DeepSpeed does not save (the moving average of a rule, the random state) lies beside its files, one file a rank. The
-position in the data is not saved: a batch is a function of the step.
+DeepSpeed does not save (the moving average of a rule, a dual weight, the random state) lies beside its files, one file
+a rank. The position in the data is not saved: a batch is a function of the step.
 
 DeepSpeed's files are pickles, which run code when they are loaded: resume only a run folder of your own.
 """
@@ -48,6 +48,7 @@ class RankState(TypedDict):
     average_layout: list[Json]  # its fragments, as dictionaries
     combinations: int  # of the combiner so far
     cosines: dict[str, float]  # of the combiner
+    retain_weight: float  # of the combiner
     optimizer_layout: list[list[Json]]  # of `optimizer_layout`, likewise
     schedule: Json
     counters: dict[str, int]
@@ -113,6 +114,7 @@ def _rank_state(engine: Engine, combiner: GradientCombiner) -> RankState:
         "average_layout": [asdict(fragment) for fragment in combiner.average_layout()],
         "combinations": combiner.state.step,
         "cosines": combiner.cosines(),
+        "retain_weight": combiner.retain_weight,
         "optimizer_layout": [[asdict(fragment) for fragment in group] for group in optimizer_layout(engine)],
         "schedule": engine.lr_scheduler.state_dict(),
         "counters": {name: getattr(engine, name) for name in COUNTERS},
@@ -173,6 +175,7 @@ def load(engine: Engine, combiner: GradientCombiner, checkpoint: Path, identity:
         engine.lr_scheduler.load_state_dict(before[0]["schedule"])
         for name, value in before[0]["counters"].items():
             setattr(engine, name, value)
+    combiner.retain_weight = before[0]["retain_weight"]
     if combiner.average is not None:
         flats = [(_fragments(state["average_layout"]), state["average"]) for state in before]
         copy_fragments(

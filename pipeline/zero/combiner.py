@@ -65,6 +65,7 @@ class GradientCombiner:
             accumulates. None if the tasks are not combined.
         average: [n] laid out alike: the state of a rule that averages the retain gradient, else None.
         state: what the rule remembers beside it, alike on all ranks.
+        retain_weight: factor of the retain loss beside the weights of `synthesis`; checkpoints have it.
 
     Raises:
         RuntimeError: DeepSpeed does not keep its gradients where this program expects them.
@@ -89,6 +90,7 @@ class GradientCombiner:
         self.units = units_of(synthesis.resolved_scope, [layer_of(name) for name in self.names])
         self.stash: Tensor | None = None
         self.average: Tensor | None = None
+        self.retain_weight = 1.0
         if combine_tasks:
             self.stash = self._make_buffer(self.store.dtype, stash_device)
             if synthesis.averages_retain:
@@ -111,10 +113,11 @@ class GradientCombiner:
         return torch.empty(numel, dtype=dtype, device=self.store.device)
 
     def loss_weight(self, task: str) -> float:
-        """The factor for the loss of `task`: its weight where the gradients are only added up, else 1."""
+        """The factor for the loss of `task`: `retain_weight`, times its weight where gradients are only added up."""
+        own = self.retain_weight if task == "retain" else 1.0
         if self.stash is not None:
-            return 1.0
-        return self.synthesis.gamma if task == "forget" else self.synthesis.alpha
+            return own
+        return own * (self.synthesis.gamma if task == "forget" else self.synthesis.alpha)
 
     def clear(self) -> None:
         """Zero the gradient, wherever DeepSpeed keeps a part of it."""

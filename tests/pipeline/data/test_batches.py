@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.data.batches import IGNORED, BatchSampler, collate, stack
+from pipeline.data.batches import IGNORED, Batch, BatchSampler, collate, stack, with_target
 from tests.pipeline.data.corpora import (
     MANY,
     truncated,
@@ -115,6 +115,20 @@ def test_padding_is_on_the_right_and_masked_everywhere() -> None:
     assert batch.labels.tolist() == [[8, 49, IGNORED], [5, 6, 7]]
     assert {tensor.dtype for tensor in vars(batch).values()} == {torch.int64}
     assert collate(rows, np.array([2, 1]), 49).input_ids.shape == (2, 2)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_target_is_repeated_over_what_each_row_predicts() -> None:
+    """By hand: from the first token that is predicted on, which the first of a row never is; all else stays."""
+    labels = torch.tensor([[5, 6, 7, 8], [IGNORED, IGNORED, 3, IGNORED], [4, IGNORED, IGNORED, IGNORED]])
+    given = Batch(torch.arange(3), torch.ones(3, 4).long(), torch.ones(3, 4).long(), labels)
+    got = with_target(given, (21, 22))
+    x = IGNORED
+    assert got.labels.tolist() == [[x, 21, 22, 21], [x, x, 21, x], [x, x, x, x]]
+    assert got.input_ids is given.input_ids and got.attention_mask is given.attention_mask
+    plain, aimed = stream(), stream(target=(21, 22))  # pyright: ignore
+    for one, other in zip(plain.batches(0), aimed.batches(0), strict=True):
+        assert torch.equal(one.input_ids, other.input_ids)
+        assert torch.equal(with_target(one, (21, 22)).labels, other.labels)
 
 
 def test_batches_read_from_disk_are_the_corpus(read: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pipeline.data.batches import IGNORED
 from pipeline.losses.objectives import OBJECTIVES, LossInputs, steering_vector
 from pipeline.modeling import token_losses as objectives
 from pipeline.modeling.token_losses import token_losses
+from tests.pipeline.losses.formulas import FORMULAS, flat, of_tokens
 from tests.pipeline.modeling.predictions import (
     ERRORS,
     LABELS,
@@ -39,7 +40,7 @@ from tests.pipeline.modeling.predictions import (
 BETAS = (0.05, 1.0, 4.0)
 
 
-PAIRED = ("dpo", "dpo_idk")  # two answers to each prompt in a batch
+PAIRED = ("dpo", "dpo_idk", "altpo", "flat")  # two answers to each prompt in a batch
 
 
 FROM_TOKENS = [name for name, objective in OBJECTIVES.items() if not objective.hidden]
@@ -74,6 +75,14 @@ class Setting:
         return random(len(SEQUENCES), 20, size, seed=seed)[list(self.rows), :width].to(dtype)
 
     @property
+    def exponents(self) -> tuple[float, float]:
+        return 1 + self.beta, 1.5 * self.beta
+
+    @property
+    def divergence(self) -> Any:
+        return {0.05: "tv", 1.0: "kl"}.get(self.beta, "pearson")
+
+    @property
     def steering(self) -> Tensor:
         return steering_vector(H, 6.5, seed=3)
 
@@ -99,6 +108,11 @@ def loss_from_formula(name: str, states: Tensor, setting: Setting, reference: Te
         terms = [x for row in per_prediction(states, labels, against_reference) for x in row]
         return sum(terms, zero) / len(terms)
     nlls = nlls_from_formula(states, labels)
+    if name in FORMULAS:
+        terms = of_tokens(name, states, labels, reference, setting.exponents)
+        return sum(terms, zero) / len(terms)
+    if name == "flat":
+        return sum(flat(nlls, setting.divergence), zero) / (len(nlls) // 2)
     tokens = [nll for row in nlls for nll in row]
     if name in ("ga", "nll", "idk"):  # the labels of idk are those of refusals
         return (-1 if name == "ga" else 1) * sum(tokens, zero) / len(tokens)
@@ -110,7 +124,7 @@ def loss_from_formula(name: str, states: Tensor, setting: Setting, reference: Te
     else:
         assert reference is not None
         margins = [total - ref.double() for total, ref in zip(totals, reference, strict=True)]
-        if name in ("dpo", "dpo_idk"):  # log-ratio of the preferred answer, in the second half, less that of the other
+        if name in PAIRED:  # log-ratio of the preferred answer, in the second half, less that of the other
             half = len(margins) // 2
             margins = [-preferred + other for other, preferred in zip(margins[:half], margins[half:], strict=True)]
         else:
@@ -123,10 +137,12 @@ def ours(name: str, leaves: list[Tensor], setting: Setting, reference: Tensor | 
     objective, labels = OBJECTIVES[name], setting.labels
     teacher = reference if objective.reference == "logits" else None
     penalty = setting.beta if objective.logit_penalty else 0.0
-    inputs = LossInputs(labels, setting.mask, setting.beta, setting.delta, reference=reference)
+    (beta1, beta2), kind = setting.exponents, setting.divergence
+    more = {"reference": reference, "beta1": beta1, "beta2": beta2, "divergence": kind}
+    inputs = LossInputs(labels, setting.mask, setting.beta, setting.delta, **more)
     if objective.hidden:
         return objective.terms(replace(inputs, hidden_states=leaves[0], steering=setting.steering))
-    return objective.terms(replace(inputs, token_losses=losses_of(leaves, labels, teacher, penalty)))
+    return objective.terms(replace(inputs, token_losses=losses_of(leaves, labels, teacher, penalty, objective.term)))
 
 
 def count(name: str, setting: Setting) -> int:
@@ -266,10 +282,11 @@ def test_wga_leaves_alone_what_is_forgotten() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", ERRORS)
-def test_kl_at_the_reference_is_zero_and_so_is_its_gradient(way: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", ["kl", "jsd"])
+def test_at_the_reference_a_divergence_and_its_gradient_are_zero(name: str, way: str, dtype: torch.dtype) -> None:
     leaves = leaves_of(way, LABELS, dtype)
     reference = exactly(leaves)[1].detach().to(dtype)
-    loss = ours("kl", leaves, Setting(1.0), reference)
+    loss = ours(name, leaves, Setting(1.0), reference)
     rounding = 1e-13 if dtype == torch.float64 else 1e-5
     assert abs(loss.item()) < rounding
     assert all(gradient.abs().max() < rounding for gradient in gradients_of(loss, leaves))
@@ -286,14 +303,14 @@ def test_what_each_objective_needs_and_counts() -> None:
     def where(what: Callable[[Any], bool]) -> set[str]:
         return {name for name, objective in OBJECTIVES.items() if what(objective)}
 
-    assert where(lambda o: o.reference == "log_probs") == {"npo", "dpo", "dpo_idk"}
-    assert where(lambda o: o.reference == "logits") == {"undial", "kl"} and where(lambda o: o.logit_penalty) == {
-        "undial"
-    }
+    assert where(lambda o: o.reference == "log_probs") == {"npo", "dpo", "dpo_idk", "altpo"}
+    assert where(lambda o: o.reference == "logits") == {"undial", "kl", "jsd"}
+    assert where(lambda o: o.logit_penalty) == {"undial"} and where(lambda o: o.has_target) == {"jensun"}
+    assert where(lambda o: o.term) == {"ce_u", "pdu", "jsd"} and where(lambda o: o.weighs_retain) == {"pdu"}
     assert where(lambda o: o.reference == "hidden") == {"embed_diff"}
     assert where(lambda o: o.hidden) == where(lambda o: o.normalize_by == "position") == {"rmu", "embed_diff"}
-    assert where(lambda o: o.normalize_by == "sequence") == {"npo", "simnpo", "dpo", "dpo_idk"}
+    assert where(lambda o: o.normalize_by == "sequence") == {"npo", "simnpo", "dpo", "dpo_idk", "altpo", "flat"}
     assert {name: o.pairing for name, o in OBJECTIVES.items() if o.pairing} == {
-        "dpo": "preferred", "dpo_idk": "refusal", "idk": "refusal"
+        "dpo": "preferred", "altpo": "preferred", "dpo_idk": "refusal", "idk": "refusal", "flat": "refusal"
     }  # fmt: skip
     assert {name for name, o in OBJECTIVES.items() if o.num_answers == 2} == set(PAIRED)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pipeline.config.objectives import Term
 from pipeline.data.batches import IGNORED
 from pipeline.modeling.token_losses import OutputLayer, token_losses
 
@@ -73,11 +74,24 @@ def leaves_of(way: str, labels: Tensor, dtype: torch.dtype) -> list[Tensor]:
     return [tensor.to(dtype).requires_grad_() for tensor in made]
 
 
-def losses_of(leaves: list[Tensor], labels: Tensor, teacher: Tensor | None = None, penalty: float = 0.0) -> Tensor:
+def losses_of(
+    leaves: list[Tensor],
+    labels: Tensor,
+    teacher: Tensor | None = None,
+    penalty: float = 0.0,
+    term: Term | None = None,
+) -> Tensor:
     states, weight, bias = [*leaves, None, None][:3]
     assert states is not None
-    layer = None if weight is None else OutputLayer(weight, bias)
-    return token_losses(states, labels, layer=layer, teacher_logits=teacher, logit_penalty=penalty)
+    compared = {"teacher_logits": teacher, "logit_penalty": penalty, "term": term}
+    return token_losses(states, labels, layer=None if weight is None else OutputLayer(weight, bias), **compared)
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """The Jensen-Shannon divergence of two distributions [V], nats, with 0 log 0 = 0."""
+    m, zero = (p + q) / 2, p.sum() * 0
+    terms = [x * (x / y).log() for one in (p, q) for x, y in zip(one, m, strict=True) if x > 0]
+    return sum(terms, zero) / 2
 
 
 def exactly(leaves: list[Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -157,7 +157,7 @@ def pairs(world: World, case: dict[str, Any]) -> dict[str, Any]:
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     refusals.write_text("kara vi\nlomi den nesu\nsu\n")
-    if case["objective"]["forget"] == "dpo":
+    if case["objective"]["forget"] in ("dpo", "altpo"):
         return {"path": str(file), "preferred": "better"}
     return {"path": str(file), "prompt": "asked", "response": "said", "refusals": str(refusals)}
 

@@ -22,7 +22,7 @@ from tests.distributed import run_distributed
 from tests.pipeline.zero.stages import CONFIGURATIONS
 from tests.toy import ALPHA, BATCH, GAMMA, Case
 
-STEPS = 3
+STEPS = 2
 OPTIONS = Options(preference=0.6, c=0.4, seed=11)
 WAYS = [(rule, scope) for rule in RULES for scope in RULES[rule].scopes]
 FEW = [(rule, scope) for rule, scope in WAYS if scope in (RULES[rule].scope, "element")]
@@ -108,10 +108,10 @@ def check(cases: dict[str, Case], ways: list[tuple[str, str]], world: int, folde
             state, average = State(), [torch.zeros_like(r) for r in gradients[0]["retain"].values()]
             for step, tasks in enumerate(gradients):
                 names = list(tasks["retain"])
-                keys: dict[str, Any] = {"layers": [layer_of(n) for n in names], "options": OPTIONS, "state": state}
                 f, r = ([tasks[task][n] for n in names] for task in ("forget", "retain"))
                 if RULES[rule].draws:  # numbered as in the model, of which the frozen tensors are a part
                     f, r, names = with_frozen(case, tasks)
+                keys: dict[str, Any] = {"layers": [layer_of(n) for n in names], "options": OPTIONS, "state": state}
                 if RULES[rule].averages_retain:
                     keys["average"] = average
                 want = synthesize(f, r, rule=rule, scope=scope, alpha=ALPHA, gamma=GAMMA, **keys)

@@ -22,7 +22,7 @@ from tests.distributed import run_distributed
 from tests.pipeline.zero.stages import CONFIGURATIONS
 from tests.toy import ALPHA, BATCH, GAMMA, Case
 
-STEPS = 3
+STEPS = 2
 OPTIONS = Options(preference=0.6, c=0.4, seed=11)
 WAYS = [(rule, scope) for rule in RULES for scope in RULES[rule].scopes]
 FEW = [(rule, scope) for rule, scope in WAYS if scope in (RULES[rule].scope, "element")]

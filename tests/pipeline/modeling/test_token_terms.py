@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from pipeline.config.objectives import Term
 from pipeline.data.batches import IGNORED
 from pipeline.modeling import token_losses as module
-from pipeline.modeling.token_losses import shifted, token_losses
+from pipeline.modeling.token_losses import OutputLayer, shifted, token_losses
 from tests.pipeline.modeling.predictions import (
     ERRORS,
     LABELS,
@@ -99,7 +99,7 @@ def test_nothing_of_the_size_of_the_logits_is_ever_made(term: Term) -> None:
     weight = random(vocabulary, width, seed=1, scale=1.0).requires_grad_()
     q = torch.zeros(1, 1, 1).expand(1, tokens, vocabulary) if term == "jensen_shannon" else None
     with Created() as created:
-        token_losses(hidden, labels, weight=weight, teacher_logits=q, term=term).sum().backward()
+        token_losses(hidden, labels, layer=OutputLayer(weight), teacher_logits=q, term=term).sum().backward()
     assert hidden.grad is not None and weight.grad is not None
     assert (vocabulary, width) in created.shapes, "the weight's gradient was seen being made"
     assert created.largest <= module._CHUNK
@@ -111,7 +111,8 @@ def test_unlikelihood_where_the_model_is_sure(way: str, gap: float) -> None:
     """In fp32, 1 - p has no digits left from a gap of 17 on; the value is that gap, and the gradient the token's p."""
     labels = torch.tensor([[0, 1]])
     states = torch.tensor([[[0.0, gap, 0.0], [0.0, 0.0, 0.0]]], requires_grad=True)
-    terms = token_losses(states, labels, weight=None if way == "logits" else torch.eye(3), term="unlikelihood")
+    layer = None if way == "logits" else OutputLayer(torch.eye(3))
+    terms = token_losses(states, labels, layer=layer, term="unlikelihood")
     want = gap - math.log(2) + math.log1p(2 * math.exp(-gap))
     assert terms[0, 0].item() == pytest.approx(want, rel=1e-6)
     gradient, p = gradients_of(terms.sum(), [states])[0][0, 0], 1 / (1 + 2 * math.exp(-gap))

@@ -48,7 +48,7 @@ def joint_terms(engine: ModelEngine, joint: JointPass, tasks: Sequence[Task], ba
     wanted = [task.losses_wanted(reference) for task, reference in zip(tasks, references, strict=True)]
     losses = forward_jointly(engine, *batches, JointLosses(*wanted, joint.divert))
     given = zip(tasks, batches, references, losses, strict=True)
-    return torch.stack([task.terms_of(*of_task) for task, *of_task in given])
+    return torch.stack([task.terms_of(batch, reference, found) for task, batch, reference, found in given])
 
 
 def check_separation(engine: ModelEngine, joint: JointPass) -> None:

@@ -24,8 +24,9 @@ def terms_of(name: str, model: Any, frozen: Any, ids: list[int], objective: dict
     else:
         with torch.no_grad():
             q = frozen(input_ids=tokens).logits[0, :-1].float().softmax(-1)
-    m = (p + q) / 2
-    return (torch.xlogy(p, p / m) + torch.xlogy(q, q / m)).sum(-1) / 2
+    tiny = torch.finfo(p.dtype).tiny  # 0 log 0 = 0, also in the gradient
+    log_p, log_q, log_m = (x.clamp_min(tiny).log() for x in (p, q, (p + q) / 2))
+    return (p * (log_p - log_m) + q * (log_q - log_m)).sum(-1) / 2
 
 
 def flat_term(answer: Tensor, refusal: Tensor, kind: str) -> Tensor:

@@ -1,0 +1,64 @@
+"""A run on four ranks in which no stage may take what a whole model would: minutes, and one machine's memory.
+
+`SCALE=1000 bash tests/run.sh -m slow tests/scale` runs it with 1000 million parameters, which need 40 GB; the default
+needs 5.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.config.load import resolve
+from pipeline.zero.sizes import disk_use
+from tests.scale.sampler import VOCABULARY, ZERO3, make_run, run_stages, sample, start
+from tests.scale.stages import FILE_BYTES
+
+RANKS = 4
+NOISE = 24 * 2**20  # bytes: libraries that are imported late, buffers of gloo, the allocator
+
+
+@pytest.mark.slow
+def test_no_stage_has_a_whole_model_on_a_rank(tmp_path: Path) -> None:
+    config, size = make_run(tmp_path, float(os.environ.get("SCALE", "60")))
+    largest, whole = 2 * max(512 * 1536, VOCABULARY * 512), 2 * size
+    # A rank's share: bf16 weights; in fp32 weights, two moments, gradient, forget buffer, and the step's own gradient.
+    share = size // RANKS * (2 + 4 + 8 + 4 + 4 + 4)
+    stages = run_stages(config, RANKS)
+    stages |= {f"{name}, resumed": stage for name, stage in run_stages(config, RANKS, "--resume").items()}
+    for name, stage in stages.items():
+        print(f"{name:20}{stage.peak / 2**20:8.1f} MiB")
+    assert stages["load"].peak + stages["train"].peak < 1.5 * share + NOISE
+    for name in ("export", "export, resumed"):
+        assert stages[name].peak < 1.5 * (FILE_BYTES + 2 * largest) + NOISE < whole
+    for name in ("checkpoint", "resume, resumed"):
+        assert stages[name].peak < NOISE + 2 * largest < whole
+
+    run = tmp_path / "run"
+    exports = [load_whole(run / name / "step") for name in ("exports", "resumed")]
+    assert all(torch.equal(exports[0][name], tensor) for name, tensor in exports[1].items())
+    assert sum(tensor.numel() for tensor in exports[0].values()) == size
+    use = disk_use(resolve(config), 3, size, size, 2, 2)
+    for folder, said in ((run / "checkpoints", use.checkpoint), (run / "exports", use.export)):
+        written = sum(file.stat().st_size for file in folder.rglob("*") if file.suffix in (".pt", ".safetensors"))
+        assert abs(written / said - 1) < 0.01, (folder.name, written, said)
+    evaluate(tmp_path, run / "exports" / "step", whole)
+
+
+def load_whole(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def evaluate(folder: Path, model: Path, whole: int) -> None:
+    """`eval.run` with a share of the model on each rank."""
+    (folder / "sharded.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 1, **ZERO3}))
+    program = ["eval.run", "--model", str(model), "--suite", "corpus", "--data", str(folder), "--batch-size", "8"]
+    program += ["--output", str(folder / "scores.json"), "--ds-config", str(folder / "sharded.json")]
+    samples = sample(start(RANKS, program, folder / "eval.log"), 1800)
+    assert json.loads((folder / "scores.json").read_text())
+    print(f"evaluation: {max(bytes for own in samples for _, bytes in own) / 2**20:.1f} MiB with libraries")

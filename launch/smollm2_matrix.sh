@@ -52,5 +52,9 @@ for method in npo_sum npo_sago npo_pcgrad_element npo_pcgrad ga_sum ga_sago; do
     [ -e "$run/evaluation.json" ] ||
         python -m eval.run --model "$run" --suite probes "${general[@]}" --output "$run/evaluation.json"
 done
+for method in npo_sum npo_sago npo_pcgrad_element; do
+    python -m eval.robustness --run "$output/matrix/runs/$method/synthesis.gamma=1/seed-0" --suite probes \
+        --attacks int4 nf4 relearn --ranks 1 --steps 20
+done
 python -m eval.report "$output"/matrix/runs/*/*/seed-*[0-9] --target "$output/target.json" --level 0.2 \
     --forget probes.forget.extraction_strength --retain probes.retain.extraction_strength --output "$output/report"

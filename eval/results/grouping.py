@@ -11,7 +11,6 @@ from pipeline.config.rules import READERS
 from pipeline.errors import InputError
 from pipeline.files import Json
 
-
 OF_RULES = {f"synthesis.{key}" for key in ("rule", "scope", "zero_forget", *READERS)}
 
 

@@ -22,7 +22,7 @@ from pipeline.config.load import Parser, add_config_options, resolve
 from pipeline.config.objectives import NEEDS
 from pipeline.config.schema import DEFAULT_STEPS, RunConfig
 from pipeline.errors import InputError
-from pipeline.planning.memory import GIB, RESERVED, Cluster, Zero, main_memory, states, working
+from pipeline.planning.memory import GIB, RESERVED, Cluster, Zero, keeps_stash, main_memory, states, working
 from pipeline.planning.traffic import CommVolume, Seconds, seconds, traffic
 from pipeline.zero.sizes import DiskUse, disk_use
 
@@ -99,9 +99,12 @@ def make_plan(config: RunConfig, machines: Cluster) -> Plan:
     """Plan the run's own DeepSpeed file and every shipped one.
 
     Raises:
-        InputError: the batch does not divide over the GPUs; see also `model_without_weights` and `rehearse`.
+        InputError: the batch does not divide over the GPUs; see also `model_without_weights`, `install_rules` and
+            `rehearse`.
     """
+    from pipeline.modeling.row_rules import install_rules
     from pipeline.planning.meta_trace import model_without_weights, rehearse, shape_of
+    from pipeline.zero.joint import TaskRows
 
     if config.train.batch_size % machines.world:
         raise InputError(
@@ -109,6 +112,8 @@ def make_plan(config: RunConfig, machines: Cluster) -> Plan:
             f"as --train.batch_size {-(-config.train.batch_size // machines.world) * machines.world}"
         )
     model = model_without_weights(config)
+    if config.train.schedule == "joint" and keeps_stash(config):
+        install_rules(model, TaskRows())  # or the run would refuse the model, once it has its machines
     shape = shape_of(model)
     rehearsed: dict[int | None, Pass] = {}
     passes = {}

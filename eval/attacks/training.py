@@ -16,11 +16,12 @@ from pipeline.errors import InputError
 from pipeline.files import Json, write_whole
 
 ALONE: Json = {
+    "schedule": "sequential",  # a joint pass has two tasks
     "export_every": 0,
     "checkpoint_every": 0,
     "probe_every": 0,
     "stop_at": {},
-}  # nothing on the way
+}  # one task, and nothing on the way
 
 
 def training_config(plan: Plan, corpus: Json, output: Path) -> Json:
@@ -37,7 +38,7 @@ def training_config(plan: Plan, corpus: Json, output: Path) -> Json:
         "model": {**config["model"], **model},
         "data": {**config["data"], "forget": None, "retain": corpus, "probes": {}},
         "objective": {**config["objective"], "forget": "none", "retain": "nll"},
-        "synthesis": {**config["synthesis"], "rule": "sum", "scope": None, "geometry": False, "alpha": 1.0},
+        "synthesis": {"rule": "sum"},  # of the run's keys some are of its rule alone
         "optimizer": {**config["optimizer"], "lr": plan.lr, "schedule": "constant", "warmup_ratio": 0.0},
         "train": {**config["train"], **ALONE, "steps": plan.steps, "epochs": None},
     }

@@ -68,18 +68,18 @@ def shaded(colour: str, share: float) -> str:
 
 
 def styles(groups: Groups) -> dict[str, Style]:
-    """{method: style}. Methods of one rule differ in the shade of its colour, and those in one panel also in their
-    dashes and in the fill of their marker."""
+    """{method: style}. Methods of one colour differ in its shade, and those in one panel also in their dashes and in
+    the fill of their marker. Rules without a colour of their own share one."""
     in_panel: dict[tuple[str, str], int] = {}
-    of_rule: dict[str, int] = {}
+    of_colour: dict[str, int] = {}
     found = {}
     pairs = [runs[0].objective for runs in groups.values() if runs[0].rule]
     for name, runs in groups.items():
-        run, rule = runs[0], str(runs[0].rule)
+        run = runs[0]
+        colour, shape = RULES.get(str(run.rule), OTHER_RULE)
         panel = run.objective if run.rule else next((p for p in pairs if run.objective in p.split("+")), run.objective)
-        number = in_panel[panel, rule] = in_panel.get((panel, rule), -1) + 1
-        shade = of_rule[rule] = of_rule.get(rule, -1) + 1
-        colour, shape = RULES.get(rule, OTHER_RULE)
+        number = in_panel[panel, colour] = in_panel.get((panel, colour), -1) + 1
+        shade = of_colour[colour] = of_colour.get(colour, -1) + 1
         look = Look(
             shaded(colour, SHADES[shade % len(SHADES)]),
             DASHES[number % len(DASHES)],

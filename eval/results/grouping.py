@@ -7,8 +7,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from eval.results.trajectories import Run
+from pipeline.config.rules import READERS
 from pipeline.errors import InputError
 from pipeline.files import Json
+
+OF_RULES = {f"synthesis.{key}" for key in ("rule", "scope", "zero_forget", *READERS)}
 
 
 def differing_keys(one: Run, other: Run) -> list[str]:
@@ -17,10 +20,10 @@ def differing_keys(one: Run, other: Run) -> list[str]:
 
 
 def plain_of(name: str, groups: Mapping[str, list[Run]]) -> str | None:
-    """The method with rule `sum` that differs from `name` in rule and scope alone."""
+    """The method with rule `sum` that differs from `name` in the rule, and in what `sum` does not read, alone."""
 
     def rest(runs: list[Run]) -> Json:
-        return {key: x for key, x in runs[0].settings.items() if key not in ("synthesis.rule", "synthesis.scope")}
+        return {key: x for key, x in runs[0].settings.items() if key not in OF_RULES}
 
     found = [other for other, runs in groups.items() if runs[0].rule == "sum"]
     return next((other for other in found if other != name and rest(groups[other]) == rest(groups[name])), None)

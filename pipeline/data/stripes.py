@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.data.corpus import Row
 from pipeline.data.encode import COUNTS, Counts, Encoder, TokenOptions, encoder, table_rows
 from pipeline.errors import InputError
-from pipeline.files import Json, remove_unfinished, whole, write_whole
+from pipeline.files import Json, whole, write_whole
 
 STRIPE = 2**23  # characters of text in a file; another value needs another `encode.FORMAT_VERSION`
 FIRST_ALONE = 4  # files that this process makes itself: to start others takes as long
@@ -55,8 +55,8 @@ class Recipe:
 def stored_table(rows: Iterable[Row], recipe: Recipe, folder: Path) -> tuple[pa.Table, Counts]:
     """The table of all rows, memory-mapped, and what was counted; made in `folder` unless it is there.
 
-    The files are the same however many processes make them. What is killed leaves whole files, which are not made
-    again.
+    The files are the same however many processes, runs or machines make them, also at once. What is killed leaves
+    whole files, which are not made again, and one that is not, in nobody's way.
 
     Raises:
         InputError: of `rows`, of which nothing stays in `folder`.
@@ -64,8 +64,7 @@ def stored_table(rows: Iterable[Row], recipe: Recipe, folder: Path) -> tuple[pa.
     """
     marker = folder / MARKER
     if not marker.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(folder)
+        folder.mkdir(parents=True, exist_ok=True)  # another machine of this run, or another run, may be writing there
         try:
             number = _make_files(rows, recipe, folder)
         except InputError:

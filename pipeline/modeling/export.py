@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import deepspeed
@@ -66,14 +66,17 @@ def export(
 @contextmanager
 def _folder_of_all_ranks(folder: Path) -> Iterator[Path]:
     """`files.whole(folder)` for a block that all ranks enter and in which all may write; an error of one is of all."""
-    with raise_on_all_ranks(), disk_errors(folder):
-        if dist.get_rank():
-            yield _named_by_first_rank(None)
-        else:
-            with whole(folder) as unfinished:
-                unfinished.mkdir()
-                yield _named_by_first_rank(unfinished)
-                remove_whole(folder)  # an export of the run before it was resumed
+    made: Path | None = None
+    with ExitStack() as stack:
+        stack.enter_context(raise_on_all_ranks())
+        stack.enter_context(disk_errors(folder))
+        with raise_on_all_ranks(), disk_errors(folder):  # before the others wait for the name of the folder
+            if dist.get_rank() == 0:
+                made = stack.enter_context(whole(folder))
+                made.mkdir()
+        yield _named_by_first_rank(made)
+        if dist.get_rank() == 0:
+            remove_whole(folder)  # an export of the run before it was resumed
 
 
 def _named_by_first_rank(path: Path | None) -> Path:

@@ -199,7 +199,8 @@ def head_bytes(shape: ModelShape, tokens: int, asks_logits: bool) -> float:
 def working(config: RunConfig, shape: ModelShape, passes: dict[str, Pass], micro: int) -> tuple[float, float]:
     """(activations, logits): peak bytes of forward and backward beside `states`, of the task that needs more.
 
-    A joint pass stores the activations of both tasks, and computes their token losses one after the other.
+    A joint pass stores the activations of both tasks. It computes their token losses one after the other, except those
+    of a model whose own code makes the logits (`plain_head`): it makes those of both at once.
     """
     found = []
     for name, one in passes.items():
@@ -209,5 +210,6 @@ def working(config: RunConfig, shape: ModelShape, passes: dict[str, Pass], micro
         head = 0.0 if objective.hidden else head_bytes(shape, size * config.data.max_length, asks)
         found.append((max(one.kept(size), one.peak(size) - head), head))
     if config.train.schedule == "joint":
-        return sum(activations for activations, _ in found), max(logits for _, logits in found)
+        heads = [logits for _, logits in found]
+        return sum(activations for activations, _ in found), max(heads) if shape.plain_head else sum(heads)
     return max(found, key=sum)

@@ -213,7 +213,8 @@ def _check(checkpoint: Path, identity: Identity) -> Marker:
         was, now = (shorten(repr(side.get(differing[0]))) for side in (then, identity))
         raise InputError(
             f"--resume: {checkpoint} is of another run: {', '.join(differing)} differ ({differing[0]} was {was} and is "
-            f"{now} now); restore what it was, or start a new run in another output folder"
+            f"{now} now); restore what it was, or the version of this program that wrote it, or start a new run in "
+            "another output folder"
         )
     return marker
 

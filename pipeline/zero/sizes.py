@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.config.rules import AVERAGING
 from pipeline.config.schema import RunConfig
 
 EXPORT_FILE = 5 * 10**9  # bytes, as the hub splits models by default; a larger tensor has a file of its own
@@ -41,7 +42,7 @@ def disk_use(config: RunConfig, stage: int, elements: int, trained: int, itemsiz
     """
     train, moments = config.train, 2 if config.optimizer.name == "adamw" else 0
     master = 0 if itemsize == 4 and stage == 0 else 1
-    average = 1 if config.synthesis.rule == "gru" and len(config.tasks) == 2 else 0
+    average = 1 if config.synthesis.rule in AVERAGING and len(config.tasks) == 2 else 0
     checkpoint = trained * (4 * (master + moments + average) + (itemsize if stage < 3 else 0))
     adapter = config.model.lora is not None and not config.model.lora.merge
     export = trained if adapter else elements - (trained if config.model.lora is not None else 0)

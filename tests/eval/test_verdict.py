@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -14,6 +14,7 @@ from eval.reporting.verdict import verdict
 from eval.results import grouping, trajectories
 from eval.results.metrics import MEASURES, falls, label, readable
 from eval.results.stats import correlate
+from pipeline.config.schema import Synthesis
 from tests.eval.runs import Suites, make_run
 
 BIOS = MEASURES[0]
@@ -188,6 +189,12 @@ def test_a_method_has_one_colour_of_its_own_in_every_figure(many: Groups) -> Non
                 for name in named:
                     assert trace.look.colour == style[name].look.colour, (file, trace.label)
         assert figures.compared(many) in chart.title, file
+
+
+def test_no_two_rules_look_alike(tmp_path: Path) -> None:
+    rules = get_args(Synthesis.model_fields["rule"].annotation)
+    style = figures.styles(read(*(make_run(tmp_path / rule, [bios(0.1, 0.5)], rule=rule) for rule in rules)))
+    assert len(rules) == 21 and len({own.look for own in style.values()}) == 21
 
 
 def test_the_legend_explains_every_mark(many: Groups) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from eval.results import method
+from eval.results.grouping import plain_of
 from pipeline.config.load import resolve
 from pipeline.errors import InputError
 from tests.conftest import World
@@ -25,6 +26,23 @@ def test_grouping_is_by_method_and_not_by_seed(tmp_path: Path) -> None:
         "ga+nll sum optimizer.lr=0.001": ["c"],
         "ga+nll sum optimizer.lr=0.003": ["d"],
     }
+
+
+def test_sum_with_the_same_settings_is_found_beside_a_rule_with_keys_of_its_own(tmp_path: Path) -> None:
+    """`sum` reads none of them, and its configuration may not have them."""
+    own = {
+        "cagrad": ("c", 0.3),
+        "bloop": ("new_share", 0.5),
+        "upgrad": ("preference", 0.7),
+        "sago": ("zero_forget", "retain"),
+    }
+    rules = [make_run(tmp_path / rule, REACHES, rule=rule) for rule in own]
+    for folder, (key, value) in zip(rules, own.values(), strict=True):
+        alter(folder, f"synthesis.{key}", value)
+    plain, other = (make_run(tmp_path / f"sum {lr}", REACHES, rule="sum", lr=lr) for lr in (1e-3, 3e-3))
+    groups = read(*rules, plain, other)
+    found = {runs[0].rule: plain_of(name, groups) for name, runs in groups.items() if runs[0].rule != "sum"}
+    assert found == dict.fromkeys(own, "ga+nll sum optimizer.lr=0.001")
 
 
 METHOD = {  # each of them makes another model of the same data
@@ -49,6 +67,7 @@ SAME = {  # the same numbers, elsewhere, or saved and measured otherwise
     "train.max_skipped": 3,
     "train.probe_every": 3,
     "train.stop_action": "export",
+    "train.schedule": "joint",
     "model.gradient_checkpointing": True,
     "model.allow_pickle": True,
     "train.timeout_minutes": 1.5,

@@ -95,6 +95,24 @@ def test_what_was_cut_off_is_continued(
     assert ids_of(world, corpus, tmp_path / "cut") == whole and len(made) == calls
 
 
+def test_two_machines_that_share_a_cache_make_a_table_at_once(
+    world: World, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rank of each machine tokenises; here the other begins and ends while one is about to name a file."""
+    monkeypatch.setattr(stripes, "STRIPE", 300)
+    monkeypatch.setattr(stripes, "num_processes", lambda: 1)
+    alone, replace, others = ids_of(world, corpus, tmp_path / "alone"), os.replace, list[list[list[int]]]()
+
+    def overtaken(source: Path, target: Path) -> None:
+        if target.name == "000001.arrow" and not others:
+            others.append([])
+            others[0] = ids_of(world, corpus, tmp_path / "shared")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", overtaken)
+    assert ids_of(world, corpus, tmp_path / "shared") == alone == others[0]
+
+
 def test_a_malformed_line_leaves_nothing(world: World, corpus: Path, tmp_path: Path) -> None:
     corpus.write_text(corpus.read_text() + "{\n")
     with pytest.raises(Exception, match=r"data\.forget: .*line 62"):

@@ -177,3 +177,19 @@ def test_a_full_disk_of_one_rank_is_one_error_of_all(exported: Path, tmp_path: P
     (text,) = said
     assert text.startswith(f"cannot write {tmp_path / 'export'} (") and "Make room and give --resume" in text
     assert text.count("cannot write") == 1
+
+
+def no_folder(folder: Path, said: Path) -> None:
+    process_group.start()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "llama")
+    model = load_model(model_of(folder / "llama"), STAGES[2])
+    for target in (said / "a file" / "export", said / "a file" / "exports" / "step"):
+        with pytest.raises(FatalError) as caught:
+            exporting.export(model, tokenizer, target)
+        assert str(caught.value).startswith(f"cannot write {target} ("), caught.value
+    dist.barrier()
+
+
+def test_a_folder_that_cannot_be_made_is_one_error_of_all(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "a file").write_text("where a folder is to be")
+    run_distributed(no_folder, 2, exported, tmp_path, timeout=60)

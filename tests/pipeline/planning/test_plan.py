@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from pipeline import plan
+from pipeline.errors import InputError
 from pipeline.planning import memory as budget_memory
 from pipeline.planning import traffic
-from pipeline.planning.meta_trace import ModelShape
+from pipeline.planning.meta_trace import Linear, ModelShape, Pass
 from tests.conftest import World
 from tests.pipeline.planning.base import configuration_of
+from tests.pipeline.planning.test_memory import SHAPES, write_shape
 
 
 def test_the_slower_link_decides() -> None:
@@ -196,3 +198,27 @@ if __name__ == "__main__":
 
         PAGE.write_text(BLOCK.sub(anew, PAGE.read_text()))
     sys.stdout.write("\n".join([*rows, ""]))  # for docs/guides/cluster.md
+
+
+def test_a_model_that_a_joint_run_refuses_has_no_plan(world: World, tmp_path: Path) -> None:
+    """One that `sum` trains in joint passes, which separates nothing, has."""
+    folder = write_shape(world, tmp_path / "experts", SHAPES["experts"])
+
+    def plan_of(rule: str) -> plan.Plan:
+        keys = {"synthesis": {"rule": rule}, "train": {"batch_size": 32, "schedule": "joint"}}
+        return plan.make_plan(configuration_of(folder, **keys), budget_memory.Cluster(2, 1, 80, 0, 400))
+
+    with pytest.raises(InputError, match=r"train\.schedule: joint has no rule .*MixtralExperts"):
+        plan_of("sago")
+    assert plan_of("sum").cheapest is not None
+
+
+def test_a_model_that_makes_its_logits_makes_those_of_both_tasks_at_once() -> None:
+    """[4, tokens, 1000] logits of a task in fp32, four times (logits, two of a cap, gradient), of each of two tasks."""
+    shape = ModelShape([10_000], [False], 4, (1000, 10), False, False)
+    nothing = Linear(0.0, 0.0)
+    one = Pass(nothing, nothing, nothing, nothing, [], [], [])
+    for schedule, tasks in (("sequential", 1), ("joint", 2)):
+        config = configuration_of(Path("unused"), train={"schedule": schedule})
+        _, logits = budget_memory.working(config, shape, {"forget": one, "retain": one}, 4)
+        assert logits == tasks * 4 * 4 * 4 * config.data.max_length * 1000

@@ -147,8 +147,26 @@ class Objective(Section):
 
 class Synthesis(Section):
     rule: Literal[
-        *("sum", "sago", "pcgrad", "blur", "mgda", "cagrad", "imtl_g", "conflict_free", "nash_mtl", "auxinash"),
-        *("aligned_mtl", "sdmgrad", "upgrad", "dualproj", "barrier", "agem", "mask", "graddrop", "gradvac", "bloop"),
+        "sum",
+        "sago",
+        "pcgrad",
+        "blur",
+        "mgda",
+        "cagrad",
+        "imtl_g",
+        "conflict_free",
+        "nash_mtl",
+        "auxinash",
+        "aligned_mtl",
+        "sdmgrad",
+        "upgrad",
+        "dualproj",
+        "barrier",
+        "agem",
+        "mask",
+        "graddrop",
+        "gradvac",
+        "bloop",
         "gru",
     ] = Field("sago", description="how the two gradients are combined")
     scope: Literal["element", "module", "layer", "global"] | None = Field(

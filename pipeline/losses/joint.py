@@ -46,7 +46,8 @@ def joint_terms(engine: ModelEngine, joint: JointPass, tasks: Sequence[Task], ba
     """[2] the `loss_terms` of each task on its own batch, from one forward pass, forget first."""
     references = [task.reference_output(batch) for task, batch in zip(tasks, batches, strict=True)]
     wanted = [task.losses_wanted(reference) for task, reference in zip(tasks, references, strict=True)]
-    losses = forward_jointly(engine, *batches, JointLosses(*wanted, joint.divert))
+    (forget, retain), (of_forget, of_retain) = batches, wanted
+    losses = forward_jointly(engine, forget, retain, JointLosses(of_forget, of_retain, joint.divert))
     given = zip(tasks, batches, references, losses, strict=True)
     return torch.stack([task.terms_of(batch, reference, found) for task, batch, reference, found in given])
 

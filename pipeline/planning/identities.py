@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipeline.synthesis.combine import Synthesis
     from pipeline.zero.joint import TaskRows
 
-SHAPE = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+SHAPE: Json = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
 TOKENS, MICRO_BATCH, ACCUMULATION = 32, 2, 2
 LR = 2.0**10  # a power of two, and so large that nothing of the gradient is lost when a weight is rounded
@@ -144,7 +144,7 @@ def dense_gradients(way: Way) -> dict[str, list[Tensor]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     built = build(way, {"name": "sgd", "lr": LR})
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).to(built.engine.device)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).to(built.engine.device)  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
         for mine, theirs in zip(model.parameters(), built.engine.module.parameters(), strict=True):
             with deepspeed.zero.GatheredParameters([theirs]):

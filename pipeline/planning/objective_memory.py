@@ -129,7 +129,8 @@ def make_engine(sizes: dict[str, int], trains: str, device: torch.device) -> Eng
 def references(sizes: dict[str, int], layer: int, batch: Batch, device: torch.device) -> dict[str, Bytes]:
     """Forward and backward of one micro-batch, by the source of the reference."""
 
-    def backward(objective: str, reference: Tensor, **states: Tensor) -> None:
+    def backward(objective: str, reference: Tensor, **states: Any) -> None:
+        """states: the token losses, or the hidden states."""
         mask = batch.attention_mask
         inputs = LossInputs(batch.labels, mask, beta=0.1, delta=0.0, reference=reference, **states)
         OBJECTIVES[objective].terms(inputs).backward()

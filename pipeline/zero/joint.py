@@ -109,7 +109,9 @@ class JointPass:
         gradients = [self.pending.pop(parameter).to(wire) for parameter in parameters]
         if self.engine.zero_optimization_stage() == 3:
             partitioned: list[PartitionedParameter] = parameters  # pyright: ignore[reportAssignmentType]
-            own = reduce_scatter_coalesced(gradients, partitioned[0].ds_process_group)
+            group = partitioned[0].ds_process_group
+            # DeepSpeed types the group by a class of its own.
+            own = reduce_scatter_coalesced(gradients, group)  # pyright: ignore[reportArgumentType]
         else:
             flat = torch.cat([gradient.view(-1) for gradient in gradients]).div_(dist.get_world_size())
             dist.all_reduce(flat)

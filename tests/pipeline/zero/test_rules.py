@@ -105,7 +105,7 @@ def check(cases: dict[str, Case], ways: list[tuple[str, str]], world: int, folde
     for name, case in cases.items():
         gradients = whole_gradients(case, world)
         for rule, scope in ways:
-            state, average = State(), [torch.zeros_like(r) for r in gradients[0]["retain"].values()]
+            names, state, average = [""], State(), [torch.zeros_like(r) for r in gradients[0]["retain"].values()]
             for step, tasks in enumerate(gradients):
                 names = list(tasks["retain"])
                 f, r = ([tasks[task][n] for n in names] for task in ("forget", "retain"))

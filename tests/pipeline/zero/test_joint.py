@@ -260,9 +260,17 @@ def refuse(problem: str, message: str) -> None:
     model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT))
     mlp, borrowed = model.model.layers[0].mlp, model.model.layers[1].self_attn.o_proj
     plain = mlp.forward
+
+    def only_some_tokens(x: torch.Tensor) -> torch.Tensor:
+        """As a module for each expert: it gets the tokens of all rows that a router sends there, one after the other."""
+        flat = x.flatten(0, 1)
+        chosen = (flat[:, 0] > 0).nonzero().squeeze(1)
+        return torch.zeros_like(flat).index_copy(0, chosen, plain(flat[chosen])).view_as(x)
+
     mlp.forward = {
         "rows are mixed": lambda x: plain(x) + plain(x).mean(0, keepdim=True),
         "parameters are read elsewhere": lambda x: plain(x) + x @ borrowed.weight,
+        "tokens are routed": only_some_tokens,
         "rows are not first": lambda x: plain(x.transpose(0, 1)).transpose(0, 1),
         "nothing": plain,
     }[problem]
@@ -282,6 +290,7 @@ def refuse(problem: str, message: str) -> None:
 REFUSED = {
     "rows are mixed": r"joint cannot separate the gradients .* in model\..*train\.schedule: sequential",
     "parameters are read elsewhere": r"in model\.layers\.1\.self_attn\.o_proj\.weight: the forget loss reaches both",
+    "tokens are routed": r"cannot separate the (rows|gradients) .*train\.schedule: sequential",
     "rows are not first": r"cannot separate the rows .* model\.layers\.0\.mlp\.gate_proj \(Linear\).*sequential",
     "nothing": "",
 }

@@ -64,8 +64,8 @@ def check_separation(engine: ModelEngine, joint: JointPass) -> None:
     combiner = joint.combiner
     if combiner.stash is None:
         return
-    # The rows differ, and the tokens of the last are all alike: a module that gets what a router sends it gets all of that
-    # row or none, so it can have a third of its tokens from there only if it has all tokens, or none.
+    # The rows differ, and the tokens of the last are all alike. A module that gets what a router sends it gets all of
+    # that row or none: so it has a third of its tokens from there only if it has all tokens, or none.
     tokens = torch.arange(8, device=engine.device)
     forget, retain = _batch_of(torch.stack([tokens, tokens.flip(0)])), _batch_of(torch.zeros_like(tokens).unsqueeze(0))
     wanted = JointLosses(TokenLosses(), TokenLosses(), joint.divert)

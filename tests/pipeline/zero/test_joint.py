@@ -262,7 +262,7 @@ def refuse(problem: str, message: str) -> None:
     plain = mlp.forward
 
     def only_some_tokens(x: torch.Tensor) -> torch.Tensor:
-        """As a module for each expert: it gets the tokens that a router sends there, of all rows one after the other."""
+        """As a module for each expert: it gets the tokens that a router sends there, of one row after the other."""
         flat = x.flatten(0, 1)
         chosen = (flat[:, 0] > 0).nonzero().squeeze(1)
         return torch.zeros_like(flat).index_copy(0, chosen, plain(flat[chosen])).view_as(x)

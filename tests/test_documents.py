@@ -58,6 +58,8 @@ BY: dict[str, list[str]] = {
         "deepspeed --num_gpus 2 --module pipeline.planning.step_cost",
         "DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 2 --module pipeline.planning.step_cost --pairs 9 "
         "--rules sago pcgrad blur gru",
+        "DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 2 --module pipeline.planning.step_cost --pairs 7 "
+        "--rules sago",
         "python -c 'from mpi4py import MPI; print(MPI.Get_library_version())'",
     ],
     "tests/test_launchers.py::test_two_machines_make_the_model_of_one": [
@@ -191,6 +193,7 @@ SMALLER = {  # in a command or a file
     "[--nodes 4 --bandwidth 400]": "--nodes 4 --bandwidth 400",
     "planning.step_cost": "planning.step_cost --hidden 32 --layers 2 --vocabulary 256 --warm-up 1",
     "--pairs 9": "--pairs 2",
+    "--pairs 7": "--pairs 2",
     "target.json --output runs/report": "runs/quickstart/target.json --output runs/report",
     "--output scores.json": "--data data --batch-size 8 --output scores.json",
     "--module pipeline.train --config": "--module pipeline.train --output runs/a --config",

@@ -69,7 +69,7 @@ def answer_measures(
     Raises:
         InputError: a question with its answer is longer than the model reads.
     """
-    from pipeline.data.probes import ProbeSet, RowScores, measures_of
+    from pipeline.data.probes import ProbeSet, RowScores, known_suffix, measures_of
 
     encoded = encode_answers(tokenizer, questions, answers)
     longest, positions = max(len(ids) for ids, _ in encoded), getattr(model.config, "max_position_embeddings", None)
@@ -81,8 +81,7 @@ def answer_measures(
         table = logits[start - 1 : -1].double().log_softmax(dim=-1)
         loss = -table.gather(1, ids[start:, None]).sum().item()
         hits = (logits[start - 1 : -1].argmax(dim=-1) == ids[start:]).tolist()
-        known = next((number for number, hit in enumerate(reversed(hits)) if not hit), len(hits))
-        return RowScores(loss, len(hits), sum(hits), known)
+        return RowScores(loss, len(hits), sum(hits), known_suffix(hits))
 
     rows = scoring.read_logits(model, [ids for ids, _ in encoded], of_answer, batch_size=batch_size, title="answers")
     return measures_of(ProbeSet("answers", encoded, ""), rows)

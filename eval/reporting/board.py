@@ -36,7 +36,8 @@ def write_to_board(models: Sequence[tuple[int | None, Path]], entries: Sequence[
     run = run_of(models[-1][1].resolve())
     if run is None:
         return
-    last = int(read_jsonl(run / "metrics.jsonl", required=("step",))[-1]["step"])
+    rows = read_jsonl(run / "metrics.jsonl", required=("step",))
+    last = int(rows[-1]["step"]) if rows else 0
     # The prefix that training gives its tags too: the axes of a run that does not unlearn are its own.
     prefix = "training/" if read_config(run, ["objective"])["objective"].get("forget") == "none" else ""
     for suite in entries[0]["suites"]:

@@ -63,14 +63,15 @@ def score_answer(text: str, ids: Tensor, logits: Tensor, *, start: int, closing:
     """
     from torch.nn.functional import cross_entropy
 
+    from pipeline.data.probes import known_suffix
+
     start, end = max(start, 1), len(ids) - closing  # nothing predicts a first token
     loss = cross_entropy(logits[start - 1 : -1], ids[start:]).item()
     familiar = membership(text, ids, logits, lowest=LOWEST, start=start, end=end)
     if not math.isfinite(loss) or end <= start:
         return Scored(loss, math.nan, math.nan, familiar)
     greedy = (logits[start - 1 : end - 1].argmax(dim=-1) == ids[start:end]).tolist()
-    known = next((number for number, hit in enumerate(reversed(greedy)) if not hit), len(greedy))
-    return Scored(loss, known / len(greedy), fmean(greedy), familiar)
+    return Scored(loss, known_suffix(greedy) / len(greedy), fmean(greedy), familiar)
 
 
 def score(

@@ -69,6 +69,11 @@ class RowScores(NamedTuple):
     suffix: int  # how many of the last ones have, up to the first from the end that has not
 
 
+def known_suffix(hits: Sequence[bool]) -> int:
+    """How many of the last tokens are greedy, up to the first from the end that is not (`RowScores.suffix`)."""
+    return next((number for number, hit in enumerate(reversed(hits)) if not hit), len(hits))
+
+
 def read_sets(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[ProbeSet]:
     """The sets that the run's probes measure, in the order of their names in the configuration.
 

@@ -38,17 +38,17 @@ def slow_work() -> Iterator[None]:
 
     beating = threading.Thread(target=beat, daemon=True)
     beating.start()
+    failed: Exception | None = None
     try:
         yield
-    except Exception:
-        over.set()
-        beating.join()
-        _leave(store, done, beats)
-        raise
+    except Exception as error:
+        failed = error
     finally:
         over.set()
     beating.join()
     _leave(store, done, beats)
+    if failed is not None:
+        raise failed
 
 
 def _leave(store: distributed_c10d.Store, done: str, beats: str) -> None:

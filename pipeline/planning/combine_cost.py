@@ -57,6 +57,14 @@ def measure(synthesis: Synthesis, tensors: int, elements: int, repeats: int) -> 
     return Cost(kernels, syncs, min(seconds[1:]) / elements * 1e9)
 
 
+HEADER = "| tensors | kernels | waits for the device | ns an element |\n|---|---|---|---|"
+
+
+def row(tensors: int, cost: Cost) -> str:
+    syncs = "–" if cost.syncs is None else cost.syncs
+    return f"| {tensors:,} | {cost.kernels:,} | {syncs} | {cost.nanoseconds:.1f} |"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.planning.combine_cost", description="The cost of the combination alone."
@@ -74,12 +82,11 @@ def main() -> int:
         combine.COMPILE_FROM = 0
     synthesis = Synthesis(options.rule, options.scope)
     print(f"{options.rule} at scope {synthesis.resolved_scope}, {options.elements:,} elements")
-    print("\n| tensors | kernels | waits for the device | ns an element |\n|---|---|---|---|")
+    print(f"\n{HEADER}")
     found = {}
     for tensors in options.tensors:
         found[tensors] = cost = measure(synthesis, tensors, options.elements, options.repeats)
-        syncs = "–" if cost.syncs is None else cost.syncs
-        print(f"| {tensors:,} | {cost.kernels:,} | {syncs} | {cost.nanoseconds:.1f} |", flush=True)
+        print(row(tensors, cost), flush=True)
     if options.json:
         write_whole(options.json, json.dumps({tensors: cost._asdict() for tensors, cost in found.items()}) + "\n")
     return 0

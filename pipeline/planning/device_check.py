@@ -27,7 +27,7 @@ from pipeline.planning.identities import Way, dense_gradients, error, layers, re
 if TYPE_CHECKING:
     from pipeline.synthesis.combine import Synthesis
 
-# Relative, of the norm of the change. Gradients are added up in fp32, but in bf16 without ZeRO, where nothing else is.
+# Relative, of the norm of the change. What the optimizer reads and writes is fp32, but for bf16 without ZeRO.
 BOUND, ROUNDED = 2e-5, 2.0**-7
 HEADER = "| way | gradient of a task | worst rule | joint against sequential | resumed | seconds | |"
 

@@ -13,9 +13,9 @@ import tempfile
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 
 from pipeline.files import Json, write_whole
+from pipeline.planning import combine_cost, step_cost
 from pipeline.planning.memory import GIB, RESERVED
 
 PACKAGES = ("torch", "deepspeed", "transformers")
@@ -38,10 +38,8 @@ def planned_peak(shape: Json, gpus: int) -> float:
     """
     from transformers import LlamaConfig
 
-    from pipeline.planning.step_cost import llama
-
     with tempfile.TemporaryDirectory() as folder:
-        LlamaConfig(**llama(shape)).save_pretrained(folder)
+        LlamaConfig(**step_cost.llama(shape)).save_pretrained(folder)
         run = {
             "output": "unused",
             "model": {"path": folder, "dtype": shape["dtype"]},
@@ -63,33 +61,17 @@ def planned_peak(shape: Json, gpus: int) -> float:
     return row["total"] - RESERVED
 
 
-def cost_rows(steps: Json, planned: float | None) -> list[str]:
-    """The table of the costs of a step."""
-    costs = steps["costs"]
-    cheapest = min((cost for cost in costs if cost["rule"] == "sum"), key=lambda cost: median(cost["seconds"]))
-    lines = [
-        "| rule | schedule | seconds a step | of the cheapest `sum` | peak GiB | kernels | waits |",
-        "|---|---|---|---|---|---|---|",
+def beside(steps: Json, planned: float | None) -> list[str]:
+    """Sentences on the peak of SAGO beside what was planned, and on the combination beside a copy, where measured."""
+    if planned is None:
+        return []
+    sago = next(cost for cost in steps["costs"] if (cost["rule"], cost["schedule"]) == ("sago", "sequential"))
+    peak, copied = planned / max(sago["peaks"]), steps["combination"] / steps["copy"]
+    return [
+        "",
+        f"`pipeline.plan` computes {planned / GIB:.2f} GiB for SAGO, {peak:.0%} of its peak. The combination moves "
+        f"{steps['combination'] / 1e9:.0f} GB/s, {copied:.0%} of a copy on the device.",
     ]
-    for cost in costs:
-        ratio = median(a / b for a, b in zip(cost["seconds"], cheapest["seconds"], strict=True))
-        peak = f"{max(cost['peaks']) / GIB:.2f}" if cost["peaks"] else "–"
-        cells = [cost["rule"], cost["schedule"], f"{median(cost['seconds']):.4f}", f"{ratio:.3f}", peak]
-        lines.append(f"| {' | '.join(cells)} | {cost['kernels']:,} | {cost['waits']:,} |")
-    sago = next(cost for cost in costs if (cost["rule"], cost["schedule"]) == ("sago", "sequential"))
-    if planned is not None and sago["peaks"]:
-        measured = max(sago["peaks"])
-        lines += [
-            "",
-            f"`pipeline.plan` computes {planned / GIB:.2f} GiB for SAGO, {planned / measured:.0%} of its peak.",
-        ]
-    if "copy" in steps:
-        share = steps["combination"] / steps["copy"]
-        lines += [
-            "",
-            f"The combination moves {steps['combination'] / 1e9:.0f} GB/s, {share:.0%} of a copy on the device.",
-        ]
-    return lines
 
 
 def rows(results: Json) -> str:
@@ -110,15 +92,11 @@ def rows(results: Json) -> str:
         f"A step of a Llama of width {shape['hidden']}, {shape['layers']} layers, vocabulary {shape['vocabulary']}, "
         f"{shape['dtype']}, {shape['micro_batch']} sequences of {shape['tokens']} tokens a task and GPU, ZeRO-3:",
         "",
-        *cost_rows(steps, results["planned_peak"]),
+        step_cost.table([step_cost.Cost(**cost) for cost in steps["costs"]], steps["partition"]),
+        *beside(steps, results["planned_peak"]),
         "",
-        "| tensors | kernels of the combination | waits | ns an element |",
-        "|---|---|---|---|",
-        *(
-            f"| {tensors} | {cost['kernels']:,} | {'–' if cost['syncs'] is None else cost['syncs']} "
-            f"| {cost['nanoseconds']:.3f} |"
-            for tensors, cost in combination.items()
-        ),
+        combine_cost.HEADER,
+        *(combine_cost.row(int(tensors), combine_cost.Cost(**cost)) for tensors, cost in combination.items()),
     ]
     return "\n".join(lines) + "\n"
 

@@ -9,7 +9,7 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING
 
 from pipeline.config.schema import RunConfig
 from pipeline.files import Json
@@ -17,15 +17,14 @@ from pipeline.files import Json
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pipeline.losses.task import Task
     from pipeline.modeling.outputs import ModelEngine
+    from pipeline.planning.random_run import RandomRun
     from pipeline.synthesis.combine import Synthesis
-    from pipeline.zero.joint import TaskRows
 
 SHAPE: Json = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
 TOKENS, MICRO_BATCH, ACCUMULATION = 32, 2, 2
-LR = 2.0**10  # a power of two, and so large that nothing of the gradient is lost when a weight is rounded
+LR = 2.0**30  # a power of two, and so large that a weight vanishes beside its change, also where weights are bf16
 
 
 @dataclass(frozen=True)
@@ -48,60 +47,28 @@ class Way:
         return {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
 
 
-class Built(NamedTuple):
-    engine: ModelEngine
-    tasks: dict[str, Task]
-    rows: TaskRows
-
-
-def build(way: Way, optimizer: Json) -> Built:
-    """An engine as the program makes it, with weights that are the same for every call, and `ga` and `nll`."""
-    import deepspeed
-    import torch
+def build(way: Way, optimizer: Json) -> RandomRun:
+    """A run on a new engine."""
     import torch.distributed as dist
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    from pipeline.config.deepspeed import deepspeed_config
-    from pipeline.modeling.outputs import install_outputs
-    from pipeline.modeling.row_rules import install_rules
-    from pipeline.optim import make_optimizer, make_schedule
-    from pipeline.planning.random_tasks import random_tasks
-    from pipeline.zero.joint import TaskRows
+    from pipeline.planning.random_run import random_run
 
+    world = dist.get_world_size()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "deepspeed.json"
         file.write_text(json.dumps(way.deepspeed()))
-        config = RunConfig.model_validate(
-            {
-                "output": "unused",
-                "model": {"path": "unused", "dtype": way.dtype},
-                "data": {"max_length": TOKENS},
-                "optimizer": {"schedule": "constant", "warmup_ratio": 0.0, "max_grad_norm": 0.0, **optimizer},
-                "train": {
-                    "batch_size": MICRO_BATCH * ACCUMULATION * dist.get_world_size(),
-                    "micro_batch_size": MICRO_BATCH,
-                    "deepspeed": str(file),
-                },
-            }
-        )
-        zero = deepspeed_config(config)
-    keep = HfDeepSpeedConfig(zero)  # while it lives, models are built partitioned
-    torch.manual_seed(0)
-    model = LlamaForCausalLM._from_config(LlamaConfig(**SHAPE), dtype=getattr(torch, way.dtype))
-    del keep
-    model.train()
-    rows = TaskRows()
-    install_rules(model, rows)  # outside a joint pass they change nothing
-    made = deepspeed.initialize(
-        model=model,
-        optimizer=make_optimizer(config, model, zero),  # pyright: ignore[reportArgumentType]
-        lr_scheduler=lambda one: make_schedule(config, one, 100),  # pyright: ignore[reportArgumentType]
-        config=zero,
-    )
-    engine = cast("ModelEngine", made[0])
-    install_outputs(engine)
-    return Built(engine, {task.name: task for task in random_tasks(config, SHAPE["vocab_size"])}, rows)
+        settings = {
+            "output": "unused",
+            "model": {"path": "unused", "dtype": way.dtype},
+            "data": {"max_length": TOKENS},
+            "optimizer": {"schedule": "constant", "warmup_ratio": 0.0, "max_grad_norm": 0.0, **optimizer},
+            "train": {
+                "batch_size": MICRO_BATCH * ACCUMULATION * world,
+                "micro_batch_size": MICRO_BATCH,
+                "deepspeed": str(file),
+            },
+        }
+        return random_run(RunConfig.model_validate(settings), SHAPE)
 
 
 def weights(engine: ModelEngine) -> list[Tensor]:
@@ -127,7 +94,7 @@ def step(
     built = build(way, {"name": "sgd", "lr": LR})
     combiner = GradientCombiner(built.engine, synthesis or Synthesis("sum"), combine_tasks=synthesis is not None)
     before = weights(built.engine)
-    pair = (built.tasks[name] if name in tasks else None for name in ("forget", "retain"))
+    pair = (task if task.name in tasks else None for task in (built.forget, built.retain))
     both = JointPass(combiner, built.rows) if joint else None
     TrainStep(built.engine, combiner, *pair, joint=both).train_step(0)
     after = weights(built.engine)
@@ -150,17 +117,17 @@ def dense_gradients(way: Way) -> dict[str, list[Tensor]]:
             with deepspeed.zero.GatheredParameters([theirs]):
                 mine.copy_(theirs)
     parameters, found = list(model.parameters()), {}
-    for name, task in built.tasks.items():
+    for task in (built.forget, built.retain):
         loss = torch.zeros((), device=built.engine.device)
         for batch in task.sampler.batches(0):
             labels = batch.labels.to(loss.device)
             logits = model(input_ids=batch.input_ids.to(loss.device)).logits[:, :-1]
             loss = loss + F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-        sign = -1 if name == "forget" else 1  # ga and nll
+        sign = -1 if task is built.forget else 1  # ga and nll
         gradients = torch.autograd.grad(sign * loss / task.loss_denominator(0), parameters)
         for gradient in gradients:
             dist.all_reduce(gradient)
-        found[name] = [gradient.cpu() for gradient in gradients]
+        found[task.name] = [gradient.cpu() for gradient in gradients]
     built.engine.destroy()
     return found
 
@@ -189,7 +156,7 @@ def resumes(way: Way, folder: Path) -> bool:
     for resumed in (False, True):
         built = build(way, {"lr": 1e-3})
         combiner = GradientCombiner(built.engine, Synthesis("sago"), combine_tasks=True)
-        one = TrainStep(built.engine, combiner, built.tasks["forget"], built.tasks["retain"])
+        one = TrainStep(built.engine, combiner, built.forget, built.retain)
         if resumed:
             newest = checkpoint.newest(folder)
             assert newest is not None, "save has just written it"

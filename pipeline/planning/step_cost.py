@@ -18,18 +18,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from pipeline.config.deepspeed import deepspeed_config
 from pipeline.config.schema import RunConfig
 from pipeline.files import Json, write_whole
 from pipeline.planning.meters import Traffic, peak, restart_peak
 
 if TYPE_CHECKING:
-    from pipeline.losses.task import Task
-    from pipeline.modeling.outputs import ModelEngine
+    from pipeline.planning.random_run import RandomRun
     from pipeline.trainer import TrainStep
-    from pipeline.zero.joint import TaskRows
 
 
 def llama(shape: Json) -> Json:
@@ -43,51 +40,21 @@ def llama(shape: Json) -> Json:
     }
 
 
-def build(options: argparse.Namespace) -> tuple[ModelEngine, list[Task], TaskRows]:
-    """(engine, the two tasks, the rows of its joint passes): an untrained Llama of that shape, on random tokens."""
-    import deepspeed
-    import torch
+def build(options: argparse.Namespace) -> RandomRun:
+    """A run of the given shape."""
     import torch.distributed as dist
-    from transformers import AutoModelForCausalLM, LlamaConfig
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    from pipeline.modeling.outputs import install_outputs
-    from pipeline.modeling.row_rules import install_rules
-    from pipeline.optim import make_optimizer, make_schedule
-    from pipeline.planning.random_tasks import random_tasks
-    from pipeline.zero.joint import TaskRows
+    from pipeline.planning.random_run import random_run
 
-    world = dist.get_world_size()
-    batch = options.micro_batch * options.accumulation * world
-    config = RunConfig.model_validate(
-        {
-            "output": "unused",
-            "model": {"path": "unused", "dtype": options.dtype, "gradient_checkpointing": options.checkpointing},
-            "data": {"max_length": options.tokens},
-            "optimizer": {"lr": 1e-5},
-            "train": {"batch_size": batch, "micro_batch_size": options.micro_batch, "deepspeed": options.ds_config},
-        }
-    )
-    zero = deepspeed_config(config)
-    keep = HfDeepSpeedConfig(zero)  # while it lives, models are built partitioned
-    torch.manual_seed(0)
-    shape = LlamaConfig(**llama(vars(options)))
-    model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, options.dtype))
-    del keep
-    if options.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    rows = TaskRows()
-    install_rules(model, rows)
-    made = deepspeed.initialize(
-        model=model,
-        optimizer=make_optimizer(config, model, zero),  # pyright: ignore[reportArgumentType]
-        lr_scheduler=lambda optimizer: make_schedule(config, optimizer, 100),  # pyright: ignore[reportArgumentType]
-        config=zero,
-    )
-    engine = cast("ModelEngine", made[0])
-    install_outputs(engine)
-    return engine, random_tasks(config, options.vocabulary), rows
+    batch = options.micro_batch * options.accumulation * dist.get_world_size()
+    settings = {
+        "output": "unused",
+        "model": {"path": "unused", "dtype": options.dtype, "gradient_checkpointing": options.checkpointing},
+        "data": {"max_length": options.tokens},
+        "optimizer": {"lr": 1e-5},
+        "train": {"batch_size": batch, "micro_batch_size": options.micro_batch, "deepspeed": options.ds_config},
+    }
+    return random_run(RunConfig.model_validate(settings), llama(vars(options)))
 
 
 SCHEDULES = ("sequential", "joint")
@@ -115,8 +82,8 @@ class Bench:
     """One engine on which every rule takes steps in every schedule."""
 
     def __init__(self, options: argparse.Namespace, traffic: Traffic) -> None:
-        self.engine, self.tasks, self.rows = build(options)
-        self.traffic, self.cuda = traffic, self.engine.device.type == "cuda"
+        self.run = build(options)
+        self.traffic, self.cuda = traffic, self.run.engine.device.type == "cuda"
 
     def step_of(self, cost: Cost) -> TrainStep:
         """Its forget buffer exists as long as the caller has it."""
@@ -125,9 +92,10 @@ class Bench:
         from pipeline.zero.combiner import GradientCombiner
         from pipeline.zero.joint import JointPass
 
-        combiner = GradientCombiner(self.engine, Synthesis(cost.rule), combine_tasks=cost.rule != "sum")
-        joint = JointPass(combiner, self.rows) if cost.schedule == "joint" else None
-        return TrainStep(self.engine, combiner, *self.tasks, joint=joint)
+        engine, forget, retain, rows = self.run
+        combiner = GradientCombiner(engine, Synthesis(cost.rule), combine_tasks=cost.rule != "sum")
+        joint = JointPass(combiner, rows) if cost.schedule == "joint" else None
+        return TrainStep(engine, combiner, forget, retain, joint=joint)
 
     def time(self, cost: Cost, number: int, is_measured: bool) -> None:
         step = self.step_of(cost)

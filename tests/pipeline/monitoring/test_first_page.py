@@ -92,6 +92,14 @@ def test_an_evaluation_is_on_the_board_once(tmp_path: Path) -> None:
     assert scalars(run)["1_scores/bios.forget.all"] == {1: 0.5, 2: 0.25} and sorted(run.glob("tensorboard/*")) == files
 
 
+def test_exports_of_a_run_that_ended_before_its_first_row_are_on_the_board(tmp_path: Path) -> None:
+    """A run that is stopped early leaves an export, and no row or half a row in its log."""
+    run = short_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text("")
+    evaluate(run, {1: 0.5, 2: 0.25})
+    assert scalars(run)["1_scores/bios.forget.all"] == {1: 0.5, 0: 0.25}  # nothing says after which step final/ is
+
+
 def test_a_model_that_is_no_export_leaves_the_board_alone(tmp_path: Path) -> None:
     run = short_run(tmp_path / "run")
     before = sorted(tmp_path.rglob("*"))

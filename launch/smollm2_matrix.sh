@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The matrix of docs/results/smollm2.md: rules on a real pretrained model, compared at matched forgetting.
 #   bash launch/smollm2_matrix.sh OUTPUT [LOCAL]
-# LOCAL is for a machine without the hub: a folder with tofu/{retain99,forget01}.json and
-# general/{arc_easy,piqa,lambada_openai,bigbench_qa_wikidata}.jsonl (forms: docs/examples/tasks).
+# LOCAL is for a machine without the hub: a folder with tofu/{retain99,forget01,real_authors_perturbed,world_facts_perturbed}.json,
+# wikitext2/wiki.test.raw and general/{arc_easy,piqa,lambada_openai,bigbench_qa_wikidata}.jsonl (forms: docs/examples/tasks).
 # Started again, it does what is missing. A run takes 5 to 15 minutes on a core; THREADS (1) is for machines with more.
 set -euo pipefail
 [ $# -ge 1 ] && [ $# -le 2 ] || { echo "usage: bash launch/smollm2_matrix.sh OUTPUT [LOCAL]" >&2; exit 2; }
@@ -12,20 +12,26 @@ cd "$(dirname "$0")/.."
 export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${THREADS:-1}" TOKENIZERS_PARALLELISM=false
 mkdir -p "$output/tasks"
 
-data=() tasks=(arc_easy piqa lambada_openai)
+data=() tofu=hf://datasets/locuslab/TOFU tasks=(arc_easy piqa lambada_openai real_authors world_facts wikitext_lines)
+task() { # NAME FORM FILE: a task of the form of an example, on a file
+    sed "s|^task: .*|task: $1|; s|{test: .*}|{test: $3}|" "docs/examples/tasks/$2.yaml" >"$output/tasks/$1.yaml"
+}
 if [ -n "$local" ]; then
     { cat "$local/tofu/retain99.json"; echo; cat "$local/tofu/forget01.json"; } >"$output/full.json" # as the hub's `full`
     for corpus in forget retain probes.forget probes.retain probes.others; do
         data+=("--data.$corpus.path" "$output/full.json")
     done
-    task() { # NAME FORM: a task of the form of an example, on a file of LOCAL
-        sed "s|^task: .*|task: $1|; s|data/general/.*jsonl|$local/general/$1.jsonl|" \
-            "docs/examples/tasks/$2.yaml" >"$output/tasks/$1.yaml"
-    }
-    task arc_easy arc_easy; task piqa arc_easy; task lambada_openai wikidata; task bigbench_qa_wikidata wikidata
-    tasks+=(bigbench_qa_wikidata --tasks-dir "$output/tasks")
+    tofu="$local/tofu"
+    tasks+=(bigbench_qa_wikidata)
+    for name in arc_easy piqa; do task $name arc_easy "$local/general/$name.jsonl"; done
+    for name in lambada_openai bigbench_qa_wikidata; do task $name wikidata "$local/general/$name.jsonl"; done
+    task wikitext_lines wikitext_lines "$local/wikitext2/wiki.test.raw"
+else
+    sed '/^dataset_kwargs:/,+1d; s|^dataset_path: .*|dataset_path: Salesforce/wikitext\ndataset_name: wikitext-2-raw-v1|' \
+        docs/examples/tasks/wikitext_lines.yaml >"$output/tasks/wikitext_lines.yaml"
 fi
-general=(lm_eval --tasks "${tasks[@]}" --limit 80)
+for name in real_authors world_facts; do task $name real_authors "$tofu/${name}_perturbed.json"; done
+general=(lm_eval --tasks "${tasks[@]}" --tasks-dir "$output/tasks" --limit 80)
 
 bash launch/smollm2.sh "$output/model"
 if [ ! -e "$output/target/final" ]; then

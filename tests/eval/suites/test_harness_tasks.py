@@ -52,12 +52,17 @@ GROUP = {
     **{"group": "both", "task": ["arc_easy", "wikidata"], "metadata": {"version": 3}},
     "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
 }
-NAMES = ["both", "written", "texts"]
+NAMES = ["both", "written", "texts", "real_authors", "wikitext_lines"]
 
 
 def write_tasks(folder: Path, data: Path) -> None:
-    """`data/general` and `tasks/` of every kind, for a command that runs in `folder`."""
-    shutil.copytree(data / "general", folder / "data" / "general")
+    """`data/` and `tasks/` of every kind, for a command that runs in `folder`."""
+    for name in ("general", "tofu"):
+        shutil.copytree(data / name, folder / "data" / name)
+    (folder / "data" / "wikitext2").mkdir()
+    passages = json.loads((data / "rwku" / "Batch" / "1-50" / "passage.json").read_text())
+    lines = ["", *(row["text"] for row in passages[:3])]  # the original begins with an empty one
+    (folder / "data" / "wikitext2" / "wiki.test.raw").write_text("\n".join(lines))
     shutil.copytree(REPOSITORY / "docs" / "examples" / "tasks", folder / "tasks")
     for name, content in (("written", WRITTEN), ("texts", TEXTS), ("both", GROUP)):
         (folder / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump(content))
@@ -125,6 +130,8 @@ def pairs_of(ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[float, 
         (ours["written"]["chrf,first"], theirs["written"]["chrf,first"]),
         (ours["texts"]["word_perplexity"], theirs["texts"]["word_perplexity,none"]),
         (ours["texts"]["bits_per_byte"], theirs["texts"]["bits_per_byte,none"]),
+        (ours["real_authors"]["acc"], theirs["real_authors"]["acc,none"]),
+        (ours["wikitext_lines"]["word_perplexity"], theirs["wikitext_lines"]["word_perplexity,none"]),
     ]
 
 
@@ -155,7 +162,8 @@ def test_scores_are_those_of_the_harness(
 def test_the_answer_says_what_was_evaluated(one_rank: dict[str, Any]) -> None:
     answer = one_rank["suites"]["lm_eval"]
     assert one_rank["versions"]["lm_eval"] == "0.4.13"
-    assert answer["counts"]["documents"] == {"arc_easy": 20, "wikidata": 20, "written": 20, "texts": 20}
+    rows = {"arc_easy": 20, "wikidata": 20, "written": 20, "texts": 20, "real_authors": 5, "wikitext_lines": 4}
+    assert answer["counts"]["documents"] == rows
     assert answer["counts"]["cut"]["all"] > 0 and answer["limit"] is None
     assert answer["seeds"] == {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
     assert "2 tasks, the first arc_easy" in answer["protocol"]["both"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import socket
 import sys
 from datetime import timedelta
 from typing import NoReturn, TypeVar
@@ -28,7 +30,7 @@ def start(timeout: float = 30.0) -> torch.device:
         timeout: minutes that a collective waits for another rank.
 
     Raises:
-        InputError: mpirun and mpi4py belong to different MPIs.
+        InputError: mpirun and mpi4py belong to different MPIs; another program has the port at which ranks meet.
     """
     limit = timedelta(minutes=timeout)
     # DeepSpeed passes no limit to the groups that it makes itself: they get torch's default.
@@ -42,7 +44,11 @@ def start(timeout: float = 30.0) -> torch.device:
             os.environ.setdefault(name, alone)
         if "MASTER_PORT" not in os.environ:
             os.environ["MASTER_PORT"] = str(free_port())
-        deepspeed.init_distributed(verbose=False, timeout=limit)
+        try:
+            deepspeed.init_distributed(verbose=False, timeout=limit)
+        except dist.DistNetworkError:
+            refuse_taken_port(int(os.environ["MASTER_PORT"]))
+            raise
     else:
         from mpi4py import MPI
 
@@ -60,6 +66,21 @@ def start(timeout: float = 30.0) -> torch.device:
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device(accelerator.current_device_name())
+
+
+def refuse_taken_port(port: int) -> None:
+    """Raise InputError on the rank that serves the meeting place of all ranks, if another program listens there."""
+    if os.environ["RANK"] != "0":
+        return
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise InputError(
+                    f"port {port} of this machine, at which ranks meet, is in use by another program, for example by "
+                    "another training; choose a free one: deepspeed --master_port N (torchrun has the same option)"
+                ) from None
 
 
 def skip_shm_op() -> None:

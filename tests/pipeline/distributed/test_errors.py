@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 import torch.distributed as dist
 
 from pipeline.distributed import errors as rank_errors
+from pipeline.distributed import process_group
+from pipeline.errors import InputError
 from tests.distributed import Ranks
 
 NCCL = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3690, unhandled system error, NCCL version 2.27.5
@@ -54,6 +57,20 @@ def test_an_error_that_only_mentions_the_network_is_not_one_of_it(
     assert rank_errors.report(error) == 1
     printed = capsys.readouterr().err
     assert printed.rstrip().endswith(str(error)) and "another rank" not in printed
+
+
+def test_two_trainings_at_one_port_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`deepspeed` gives every training of a machine port 29500 unless it is told another."""
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_PORT", port)):
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        with pytest.raises(InputError, match=f"port {port} .* --master_port"):
+            process_group.start()
+    assert not dist.is_initialized()
 
 
 def strike(how: str, culprit: int, folder: Path) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from eval.files import read_json
+from pipeline.config.schema import RunConfig
 from pipeline.errors import InputError
 from pipeline.files import Json
 
@@ -31,10 +35,27 @@ COVERED_BY_DIGEST = ("name", "split", "refusals")  # of a corpus, beside its pat
 
 def dotted(config: Json, prefix: str = "") -> Json:
     """{"train": {"steps": 5}} -> {"train.steps": 5}; keys that are null are left out."""
+    return {key: value for key, value in _leaves(config, prefix).items() if value is not None}
+
+
+def _leaves(config: Json, prefix: str = "") -> Json:
     leaves: Json = {}
     for key, value in config.items():
-        leaves |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return {key: value for key, value in leaves.items() if value is not None}
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
+
+
+@cache
+def _defaults() -> Json:
+    """{key: default} of the keys of each section of a configuration."""
+    sections = {name: field.annotation for name, field in RunConfig.model_fields.items()}
+    return {
+        f"{section}.{key}": field.default
+        for section, keys in sections.items()
+        if isinstance(keys, type) and issubclass(keys, BaseModel)
+        for key, field in keys.model_fields.items()
+        if not field.is_required() and field.default_factory is None
+    }
 
 
 def method_of(config: Json, digests: dict[str, str]) -> tuple[tuple[str, str], ...]:
@@ -42,10 +63,12 @@ def method_of(config: Json, digests: dict[str, str]) -> tuple[tuple[str, str], .
 
     Two runs with the same method are seeds of it. `digests` replace the paths of the files: the same files in another
     place are the same method, other files in the same place are another. A run without digests is known by its paths.
+    A run of an earlier version lacks the keys that came later; it computed what their defaults stand for.
     """
     corpora = [key.removesuffix("path") for key in digests if key.startswith("data.")]
     ignored = {*NOT_METHOD, *(corpus + key for corpus in corpora for key in COVERED_BY_DIGEST)}
-    settings = {k: x for k, x in dotted(config).items() if k not in ignored and not k.startswith(NOT_METHOD_TABLES)}
+    complete = dotted({**_defaults(), **_leaves(config)})
+    settings = {k: x for k, x in complete.items() if k not in ignored and not k.startswith(NOT_METHOD_TABLES)}
     return tuple(sorted((key, json.dumps(value)) for key, value in {**settings, **digests}.items()))
 
 

@@ -96,6 +96,16 @@ def test_what_is_not_the_same_method_is_not_averaged(tmp_path: Path) -> None:
             assert f"{key}{'.' * bool(leaf)}{leaf}={x}" in by_folder[key]
 
 
+def test_a_run_of_an_earlier_version_is_a_seed_of_the_same_method(tmp_path: Path) -> None:
+    """Its configuration lacks the keys that came later, whose defaults are what it did."""
+    early, late, other = (make_run(tmp_path / name, REACHES, seed=n) for n, name in enumerate("abc"))
+    for folder, share in ((late, 1.0), (other, 2.0)):
+        alter(folder, "objective.dual_step_size", share)
+        alter(folder, "synthesis.c", None)
+    groups = read(early, late, other)
+    assert sorted([run.folder.name for run in runs] for runs in groups.values()) == [["a", "b"], ["c"]]
+
+
 def test_keys_that_make_no_method_are_keys(world: World) -> None:
     """A renamed key would quietly split seeds."""
     config = resolve(world.write(world.folder / "grouping.yaml", "runs/x")).model_dump()

@@ -36,7 +36,7 @@ def synthesize(
         zero_forget: what SAGO does where the forget gradient is exactly 0: `literal` (0) or `retain`.
         layers: for scope `layer`, which layer each tensor belongs to.
         average: for rules `gru` and `bloop`, the moving average: contiguous tensors like `retain`, zero before the
-            first step, updated in place.
+            first step, updated in place. None: this is the first step.
         options: what some rules read beside alpha and gamma.
         state: for rules `gradvac` and `graddrop`, what they remember, `State()` before the first step, updated in
             place. None: this is the first step.
@@ -46,7 +46,7 @@ def synthesize(
 
     Raises:
         ValueError: unknown rule or scope, a scope that the rule does not have, an option without sense, lists that do
-            not match, scope `layer` without `layers`, `gru` or `bloop` without `average`.
+            not match, scope `layer` without `layers`, an `average` that is not like `retain`.
         FloatingPointError: a non-finite value in either gradient or in their combination.
     """
     synthesis = Synthesis(rule, scope, alpha, gamma, zero_forget, options)
@@ -57,8 +57,10 @@ def synthesize(
         raise ValueError(f"`layers` must name the layer of each of {len(retain)} tensors, not of {named}")
     if not retain:
         return []
-    if synthesis.averages_retain and (average is None or [m.shape for m in average] != [r.shape for r in retain]):
-        raise ValueError(f"rule {rule!r} needs `average`: one tensor like each retain gradient, zero at first")
+    if synthesis.averages_retain and average is None:
+        average = [torch.zeros_like(r, memory_format=torch.contiguous_format) for r in retain]
+    if average is not None and [m.shape for m in average] != [r.shape for r in retain]:
+        raise ValueError(f"`average` of rule {rule!r} must hold one tensor like each retain gradient, zero at first")
     combined = [r.detach().clone(memory_format=torch.contiguous_format) for r in retain]
     averages = [m.view(-1) for m in average or ()] if synthesis.averages_retain else [None] * len(combined)
     starts = [0, *accumulate(r.numel() for r in retain)][:-1]

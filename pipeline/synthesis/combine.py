@@ -207,7 +207,7 @@ class Synthesis:
             gramian = Gramian(*row)
             w_f, w_anchor = self.weights(gramian, before).on(gramian)
             weights.append((w_f, self.alpha, w_anchor) if self.averages_retain else (w_f, w_anchor, 0.0))
-            after.append((1 - self.new_share) * before + self.new_share * gramian.cosine)
+            after.append(max((1 - self.new_share) * before + self.new_share * gramian.cosine, 0.0))
         w_f, w_r, w_a = torch.tensor(weights, dtype=torch.float64)[index].unbind(1)
         table[:, GF] = w_f * ff + w_r * fr + w_a * fa
         table[:, GR] = w_f * fr + w_r * rr + w_a * ra

@@ -19,9 +19,10 @@ def opposite_signs(f: Tensor, r: Tensor) -> Tensor:
 
 
 def mgda(alpha: float, gamma: float, f: Tensor, r: Tensor) -> Tensor:
-    """The smaller of F and R where they agree, else 0."""
+    """The smaller of F and R where they agree, 0 where they do not; where one is 0, the other."""
     f, r = gamma * f, alpha * r
-    return torch.where(opposite_signs(f, r), 0, torch.where(f.abs() < r.abs(), f, r))
+    smaller = torch.where((f == 0) | (r == 0), f + r, torch.where(f.abs() < r.abs(), f, r))
+    return torch.where(opposite_signs(f, r), 0, smaller)
 
 
 def imtl_g(alpha: float, gamma: float, f: Tensor, r: Tensor) -> Tensor:

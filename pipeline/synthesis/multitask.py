@@ -31,8 +31,10 @@ def on_scaled(rule: Callable[..., tuple[float, float]]) -> Callable[..., Weights
 def mgda(gramian: Gramian) -> tuple[float, float]:
     """The shortest convex combination: w_f = clip((‖r‖² - ⟨f, r⟩) / D, 0, 1), w_r = 1 - w_f (Désidéri 2012).
 
-    0 if one of the two is: there no direction descends both.
+    If one of the two is 0, the other acts alone: a task that is done must not stop the other.
     """
+    if not gramian.ff or not gramian.rr:
+        return 1.0, 1.0
     w = _segment(gramian.rr - gramian.fr, gramian)
     return w, 1 - w
 
@@ -130,8 +132,11 @@ def sdmgrad(gramian: Gramian, preference: float, regularization: float) -> tuple
     """(g_w + λ g_p)/(1 + λ), g_p = p_f f + p_r r, g_w = w f + (1 - w) r, with w in [0, 1] for the shortest g_w + λ g_p.
 
     MGDA drawn towards g_p (SDMGrad, arXiv 2305.18409); both come from one batch here. p_r = 1 makes retention primary.
+    If one of the two is 0, the other acts alone.
     """
     ff, fr, rr = gramian
+    if not ff or not rr:
+        return 1.0, 1.0
     p_f, p_r, total = 1 - preference, preference, 1 + regularization
     w = _segment(rr - fr - regularization * (p_f * ff + (p_r - p_f) * fr - p_r * rr), gramian)
     return (w + regularization * p_f) / total, (1 - w + regularization * p_r) / total

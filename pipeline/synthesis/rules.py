@@ -73,7 +73,7 @@ def gradvac(gramian: Gramian, alpha: float, gamma: float, target: float) -> Weig
     """alpha r + gamma f, where f gets as much of r as lifts their cosine κ to `target` (GradVac, arXiv 2010.05874).
 
     f + F(t√(1 - κ²) - κ√(1 - t²))/(R√(1 - t²)) r if κ < t. The target t is a moving average of κ, and never below 0,
-    which would permit conflict; at 0 this is `pcgrad`. In the paper r gets as much of f.
+    which would permit conflict, and later lower the bar; at 0 this is `pcgrad`. In the paper r gets as much of f.
     """
     (f, r), k, t = gramian.norms, gramian.cosine, min(max(target, 0.0), LARGEST_TARGET)
     if k >= t or not r:

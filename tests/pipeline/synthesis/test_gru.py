@@ -109,9 +109,9 @@ def test_a_loss_scale_that_moves_leaves_no_trace(rule: str, scope: str) -> None:
             assert all(map(torch.equal, some, same))
 
 
-def test_gru_needs_an_average_and_a_scope_that_has_one() -> None:
+def test_an_average_that_does_not_fit_and_a_scope_without_one_are_refused() -> None:
     two = [torch.ones(2)]
-    for average in (None, [], [torch.ones(3)], [torch.ones(2), torch.ones(2)]):
+    for average in ([], [torch.ones(3)], [torch.ones(2), torch.ones(2)]):
         with pytest.raises(ValueError, match="average"):
             synthesize(two, two, rule="gru", average=average)
     with pytest.raises(ValueError, match="element"):

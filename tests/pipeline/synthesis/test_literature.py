@@ -50,7 +50,7 @@ def test_equals_torchjd(rule: str, preference: float) -> None:
         close(got, oracle(torch.stack(pair)), pair, 1e-3 if rule == "nash_mtl" else 1e-6)
 
 
-@pytest.mark.parametrize("rule", ["mgda", "imtl_g", "conflict_free", "aligned_mtl", "upgrad", "dualproj"])
+@pytest.mark.parametrize("rule", ["imtl_g", "conflict_free", "aligned_mtl", "upgrad", "dualproj"])
 def test_a_task_without_gradient_is_what_it_is_in_torchjd(rule: str) -> None:
     one = torch.tensor([3.0, -4.0, 1.0], dtype=torch.float64)
     oracle = ORACLES[rule](torch.tensor([0.5, 0.5], dtype=torch.float64))
@@ -130,6 +130,31 @@ def test_gradvac_over_several_steps_is_the_retain_column_of_torchjds() -> None:
         assert state.cosines == pytest.approx([0.5 * before + 0.5 * torch.cosine_similarity(f, r, dim=0).item()])
         raised += w_r.item() > 1 + 1e-9
     assert 2 <= raised < 8 and state.step == 8
+
+
+def test_a_past_of_conflict_does_not_lower_the_bar_of_gradvac() -> None:
+    """The mean is clamped at 0: after κ = -0.8 the mean of 0.5 is 0.25, not 0.05."""
+    state, r = State(), torch.tensor([1.0, 0.0])
+    for cosine in (-0.8, 0.5):
+        synthesize([torch.tensor([cosine, (1 - cosine**2) ** 0.5])], [r], rule="gradvac", state=state)
+    assert state.cosines == pytest.approx([0.25], abs=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["mgda", "imtl_g", "conflict_free", "sdmgrad"])
+def test_a_task_that_is_done_does_not_stop_the_other(rule: str) -> None:
+    zero, other = torch.zeros(3), torch.tensor([1.0, -2.0, 0.5])
+    assert torch.equal(synthesize([zero], [other], rule=rule)[0], other)
+    assert torch.equal(synthesize([other], [zero], rule=rule)[0], other)
+    if "element" in RULES[rule].scopes:
+        f, r = torch.tensor([0.0, 2.0, 0.0]), torch.tensor([3.0, 0.0, 0.0])
+        assert synthesize([f], [r], rule=rule, scope="element")[0].tolist() == [3.0, 2.0, 0.0]
+
+
+@pytest.mark.parametrize("rule", ["gru", "bloop"])
+def test_without_an_average_it_is_the_first_step(rule: str) -> None:
+    f, r = torch.tensor([1.0, -2.0]), torch.tensor([1.0, 1.0])
+    first = synthesize([f], [r], rule=rule, average=[torch.zeros(2)])
+    assert torch.equal(synthesize([f], [r], rule=rule)[0], first[0])
 
 
 def test_a_target_of_gradvac_below_zero_does_not_permit_conflict() -> None:

@@ -67,8 +67,7 @@ def load(
     from transformers.utils.hub import cached_file
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    from pipeline.modeling.weights import WrongWeights, load_whole
-    from pipeline.zero.compat import release_memory
+    from pipeline.modeling.weights import WrongWeights, load_whole, release_memory
 
     release_memory()
     logging.disable_progress_bar()  # a run has many models; each suite shows its progress

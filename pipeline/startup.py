@@ -23,6 +23,7 @@ from pipeline.data.packing import choose_packing
 from pipeline.data.probes import ProbeSet, read_sets
 from pipeline.distributed.errors import local_main_first, raise_on_all_ranks
 from pipeline.distributed.run_lock import RunLock
+from pipeline.distributed.slow_work import slow_work
 from pipeline.errors import disk_errors
 from pipeline.files import write_whole
 from pipeline.losses.joint import check_separation
@@ -207,7 +208,7 @@ def write_run_files(config: RunConfig, digests: dict[str, str], weights: dict[st
         InputError: the corpus with held-out documents can no longer be read.
     """
     folder = Path(config.output)
-    with disk_errors(folder / "config.yaml"), raise_on_all_ranks():
+    with disk_errors(folder / "config.yaml"), raise_on_all_ranks(), slow_work():
         if dist.get_rank() == 0:
             checkpoint.tidy(folder, config.train.keep_checkpoints)
             write_whole(folder / WEIGHTS, json.dumps(weights))

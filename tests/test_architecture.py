@@ -36,10 +36,8 @@ LEVEL = {name: number for number, names in enumerate(LAYERS) for name in names}
 SHARED = {
     *("pipeline.errors", "pipeline.files", "pipeline.config", "pipeline.data", "pipeline.distributed"),
     "pipeline.modeling.weights",
-    *("pipeline.errors", "pipeline.config", "pipeline.data", "pipeline.distributed", "pipeline.modeling.weights"),
     *("pipeline.modeling.outputs", "pipeline.modeling.probes"),  # one code of a probe, so that its numbers are the same
     "pipeline.monitoring.verdicts",  # what a model never knew, by one threshold in warnings and verdicts
-    "pipeline.zero.compat",  # release_memory, which empties what DeepSpeed references models from
 }
 LIGHT = ("errors", "files", "config", "distributed/environment")  # imported before a bad configuration is refused
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "peft", "numpy"}

@@ -52,7 +52,7 @@ def train(plan: Plan, attack: Attack) -> tuple[Path, str]:
     Raises:
         InputError: the training failed; the message has the last line of its stderr.
     """
-    from pipeline.zero.compat import release_memory  # DeepSpeed takes seconds to import
+    from pipeline.modeling.weights import release_memory  # DeepSpeed takes seconds to import
 
     assert attack.corpus is not None
     release_memory()  # the last evaluated model may still occupy the device that training needs

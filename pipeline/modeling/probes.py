@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from pipeline.config.schema import Train
 from pipeline.data.batches import IGNORED, Batch, pad_rows
 from pipeline.data.probes import Encoded, ProbeSet, RowScores, measure_sets, schedule
-from pipeline.modeling.outputs import TokenScores, forward
+from pipeline.modeling.outputs import ModelForward, TokenScores, forward
 from pipeline.modeling.token_losses import shifted
 from pipeline.monitoring import console
 from pipeline.monitoring.levels import Levels, probe_names
@@ -30,7 +29,7 @@ class Prober:
     taken: what is measured does not depend on it either.
     """
 
-    engine: Any
+    engine: ModelForward
     sets: Sequence[ProbeSet]
     batch_size: int  # sequences of one forward pass
 
@@ -112,7 +111,7 @@ def batch_of(sequences: Sequence[Encoded], numbers: Sequence[int]) -> Batch:
     return pad_rows(rows, prompts, np.array(numbers, dtype=np.int64), pad=0)
 
 
-def score_rows(engine: Any, batch: Batch) -> Tensor:
+def score_rows(engine: ModelForward, batch: Batch) -> Tensor:
     """[B, 4] float64: the `RowScores` of each sequence of the batch. Every rank must call, without autograd."""
     losses, correct = forward(engine, batch, TokenScores())
     predicted = shifted(batch.labels) != IGNORED

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -30,9 +32,19 @@ from transformers.utils.hub import cached_file
 from transformers.utils.loading_report import LoadStateDictInfo
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from pipeline.zero.compat import forget_models
+
 SHOWN = 3  # names in a message
 
 LoadReport = dict[str, Any]  # what `from_pretrained` reports: sets of names, and of names with two shapes
+
+
+def release_memory() -> None:
+    """Release the memory of models that are no longer used. No sharded model may be inside a forward pass."""
+    forget_models()
+    gc.collect()  # models reference themselves in cycles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class WrongWeights(ValueError):

@@ -8,12 +8,10 @@ at start-up, by `require`, that their attributes exist; `self_test.py` checks th
 from __future__ import annotations
 
 import functools
-import gc
 import logging
 import sys
 from importlib import metadata
 
-import torch
 from packaging.version import Version
 
 from pipeline.errors import InputError
@@ -162,8 +160,8 @@ def check_version(version: str | None = None) -> None:
         log.warning(f"DeepSpeed {version} is newer than what this program was tested with; if it fails: {INSTALL}")
 
 
-def release_memory() -> None:
-    """Release the memory of models that are no longer used. No sharded model may be inside a forward pass.
+def forget_models() -> None:
+    """Remove what DeepSpeed references models by that are no longer used. None may be inside a forward pass.
 
     DeepSpeed 0.19 references every model that it ever sharded from two places of a process: a list that holds the
     outermost module, and a cache of a method with the module among its keys.
@@ -171,9 +169,6 @@ def release_memory() -> None:
     if (offload := sys.modules.get("deepspeed.runtime.zero.parameter_offload")) is not None:
         offload.FWD_MODULE_STACK.clear()
     clear_release_cache()
-    gc.collect()  # models reference themselves in cycles
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def clear_release_cache() -> None:

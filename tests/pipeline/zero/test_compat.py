@@ -19,7 +19,8 @@ import torch
 
 from pipeline.config.schema import REPOSITORY
 from pipeline.errors import InputError
-from pipeline.zero.compat import INSTALL, INTERNALS, OLDEST, TOO_NEW, check_version, release_memory, require, unexpected
+from pipeline.modeling.weights import release_memory
+from pipeline.zero.compat import INSTALL, INTERNALS, OLDEST, TOO_NEW, check_version, require, unexpected
 from tests.distributed import run_distributed
 
 LISTED = {name for names in INTERNALS.values() for name in names}

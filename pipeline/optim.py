@@ -51,11 +51,11 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
 
 
 def make_schedule(config: RunConfig, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
-    """The schedules as `transformers` defines them; with warm-up the first step has learning rate 0."""
+    """The schedules as `transformers` defines them; with warm-up the first of several steps has learning rate 0."""
     from transformers import get_scheduler
 
     name = {"constant": "constant_with_warmup"}.get(config.optimizer.schedule, config.optimizer.schedule)
-    warmup = math.ceil(config.optimizer.warmup_ratio * steps)
+    warmup = min(math.ceil(config.optimizer.warmup_ratio * steps), steps - 1)  # a run of one step must train
     return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 

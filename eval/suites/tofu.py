@@ -9,9 +9,9 @@ probability.
 - Forget quality: the p-value of a two-sample Kolmogorov-Smirnov test between the truth ratios of this model and of one
   trained on the retain set only, on the forget set: it is high where the test cannot distinguish the two.
 - Membership inference: how well four scores tell forgotten authors from held-out ones, whom no model has seen.
-- The aggregate (arXiv 2605.24614, there with a judge of fluency beside model utility): harmonic means, higher the better,
-  of what is no longer memorised, of privacy (membership inference as for the retain-only model)
-  and of utility (model utility by that of the model before unlearning, which may exceed 1), and of the three.
+- The aggregate (arXiv 2605.24614, there with a judge of fluency beside model utility): harmonic means, the higher
+  the better, of what is no longer memorised, of privacy (membership inference as for the retain-only model) and of
+  utility (model utility by that of the model before unlearning, which may exceed 1), and of the three.
 
 `eval/suites/tofu_data.py` says where the questions and the answers of the two other models come from, and
 `tofu_answers.py` makes the forward passes.

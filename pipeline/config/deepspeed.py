@@ -12,7 +12,9 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -83,7 +85,7 @@ def _read(path: Path) -> Json:
         InputError: no JSON object, or one whose sections are not objects.
     """
     try:
-        given = json.loads(read_text(path, "train.deepspeed"))
+        given = json.loads(read_text(path, "train.deepspeed"), object_pairs_hook=partial(_once, path))
     except json.JSONDecodeError as error:
         raise InputError(
             f"train.deepspeed: {path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
@@ -94,6 +96,16 @@ def _read(path: Path) -> Json:
         if not isinstance(given.get(key, {}), dict):
             raise InputError(f"train.deepspeed: {path}: {key!r} must hold an object, not {given[key]!r}")
     return given
+
+
+def _once(path: Path, pairs: list[tuple[str, Any]]) -> Json:
+    """The object of these pairs; raises InputError for a key that is there twice, of which JSON keeps the last."""
+    found: Json = {}
+    for key, value in pairs:
+        if key in found:
+            raise InputError(f"train.deepspeed: {path}: key {key!r} is there twice in one object; join them")
+        found[key] = value
+    return found
 
 
 def _prepare_monitors(given: Json, config: RunConfig, path: Path) -> None:

@@ -24,7 +24,18 @@ from pipeline.files import Json
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: YAML 1.1, which PyYAML implements, reads `1e-5` as a string."""
+    """YAML 1.2 floats and keys: PyYAML (1.1) reads `1e-5` as a string, and of two equal keys the last."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Refuse a key that is written twice; those that `<<` brings in may be written again."""
+        lines: dict[tuple[str, object], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                first = lines.setdefault((key.tag, key.value), key.start_mark.line + 1)
+                if first != key.start_mark.line + 1:
+                    problem = f"key {key.value!r} is there twice, in line {first} too; join them"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        super().flatten_mapping(node)
 
 
 _Loader.add_implicit_resolver(

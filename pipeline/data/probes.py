@@ -207,6 +207,12 @@ def _question(probe: Probe, located: Located) -> tuple[str, list[str], int]:
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
         raise InputError(f"{where}: field {probe.choices!r} needs a list of texts; repair or remove the row")
     if isinstance(answer, str):  # its text: one of the choices, or beside them where they are all wrong (TOFU)
+        is_number = answer.strip().isdigit() or len(answer.strip()) == 1 or answer.strip() in map(str.strip, choices)
+        if answer not in choices and is_number:
+            raise InputError(
+                f"{where}: field {probe.answer!r} holds {answer!r}, which is no choice to the letter; write the "
+                "number of the right choice (from 0) or its text"
+            )
         choices = choices if answer in choices else [*choices, answer]
         answer = choices.index(answer)
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices) or len(choices) < 2:

@@ -127,6 +127,7 @@ class _FromLogits(torch.autograd.Function):
                 _, state = terms_of_rows(ctx.term, z, targets[rows], q)
                 log_q = None if q is None else q.log_softmax(-1)
                 difference = gradient_of_columns(ctx.term, z, 0, targets[rows], log_q, state)
+                difference.masked_fill_((targets[rows] == IGNORED).unsqueeze(1), 0)  # it may be infinite there
             else:
                 difference = z.softmax(-1)
                 difference -= one_hot(targets[rows], difference) if q is None else q.softmax(-1)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
+import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from pipeline.optim import parameter_groups
+from pipeline.config.load import resolve
+from pipeline.optim import make_schedule, parameter_groups
+from tests.conftest import World
 
 LLAMA: dict[str, Any] = {
     **{"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
@@ -45,3 +50,14 @@ def test_only_what_trains_is_in_a_group_and_no_group_is_empty() -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in adapters)
     assert groups_of(model, 0.1) == [(0.1, adapters)]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_run_of_one_step_trains(schedule: str, world: World, tmp_path: Path) -> None:
+    """One step would be all warm-up, whose first learning rate is 0."""
+    chosen = [f"--optimizer.schedule={schedule}", "--optimizer.lr=0.5", "--optimizer.warmup_ratio=0.1"]
+    resolved = resolve(world.write(tmp_path / "run.yaml", "runs/x"), None, chosen)
+    for steps, first in ((1, 0.5), (2, 0.0)):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+        make_schedule(resolved, optimizer, steps)
+        assert optimizer.param_groups[0]["lr"] == first

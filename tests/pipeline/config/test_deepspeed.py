@@ -120,6 +120,7 @@ def test_what_the_file_says_beside_that_is_kept(deepspeed: Any) -> None:
         ({"zero_optimization": {"stage": 4}}, ["stage"]),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": True}}, ["offload_optimizer", "object", "True"]),
         ("3", ["object", "int"]),
+        ('{"zero_optimization": {"stage": 3}, "zero_optimization": {"stage": 2}}', ["'zero_optimization'", "twice"]),
         pytest.param(
             {**STAGE3, "data_types": None},
             ["data_types"],

@@ -217,6 +217,8 @@ def test_what_must_be_given(missing: str, tmp_path: Path) -> None:
         ("just text\n", ["keys and values", "str"]),
         ("methods: [a]\n", ["methods"]),
         ("methods: {a: 3}\n", ["methods"]),
+        ("train: {steps: 5}\nseed: 1\ntrain: {probe_every: 1}\n", ["line 3", "'train' is there twice", "line 1"]),
+        ("train: {steps: 5,\n  steps: 6}\n", ["line 2", "'steps' is there twice"]),
         pytest.param(
             "seed: 2024-13-45\n",
             ["YAML"],

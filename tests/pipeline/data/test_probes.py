@@ -73,6 +73,9 @@ def test_texts_are_cut_and_empty_ones_left_out(
         ({"q": "one", "a": 0}, "no field 'c'; it has 'q', 'a'"),
         ({"c": ["to"], "a": 0}, "no field 'q'"),
         ([1], "expected an object"),
+        ({"q": "one", "c": ["to", "vi"], "a": "B"}, "field 'a' holds 'B', which is no choice"),  # as ARC's answerKey
+        ({"q": "one", "c": ["to", "vi"], "a": "1"}, "field 'a' holds '1', which is no choice"),
+        ({"q": "one", "c": ["to", "vi"], "a": "vi "}, "field 'a' holds 'vi ', which is no choice"),
     ],
 )
 def test_a_row_is_refused_by_its_place(row: object, expected: str, tmp_path: Path, tokenizer: Any) -> None:

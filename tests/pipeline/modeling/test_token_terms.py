@@ -145,3 +145,11 @@ def test_jsd_is_bounded_and_its_gradient_finite(far: float) -> None:
     torch.testing.assert_close(
         gradients_of(terms.sum(), [states])[0][0, 0].tolist(), [slope, -slope], rtol=1e-4, atol=1e-7
     )
+
+
+def test_a_position_without_a_label_has_no_gradient_however_sure_the_model_is_there() -> None:
+    z = torch.zeros(1, 4, 10)
+    z[0, 0, 0] = 95.0  # of a prompt; e^95 is infinite in float32
+    z.requires_grad_()
+    token_losses(z, torch.tensor([[IGNORED, IGNORED, 3, IGNORED]]), term="unlikelihood").sum().backward()
+    assert z.grad is not None and torch.isfinite(z.grad).all() and not z.grad[0, 0].any() and z.grad[0, 1].any()

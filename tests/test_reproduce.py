@@ -1,10 +1,9 @@
-"""`launch/reproduce.sh`: a dry run of Table 1 with a tiny model in place of Zephyr and Llama, on two ranks of the CPU."""
+"""`launch/reproduce.sh`: a dry run of Table 1, with a tiny model in place of the paper's, on two ranks of the CPU."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -73,10 +72,14 @@ def scores_of(evaluation: Path, names: Sequence[str]) -> list[str]:
 
 
 def test_a_row_is_trained_evaluated_and_put_above_the_papers(world: World, tmp_path: Path) -> None:
-    """By the command of the documentation, with engines and suites as they are."""
+    """By the command of the documentation, with engines and suites as they are, on two questions of each kind."""
+    data = tmp_path / "data" / "rwku" / "Batch" / "1-50"
+    data.mkdir(parents=True)
+    for file in PASSAGES.glob("*_level?.json"):
+        (data / file.name).write_text(json.dumps(json.loads(file.read_text())[:2]))
     out, kinds = tmp_path / "out", ("F-FB", "F-QA", "F-All", "N-FB", "N-QA", "N-All")
     own = overrides(world.folder / "model", tmp_path, PASSAGES / "passage.json", PASSAGES / "retain_passage.json")
-    chosen = ["--parts", "rwku", "--rows", "NPO+GD, SAGO", "--data", str(ROWS), "--output", str(out)]
+    chosen = ["--parts", "rwku", "--rows", "NPO+GD, SAGO", "--data", str(tmp_path / "data"), "--output", str(out)]
     done = start(*chosen, "--", *own)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     run = out / "rwku" / "runs" / "npo_sago" / "recipe" / "seed-0"
@@ -97,8 +100,8 @@ def test_a_row_is_trained_evaluated_and_put_above_the_papers(world: World, tmp_p
     assert "npo+nll sago" in report and "paper, Table 1: NPO+GD, SAGO" in report
 
 
-@pytest.mark.slow  # half an hour: 38 trainings
-def test_every_row_is_made_and_a_second_start_makes_nothing(world: World, tmp_path: Path) -> None:
+def make_zephyr(world: World, folder: Path) -> Path:
+    """A tiny model of its architecture, with a block for RMU and two below it."""
     import torch
     from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
@@ -106,38 +109,35 @@ def test_every_row_is_made_and_a_second_start_makes_nothing(world: World, tmp_pa
     tokenizer = AutoTokenizer.from_pretrained(world.folder / "model")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
     shape = MistralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, max_position_embeddings=4096, **sizes)
-    MistralForCausalLM(shape).save_pretrained(tmp_path / "zephyr")
-    tokenizer.save_pretrained(tmp_path / "zephyr")
-    for suite in ("wmdp_bio", "wmdp_cyber"):
-        write_rows(tmp_path / "data" / "wmdp" / f"{suite}.jsonl", QUIZ)
+    MistralForCausalLM(shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow  # ten minutes each on two idle cores: 12 or 13 trainings and evaluations
+@pytest.mark.parametrize("suite", RECIPES)
+def test_every_row_is_made_and_a_second_start_makes_nothing(suite: str, world: World, tmp_path: Path) -> None:
+    for name in ("wmdp_bio", "wmdp_cyber"):
+        write_rows(tmp_path / "data" / "wmdp" / f"{name}.jsonl", QUIZ)
     for name in ("mmlu", "rwku"):
         (tmp_path / "data" / name).symlink_to(ROWS / name)
-    corpora = {suite: (world.folder / "forget.jsonl", world.folder / "retain.jsonl") for suite in RECIPES}
-    corpora["rwku"] = PASSAGES / "passage.json", PASSAGES / "retain_passage.json"
-    out = tmp_path / "out"
-
-    def make(suite: str) -> subprocess.CompletedProcess[str]:
-        models = {"rwku": world.folder / "model"}
-        own = overrides(models.get(suite, tmp_path / "zephyr"), tmp_path, *corpora[suite])
-        layer = [] if suite == "rwku" else ["--objective.layer", "2"]
-        chosen = ["--parts", suite, "--data", str(tmp_path / "data"), "--output", str(out)]
-        return start(*chosen, "--", *own, *layer)
-
-    for suite in RECIPES:
-        done = make(suite)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-        assert done.stdout.count("training   ") == len(presets_of(suite, ALL)) == (12 if suite == "rwku" else 13)
+    out, rows = tmp_path / "out", [row for row in ALL if suite in TABLE_1[row]]
+    chosen = ["--parts", suite, "--data", str(tmp_path / "data"), "--output", str(out)]
+    if suite == "rwku":
+        own = overrides(world.folder / "model", tmp_path, PASSAGES / "passage.json", PASSAGES / "retain_passage.json")
+    else:
+        corpora = world.folder / "forget.jsonl", world.folder / "retain.jsonl"
+        own = [*overrides(make_zephyr(world, tmp_path / "zephyr"), tmp_path, *corpora), "--objective.layer", "2"]
+    done = start(*chosen, "--", *own)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert done.stdout.count("training   ") == len(rows) == (12 if suite == "rwku" else 13)
     table = (out / "table1.md").read_text()
     lines = rows_of(out / "table1.md")
-    assert [line[0] for line in lines] == [name for row in TABLE_1 for name in (row, "paper's")]
-    assert all(len(line) == 1 + 2 + 2 + 6 for line in lines)
-    measured = [cell for line in lines[::2] for cell in line[1:]]
-    assert measured.count("–") == 6, "RMU on RWKU alone is not there"
-    again = make("wmdp_bio")
-    assert again.returncode == 0 and "training" not in again.stdout and "evaluating" not in again.stdout
-    assert re.sub("```.*```", "", (out / "table1.md").read_text(), flags=re.S) == re.sub(
-        "```.*```", "", table, flags=re.S
-    )
+    assert [line[0] for line in lines] == [name for row in ("target", *rows) for name in (row, "paper's")]
+    assert "–" not in {cell for line in lines for cell in line}, "a row was not measured"
+    again = start(*chosen, "--", *own)
+    assert again.returncode == 0 and "training   " not in again.stdout and "evaluating" not in again.stdout
+    assert (out / "table1.md").read_text() == table
 
 
 @pytest.mark.parametrize("suite", RECIPES)
@@ -155,15 +155,20 @@ def test_a_row_has_the_objectives_and_the_rule_that_its_name_says(suite: str) ->
 
 
 def test_the_table_by_hand() -> None:
-    parts = {"wmdp_bio": {"GA": [{"step": 9.0, "wmdp_bio.acc.all": x, "mmlu.acc.all": 0.5} for x in (0.2, 0.4)]}}
-    table = table_of(parts)
-    assert table[0] == ["row", "WMDP Bio accuracy", "MMLU accuracy (WMDP Bio)"]
+    """Two seeds of a row of Bio, one of another row of Cyber, whose MMLU is a column of its own."""
+    bio = {"GA": [{"step": 9.0, "wmdp_bio.acc.all": x, "mmlu.acc.all": 0.5} for x in (0.2, 0.4)]}
+    cyber = {"RMU": [{"step": 9.0, "wmdp_cyber.acc.all": 0.25, "mmlu.acc.all": 0.625}]}
+    table = table_of({"wmdp_bio": bio, "wmdp_cyber": cyber})
+    mmlu = "MMLU accuracy"
+    assert table[0] == ["row", "WMDP Bio accuracy", f"{mmlu} (WMDP Bio)", "WMDP Cyber accuracy", f"{mmlu} (WMDP Cyber)"]
     assert table[1:5] == [
-        ["target", "–", "–"],
-        ["paper's", "0.644", "0.598"],
-        ["GA", "0.300 ± 0.141", "0.500 ± 0.000"],
-        ["paper's", "0.247", "0.247"],
+        ["target", "–", "–", "–", "–"],
+        ["paper's", "0.644", "0.598", "0.444", "0.598"],
+        ["GA", "0.300 ± 0.141", "0.500 ± 0.000", "–", "–"],
+        ["paper's", "0.247", "0.247", "0.234", "0.266"],
     ]
+    at = next(number for number, row in enumerate(table) if row[0] == "RMU")
+    assert table[at : at + 2] == [["RMU", "–", "–", "0.250", "0.625"], ["paper's", "0.280", "0.501", "0.277", "0.578"]]
 
 
 def refusal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:

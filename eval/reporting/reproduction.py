@@ -59,9 +59,9 @@ def write_table(output: Path) -> list[list[str]]:
     for suite in RECIPES:
         if (output / suite).is_dir():
             parts[suite], runs = read_part(output / suite)
-            begun = sorted({run.model for run in runs})
-            steps = sorted({len(run.steps) for run in runs})
-            made = f"{len(runs)} runs of {', '.join(map(str, steps))} steps from {', '.join(begun)}" if runs else "no run"
+            steps = ", ".join(map(str, sorted({len(run.steps) for run in runs})))
+            begun = ", ".join(sorted({run.model for run in runs}))
+            made = f"{len(runs)} runs of {steps} steps from {begun}" if runs else "no run"
             models.append(f"{SUITE_WORDS[suite]}: {made} (the paper's: {TARGETS[suite]})")
     table = table_of(parts)
     blocks: list[Block] = [

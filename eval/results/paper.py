@@ -8,6 +8,12 @@ from collections.abc import Iterable
 TARGETS = {"wmdp_bio": "Zephyr-7B-beta", "wmdp_cyber": "Zephyr-7B-beta", "rwku": "Llama-3-8B-Instruct"}
 TARGETS |= {"muse_news": "the benchmark's target, Llama-2-7B", "muse_books": "the benchmark's target, ICLM-7B"}
 
+HUB_NAMES = {  # of these models
+    **dict.fromkeys(("wmdp_bio", "wmdp_cyber"), "HuggingFaceH4/zephyr-7b-beta"),
+    **{"rwku": "meta-llama/Meta-Llama-3-8B-Instruct"},
+    **{"muse_news": "muse-bench/MUSE-News_target", "muse_books": "muse-bench/MUSE-Books_target"},
+}
+
 
 # Columns of its Tables 1 and 2, in percent there and here.
 COLUMNS = {

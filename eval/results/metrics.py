@@ -126,6 +126,7 @@ RISING = ("tofu.forget_quality", "tofu.forget.truth_ratio", *NEAREST_ZERO)  # wi
 
 SUITE_WORDS = {"wmdp_bio": "WMDP Bio", "wmdp_cyber": "WMDP Cyber", "mmlu": "MMLU", "rwku": "RWKU", "tofu": "TOFU"}
 SUITE_WORDS |= {"wmdp_bio_low_mi": "WMDP Bio (V)", "wmdp_cyber_low_mi": "WMDP Cyber (V)", "wmdp_chem": "WMDP Chem"}
+SUITE_WORDS |= {"rwku_utility": "RWKU utility"}
 SUITE_WORDS |= {"muse_news": "MUSE News", "muse_books": "MUSE Books"}
 
 

@@ -25,6 +25,7 @@ SUITES = {
     "mmlu": "eval.suites.harness",
     "lm_eval": "eval.suites.harness_tasks",
     "rwku": "eval.suites.rwku",
+    "rwku_utility": "eval.suites.rwku_utility",
     "tofu": "eval.suites.tofu",
     "muse_news": "eval.suites.muse",
     "muse_books": "eval.suites.muse",

@@ -15,7 +15,7 @@ from pipeline.errors import InputError
 REPOSITORY = Path(__file__).resolve().parents[3]
 SPLIT = {"wmdp_bio_low_mi", "wmdp_cyber_low_mi"}
 HARNESS = {"wmdp_bio", "wmdp_chem", "wmdp_cyber", "mmlu", *SPLIT}
-GENERAL = {"lm_eval"}  # it has no forget set
+GENERAL = {"lm_eval", "rwku_utility"}  # it has no forget set
 MUSE = {"muse_news", "muse_books"}  # a question does not say which passage it is about
 
 

@@ -43,6 +43,8 @@ COMMANDS = (
     "eval.chat",
     "eval.report",
     "eval.frontier",
+    "eval.reproduce",
+    "eval.leaderboard",
     "eval.robustness",
     "eval.bios",
     "pipeline.planning.step_cost",

@@ -17,6 +17,7 @@ from eval.suites.corpus import seen_in_training
 from pipeline.errors import InputError
 from pipeline.files import Json
 
+BY_HARNESS = tuple(f"eval.suites.{name}" for name in ("harness", "harness_tasks", "wmdp_split", "rwku_utility"))
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -123,7 +124,7 @@ def retain_seen(models: list[tuple[int | None, Path]], suite: LoadedSuite) -> di
 def provenance(names: list[str], sharded: bool, dtype: str) -> Json:
     """{"command", "versions", "dtype", "ranks"} of the evaluation that this process runs."""
     packages = ["torch", "transformers", "rouge_score"]
-    if any(SUITES[name].startswith("eval.suites.harness") for name in names):
+    if any(SUITES[name] in BY_HARNESS for name in names):
         packages.append("lm_eval")
     if sharded:
         packages.append("deepspeed")

@@ -100,6 +100,10 @@ BY: dict[str, list[str]] = {
         "python -m eval.run --model runs/mine --suite bios lm_eval --tasks arc_easy wikidata "
         "--tasks-dir docs/examples/tasks --data data --output runs/mine/evaluation.json",
     ],
+    "tests/test_reproduce.py::test_a_row_is_trained_evaluated_and_put_above_the_papers": [
+        "bash launch/reproduce.sh table1 --gpus 8",
+    ],
+    "tests/eval/test_leaderboard.py::test_a_run_added_again_changes_nothing": ["python -m eval.leaderboard runs/mine"],
     "tests/test_smollm2.py::test_the_model_is_the_published_one": ["bash launch/smollm2.sh OUTPUT"],
     "by hand: it is this suite": ["bash tests/run.sh", "bash tests/run.sh -m slow", "bash tests/run.sh FILE -k NAME"],
     "by hand: it changes the git hooks of the clone": ["pre-commit install"],

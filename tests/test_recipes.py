@@ -6,6 +6,7 @@ Excerpts of the real benchmarks (tests/data) are the corpora of RWKU and TOFU; t
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors import safe_open
 
 from pipeline.config.deepspeed import deepspeed_config
 from pipeline.config.load import resolve
@@ -22,11 +24,21 @@ from tests.distributed import run_distributed
 
 ROWS = REPOSITORY / "tests" / "data"
 RECIPES = sorted(file.stem for file in (REPOSITORY / "launch" / "recipes").glob("*.yaml"))
-ARCHITECTURES = {"wmdp_bio": "mistral", "wmdp_cyber": "mistral", "custom": "qwen2"}  # else Llama
+ARCHITECTURES = {  # else Llama
+    **{"wmdp_bio": "mistral", "wmdp_cyber": "mistral", "custom": "qwen2", "wmdp_bio_qwen3_8b": "qwen3"},
+    **{"wmdp_cyber_qwen3_8b": "qwen3", "rwku_qwen3_8b": "qwen3", "wmdp_bio_deepseek_v2_lite": "deepseek_v2"},
+}
+OF_A_MODEL = ("qwen3", "deepseek_v2")  # their recipes have the objectives of others
 REAL: dict[str, tuple[str, str]] = {
     "rwku_batch50": ("rwku/Batch/1-50/passage.json", "rwku/Batch/1-50/retain_passage.json"),
-    "tofu": ("tofu/forget01.json", "tofu/retain99.json"),
-    "tofu_smollm2": ("tofu/forget01.json", "tofu/retain99.json"),
+    **dict.fromkeys(
+        ("rwku_llama31_8b", "rwku_qwen3_8b"),
+        ("rwku/Batch/1-50/passage.json", "rwku/Batch/1-50/retain_passage.json"),
+    ),
+    **dict.fromkeys(
+        ("tofu", "tofu_smollm2", "tofu_llama32_1b", "tofu_llama32_3b", "tofu_llama31_8b"),
+        ("tofu/forget01.json", "tofu/retain99.json"),
+    ),
 }
 CASES = [
     (recipe, method)
@@ -40,12 +52,16 @@ def make_model(architecture: str, world: World, folder: Path) -> Path:
     import torch
     from transformers import (
         AutoTokenizer,
+        DeepseekV2Config,
+        DeepseekV2ForCausalLM,
         LlamaConfig,
         LlamaForCausalLM,
         MistralConfig,
         MistralForCausalLM,
         Qwen2Config,
         Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
     )
 
     tokenizer = AutoTokenizer.from_pretrained(world.folder / "model")
@@ -57,9 +73,16 @@ def make_model(architecture: str, world: World, folder: Path) -> Path:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
+    experts: dict[str, Any] = {  # the first block is dense
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 16},
+        **{"first_k_dense_replace": 1, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": None},
+        **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    }
     kinds: dict[str, Any] = {
         "mistral": lambda: MistralForCausalLM(MistralConfig(**shape)),
         "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**shape)),
+        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=8)),
+        "deepseek_v2": lambda: DeepseekV2ForCausalLM(DeepseekV2Config(**{**shape, **experts})),
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**shape)),
     }
     torch.manual_seed(0)
@@ -101,7 +124,7 @@ def composition(config: RunConfig) -> str:
 def configs(world: World, tmp_path_factory: pytest.TempPathFactory) -> list[RunConfig]:
     """Every method of every recipe, resolved for two steps on a tiny model: one of each composition."""
     folder = tmp_path_factory.mktemp("recipes")
-    models = {name: make_model(name, world, folder) for name in ("llama", "mistral", "qwen2")}
+    models = {name: make_model(name, world, folder) for name in ("llama", *dict.fromkeys(ARCHITECTURES.values()))}
     files: dict[str, dict[str, Path]] = {}
     cases: dict[str, RunConfig] = {}
     for recipe, method in CASES:
@@ -139,10 +162,13 @@ def configs(world: World, tmp_path_factory: pytest.TempPathFactory) -> list[RunC
 
 
 def of_each_objective(configs: list[RunConfig]) -> list[RunConfig]:
-    """One of each pair of objectives on each architecture, with the rule that is least often among those before it."""
+    """One of each pair of objectives on each architecture, with the rule that is least often among those before it; of
+    the architectures in OF_A_MODEL one run each."""
     groups: dict[tuple[str, ...], list[RunConfig]] = {}
     for config in configs:
-        key = config.objective.forget, config.objective.retain, Path(config.model.path).name
+        architecture = Path(config.model.path).name
+        objectives = () if architecture in OF_A_MODEL else (config.objective.forget, config.objective.retain)
+        key = *objectives, architecture
         groups.setdefault(key, []).append(config)
     chosen, rules = [], Counter[str]()
     for group in groups.values():
@@ -153,7 +179,7 @@ def of_each_objective(configs: list[RunConfig]) -> list[RunConfig]:
 
 @pytest.mark.parametrize("more", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["few", "more"])
 def test_every_method_of_every_recipe_trains(more: bool, configs: list[RunConfig]) -> None:
-    """few: each pair of objectives on each architecture; more: the other compositions, of rule, columns and packing."""
+    """few: see `of_each_objective`; more: the other compositions, of rule, columns and packing."""
     few = of_each_objective(configs)
     chosen = [config for config in configs if config not in few] if more else few
     assert {config.synthesis.rule for config in few} == {config.synthesis.rule for config in configs}
@@ -199,3 +225,45 @@ def test_recipes_keep_the_numbers_of_the_papers_code(recipe: str, method: str) -
     assert (config.optimizer.lr, config.train.steps) == (lr, steps)
     assert (config.synthesis.alpha, config.synthesis.gamma) == (alpha, gamma)
     assert beta is None or config.objective.beta == beta
+
+
+CARRIED = {  # recipe for another model -> the recipe of the paper whose values it has
+    **{
+        f"wmdp_{domain}_{model}": f"wmdp_{domain}"
+        for domain in ("bio", "cyber")
+        for model in ("llama31_8b", "qwen3_8b")
+    },
+    **{"wmdp_bio_deepseek_v2_lite": "wmdp_bio", "rwku_llama31_8b": "rwku_batch50", "rwku_qwen3_8b": "rwku_batch50"},
+}
+
+
+@pytest.mark.parametrize("recipe", CARRIED)
+def test_a_recipe_for_another_model_differs_in_the_model_alone(recipe: str) -> None:
+    methods = [method for name, method in CASES if name == recipe]
+    assert {"ga_sum", "npo_pcgrad", "simnpo_sago"} <= {*methods}
+    for method in methods:
+        own, papers = (resolve(name, method, reads_data=False).model_dump() for name in (recipe, CARRIED[recipe]))
+        assert own["model"]["path"] != papers["model"]["path"] and own["output"] == f"runs/{recipe}/{method}"
+        if recipe == "wmdp_bio_deepseek_v2_lite":
+            assert own["model"].pop("trainable") != papers["model"].pop("trainable")
+        for config in (own, papers):
+            config["model"].pop("path"), config.pop("output")
+        assert own == papers, method
+
+
+@pytest.mark.parametrize("recipe", ["tofu_llama32_1b", "tofu_llama32_3b", "tofu_llama31_8b"])
+def test_tofu_has_the_tuned_values(recipe: str) -> None:
+    """As published for the plain sum: learning rate, beta, margin, weights, epochs."""
+    npo, simnpo = (resolve(recipe, method) for method in ("npo_sum", "simnpo_sum"))
+    assert (npo.optimizer.lr, npo.objective.beta, npo.synthesis.alpha, npo.train.epochs) == (2e-5, 0.1, 1.0, 10)
+    assert (simnpo.optimizer.lr, simnpo.objective.beta, simnpo.objective.delta) == (5e-5, 3.5, 1.0)
+    assert (simnpo.synthesis.gamma, simnpo.synthesis.alpha, npo.synthesis.gamma) == (0.125, 1.0, 1.0)
+
+
+def test_routers_do_not_train(configs: list[RunConfig]) -> None:
+    """All tensors of a mixture of experts but the routers, by their names in a model of its architecture."""
+    config = next(one for one in configs if Path(one.model.path).name == "deepseek_v2")
+    with safe_open(f"{config.model.path}/model.safetensors", "np") as weights:
+        names = [*weights.keys()]
+    frozen = {name for name in names if not any(re.search(pattern, name) for pattern in config.model.trainable)}
+    assert frozen == {"model.layers.1.mlp.gate.weight", "model.layers.2.mlp.gate.weight"}

@@ -17,7 +17,7 @@ from eval.attacks.spec import FRACTION, Attack, EvalSpec, Metrics, Plan
 from eval.attacks.training import local_corpus, read_curve, train
 from eval.loading import load
 from eval.results.metrics import flatten
-from eval.suites import AdversarialSuite, GroupedSuite, Probes, WholeSuite
+from eval.suites import AdversarialSuite, GroupedSuite, Probes, SplitSuite, WholeSuite
 from eval.suites.corpus import sample
 from pipeline.errors import InputError
 from pipeline.files import Json
@@ -74,7 +74,9 @@ def attacks_of(plan: Plan, names: Iterable[str]) -> list[Attack]:
     training = {"steps": plan.steps, "lr": plan.lr, "seed": plan.seed, "overrides": list(plan.overrides)}
     attacks = []
     for name in names:
-        if name == "relearn":
+        if name == "relearn" and isinstance(plan.module, SplitSuite):
+            attacks.append(relearn_split(plan, plan.module, rows, training))
+        elif name == "relearn":
             attacks.append(relearn(plan, rows, training))
         elif name == "retain":
             attacks.append(Attack(name, training, everything, corpus=plan.config["data"]["retain"]))
@@ -121,6 +123,15 @@ def relearn(plan: Plan, rows: list[Row], training: Json) -> Attack:
     evaluation = EvalSpec(probes, tuple(sample(split.held_out, plan.seed)), "held_out_nll")
     settings = {**training, "fraction": FRACTION, "group": plan.group}
     return Attack("relearn", settings, evaluation, corpus=corpus, rows=texts, selection=selection)
+
+
+def relearn_split(plan: Plan, module: SplitSuite, rows: list[Row], training: Json) -> Attack:
+    """Learn what the suite brings for it, and ask all of its questions; `rows`: of the forget corpus, for its NLL."""
+    texts = module.texts_to_relearn(plan.probes)
+    corpus = {"path": str(plan.folder / "relearn.jsonl"), "field": "text"}
+    settings, evaluation = {**training, "from": "the suite"}, EvalSpec(plan.probes, tuple(sample(rows, plan.seed)))
+    learned = tuple({"text": text} for text in texts)
+    return Attack("relearn", settings, evaluation, corpus=corpus, rows=learned, selection={"documents": len(texts)})
 
 
 def matcher_of(plan: Plan) -> Matcher:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # Suites whose scores are what a model can do at large: a table of their own, for each named task.
-GENERAL = ("lm_eval",)
+GENERAL = ("lm_eval", "rwku_utility")
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,8 @@ MEASURES = (
     ForgetRetainMetric("muse_news.forget.knowmem", "muse_news.retain.knowmem", level=0.33),
     ForgetRetainMetric("muse_books.forget.verbmem", "muse_books.retain.knowmem", level=0.14),
     ForgetRetainMetric("muse_books.forget.knowmem", "muse_books.retain.knowmem", level=0.30),
+    ForgetRetainMetric("wmdp_bio_low_mi.acc.all", "mmlu.acc.all", level=0.30, chance=0.25),
+    ForgetRetainMetric("wmdp_cyber_low_mi.acc.all", "mmlu.acc.all", level=0.30, chance=0.25),
     ForgetRetainMetric("wmdp_chem.acc.all", "mmlu.acc.all", level=0.30, chance=0.25),
 )
 
@@ -123,6 +125,8 @@ RISING = ("tofu.forget_quality", "tofu.forget.truth_ratio", *NEAREST_ZERO)  # wi
 
 
 SUITE_WORDS = {"wmdp_bio": "WMDP Bio", "wmdp_cyber": "WMDP Cyber", "mmlu": "MMLU", "rwku": "RWKU", "tofu": "TOFU"}
+SUITE_WORDS |= {"wmdp_bio_low_mi": "WMDP Bio (V)", "wmdp_cyber_low_mi": "WMDP Cyber (V)", "wmdp_chem": "WMDP Chem"}
+SUITE_WORDS |= {"rwku_utility": "RWKU utility"}
 SUITE_WORDS |= {"muse_news": "MUSE News", "muse_books": "MUSE Books"}
 
 

@@ -3,8 +3,16 @@ and for MUSE, which it does not have, OpenUnlearning's."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 TARGETS = {"wmdp_bio": "Zephyr-7B-beta", "wmdp_cyber": "Zephyr-7B-beta", "rwku": "Llama-3-8B-Instruct"}
 TARGETS |= {"muse_news": "the benchmark's target, Llama-2-7B", "muse_books": "the benchmark's target, ICLM-7B"}
+
+HUB_NAMES = {  # of these models
+    **dict.fromkeys(("wmdp_bio", "wmdp_cyber"), "HuggingFaceH4/zephyr-7b-beta"),
+    **{"rwku": "meta-llama/Meta-Llama-3-8B-Instruct"},
+    **{"muse_news": "muse-bench/MUSE-News_target", "muse_books": "muse-bench/MUSE-Books_target"},
+}
 
 
 # Columns of its Tables 1 and 2, in percent there and here.
@@ -47,6 +55,26 @@ TABLE_2 = {  # without the two rows that Table 1 has too
 }
 
 
+RECIPES = {"wmdp_bio": "wmdp_bio", "wmdp_cyber": "wmdp_cyber", "rwku": "rwku_batch50"}  # of Table 1, by suite
+
+
+PRESETS = {  # of these recipes, by the row of Table 1
+    "GA": "ga",
+    "NPO": "npo",
+    "SimNPO": "simnpo",
+    "RMU": "rmu",
+    "GA+GD": "ga_sum",
+    "GA+GD, PCGrad": "ga_pcgrad",
+    "GA+GD, SAGO": "ga_sago",
+    "NPO+GD": "npo_sum",
+    "NPO+GD, PCGrad": "npo_pcgrad",
+    "NPO+GD, SAGO": "npo_sago",
+    "SimNPO+GD": "simnpo_sum",
+    "SimNPO+GD, PCGrad": "simnpo_pcgrad",
+    "SimNPO+GD, SAGO": "simnpo_sago",
+}
+
+
 # OpenUnlearning (Dorna et al. 2025), docs/repro.md: learning rate 1e-5, 10 epochs, not tuned. Scores as they are there.
 MUSE = {
     "target": {"muse_news": (0.64, 0.58, -99.81, 0.56), "muse_books": (0.47, 1.0, -57.26, 0.69)},
@@ -83,6 +111,12 @@ def rows(suite: str) -> dict[str, dict[str, float]]:
         for method, values in table.items()
         if suite in values
     }
+
+
+def presets_of(suite: str, chosen: Iterable[str]) -> list[str]:
+    """The presets of the chosen rows of Table 1 that it has for a suite, in its order."""
+    wanted = set(chosen)
+    return [preset for row, preset in PRESETS.items() if row in wanted and suite in TABLE_1[row]]
 
 
 def source(suite: str) -> tuple[str, str]:

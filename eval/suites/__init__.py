@@ -20,9 +20,12 @@ SUITES = {
     "wmdp_bio": "eval.suites.harness",
     "wmdp_chem": "eval.suites.harness",
     "wmdp_cyber": "eval.suites.harness",
+    "wmdp_bio_low_mi": "eval.suites.wmdp_split",
+    "wmdp_cyber_low_mi": "eval.suites.wmdp_split",
     "mmlu": "eval.suites.harness",
     "lm_eval": "eval.suites.harness_tasks",
     "rwku": "eval.suites.rwku",
+    "rwku_utility": "eval.suites.rwku_utility",
     "tofu": "eval.suites.tofu",
     "muse_news": "eval.suites.muse",
     "muse_books": "eval.suites.muse",
@@ -86,6 +89,15 @@ class WholeSuite(Protocol):
 
     def question_texts(self, probes: Probes) -> list[str]:
         """The questions as they are written."""
+        ...
+
+
+@runtime_checkable
+class SplitSuite(Protocol):
+    """A suite that brings what is to be learned again, of which its own questions are no part."""
+
+    def texts_to_relearn(self, probes: Probes) -> list[str]:
+        """The texts that the attack `relearn` trains on, instead of a part of the run's forget corpus."""
         ...
 
 

@@ -64,20 +64,23 @@ def read_questions(path: Path) -> list[Row]:
     """
     if not path.is_file():
         raise InputError(f"there is no {path}; --data needs it (keys question, choices, answer), or leave --data out")
-    rows: list[Row] = []
-    for where, row in json_rows(path):
-        cells: list[Any] = [row.get(key) if isinstance(row, dict) else None for key in Row.__annotations__]
-        question, choices, answer = cells
-        four = isinstance(choices, list) and len(choices) == 4 and all(isinstance(choice, str) for choice in choices)
-        if not isinstance(question, str) or not four or type(answer) is not int or answer not in range(4):
-            raise InputError(
-                f"{where}: question must be a text, choices four texts, answer a number from 0 to 3; "
-                "repair or remove the line"
-            )
-        rows.append({"question": question, "choices": choices, "answer": answer})
+    rows = [question_of(where, row) for where, row in json_rows(path)]
     if not rows:
         raise InputError(f"{path} holds no question; fill or remove it")
     return rows
+
+
+def question_of(where: str, row: object) -> Row:
+    """The question in a row; raises InputError, which names the place `where`, if the row is not a question."""
+    cells: list[Any] = [row.get(key) if isinstance(row, dict) else None for key in Row.__annotations__]
+    question, choices, answer = cells
+    four = isinstance(choices, list) and len(choices) == 4 and all(isinstance(choice, str) for choice in choices)
+    if not isinstance(question, str) or not four or type(answer) is not int or answer not in range(4):
+        raise InputError(
+            f"{where}: question must be a text, choices four texts, answer a number from 0 to 3; "
+            "repair or remove the line"
+        )
+    return {"question": question, "choices": choices, "answer": answer}
 
 
 def read_mmlu(folder: Path, shots: int) -> dict[str, tuple[list[Row], list[Row]]]:
@@ -157,22 +160,29 @@ def load_probes(folder: Path | None, suite: str, shots: int | None = None) -> Qu
         if folder is not None:
             path = Path(temporary)
             write_tasks(path, folder, suite, shots)
-        seed_generators()
-        try:
-            loaded = TaskManager(include_path=str(path), include_defaults=False).load([suite])
-        except (OSError, ValueError) as error:
-            if folder is not None:
-                raise
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(
-                f"suite {suite}: cannot load its questions from the hub ({reason}); give --data"
-            ) from error
+        return load_questions(path, suite, shots, "hub" if folder is None else str(folder))
+
+
+def load_questions(path: Path, suite: str, shots: int, source: str) -> Questions:
+    """The task or group `suite` whose YAML files are in `path`; `source`: the place of its questions, in words.
+
+    Raises:
+        InputError: there are fewer than `shots` examples, or the hub, if it is the source, cannot be reached.
+    """
+    seed_generators()
+    try:
+        loaded = TaskManager(include_path=str(path), include_defaults=False).load([suite])
+    except (OSError, ValueError) as error:
+        if source != "hub":
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"suite {suite}: cannot load its questions from the hub ({reason}); give --data") from error
     for name, task in loaded["tasks"].items():
         examples = len(list(task.fewshot_docs())) if shots else 0
         if examples < shots:
             raise InputError(f"--shots {shots}: {name} has only {examples} examples in its dev split; give fewer")
         task.set_config(key="num_fewshot", value=shots)
-    return Questions(suite, LoadedTasks.now(loaded), shots, "hub" if folder is None else str(folder))
+    return Questions(suite, LoadedTasks.now(loaded), shots, source)
 
 
 def question_texts(probes: Questions) -> list[str]:

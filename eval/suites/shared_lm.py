@@ -195,8 +195,11 @@ def closed_form_stderr(metric: Any, bootstrap_iters: int) -> Any:
     return {mean: mean_stderr, acc_all: acc_all_stderr}.get(metric)
 
 
-def evaluate_tasks(lm: SharedLM, loaded: LoadedTasks, limit: int | None = None) -> dict[str, Any]:
-    """What the harness's `evaluate` returns, on every rank; `limit`: the first documents of each task alone.
+def evaluate_tasks(
+    lm: SharedLM, loaded: LoadedTasks, limit: int | None = None, *, chat: bool = False
+) -> dict[str, Any]:
+    """What the harness's `evaluate` returns, on every rank; `limit`: the first documents of each task alone; `chat`:
+    prompts are put into the tokenizer's chat template.
 
     Every model that is evaluated sees the same prompts: the generators start where they stood when the tasks were
     loaded, and those that draw examples at their seed.
@@ -209,7 +212,7 @@ def evaluate_tasks(lm: SharedLM, loaded: LoadedTasks, limit: int | None = None) 
     np.random.set_state(numpy)
     for task in loaded.tasks["tasks"].values():
         task.set_fewshot_seed(seed=SEEDS["fewshot"])
-    answer: Any = harness_evaluate(lm, loaded.tasks, limit=limit, log_samples=False)
+    answer: Any = harness_evaluate(lm, loaded.tasks, limit=limit, log_samples=False, apply_chat_template=chat)
     if lm.too_long and rank_and_size()[0] == 0:
         print(
             f"warning: {lm.title}: {lm.too_long} prompts are longer than the model's context of {lm.max_length} tokens "

@@ -35,6 +35,12 @@ DEFAULT_TRIALS = 20  # the sampler's first ten are random
 LAST_LINES = 10  # of a failed command's log
 
 
+def trust_options(model: Json) -> list[str]:
+    """The options of `eval.run` that allow what the section `model` of a configuration allows."""
+    flags = {"allow_pickle": "--allow-pickle", "trust_remote_code": "--trust-remote-code"}
+    return [flag for key, flag in flags.items() if model.get(key)]
+
+
 @dataclass(frozen=True)
 class Plan:
     """The settings that all runs of a sweep share."""
@@ -69,9 +75,7 @@ class Plan:
 
     def evaluation(self, folder: Path) -> list[str]:
         """The command that evaluates one run, which has a config.yaml; it trusts the model as the training did."""
-        allowed = read_config(folder, ("model",))["model"]
-        flags = {"allow_pickle": "--allow-pickle", "trust_remote_code": "--trust-remote-code"}
-        trust = [flag for key, flag in flags.items() if allowed.get(key)]
+        trust = trust_options(read_config(folder, ("model",))["model"])
         data = ["--data", str(self.data)] if self.data else []
         model = ["--model", str(folder), "--suite", *self.suites, *task_arguments(self.tasks), *trust]
         return ["python", "-m", "eval.run", *model, *data, "--output", str(folder / "evaluation.json")]

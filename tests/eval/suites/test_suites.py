@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from eval.suites import SUITES, AdversarialSuite, GroupedSuite, Suite, WholeSuite, check_suites, load_suite
+from eval.suites import SUITES, AdversarialSuite, GroupedSuite, SplitSuite, Suite, WholeSuite, check_suites, load_suite
 from pipeline.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-HARNESS = {"wmdp_bio", "wmdp_chem", "wmdp_cyber", "mmlu"}
-GENERAL = {"lm_eval"}  # it has no forget set
+SPLIT = {"wmdp_bio_low_mi", "wmdp_cyber_low_mi"}
+HARNESS = {"wmdp_bio", "wmdp_chem", "wmdp_cyber", "mmlu", *SPLIT}
+GENERAL = {"lm_eval", "rwku_utility"}  # it has no forget set
 MUSE = {"muse_news", "muse_books"}  # a question does not say which passage it is about
 
 
@@ -34,6 +35,7 @@ def test_which_suites_have_the_optional_parts() -> None:
     expected = {*SUITES} - HARNESS - GENERAL - MUSE
     assert {name for name, suite in suites.items() if isinstance(suite, GroupedSuite)} == expected
     assert {name for name, suite in suites.items() if isinstance(suite, WholeSuite)} == HARNESS
+    assert {name for name, suite in suites.items() if isinstance(suite, SplitSuite)} == SPLIT
     assert {name for name, suite in suites.items() if isinstance(suite, AdversarialSuite)} == {"bios", "rwku"}
 
 

@@ -22,10 +22,20 @@ RECIPE_NAMES = [
     "muse_books",
     "muse_news",
     "rwku_batch50",
+    "rwku_llama31_8b",
+    "rwku_qwen3_8b",
     "tofu",
+    "tofu_llama31_8b",
+    "tofu_llama32_1b",
+    "tofu_llama32_3b",
     "tofu_smollm2",
     "wmdp_bio",
+    "wmdp_bio_deepseek_v2_lite",
+    "wmdp_bio_llama31_8b",
+    "wmdp_bio_qwen3_8b",
     "wmdp_cyber",
+    "wmdp_cyber_llama31_8b",
+    "wmdp_cyber_qwen3_8b",
 ]
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_hpz": 3, "zero3_offload": 3, "zero3_nvme": 3, "cpu": 3}
 

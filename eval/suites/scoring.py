@@ -64,6 +64,14 @@ def is_embedded(model: PreTrainedModel, token: object) -> bool:
     return isinstance(token, int) and token < embeddings.num_embeddings
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a forward pass takes its tokens. Weights that a device map keeps elsewhere until then are on `meta`."""
+    import torch
+
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    return model.device if hook is None else torch.device(hook.execution_device)
+
+
 def ends_of_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, ...]:
     """The ids that end an answer: the end of text, and those that the model names (the end of a turn, for instance)."""
     settings = model.generation_config
@@ -146,7 +154,7 @@ def answer(
 
     stops = [token for token in stopping.tokens if token is not None]
     padding = next(token for token in (tokenizer.pad_token_id, *stops, 0) if is_embedded(model, token))
-    limits = stopping.limits(len(prompts))
+    limits, device = stopping.limits(len(prompts)), input_device(model)
 
     def work(batch: list[int]) -> list[str]:
         width = max(len(prompts[i]) for i in batch)
@@ -158,8 +166,8 @@ def answer(
             if stopping.seed is not None:
                 torch.manual_seed(stopping.seed * len(prompts) + batch[0])  # of the batch: ranks do not matter
             generated = model.generate(  # pyright: ignore[reportCallIssue] (its mixin is typed as a Module)
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
                 max_new_tokens=max(limits[i] for i in batch),
                 **({"do_sample": False} if stopping.seed is None else drawn),
                 num_beams=1,
@@ -174,7 +182,7 @@ def answer(
             texts.append(stopping.cut(str(tokenizer.decode(tokens[:end], skip_special_tokens=True))))
         return texts
 
-    order = batches(prompts, batch_size)
+    order = batches(prompts, batch_size)[::-1]  # what memory does not hold shows at once
     return restore_order(order, share(order, work, title))
 
 
@@ -192,12 +200,14 @@ def read_logits(
     """
     import torch
 
+    device = input_device(model)
+
     def work(batch: list[int]) -> list[T]:
         rows = [torch.tensor(sequences[i]) for i in batch]
         # Padding comes after the text, where a causal model cannot see it; any token will do.
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
-        lengths = torch.tensor([len(row) for row in rows], device=model.device)
-        mask = (torch.arange(ids.shape[1], device=model.device) < lengths.unsqueeze(1)).long()
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        mask = (torch.arange(ids.shape[1], device=device) < lengths.unsqueeze(1)).long()
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             sizes = [len(row) for row in rows]
@@ -206,7 +216,7 @@ def read_logits(
                 for row, (i, size) in enumerate(zip(batch, sizes, strict=True))
             ]
 
-    order = batches(sequences, batch_size, MOST_TOKENS)
+    order = batches(sequences, batch_size, MOST_TOKENS)[::-1]
     return restore_order(order, share(order, work, title))
 
 

@@ -67,6 +67,7 @@ class SharedLM(Base):
         if tokenizer.pad_token_id is not None and not scoring.is_embedded(model, tokenizer.pad_token_id):
             tokenizer.pad_token = None  # the harness takes another: the model has no row for this one
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        self._device = scoring.input_device(model)  # the harness takes that of the first weight
         self.title = title
         self.too_long = 0
 

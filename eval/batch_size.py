@@ -58,7 +58,7 @@ class BatchSize:
                 )
             if self.rows == 1:
                 raise InputError(
-                    f"{name}: memory does not hold a single prompt ({lacks}); spread the model by --device-map auto, or "
-                    "shard it by --ds-config"
+                    f"{name}: memory does not hold a single prompt ({lacks}); spread the model by --device-map auto, "
+                    "or shard it by --ds-config"
                 )
             self.rows //= 2

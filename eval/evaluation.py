@@ -133,13 +133,14 @@ def retain_seen(models: list[tuple[int | None, Path]], suite: LoadedSuite) -> di
     return seen_in_training(suite.probes, read_config(run, ()))
 
 
-def provenance(names: list[str], sharded: bool, dtype: str) -> Json:
-    """{"command", "versions", "dtype", "ranks"} of the evaluation that this process runs."""
-    packages = ["torch", "transformers", "rouge_score"]
+def provenance(names: list[str], runs_model: list[str], dtype: str) -> Json:
+    """{"command", "versions", "dtype", "ranks"} of the evaluation that this process runs.
+
+    runs_model: packages beside transformers that ran the model.
+    """
+    packages = ["torch", "transformers", "rouge_score", *runs_model]
     if any(SUITES[name].startswith("eval.suites.harness") for name in names):
         packages.append("lm_eval")
-    if sharded:
-        packages.append("deepspeed")
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     return {
         "command": shlex.join(["python", "-m", "eval.run", *arguments]),

@@ -1,4 +1,4 @@
-"""Where a model lies while it is evaluated: whole on each rank, over the GPUs of one machine, or a share on each rank."""
+"""Where a model lies while it is evaluated: whole on each rank, over the GPUs of a machine, or a share on each rank."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from eval.batch_size import AUTO
 from eval.loading import load, read_ds_config, trust_of
+from eval.vllm_model import check_vllm, load_vllm
 from pipeline.distributed.environment import world_from_environment
 from pipeline.errors import InputError
 
@@ -24,6 +25,7 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--ds-config", type=Path, metavar="FILE.json", help="a ZeRO-3 file: each rank holds a share of the model")
     add("--device-map", choices=("auto",), help="one process spreads the model over the GPUs of this machine")
+    add("--backend", choices=("vllm",), help="vLLM, and not transformers, runs the model, in one process")
 
 
 def loader_of(arguments: argparse.Namespace, suites: Sequence[str]) -> Loader:
@@ -47,6 +49,12 @@ def loader_of(arguments: argparse.Namespace, suites: Sequence[str]) -> Loader:
                 "--device-map does not go with suite probes, which reads the weights of the output layer itself; shard "
                 "the model by --ds-config"
             )
+    if arguments.backend == "vllm":
+        if sharded or arguments.device_map is not None:
+            raise InputError("--backend vllm places the weights itself; leave --ds-config and --device-map out")
+        refuse_ranks("--backend vllm")
+        check_vllm(suites)
+        return partial(load_vllm, trust=trust_of(arguments))
     ds_config = read_ds_config(arguments.ds_config) if sharded else None
     return partial(load, ds_config=ds_config, trust=trust_of(arguments), device_map=arguments.device_map)
 

@@ -2,7 +2,8 @@
 
     python -m eval.run --model FOLDER --suite NAME [NAME …] --output FILE.json [--data FOLDER]
                        [--batch-size N|auto] [--shots N] [--tasks NAME [NAME …] [--tasks-dir FOLDER] [--limit N]]
-                       [--ds-config FILE.json | --device-map auto] [--allow-pickle] [--trust-remote-code]
+                       [--ds-config FILE.json | --device-map auto | --backend vllm]
+                       [--allow-pickle] [--trust-remote-code]
 
 The command reads weights from safetensors only and does not run code that comes with a model, unless the last two
 options allow it.
@@ -130,6 +131,7 @@ def main() -> None:
     names = check_suites(arguments.suite)
     options = check(arguments, names)
     load, sharded = loader_of(arguments, names), arguments.ds_config is not None
+    runs_model = ["deepspeed"] if sharded else ["vllm"] if arguments.backend == "vllm" else []
     sharing.start(sharded)
     with sharing.raise_on_all_ranks():
         models = find_models(arguments.model)
@@ -142,7 +144,7 @@ def main() -> None:
     single = models[0][0] is None
     scores = {"model": entries[0]["model"], "suites": entries[0]["suites"]} if single else {"trajectory": entries}
     seconds = round(time.perf_counter() - started, 3)
-    answer = {**scores, **provenance(names, sharded, dtype), "seconds": seconds}
+    answer = {**scores, **provenance(names, runs_model, dtype), "seconds": seconds}
     write_whole(arguments.output, json.dumps(answer, indent=2) + "\n")
     for name, rows in score_tables(entries).items():
         print(f"{name}\n{as_text(rows)}\n")

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from eval.suites.sharing import share
+from eval.vllm_model import VllmModel
 from pipeline.data.chat import encode_answers, openings
 
 if TYPE_CHECKING:
@@ -140,6 +142,12 @@ def restore_order(order: list[list[int]], found: list[list[T]]) -> list[T]:
     return [at[i] for i in range(len(at))]
 
 
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stops: Sequence[int], stopping: Stopping) -> str:
+    """The text of an answer's tokens before the first of `stops`, cut as `stopping` says."""
+    end = next((at for at, token in enumerate(tokens) if token in stops), len(tokens))
+    return stopping.cut(str(tokenizer.decode(list(tokens[:end]), skip_special_tokens=True)))
+
+
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -153,6 +161,9 @@ def answer(
     import torch
 
     stops = [token for token in stopping.tokens if token is not None]
+    if isinstance(model, VllmModel):
+        written = model.write(prompts, stopping.limits(len(prompts)), stops, stopping.seed)
+        return [decode(tokenizer, tokens, stops, stopping) for tokens in written]
     padding = next(token for token in (tokenizer.pad_token_id, *stops, 0) if is_embedded(model, token))
     limits, device = stopping.limits(len(prompts)), input_device(model)
 
@@ -175,12 +186,8 @@ def answer(
                 eos_token_id=stops or None,
                 pad_token_id=padding,
             )
-        texts = []
-        for i, tokens in zip(batch, generated[:, width:].tolist(), strict=True):
-            end = next((at for at, token in enumerate(tokens) if token in stops), len(tokens))
-            end = min(end, limits[i])
-            texts.append(stopping.cut(str(tokenizer.decode(tokens[:end], skip_special_tokens=True))))
-        return texts
+        new = zip(batch, generated[:, width:].tolist(), strict=True)
+        return [decode(tokenizer, tokens[: limits[i]], stops, stopping) for i, tokens in new]
 
     order = batches(prompts, batch_size)[::-1]  # what memory does not hold shows at once
     return restore_order(order, share(order, work, title))
@@ -225,6 +232,11 @@ def answer_losses(
 ) -> list[float]:
     """Mean negative log-likelihood, in nats a token, of each answer given its question (see `chat.encode_answers`)."""
     from torch.nn.functional import cross_entropy
+
+    if isinstance(model, VllmModel):
+        found = model.score([ids for ids, _ in answers])
+        starts = [max(start, 1) - 1 for _, start in answers]
+        return [-fmean(value for value, _ in own[start:]) for own, start in zip(found, starts, strict=True)]
 
     def loss(index: int, ids: Tensor, logits: Tensor) -> float:
         start = max(answers[index][1], 1)  # nothing predicts a first token

@@ -79,7 +79,7 @@ def refuse_untested(config: RunConfig, given: Json, path: Path) -> None:
         if (value := _at(given, key)) not in (0, 1, None, "auto"):
             raise InputError(
                 f"train.deepspeed: {path} sets {key!r} to {value!r}: no run goes with tensor parallelism, because "
-                "token losses, exports and checkpoints read whole weights, and batches are dealt to ranks, not to groups; "
+                "token losses, exports and checkpoints read whole weights, and batches go to ranks, not to groups; "
                 "remove it (a loop of your own may have it: docs/guides/own-loop.md)"
             )
     for key, new in OLD_NAMES.items():

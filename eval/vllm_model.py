@@ -150,7 +150,7 @@ def load_vllm(folder: Path, trust: Trust) -> tuple[PreTrainedModel, PreTrainedTo
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code)
         own = (folder / "generation_config.json").is_file()
-        dtype = config.dtype or torch.float32
+        dtype: torch.dtype = getattr(torch, str(config.dtype or "float32").removeprefix("torch."))
         engine = LLM(
             model=str(folder),
             dtype=str(dtype).removeprefix("torch."),  # by itself vLLM rounds float32

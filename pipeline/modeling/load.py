@@ -93,14 +93,16 @@ def four_bits(config: Model) -> dict[str, object]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, config.dtype),
     )
-    return {"quantization_config": settings, "device_map": {"": get_accelerator().current_device_name()}}
+    accelerator = get_accelerator()
+    assert accelerator is not None
+    return {"quantization_config": settings, "device_map": {"": accelerator.current_device_name()}}
 
 
 def keep_packing(model: PreTrainedModel) -> None:
     """In evaluation mode some CPUs would pack weights in 4 bits anew, in a form that a backward pass cannot read."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # of bitsandbytes' Linear4bit
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (a Module's type has no such name)
 
 
 def _compile_blocks(model: PreTrainedModel, stage: int) -> None:

@@ -25,7 +25,7 @@ from pipeline.trainer import run
 from tests import oracle
 from tests.conftest import World
 from tests.distributed import run_distributed
-from tests.pipeline.modeling.options import LORA
+from tests.pipeline.modeling.options import LORA, SGD
 from tests.pipeline.zero.test_sharded import train_cases
 
 FOUR_BITS: dict[str, Any] = {"lora": LORA, "load_in_4bit": True}
@@ -105,8 +105,9 @@ def cases_of(world: World, folder: Path, source: Path) -> dict[str, dict[str, An
         train = {"steps": 2, "batch_size": 8, "deepspeed": str(folder / f"zero{stage}.json"), "checkpoint_every": 1}
         model = {**world.configuration("")["model"], "path": str(source), **FOUR_BITS, **more}
         objective = {"forget": "npo", "retain": "nll", "beta": 0.1}  # its reference: the adapters switched off
+        optimizer = SGD if name == "half" else {"eps": 1e-6}
         made = world.configuration(
-            folder / name, synthesis=rule, seed=5, train=train, objective=objective, optimizer={"eps": 1e-6}
+            folder / name, synthesis=rule, seed=5, train=train, objective=objective, optimizer=optimizer
         )
         cases[name] = {**made, "model": model}
     return cases
@@ -140,7 +141,7 @@ def test_adapters_on_four_bits_equal_the_plain_loop_on_the_unpacked_model(world:
         assert set(final) == set(expected)
         error = oracle.weight_change_error(final, expected, initial)
         print(f"{name}: relative error of the weight change {error:.1e}")
-        assert error < (0.2 if name == "half" else 2e-4 if "sago" in name else 2e-5)
+        assert error < (0.1 if name == "half" else 2e-4 if "sago" in name else 2e-5)
     undisturbed = load_file(tmp_path / "sago-2" / "undisturbed" / "adapter_model.safetensors")
     resumed = load_file(tmp_path / "sago-2" / "final" / "adapter_model.safetensors")
     assert all(torch.equal(resumed[name], tensor) for name, tensor in undisturbed.items())

@@ -7,15 +7,21 @@ import re
 import shlex
 import sys
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
+from eval.batch_size import BatchSize
 from eval.files import read_config, read_jsonl
-from eval.loading import Trust, is_model, load
+from eval.loading import is_model
 from eval.suites import SUITES, Probes, Suite, load_suite, sharing
 from eval.suites.corpus import seen_in_training
 from pipeline.errors import InputError
 from pipeline.files import Json
+
+if TYPE_CHECKING:
+    from eval.placement import Loader
 
 BY_HARNESS = tuple(f"eval.suites.{name}" for name in ("harness", "harness_tasks", "wmdp_split", "rwku_utility"))
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -80,21 +86,28 @@ def find_models(folder: Path) -> list[tuple[int | None, Path]]:
 def evaluate_all(
     models: list[tuple[int | None, Path]],
     suites: list[LoadedSuite],
-    batch_size: int,
-    ds_config: Json | None,
-    trust: Trust,
+    batch_size: int | Literal["auto"],
+    load: Loader,
 ) -> tuple[list[Json], str]:
-    """One {"step", "model", "suites"} for each model, and the dtype of the last model."""
+    """One {"step", "model", "suites"} for each model, and the dtype of the last model.
+
+    A suite whose batches `auto` found has their size under "batch_size".
+
+    Raises:
+        InputError: a model cannot be loaded, or memory does not hold a batch.
+    """
+    sizes = {suite.name: BatchSize(batch_size) for suite in suites}
 
     def evaluate(folder: Path) -> tuple[Json, str]:  # a scope of its own: no model outlives it
         with sharing.raise_on_all_ranks():
-            model, tokenizer = load(folder, ds_config, trust)
-        results = {
-            suite.name: suite.module.evaluate(
-                model, tokenizer, suite.probes, batch_size=batch_size, title=f"{suite.name} {folder.name}"
-            )
-            for suite in suites
-        }
+            model, tokenizer = load(folder)
+        results: Json = {}
+        for suite in suites:
+            size, title = sizes[suite.name], f"{suite.name} {folder.name}"
+            work = partial(suite.module.evaluate, model, tokenizer, suite.probes, title=title)
+            results[suite.name] = size.fit(work, title)
+            if size.is_auto:
+                results[suite.name]["batch_size"] = size.rows
         return results, str(model.dtype).removeprefix("torch.")
 
     entries, dtype = [], ""
@@ -121,13 +134,14 @@ def retain_seen(models: list[tuple[int | None, Path]], suite: LoadedSuite) -> di
     return seen_in_training(suite.probes, read_config(run, ()))
 
 
-def provenance(names: list[str], sharded: bool, dtype: str) -> Json:
-    """{"command", "versions", "dtype", "ranks"} of the evaluation that this process runs."""
-    packages = ["torch", "transformers", "rouge_score"]
+def provenance(names: list[str], runs_model: list[str], dtype: str) -> Json:
+    """{"command", "versions", "dtype", "ranks"} of the evaluation that this process runs.
+
+    runs_model: packages beside transformers that ran the model.
+    """
+    packages = ["torch", "transformers", "rouge_score", *runs_model]
     if any(SUITES[name] in BY_HARNESS for name in names):
         packages.append("lm_eval")
-    if sharded:
-        packages.append("deepspeed")
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     return {
         "command": shlex.join(["python", "-m", "eval.run", *arguments]),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +17,9 @@ from pipeline.files import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+DeviceMap = str | dict[str, str]  # what `from_pretrained` takes
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,15 @@ def is_model(folder: Path) -> bool:
 
 
 def load(
-    folder: Path, ds_config: Json | None = None, trust: Trust = NO_TRUST
+    folder: Path, ds_config: Json | None = None, trust: Trust = NO_TRUST, device_map: DeviceMap | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in the dtype it was saved in, on the GPU if there is one, and its tokenizer.
 
     With `ds_config` each rank loads a shard of the model, and forward passes gather it layer by layer.
+
+    Args:
+        device_map: `auto` spreads the layers over the GPUs of this machine and, what they do not hold, main memory and
+            disk (accelerate); or where each module goes.
 
     Raises:
         InputError: the model cannot be loaded, or not without something that `trust` does not allow.
@@ -80,12 +90,22 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code)
         if ds_config is not None:
             return load_sharded(folder, ds_config, trust), tokenizer
-        model: Any = load_whole(folder, dtype="auto", **trust.options())
+        spread = {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder()}
+        model: Any = load_whole(folder, dtype="auto", **trust.options(), **spread)
     except WrongWeights as error:
         raise InputError(str(error)) from None
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise refusal(folder, error, trust) from error
+    if device_map is not None:  # it is where it belongs
+        return model, tokenizer
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def offload_folder() -> str:
+    """A folder for weights that are on disk alone, as long as this process lives."""
+    folder = tempfile.mkdtemp(prefix="offloaded-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def refusal(folder: Path, error: Exception, trust: Trust) -> InputError:

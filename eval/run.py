@@ -1,15 +1,17 @@
 """Evaluate a model folder, or every export of a training run, on named suites.
 
-    python -m eval.run --model FOLDER --suite NAME [NAME …] --output FILE.json [--data FOLDER] [--batch-size N]
-                       [--shots N] [--tasks NAME [NAME …] [--tasks-dir FOLDER] [--limit N]] [--ds-config FILE.json]
+    python -m eval.run --model FOLDER --suite NAME [NAME …] --output FILE.json [--data FOLDER]
+                       [--batch-size N|auto] [--shots N] [--tasks NAME [NAME …] [--tasks-dir FOLDER] [--limit N]]
+                       [--ds-config FILE.json | --device-map auto | --backend vllm]
                        [--allow-pickle] [--trust-remote-code]
 
 The command reads weights from safetensors only and does not run code that comes with a model, unless the last two
 options allow it.
 
 Under `torchrun` or `deepspeed` (`--module eval.run`) the ranks share the work; the scores are those of one rank, and
-the first rank writes them. `--ds-config` shards the model over the ranks by ZeRO-3, for a model that does not fit on
-one.
+the first rank writes them. For a model that does not fit on one GPU, `--device-map auto` spreads it over those of a
+machine, in one process, and `--ds-config` shards it over the ranks by ZeRO-3, which gathers the whole model for each
+token that it generates.
 
 A *run folder* (with `metrics.jsonl`, and `exports/` or `final/`) gives {"trajectory": [{"step", "model", "suites"}, …],
 …} in the order of steps; any other folder is one Hugging Face model and gives {"model", "suites", …}. Each suite gives
@@ -26,9 +28,11 @@ import json
 import time
 from pathlib import Path
 
+from eval.batch_size import AUTO, DEFAULT, rows_or_auto
 from eval.evaluation import evaluate_all, find_models, load_suites, provenance
 from eval.files import exit_status, read_config, read_jsonl
-from eval.loading import add_trust_options, read_ds_config, trust_of
+from eval.loading import add_trust_options
+from eval.placement import add_placement_options, loader_of
 from eval.reporting.board import write_to_board
 from eval.reporting.card import write_scores
 from eval.reporting.pages import as_text
@@ -51,12 +55,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--suite", nargs="+", required=True, metavar="NAME", help=f"one or more of: {', '.join(SUITES)}")
     add("--output", type=Path, required=True, metavar="FILE.json", help="the file to write: one JSON object")
     add("--data", type=Path, metavar="FOLDER", help="local copies of the suites' data")
-    add("--batch-size", type=int, default=64, metavar="N", help="prompts in one batch (default 64)")
+    size = f"prompts in one batch (default {DEFAULT}); auto: as many as the GPU's memory holds"
+    add("--batch-size", type=rows_or_auto, default=DEFAULT, metavar="N", help=size)
     add("--shots", type=int, metavar="N", help=f"examples before each question of mmlu (default {MMLU_SHOTS})")
     add("--forget-set", choices=FORGET_SETS, help=f"of tofu from the hub (default {FORGET_SETS[-1]})")
     add_task_options(parser)
     add("--config", type=Path, metavar="FILE", help="for probes: the YAML with data.probes (default: the run's own)")
-    add("--ds-config", type=Path, metavar="FILE.json", help="a ZeRO-3 file: each rank holds a share of the model")
+    add_placement_options(parser)
     add_trust_options(parser)
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # `deepspeed` adds it
     return parser
@@ -64,8 +69,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check(arguments: argparse.Namespace, suites: list[str]) -> dict[str, Json]:
     """Further arguments of `load_probes` by the suite's name; raises InputError for options that do not fit."""
-    if arguments.batch_size < 1:
-        raise InputError(f"--batch-size {arguments.batch_size}: give 1 or more")
+    if arguments.batch_size != AUTO and arguments.batch_size < 1:
+        raise InputError(f"--batch-size {arguments.batch_size}: give 1 or more, or auto")
     if arguments.output.is_dir():
         raise InputError(f"--output {arguments.output} is a folder; name a file")
     if arguments.shots is not None and "mmlu" not in suites:
@@ -125,20 +130,21 @@ def main() -> None:
     started = time.perf_counter()
     names = check_suites(arguments.suite)
     options = check(arguments, names)
-    ds_config = None if arguments.ds_config is None else read_ds_config(arguments.ds_config)
-    sharing.start(sharded=ds_config is not None)
+    load, sharded = loader_of(arguments, names), arguments.ds_config is not None
+    runs_model = ["deepspeed"] if sharded else ["vllm"] if arguments.backend == "vllm" else []
+    sharing.start(sharded)
     with sharing.raise_on_all_ranks():
         models = find_models(arguments.model)
         if "corpus" in names and (arguments.model / "config.yaml").is_file():
             options["corpus"] = {"run": arguments.model}
         suites = load_suites(names, arguments.data, options)  # before any model: a wrong --data costs no time
-    entries, dtype = evaluate_all(models, suites, arguments.batch_size, ds_config, trust_of(arguments))
+    entries, dtype = evaluate_all(models, suites, arguments.batch_size, load)
     if sharing.rank_and_size()[0] != 0:
         return
     single = models[0][0] is None
     scores = {"model": entries[0]["model"], "suites": entries[0]["suites"]} if single else {"trajectory": entries}
     seconds = round(time.perf_counter() - started, 3)
-    answer = {**scores, **provenance(names, ds_config is not None, dtype), "seconds": seconds}
+    answer = {**scores, **provenance(names, runs_model, dtype), "seconds": seconds}
     write_whole(arguments.output, json.dumps(answer, indent=2) + "\n")
     for name, rows in score_tables(entries).items():
         print(f"{name}\n{as_text(rows)}\n")

@@ -114,7 +114,7 @@ def make_plan(config: RunConfig, machines: Cluster) -> Plan:
     model = model_without_weights(config)
     if config.train.schedule == "joint" and keeps_stash(config):
         install_rules(model, TaskRows())  # or the run would refuse the model, once it has its machines
-    shape = shape_of(model)
+    shape = shape_of(model, config.model.load_in_4bit)
     rehearsed: dict[int | None, Pass] = {}
     passes = {}
     for task in config.tasks:

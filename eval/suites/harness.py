@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.files import write_jsonl
 from eval.suites import MMLU_SHOTS
-from eval.suites.shared_lm import SEEDS, LoadedTasks, SharedLM, evaluate_tasks, seed_generators
+from eval.suites.shared_lm import SEEDS, LoadedTasks, evaluate_tasks, language_model, seed_generators
 from pipeline.data.tables import json_rows
 from pipeline.errors import InputError
 from pipeline.files import Json
@@ -205,7 +205,7 @@ def evaluate(
     {"all": n, …}, "cut": {"all": n}}, "protocol": text, "shots": n, "seeds": {"fewshot": n}, "task_versions":
     {name: n}}. "cut" counts the questions whose prompt is longer than the model's context and loses its beginning.
     """
-    lm = SharedLM(model, tokenizer, batch_size, title)
+    lm = language_model(model, tokenizer, batch_size, title)
     answer = evaluate_tasks(lm, probes.loaded)
     # {"all" or subject: the harness's name}; the group, or the one task, comes first
     names = {"all": probes.suite} | {

@@ -26,7 +26,7 @@ from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.suites.shared_lm import SEEDS, LoadedTasks, SharedLM, evaluate_tasks, seed_generators
+from eval.suites.shared_lm import SEEDS, LoadedTasks, evaluate_tasks, language_model, seed_generators
 from pipeline.errors import InputError
 
 # What the YAML file of a task, its functions, its templates and the reading of its rows may raise.
@@ -164,7 +164,7 @@ def evaluate(
     are longer than the model's context and lose their beginning), "protocol" {task: text}, "shots" and "task_versions"
     {task: n}, "limit" and "seeds".
     """
-    lm = SharedLM(model, tokenizer, batch_size, title)
+    lm = language_model(model, tokenizer, batch_size, title)
     answer = evaluate_tasks(lm, probes.loaded, probes.limit)
     results, better = answer["results"], answer["higher_is_better"]
     scores, errors = ({name: numbers(found, part) for name, found in results.items()} for part in (False, True))

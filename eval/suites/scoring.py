@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from eval.suites.sharing import share
+from eval.vllm_model import VllmModel
 from pipeline.data.chat import encode_answers, openings
 
 if TYPE_CHECKING:
@@ -62,6 +64,14 @@ def is_embedded(model: PreTrainedModel, token: object) -> bool:
     """Whether the model has a row for the token, which a tokenizer may have got later than the model."""
     embeddings = cast("torch.nn.Embedding", model.get_input_embeddings())
     return isinstance(token, int) and token < embeddings.num_embeddings
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a forward pass takes its tokens. Weights that a device map keeps elsewhere until then are on `meta`."""
+    import torch
+
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    return model.device if hook is None else torch.device(hook.execution_device)
 
 
 def ends_of_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, ...]:
@@ -132,6 +142,12 @@ def restore_order(order: list[list[int]], found: list[list[T]]) -> list[T]:
     return [at[i] for i in range(len(at))]
 
 
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stops: Sequence[int], stopping: Stopping) -> str:
+    """The text of an answer's tokens before the first of `stops`, cut as `stopping` says."""
+    end = next((at for at, token in enumerate(tokens) if token in stops), len(tokens))
+    return stopping.cut(str(tokenizer.decode(list(tokens[:end]), skip_special_tokens=True)))
+
+
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -145,8 +161,11 @@ def answer(
     import torch
 
     stops = [token for token in stopping.tokens if token is not None]
+    if isinstance(model, VllmModel):
+        written = model.write(prompts, stopping.limits(len(prompts)), stops, stopping.seed)
+        return [decode(tokenizer, tokens, stops, stopping) for tokens in written]
     padding = next(token for token in (tokenizer.pad_token_id, *stops, 0) if is_embedded(model, token))
-    limits = stopping.limits(len(prompts))
+    limits, device = stopping.limits(len(prompts)), input_device(model)
 
     def work(batch: list[int]) -> list[str]:
         width = max(len(prompts[i]) for i in batch)
@@ -158,8 +177,8 @@ def answer(
             if stopping.seed is not None:
                 torch.manual_seed(stopping.seed * len(prompts) + batch[0])  # of the batch: ranks do not matter
             generated = model.generate(  # pyright: ignore[reportCallIssue] (its mixin is typed as a Module)
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
                 max_new_tokens=max(limits[i] for i in batch),
                 **({"do_sample": False} if stopping.seed is None else drawn),
                 num_beams=1,
@@ -167,14 +186,10 @@ def answer(
                 eos_token_id=stops or None,
                 pad_token_id=padding,
             )
-        texts = []
-        for i, tokens in zip(batch, generated[:, width:].tolist(), strict=True):
-            end = next((at for at, token in enumerate(tokens) if token in stops), len(tokens))
-            end = min(end, limits[i])
-            texts.append(stopping.cut(str(tokenizer.decode(tokens[:end], skip_special_tokens=True))))
-        return texts
+        new = zip(batch, generated[:, width:].tolist(), strict=True)
+        return [decode(tokenizer, tokens[: limits[i]], stops, stopping) for i, tokens in new]
 
-    order = batches(prompts, batch_size)
+    order = batches(prompts, batch_size)[::-1]  # what memory does not hold shows at once
     return restore_order(order, share(order, work, title))
 
 
@@ -192,12 +207,14 @@ def read_logits(
     """
     import torch
 
+    device = input_device(model)
+
     def work(batch: list[int]) -> list[T]:
         rows = [torch.tensor(sequences[i]) for i in batch]
         # Padding comes after the text, where a causal model cannot see it; any token will do.
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
-        lengths = torch.tensor([len(row) for row in rows], device=model.device)
-        mask = (torch.arange(ids.shape[1], device=model.device) < lengths.unsqueeze(1)).long()
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        mask = (torch.arange(ids.shape[1], device=device) < lengths.unsqueeze(1)).long()
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             sizes = [len(row) for row in rows]
@@ -206,7 +223,7 @@ def read_logits(
                 for row, (i, size) in enumerate(zip(batch, sizes, strict=True))
             ]
 
-    order = batches(sequences, batch_size, MOST_TOKENS)
+    order = batches(sequences, batch_size, MOST_TOKENS)[::-1]
     return restore_order(order, share(order, work, title))
 
 
@@ -215,6 +232,11 @@ def answer_losses(
 ) -> list[float]:
     """Mean negative log-likelihood, in nats a token, of each answer given its question (see `chat.encode_answers`)."""
     from torch.nn.functional import cross_entropy
+
+    if isinstance(model, VllmModel):
+        found = model.score([ids for ids, _ in answers])
+        starts = [max(start, 1) - 1 for _, start in answers]
+        return [-fmean(value for value, _ in own[start:]) for own, start in zip(found, starts, strict=True)]
 
     def loss(index: int, ids: Tensor, logits: Tensor) -> float:
         start = max(answers[index][1], 1)  # nothing predicts a first token

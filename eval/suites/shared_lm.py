@@ -21,9 +21,10 @@ import lm_eval.evaluator_utils
 import numpy as np
 import torch
 from lm_eval.api.metrics import acc_all, acc_all_stderr, mean, mean_stderr
+from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate as harness_evaluate
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import Collator, normalize_gen_kwargs
+from lm_eval.models.utils import Collator, normalize_gen_kwargs, resolve_max_length
 from lm_eval.tasks.manager import TaskDict
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
@@ -31,6 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.suites import scoring
 from eval.suites.sharing import rank_and_size, share
+from eval.vllm_model import VllmModel
 from pipeline.errors import InputError
 
 SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # those of the harness's command line
@@ -67,6 +69,7 @@ class SharedLM(Base):
         if tokenizer.pad_token_id is not None and not scoring.is_embedded(model, tokenizer.pad_token_id):
             tokenizer.pad_token = None  # the harness takes another: the model has no row for this one
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        self._device = scoring.input_device(model)  # the harness takes that of the first weight
         self.title = title
         self.too_long = 0
 
@@ -175,6 +178,44 @@ class SharedLM(Base):
             return answer([requests[i] for i in batch], disable_tqdm=True)
 
         return scoring.restore_order(batches, share(list(enumerate(batches)), work, self.title))
+
+
+class VllmLM(SharedLM):
+    """The same with the log-probabilities of vLLM, which forms its own batches of the requests."""
+
+    def __init__(self, model: VllmModel, tokenizer: PreTrainedTokenizerBase, title: str) -> None:
+        TemplateLM.__init__(self)  # the harness's own model would need weights
+        self.engine, self.tokenizer, self.title = model, tokenizer, title
+        self.backend, self.enable_thinking = "causal", False
+        self.add_bos_token, self.custom_prefix_token_id = None, None
+        self._max_length = resolve_max_length(model.config, tokenizer, default=self._DEFAULT_MAX_LENGTH)
+        self._rank, self._world_size, self._device = 0, 1, torch.device("cpu")  # of results
+        self.batch_size_per_gpu, self.too_long = 1, 0
+
+    def share_forwards(self, batches: list[list[int]], requests: Sequence[Request]) -> list[list[tuple[float, bool]]]:
+        """As above. vLLM needs room for a token that it writes, so a prompt that does not fit loses one more."""
+        order = [i for batch in batches for i in batch]
+        whole = [[*requests[i][1], *requests[i][2]][-(self.max_length - 1) :] for i in order]
+        found = []
+        for i, places in zip(order, self.engine.score(whole), strict=True):
+            own = places[-len(requests[i][2]) :]
+            found.append((sum(value for value, _ in own), all(greedy for _, greedy in own)))
+        results = iter(found)
+        return [[next(results) for _ in batch] for batch in batches]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """Raises InputError: the settings of a task are those of transformers."""
+        raise InputError(
+            f"{self.title}: in {requests[0].task_name} the model writes, and here --backend vllm only scores the "
+            "harness's texts; leave --backend out, or leave this task out of --tasks"
+        )
+
+
+def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, title: str) -> SharedLM:
+    """The harness's model for a model of transformers or of vLLM."""
+    if isinstance(model, VllmModel):
+        return VllmLM(model, tokenizer, title)
+    return SharedLM(model, tokenizer, batch_size, title)
 
 
 def consecutive(lengths: Sequence[int], batch_size: int, most_tokens: int) -> list[list[int]]:

@@ -19,8 +19,12 @@ Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
 
+_is_sharded = [False]  # whether a forward pass of one rank needs the others
+
+
 def start(sharded: bool) -> None:
     """Join the process group of the launcher. A process alone forms one only for a sharded model."""
+    _is_sharded[0] = sharded
     if sharded or world_from_environment()[1] > 1:
         from pipeline.distributed import process_group
 
@@ -59,19 +63,31 @@ def share(batches: Sequence[Batch], work: Callable[[Batch], Result], title: str)
 
     The batches are those of one rank, so the results are too, to the bit. All ranks work equally often: a rank that has
     no batch left repeats the last one, because a forward pass of a sharded model needs every rank.
+
+    Raises:
+        torch.OutOfMemoryError: on every rank, if `work` raised it on one. Of a sharded model it ends that rank alone,
+            because the others wait for it inside a forward pass.
     """
+    import torch
     from tqdm import tqdm
 
     rank, size = rank_and_size()
     rounds = range(rank, -(-len(batches) // size) * size, size)
     bar = tqdm(rounds, desc=title, unit="batch", leave=False, disable=rank != 0 or not can_redraw(sys.stderr))
     shown = with_lines(rounds, title) if rank == 0 and bar.disable else bar
-    own = [work(batches[min(i, len(batches) - 1)]) for i in shown]
-    parts = [own] * size
+    own, lacks = [], None
+    try:
+        own = [work(batches[min(i, len(batches) - 1)]) for i in shown]
+    except torch.OutOfMemoryError as error:
+        if _is_sharded[0]:
+            raise
+        lacks = str(error)
+    parts, all_lack = [own] * size, [lacks] * size
     if size > 1:
-        import torch.distributed as dist
-
-        dist.all_gather_object(parts, own)
+        torch.distributed.all_gather_object(all_lack, lacks)
+        torch.distributed.all_gather_object(parts, own)
+    if found := [one for one in all_lack if one is not None]:
+        raise torch.OutOfMemoryError(found[0])
     return [parts[i % size][i // size] for i in range(len(batches))]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline.config.explain import nearest
@@ -96,6 +97,18 @@ def check_schedule(config: RunConfig, where: str) -> None:
             )
     if config.model.torch_compile:
         raise InputError(f"{refused} has rules for modules that model.torch_compile would fuse; {remedy}, or unset it")
+
+
+def check_packages(config: RunConfig, where: str) -> None:
+    """
+    Raises:
+        InputError: the package of a key is not installed.
+    """
+    if config.model.load_in_4bit and find_spec("bitsandbytes") is None:
+        raise InputError(
+            f"{where}: model.load_in_4bit needs the package bitsandbytes, which is not installed; run `pip install "
+            "bitsandbytes`, or remove the key"
+        )
 
 
 def _check_exists(file: str, key: str) -> None:

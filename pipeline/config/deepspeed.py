@@ -73,6 +73,12 @@ def deepspeed_config(config: RunConfig) -> DeepSpeedDict:
             f"train.deepspeed: {path}: without ZeRO DeepSpeed does not scale the loss in float16; use stage 1, or "
             "model.dtype bfloat16"
         )
+    if stage == 3 and config.model.load_in_4bit:
+        raise InputError(
+            f"train.deepspeed: {path}: ZeRO stage 3 cuts every weight into shares while it loads, and "
+            "model.load_in_4bit packs a weight together with constants that cannot be cut so; use stage 2 "
+            "(ds_configs/zero2.json), or remove model.load_in_4bit"
+        )
     if stage:  # else bf16 runs accumulate in bf16; without ZeRO DeepSpeed has no other way
         merged.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     _check_offload(zero, stage, config, path)

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.automatic import as_before, fit_machine
-from pipeline.config.checks import check_corpus, check_objective, check_probes, check_schedule
+from pipeline.config.checks import check_corpus, check_objective, check_packages, check_probes, check_schedule
 from pipeline.config.explain import explain, is_table, nearest, subsection
 from pipeline.config.files import RECIPES, find_file
 from pipeline.config.objectives import NEEDS
@@ -184,6 +184,8 @@ def resolve(
     check_objective(config, where)
     check_probes(config, where, reads_data)
     check_schedule(config, where)
+    if reads_data:  # else nothing trains
+        check_packages(config, where)
     return fit_machine(config, on_gpu)
 
 

@@ -54,6 +54,11 @@ class Model(Section):
         [".*"], min_length=1, description="regular expressions; a tensor trains if one of them is found in its name"
     )
     lora: Lora | None = Field(None, description="train low-rank adapters instead, by peft")
+    load_in_4bit: bool = Field(
+        False,
+        description="with model.lora: all linear layers but the output layer in 4 bits (QLoRA: NF4, double "
+        "quantisation), by bitsandbytes; ZeRO stages 0 to 2",
+    )
     dropout: float | None = Field(
         0.0,
         ge=0,
@@ -80,6 +85,18 @@ class Model(Section):
                 "model.trainable chooses among the model's own tensors, but with model.lora only adapters "
                 "train; remove model.trainable, and choose layers by model.lora.targets"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _four_bits_are_frozen(self) -> Model:
+        if not self.load_in_4bit:
+            return self
+        if self.lora is None:
+            raise ValueError("model.load_in_4bit: weights in 4 bits cannot train; set model.lora, whose adapters do")
+        if self.lora.merge:
+            raise ValueError("model.lora.merge: weights in 4 bits take no adapter; export it, and merge it by peft")
+        if self.torch_compile:
+            raise ValueError("model.torch_compile: was not tested with model.load_in_4bit; remove one of them")
         return self
 
 

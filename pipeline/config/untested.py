@@ -37,7 +37,6 @@ UNTESTED: dict[str, tuple[str, tuple[object, ...]]] = {
     "gradient_predivide_factor": ("gradients divided before they are added up", (1, None)),
     "gradient_allreduce_op": ("gradients summed over ranks", ("mean", None)),
     "sequence_parallel_size": ("sequence parallelism", (1, None)),
-    "tensor_parallel.autotp_size": ("tensor parallelism", (0, 1, None)),
     "expert_parallel.enabled": ("expert parallelism", (False, None)),
     "compile.deepcompile": ("DeepCompile", (False, None)),
     "data_efficiency.enabled": ("sampling and dropping of tokens", (False, None)),
@@ -48,6 +47,8 @@ UNTESTED: dict[str, tuple[str, tuple[object, ...]]] = {
     "checkpoint.writer": ("checkpoints written later", (None,)),
     "datastates_ckpt": ("checkpoints written later", (False, None)),
 }
+
+TENSOR_PARALLEL = tuple(f"tensor_parallel.{key}" for key in ("autotp_size", "tp.tp_size", "tensor_parallel.tp_size"))
 
 OLD_NAMES = {
     "bfloat16": "bf16",
@@ -63,7 +64,7 @@ def refuse_untested(config: RunConfig, given: Json, path: Path) -> None:
     """Refuse features without a test by name, under every name by which DeepSpeed reads them.
 
     Raises:
-        InputError: the file sets something of UNTESTED, or uses one of OLD_NAMES.
+        InputError: the file sets something of UNTESTED or TENSOR_PARALLEL, or uses one of OLD_NAMES.
     """
     own = SHORT_NAMES[config.model.dtype]
     wire = ("communication in another dtype than fp32 or the model's", ("fp32", own, None))
@@ -73,6 +74,13 @@ def refuse_untested(config: RunConfig, given: Json, path: Path) -> None:
             raise InputError(
                 f"train.deepspeed: {path} sets {key!r} to {value!r}: {feature} would change what a gradient or a step "
                 "is, and this program was never tested with that; remove it"
+            )
+    for key in TENSOR_PARALLEL:
+        if (value := _at(given, key)) not in (0, 1, None, "auto"):
+            raise InputError(
+                f"train.deepspeed: {path} sets {key!r} to {value!r}: no run goes with tensor parallelism, because "
+                "token losses, exports and checkpoints read whole weights, and batches go to ranks, not to groups; "
+                "remove it (a loop of your own may have it: docs/guides/own-loop.md)"
             )
     for key, new in OLD_NAMES.items():
         if _at(given, key) is not None:

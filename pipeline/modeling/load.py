@@ -8,10 +8,9 @@ import re
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from pipeline.config.deepspeed import DeepSpeedDict
@@ -46,6 +45,8 @@ def load_model(config: Model, deepspeed_config: DeepSpeedDict, seed: int = 0) ->
         options["attn_implementation"] = config.attn_implementation
     if not config.allow_pickle:
         options["use_safetensors"] = True  # else transformers loads a pickle where there are no safetensors
+    if config.load_in_4bit:
+        options |= four_bits(config)
     try:
         dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)  # auto: as it was saved
         model = load_whole(config.path, dtype=dtype, **options)
@@ -63,6 +64,8 @@ def load_model(config: Model, deepspeed_config: DeepSpeedDict, seed: int = 0) ->
         raise InputError(f"model.path: cannot load {config.path!r}: {reason}") from None
     finally:
         del zero3
+    if config.load_in_4bit:
+        keep_packing(model)
     if hasattr(model, "peft_config"):
         raise _holds_an_adapter(config.path)
     if config.dropout is not None:
@@ -76,6 +79,30 @@ def load_model(config: Model, deepspeed_config: DeepSpeedDict, seed: int = 0) ->
     torch.manual_seed(seed + dist.get_rank())  # each rank draws its own dropout
     model.train()
     return model
+
+
+def four_bits(config: Model) -> dict[str, object]:
+    """Options of `from_pretrained` by which linear layers but the output layer are in 4 bits, on this rank's device.
+
+    QLoRA (Dettmers et al., 2023): NF4 in blocks of 64, whose scales are quantised again. A layer multiplies in the
+    model's dtype, in which its weight is unpacked for each product.
+    """
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+    )
+    accelerator = get_accelerator()
+    assert accelerator is not None
+    return {"quantization_config": settings, "device_map": {"": accelerator.current_device_name()}}
+
+
+def keep_packing(model: PreTrainedModel) -> None:
+    """In evaluation mode some CPUs would pack weights in 4 bits anew, in a form that a backward pass cannot read."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # of bitsandbytes' Linear4bit
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (a Module's type has no such name)
 
 
 def _compile_blocks(model: PreTrainedModel, stage: int) -> None:

@@ -23,6 +23,10 @@ GIB = 2**30
 RESERVED = 3 * GIB  # of a GPU, for CUDA's context, NCCL's buffers, cuBLAS' workspace and fragmentation
 
 
+# An element in NF4 with double quantisation: 4 bits; a scale in 8 bits for 64 elements, and one in fp32 for 256 scales.
+PACKED_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
 ADAM_BYTES = 48  # memory traffic of an element in combination, clipping and AdamW: 12 reads and writes of 4 bytes
 
 
@@ -119,8 +123,8 @@ def states(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster) 
     gpu, host = memory.gpu, memory.host
     offloaded = zero.optimizer_on != "device"
     at = host if offloaded else gpu
-    weights = sum(share) if zero.stage == 3 else shape.elements
-    (host if zero.parameters_on == "cpu" else gpu)["parameters"] = b * weights
+    weights = b * sum(share) if zero.stage == 3 else whole_weights(shape)
+    (host if zero.parameters_on == "cpu" else gpu)["parameters"] = weights
     if zero.stage == 3:
         kept_whole = b * sum(size for size in shape.sizes if size <= zero.persistent)
         gpu["parameters"] = gpu.get("parameters", 0) + kept_whole
@@ -144,7 +148,7 @@ def states(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster) 
     if references & {"logits", "hidden"}:
         held = mine if zero.stage == 3 else shape.trained
         (host if zero.parameters_on == "cpu" else gpu)["reference"] = b * held
-    gpu["buffers"] = buffers(shape, zero)
+    gpu["buffers"] = buffers(shape, zero) + b * max(shape.packed, default=0)  # unpacked for its product
     updated = min(zero.sub_group, mine) if zero.stage == 3 else mine
     if not offloaded:  # the gradient as one fp32 tensor, and what AdamW computes before it writes
         memory.step = updated * 4 * (2 if moments else 1)
@@ -152,6 +156,12 @@ def states(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster) 
     if zero.stage in (1, 2) and offloaded:
         memory.step = 0
     return memory
+
+
+def whole_weights(shape: ModelShape) -> float:
+    """Bytes of the whole model, of which some weights may be in 4 bits."""
+    packed = sum(shape.packed)
+    return (shape.elements - packed) * shape.itemsize + packed * PACKED_BYTES
 
 
 def main_memory(shape: ModelShape, zero: Zero, memory: Memory, machines: Cluster, exported: float) -> float:

@@ -59,6 +59,7 @@ class ModelShape:
     head: tuple[int, int]  # vocabulary, width
     head_trains: bool
     plain_head: bool  # logits are the product with its weight, and are never stored whole
+    packed: tuple[int, ...] = ()  # elements of each weight that is in 4 bits
 
     @property
     def elements(self) -> int:
@@ -124,14 +125,17 @@ def _attention(
     return found[0].transpose(1, 2).contiguous(), None
 
 
-def shape_of(model: PreTrainedModel) -> ModelShape:
+def shape_of(model: PreTrainedModel, four_bits: bool = False) -> ModelShape:
+    """The model's shape; with `four_bits` its linear layers but adapters and output layer are packed (QLoRA)."""
     head = model.get_output_embeddings()
     assert head is not None  # every causal language model has one
     parameters = list(model.parameters())
     text = model.config.get_text_config()
     capped = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # Gemma 2, Granite, Cohere
     weight = next(iter(head.parameters()))
+    linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
     return ModelShape(
+        packed=tuple(one.numel() for one in linear if not one.requires_grad) if four_bits else (),
         sizes=[parameter.numel() for parameter in parameters],
         trains=[parameter.requires_grad for parameter in parameters],
         itemsize=parameters[0].element_size(),

@@ -13,6 +13,7 @@ nothing.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from itertools import accumulate
 from typing import Literal, NamedTuple
 
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.errors import InputError
 from pipeline.synthesis.combine import Piece, State, Synthesis, units_of
 from pipeline.synthesis.geometry import Geometry
 from pipeline.synthesis.windows import copy_all_, join_neighbours
@@ -27,6 +29,7 @@ from pipeline.zero.compat import unexpected
 from pipeline.zero.engine import Engine
 from pipeline.zero.optimizer_state import Fragment
 from pipeline.zero.stages import gradient_store
+from pipeline.zero.tensor_parallel import copies, group_size
 
 
 class Combined(NamedTuple):
@@ -87,6 +90,12 @@ class GradientCombiner:
         names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
         self.names = [names[id(parameter)] for parameter in self.store.parameters]
         self.sizes = [int(getattr(p, "ds_numel", p.numel())) for p in self.store.parameters]  # of whole parameters
+        self.group, self.copies = group_size(engine), copies(engine, self.store.parameters)
+        if self.group > 1 and synthesis.rule == "graddrop":
+            raise InputError(
+                "synthesis.rule: graddrop draws by an element's number in the model, which differs where tensors are "
+                "cut (tensor_parallel of the DeepSpeed file); choose another rule"
+            )
         self.units = units_of(synthesis.resolved_scope, [layer_of(name) for name in self.names])
         self.stash: Tensor | None = None
         self.average: Tensor | None = None
@@ -150,7 +159,7 @@ class GradientCombiner:
             pieces = [Piece(*part) for part in parts]
             self.scale = self.store.loss_scale
             self.table = self.synthesis.combine_(pieces, self.units, self._add_up, self.scale, self.state)
-            geometry = Geometry.of(self.table, sum(self.sizes), self.scale)
+            geometry = Geometry.of(self.table, self._elements(range(len(self.sizes))), self.scale)
         finite = self._all_finite(slices) if geometry is None else geometry.finite
         if not finite and self.engine.fp16_enabled():
             for gradient in slices[:1]:
@@ -188,8 +197,7 @@ class GradientCombiner:
         if self.table is None:
             return {}
         return {
-            layer: Geometry.of(self.table[rows], sum(self.sizes[row] for row in rows), self.scale)
-            for layer, rows in members.items()
+            layer: Geometry.of(self.table[rows], self._elements(rows), self.scale) for layer, rows in members.items()
         }
 
     def stash_slices(self) -> list[Tensor]:
@@ -201,10 +209,18 @@ class GradientCombiner:
         return list(flat.split([size for _, size in self.store.layout]))
 
     def _add_up(self, table: Tensor) -> None:
-        """Sum over ranks, in place. A gradient that every rank has whole counts once, and all still decide alike."""
+        """Sum over ranks, in place. A gradient that several ranks have counts once, and all still decide alike."""
         total = table.to(self.engine.device)  # offloaded gradients are summed on the CPU, which NCCL cannot reduce
         dist.all_reduce(total)
-        table.copy_(total / dist.get_world_size() if self.store.replicated else total)
+        if self.store.replicated:
+            total /= dist.get_world_size() // self.group
+        if self.group > 1:
+            total /= torch.tensor(self.copies, device=total.device)[:, None]
+        table.copy_(total)
+
+    def _elements(self, rows: Iterable[int]) -> int:
+        """Of the whole parameters of these rows; under tensor parallelism a rank has parts."""
+        return sum(self.sizes[row] * self.group // self.copies[row] for row in rows)
 
     def _all_finite(self, slices: list[Tensor]) -> bool:
         """Whether `engine.step()` may read this gradient, where no table of sums says so (no forget buffer)."""

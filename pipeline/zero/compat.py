@@ -26,6 +26,9 @@ INTERNALS: dict[str, dict[str, str]] = {
     "engine": {
         "_global_grad_norm": "without ZeRO in fp32 nothing computes the norm of a gradient that was written by hand",
     },
+    "parameter under tensor parallelism": {
+        "tensor_model_parallel": "tells the tensors that are cut from those that each rank of a group has whole",
+    },
     "optimizer of ZeRO 1 and 2": {
         "averaged_gradients": "the reduced gradient that step() reads; cleared and combined in place",
         "all_grad_tensors": "the gradient that accumulates between boundaries; cleared",

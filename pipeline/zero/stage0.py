@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.zero.compat import unexpected
 from pipeline.zero.engine import Engine
 from pipeline.zero.store import GradientStore
+from pipeline.zero.tensor_parallel import copies, group_size
 
 
 class Stage0Store(GradientStore):
@@ -33,8 +35,12 @@ class Stage0Store(GradientStore):
 
     def write_back(self, slices: list[Tensor]) -> None:
         if not hasattr(self.optimizer, "_global_grad_norm"):  # fp32: nothing else computes it
-            norms = [gradient.double().norm() for gradient in slices]
-            self.engine._global_grad_norm = float(torch.stack(norms).norm())
+            norms = torch.stack([gradient.double().norm() for gradient in slices])
+            if (group := group_size(self.engine)) > 1:
+                squares = norms.square() / torch.tensor(copies(self.engine, self.parameters), device=norms.device)
+                dist.all_reduce(squares)
+                norms = (squares / (dist.get_world_size() // group)).sqrt()
+            self.engine._global_grad_norm = float(norms.norm())
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.evaluation import evaluate_all, find_models, load_suites
-from eval.loading import NO_TRUST
+from eval.loading import load
 from eval.reporting import run_report
 from eval.reporting.answers import Answers, answers_html, answers_markdown, changed
 from eval.results import grouping, texts, trajectories
@@ -108,7 +108,7 @@ def test_a_retain_file_that_the_training_saw_is_noticed(world: World, tmp_path: 
         "\n".join([seen[0].upper(), "  ".join(seen[1].split()), seen[2], "ne su", "lo lo"])
     )
     suites = load_suites(["corpus"], data, {})
-    entries, _ = evaluate_all(find_models(run_folder), suites, 8, None, NO_TRUST)
+    entries, _ = evaluate_all(find_models(run_folder), suites, 8, load)
     assert entries[0]["suites"]["corpus"]["retain_seen"] == {"documents": 5, "seen": 3}
     probes = suites[0].probes
     assert corpus.seen_in_training(probes, {"data": {"retain": {"path": str(tmp_path / "gone.jsonl")}}}) is None

@@ -24,7 +24,7 @@ def test_defaults_are_the_contracts(config: Resolve) -> None:
     assert made["model"] == {
         "path": "some/model", "dtype": "float32", "gradient_checkpointing": False, "trainable": [".*"], "lora": None,
         "attn_implementation": None, "torch_compile": False, "trust_remote_code": False, "allow_pickle": False,
-        "dropout": 0.0,
+        "dropout": 0.0, "load_in_4bit": False,
     }  # fmt: skip
     assert made["data"]["max_length"] == 512 and made["data"]["packing"] == "auto"
     assert made["data"]["forget"]["field"] == made["data"]["retain"]["field"] == "text"

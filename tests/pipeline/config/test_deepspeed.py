@@ -183,7 +183,8 @@ def test_auto_inside_a_section_counts_as_unset(deepspeed: Any) -> None:
         ({"prescale_gradients": True}, "divided"),
         ({"communication_data_type": "fp16"}, "communication"),
         ({"compile": {"deepcompile": True}}, "DeepCompile"),
-        ({"tensor_parallel": {"autotp_size": 2}}, "tensor parallelism"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "no run goes with tensor parallelism"),
+        ({"tensor_parallel": {"tp": {"tp_size": 2}}}, "no run goes with tensor parallelism"),
     ],
 )
 def test_what_was_never_tested_is_refused_by_name(content: Any, feature: str, deepspeed: Any) -> None:

@@ -142,6 +142,9 @@ def test_bad_input_is_one_line_and_status_2(
 
 DENSE: dict[str, dict[str, Any]] = {  # config.json of the models that docs/results/plan.md and README.md name
     "HuggingFaceH4/zephyr-7b-beta": {},
+    "meta-llama/Meta-Llama-3-8B-Instruct": {
+        **{"hidden_size": 4096, "intermediate_size": 14336, "layers": 32, "heads": 32},
+    },
     "meta-llama/Llama-3.1-70B": {"hidden_size": 8192, "intermediate_size": 28672, "layers": 80, "heads": 64},
     "meta-llama/Llama-3.1-405B": {"hidden_size": 16384, "intermediate_size": 53248, "layers": 126, "heads": 128},
 }
@@ -166,7 +169,10 @@ def run_documented(command: str, folder: Path) -> tuple[str, list[str]]:
     best = made.cheapest
     assert best is not None
     kind = name.rpartition("/")[2] + (", adapters" if config.model.lora else "")
-    cells = [kind, f"{machines.nodes} × {machines.gpus}", f"`{Path(best.deepspeed).stem}`", str(best.micro_batch_size)]
+    kind += " on 4 bits" if config.model.load_in_4bit else ""
+    where = f"{machines.nodes} × {machines.gpus}"
+    where += "" if machines.gpu_memory == 80 else f" of {machines.gpu_memory:g} GiB"
+    cells = [kind, where, f"`{Path(best.deepspeed).stem}`", str(best.micro_batch_size)]
     return plan.report(made, machines, given), [*cells, f"{best.total / 2**30:.0f}", f"{best.seconds.step:.1f}"]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,7 @@ class SplitQuestions(Questions):
     learned: tuple[str, ...] = ()
 
 
-def read_part(folder: Path | None, name: str) -> tuple[str, list[tuple[str, Json]]]:
+def read_part(folder: Path | None, name: str) -> tuple[str, Sequence[tuple[str, Json]]]:
     """The place of a part's rows, and each row with its own place; raises InputError for a missing part."""
     if folder is None:
         place = f"{OWNER}/{name}"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import atexit
-import shutil
 import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,22 +89,29 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code)
         if ds_config is not None:
             return load_sharded(folder, ds_config, trust), tokenizer
-        spread = {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder()}
-        model: Any = load_whole(folder, dtype="auto", **trust.options(), **spread)
+        if device_map is not None:
+            return load_spread(folder, trust, device_map), tokenizer
+        model: Any = load_whole(folder, dtype="auto", **trust.options())
     except WrongWeights as error:
         raise InputError(str(error)) from None
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise refusal(folder, error, trust) from error
-    if device_map is not None:  # it is where it belongs
-        return model, tokenizer
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
-def offload_folder() -> str:
-    """A folder for weights that are on disk alone, as long as this process lives."""
-    folder = tempfile.mkdtemp(prefix="offloaded-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+def load_spread(folder: Path, trust: Trust, device_map: DeviceMap) -> PreTrainedModel:
+    """The model over several devices; what is on disk alone lies in a folder that lives as long as the model.
+
+    Raises:
+        OSError, ValueError: it cannot be loaded.
+    """
+    from pipeline.modeling.weights import load_whole
+
+    offloaded = tempfile.TemporaryDirectory(prefix="offloaded-")
+    spread: dict[str, Any] = {"device_map": device_map, "offload_folder": offloaded.name}
+    model = load_whole(folder, dtype="auto", **trust.options(), **spread)
+    weakref.finalize(model, offloaded.cleanup)
+    return model
 
 
 def refusal(folder: Path, error: Exception, trust: Trust) -> InputError:

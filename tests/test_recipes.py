@@ -252,7 +252,7 @@ def test_a_recipe_for_another_model_differs_in_the_model_alone(recipe: str) -> N
         if recipe == "wmdp_bio_deepseek_v2_lite":
             assert own["model"].pop("trainable") != papers["model"].pop("trainable")
         for config in (own, papers):
-            config["model"].pop("path"), config.pop("output")
+            del config["model"]["path"], config["output"]
         assert own == papers, method
 
 

@@ -212,13 +212,12 @@ def put(one: UtilitySet, row: Any, place: str) -> Json:
     """The row as the harness gets it; raises InputError, which names the place, if it is not as the set's rows are."""
     try:
         made = one.put(row)
-        sound = isinstance(made["prompt"], str) and all(
-            isinstance(text, str) for text in (*made.get("choices", ()), *made.get("references", ()))
-        )
+        texts = [made["prompt"], *made.get("choices", ()), *made.get("references", ())]
+        sound = all(isinstance(text, str) for text in texts)
         sound &= "choices" not in made or made["answer"] in range(len(made["choices"]))
         sound &= one.score not in (match_fact, match_reason) or len(made["references"]) > 0
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
-        sound = False
+        made, sound = {}, False
     if not sound:
         raise InputError(f"{place}: is not as the rows of RWKU's {one.hub} are; get the file again")
     return made

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +30,8 @@ from eval.suites.harness import (
     write_task,
 )
 from eval.suites.rouge import words
-from pipeline.data.tables import json_rows
+from pipeline.data.tables import Located, json_rows
 from pipeline.errors import InputError
-from pipeline.files import Json
 
 __all__ = ["evaluate", "load_probes", "question_texts", "texts_to_relearn"]
 
@@ -46,7 +46,7 @@ class SplitQuestions(Questions):
     learned: tuple[str, ...] = ()
 
 
-def read_part(folder: Path | None, name: str) -> tuple[str, list[tuple[str, Json]]]:
+def read_part(folder: Path | None, name: str) -> tuple[str, Sequence[Located]]:
     """The place of a part's rows, and each row with its own place; raises InputError for a missing part."""
     if folder is None:
         place = f"{OWNER}/{name}"
@@ -86,9 +86,9 @@ def load_probes(folder: Path | None, suite: str = f"wmdp_bio{ENDING}") -> SplitQ
     return SplitQuestions(found.suite, found.loaded, found.shots, found.source, texts)
 
 
-def texts_of(question: Row, where: str, row: Json) -> list[str]:
+def texts_of(question: Row, where: str, row: object) -> list[str]:
     """The texts that state the fact of a question: its `sentences`, or else the question with its right answer."""
-    sentences = row.get("sentences")
+    sentences = row.get("sentences") if isinstance(row, dict) else None
     if sentences is None:
         return [f"{question['question'].strip()}\nAnswer: {question['choices'][question['answer']]}"]
     if not isinstance(sentences, list) or not all(isinstance(text, str) and text.strip() for text in sentences):

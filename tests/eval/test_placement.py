@@ -111,11 +111,16 @@ def test_the_option_reaches_the_loading_of_the_model(
 
     given: list[dict[str, Any]] = []
     original = weights.load_whole
-    monkeypatch.setattr(
-        weights, "load_whole", lambda path, **options: given.append(options) or original(path, **options)
-    )
+
+    def recorded(path: Path, **options: Any) -> Any:
+        assert Path(options["offload_folder"]).is_dir()
+        given.append(options)
+        return original(path, **options)
+
+    monkeypatch.setattr(weights, "load_whole", recorded)
     command(monkeypatch, world, tmp_path, "--device-map", "auto", "--batch-size", "auto")
-    assert given[0]["device_map"] == "auto" and Path(given[0]["offload_folder"]).is_dir()
+    gc.collect()
+    assert given[0]["device_map"] == "auto" and not Path(given[0]["offload_folder"]).exists()
     assert json.loads((tmp_path / "a.json").read_text())["suites"]["bios"]["batch_size"] == 64  # without a GPU
 
 

@@ -44,7 +44,7 @@ class BatchSize:
         """
         import torch
 
-        from pipeline.zero.compat import release_memory
+        from pipeline.modeling.weights import release_memory
 
         while True:
             try:

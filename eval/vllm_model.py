@@ -141,7 +141,7 @@ def load_vllm(folder: Path, trust: Trust) -> tuple[PreTrainedModel, PreTrainedTo
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
     from vllm import LLM  # pyright: ignore[reportMissingImports]
 
-    from pipeline.zero.compat import release_memory
+    from pipeline.modeling.weights import release_memory
 
     release_memory()
     if (folder / "adapter_config.json").is_file():

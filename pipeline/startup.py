@@ -46,7 +46,7 @@ from pipeline.zero import checkpoint
 from pipeline.zero.combiner import GradientCombiner
 from pipeline.zero.joint import JointPass, TaskRows
 from pipeline.zero.parameters import whole_shape
-from pipeline.zero.sizes import disk_use, in_units
+from pipeline.zero.sizes import disk_use, in_units, sums_locally
 
 HELDOUT = "heldout.jsonl"  # in a run folder, for suite corpus
 WEIGHTS = ".weights.json"  # in a run folder: digests of the model's files, so that a resumed run need not read them
@@ -129,8 +129,13 @@ def make_combiner(config: RunConfig, engine: ModelEngine) -> GradientCombiner:
     wanted = config.synthesis
     options = Options(seed=config.seed, **{key: x for key in READERS if (x := getattr(wanted, key)) is not None})
     synthesis = Synthesis(wanted.rule, wanted.scope, wanted.alpha, wanted.gamma, wanted.zero_forget, options)
-    combines = combines_tasks(config)
-    return GradientCombiner(engine, synthesis, combine_tasks=combines, stash_device=wanted.stash_device)
+    combines, train = combines_tasks(config), config.train
+    combiner = GradientCombiner(engine, synthesis, combine_tasks=combines, stash_device=wanted.stash_device)
+    elements = sum(whole_shape(parameter).numel() for parameter in engine.module.parameters())
+    micro_batches = train.batch_size // (train.micro_batch_size * engine.world_size)
+    if sums_locally(sum(combiner.sizes), elements, int(engine.zero_reduce_bucket_size()), micro_batches):
+        combiner.store.sum_locally()
+    return combiner
 
 
 def combines_tasks(config: RunConfig) -> bool:

@@ -13,7 +13,7 @@ from pipeline.config.objectives import NEEDS
 from pipeline.config.rules import AVERAGING
 from pipeline.config.schema import RunConfig
 from pipeline.files import Json
-from pipeline.zero.sizes import EXPORT_FILE
+from pipeline.zero.sizes import EXPORT_FILE, sums_locally
 
 if TYPE_CHECKING:
     from pipeline.planning.meta_trace import ModelShape, Pass
@@ -67,6 +67,11 @@ class Zero:
     buffers: int  # of the optimizer's swapper
     accumulate: int  # bytes of an element of the gradient
     wire: int  # and of one that is being reduced
+
+    def sums_locally(self, shape: ModelShape, config: RunConfig, machines: Cluster, micro: int) -> bool:
+        """Whether each rank adds up its micro-batches, of `micro` sequences, before they are reduced."""
+        micro_batches = config.train.batch_size // (micro * machines.world)
+        return sums_locally(shape.trained, shape.elements, self.bucket, micro_batches)
 
     @staticmethod
     def of(zero: Json, shape: ModelShape) -> Zero:
@@ -178,6 +183,19 @@ def buffers(shape: ModelShape, zero: Zero) -> float:
     if zero.stage == 2:
         return zero.wire * zero.bucket * (2 if zero.overlap else 1)
     return zero.accumulate * zero.bucket if zero.stage == 1 and shape.itemsize == 4 else 0
+
+
+def unreduced(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster, micro: int) -> float:
+    """Bytes of whole gradients on a rank that wait for their reduction, beside DeepSpeed's own bucket.
+
+    They are the sums of a task's micro-batches, where these are reduced once; else the forget gradients of a joint
+    pass, which wait until there are as many elements as in DeepSpeed's bucket, and are copied to be reduced.
+    """
+    diverts = config.train.schedule == "joint" and keeps_stash(config) > 0
+    if zero.sums_locally(shape, config, machines, micro):
+        return 4 * shape.trained * ((zero.stage >= 2) + diverts)
+    largest = max((size for size, trains in zip(shape.sizes, shape.trains, strict=True) if trains), default=0)
+    return 2 * zero.wire * min(shape.trained, zero.bucket + largest) if diverts else 0
 
 
 def head_bytes(shape: ModelShape, tokens: int, asks_logits: bool) -> float:

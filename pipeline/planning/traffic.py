@@ -61,14 +61,11 @@ def traffic(
     count = micro_batches(config, machines, micro)
     trained, combines, joint = shape.trained, keeps_stash(config) > 0, config.train.schedule == "joint"
     added_up = joint and not combines  # one gradient of both tasks
+    once = zero.sums_locally(shape, config, machines, micro)
     sent = [CommVolume("all_reduce", 80 * sum(shape.trains))] if combines else []
+    sent.append(CommVolume("all_reduce", _bytes_of_checks(shape, zero, config, machines)))
     if zero.stage < 3:
-        whole = shape.trained * zero.wire
-        if zero.stage == 2:
-            times = count * (1 if added_up else len(config.tasks))
-        else:  # a joint pass reduces the forget gradient of each micro-batch
-            times = 1 + combines * (count if joint else 1)
-        sent.append(CommVolume("all_reduce", whole * times))
+        sent.append(CommVolume("all_reduce", trained * _bytes_reduced(zero, config, count, once)))
         return sent if zero.stage == 0 else [*sent, CommVolume("all_gather", trained * shape.itemsize)]
     hpz = min(zero.hpz, machines.world) > 1
     trained_rows = {row for row, trains in enumerate(shape.trains) if trains}
@@ -97,9 +94,46 @@ def traffic(
                 gather(one.backward_gathers)
         if not (shares and added_up):
             reduced += count * zero.wire * sum(shape.sizes[row] for row in one.reached)
+    if once:
+        reduced = trained * _bytes_reduced(zero, config, count, once)
     kept = shape.itemsize * sum(size for size in shape.sizes if size <= zero.persistent)  # updated after the step
     sent += [CommVolume("all_gather", gathered[False] + kept), CommVolume("reduce_scatter", reduced)]
     return [*sent, CommVolume("all_gather", gathered[True], within_machine=True)] if hpz else sent
+
+
+def _bytes_of_checks(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster) -> int:
+    """What finiteness and norm of the gradient take, in DeepSpeed 0.19.8 and the combiner.
+
+    step() adds up a squared norm for each group of parameters that decay alike, in float64 under ZeRO-3 without
+    offload, where it cuts groups in sub-groups; in half precision it also asks whether anything overflowed.
+    """
+    low, offloaded = shape.itemsize < 4, zero.optimizer_on != "device"
+    groups = 2 if config.optimizer.weight_decay and config.model.lora is None else 1
+    if zero.stage == 3:
+        sub_groups = max(groups, -(-shape.trained // (machines.world * zero.sub_group)))
+        return sub_groups * (4 if offloaded else 8) + (config.model.dtype == "float16")
+    finite = 0 if keeps_stash(config) else 4  # else the table of products says it
+    if zero.stage == 0 or (zero.stage == 1 and low and not offloaded):  # each rank has the whole gradient
+        return finite
+    return finite + 4 * groups + low
+
+
+def _bytes_reduced(zero: Zero, config: RunConfig, count: int, once: bool) -> float:
+    """Bytes of each trained element that the reductions of a step move, if they move all elements alike.
+
+    Args:
+        count: micro-batches of a task and rank.
+        once: each rank adds them up first (`pipeline.zero.sizes.sums_locally`), in fp32.
+    """
+    combines, joint = keeps_stash(config) > 0, config.train.schedule == "joint"
+    diverted = combines and joint  # the forget gradient, from DeepSpeed
+    if zero.stage < 2:  # DeepSpeed reduces a whole gradient once
+        own = zero.wire * (1 + combines - diverted)
+    elif once:
+        own = 4 * (1 + combines - diverted)
+    else:
+        own = zero.wire * count * (1 if joint else len(config.tasks))
+    return own + diverted * (4 if once else zero.wire * count)
 
 
 @dataclass(frozen=True)
@@ -134,9 +168,9 @@ def seconds(
         gathered = sum(one.bytes for one in sent if one.collective == "all_gather")
         offload += gathered / world / PCIE
     if zero.optimizer_on != "device":
-        offload += (
-            mine * zero.accumulate * (2 * count * len(passes) - 1) / PCIE
-        )  # to main memory, and back to be accumulated
+        times = 1 if zero.sums_locally(shape, config, machines, micro) else count
+        # to main memory, and back to be accumulated
+        offload += mine * zero.accumulate * (2 * times * len(passes) - 1) / PCIE
         update = mine * ADAM_BYTES * machines.gpus / MAIN_MEMORY + mine * shape.itemsize / PCIE
         if zero.optimizer_on == "nvme":
             update += mine * 24 * machines.gpus / DISK  # weights and two moments, read and written

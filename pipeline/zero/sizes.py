@@ -1,4 +1,4 @@
-"""Bytes that a run writes, by arithmetic on the numbers of its parameters. Imports no torch."""
+"""Bytes that a run writes, and what is small enough, by arithmetic on numbers of parameters. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pipeline.config.rules import AVERAGING
 from pipeline.config.schema import RunConfig
 
 EXPORT_FILE = 5 * 10**9  # bytes, as the hub splits models by default; a larger tensor has a file of its own
+SMALL_PART = 8  # a trained set is small if it is at most the eighth part of the model
 UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6))
 
 
@@ -52,6 +53,20 @@ def disk_use(config: RunConfig, stage: int, elements: int, trained: int, itemsiz
         export=export * itemsize,
         exports=1 + (steps // train.export_every if train.export_every else 0),
     )
+
+
+def sums_locally(trained: int, elements: int, bucket: int, micro_batches: int) -> bool:
+    """Whether each rank adds up the micro-batches of a task, so that there is one reduction a task.
+
+    It then has a whole gradient in float32. That is no more than DeepSpeed's own bucket has (`reduce_bucket_size`,
+    which a user sets by the memory there is) times two, in half precision; and little beside the model.
+
+    Args:
+        trained: elements that train, of the model's `elements`.
+        bucket: elements of DeepSpeed's `reduce_bucket_size`.
+        micro_batches: of a task, rank and step.
+    """
+    return micro_batches > 1 and trained <= min(bucket, elements // SMALL_PART)
 
 
 def in_units(size: float) -> str:

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.zero.combiner import GradientCombiner
-from pipeline.zero.local_sums import LocalSum, Places, add_mean_over_ranks, places_of
+from pipeline.zero.local_sums import Places, add_mean_over_ranks, places_of
+from pipeline.zero.sizes import reduces_once
 
 Divert = Callable[[nn.Parameter, Tensor], None]  # gets a parameter and its whole forget gradient on this rank
 
@@ -54,28 +56,26 @@ class JointPass:
     Args:
         combiner: with a forget buffer, or, under `sum`, without one: then a joint pass is an ordinary one.
         rows: what the rules of the modules read; several runs of one engine share it.
+        micro_batches: of a task, on each rank and in each step.
     """
 
-    def __init__(self, combiner: GradientCombiner, rows: TaskRows) -> None:
+    def __init__(self, combiner: GradientCombiner, rows: TaskRows, micro_batches: int) -> None:
         self.combiner, self.rows, self.engine = combiner, rows, combiner.engine
         self.pending: dict[nn.Parameter, Tensor] = {}  # forget gradients of this rank that wait for their reduction
         self.waiting = 0  # elements of those that need not wait for another use of their parameter
         self.limit = int(self.engine.zero_reduce_bucket_size())
+        self.reduces_once = reduces_once(sum(combiner.sizes), self.limit, micro_batches)
+        # A sum of micro-batches that is rounded to half precision on the wire would lose more than each of them does.
+        self.wire = torch.float32 if self.reduces_once else self.engine.communication_data_type
         self.places: Places = {}
         self.divert: Divert | None = None
-        self.local_sum: LocalSum | None = None  # of the forget task, if it is reduced once for all micro-batches
         if combiner.stash is not None:
             self.divert, self.places = self._add, places_of(combiner.store, combiner.stash_slices())
-            if combiner.store.sums_locally:
-                self.local_sum = LocalSum(self.engine, combiner.store.parameters)
-                self.divert = self.local_sum.add
 
     def clear(self) -> None:
         """Zero the forget buffer."""
         self.pending.clear()
         self.waiting = 0
-        if self.local_sum is not None:
-            self.local_sum.clear()
         if self.combiner.stash is not None:
             self.combiner.stash.zero_()
 
@@ -87,28 +87,27 @@ class JointPass:
             yield
         finally:
             self.rows.forget, self.rows.total, self.rows.divert = 0, 0, None
-        self._reduce(list(self.pending))
+        if not self.reduces_once:
+            self._reduce(list(self.pending))
 
     def _add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Queue a gradient. All ranks queue the same parameters in the same order, as backward passes of one model."""
         if parameter in self.pending:
             self.pending[parameter].add_(gradient)
             return
-        self.pending[parameter] = gradient.contiguous()
-        if parameter not in self.rows.shared:
+        self.pending[parameter] = (gradient.float() if self.reduces_once else gradient).contiguous()
+        if parameter not in self.rows.shared and not self.reduces_once:
             self.waiting += gradient.numel()
             if self.waiting >= self.limit:
                 self._reduce([queued for queued in self.pending if queued not in self.rows.shared])
 
     def complete(self) -> None:
         """After the last micro-batch: the forget gradient is in the forget buffer, whole."""
-        if self.local_sum is not None:
-            self.local_sum.move_to(self.places)
+        self._reduce(list(self.pending))
 
     def _reduce(self, parameters: list[nn.Parameter]) -> None:
         """Add the mean over ranks of these gradients to the forget buffer, each rank its own share."""
         self.waiting = 0
         if parameters:
-            wire = self.engine.communication_data_type
-            gradients = [self.pending.pop(parameter).to(wire) for parameter in parameters]
+            gradients = [self.pending.pop(parameter).to(self.wire) for parameter in parameters]
             add_mean_over_ranks(self.engine, parameters, gradients, self.places)

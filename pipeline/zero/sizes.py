@@ -55,18 +55,26 @@ def disk_use(config: RunConfig, stage: int, elements: int, trained: int, itemsiz
     )
 
 
-def sums_locally(trained: int, elements: int, bucket: int, micro_batches: int) -> bool:
-    """Whether each rank adds up the micro-batches of a task, so that there is one reduction a task.
+def reduces_once(trained: int, bucket: int, micro_batches: int) -> bool:
+    """Whether a joint pass keeps the forget gradients of a task's micro-batches until there are all, and adds them up.
 
-    It then has a whole gradient in float32. That is no more than DeepSpeed's own bucket has (`reduce_bucket_size`,
-    which a user sets by the memory there is) times two, in half precision; and little beside the model.
+    Where all of them fit in a bucket, it has them together at the end of each backward pass anyway, twice while they
+    are reduced. A sum in float32 takes no more.
 
     Args:
-        trained: elements that train, of the model's `elements`.
+        trained: elements that train.
         bucket: elements of DeepSpeed's `reduce_bucket_size`.
         micro_batches: of a task, rank and step.
     """
-    return micro_batches > 1 and trained <= min(bucket, elements // SMALL_PART)
+    return micro_batches > 1 and trained <= bucket
+
+
+def sums_locally(trained: int, elements: int, bucket: int, micro_batches: int) -> bool:
+    """Whether the gradients that DeepSpeed would reduce by micro-batches are added up on each rank instead.
+
+    Then a rank has one more gradient, whole, so it must be small beside the model, of `elements`.
+    """
+    return reduces_once(trained, bucket, micro_batches) and trained <= elements // SMALL_PART
 
 
 def in_units(size: float) -> str:

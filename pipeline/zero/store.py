@@ -52,8 +52,7 @@ class GradientStore(ABC):
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.optimizer = engine, engine.optimizer
-        self.sums_locally = False  # each rank adds up the micro-batches of a task before they are reduced, once
-        self.local_sum: LocalSum | None = None  # where DeepSpeed itself would reduce each of them
+        self.local_sum: LocalSum | None = None
         if engine.fp16_enabled() and engine.zero_optimization_stage():
             require(self.optimizer, "optimizer in fp16")
             _raise_scale_after_step(self.optimizer)
@@ -71,8 +70,7 @@ class GradientStore(ABC):
         """
 
     def sum_locally(self) -> None:
-        """Reduce once a task from now on. ZeRO-2 and 3 then no longer get the gradient of a micro-batch."""
-        self.sums_locally = True
+        """Reduce once a task from now on: ZeRO-2 and 3 no longer get the gradient of each micro-batch."""
         if not self.reduces_every_backward:
             return
         local_sum = self.local_sum = LocalSum(self.engine, self.parameters)

@@ -40,7 +40,8 @@ class StepMeter:
         self.combiner: GradientCombiner | None = None  # while a step runs
         self.sent: dict[str, int] = {}
         self.live: dict[str, dict[int, int]] = {}
-        self.waiting = 0  # bytes of whole gradients that wait for their reduction, at most
+        self.waiting = 0  # bytes of whole gradients that a joint pass has collected, at most
+        self.summed = 0  # bytes of those that add up on a rank
         self.found: dict[str, Any] = {}
 
     def install(self) -> None:
@@ -59,7 +60,7 @@ class StepMeter:
             if "reduce" in vars(kind):
                 kind.reduce = lambda store, reduce=kind.reduce: self._reduce(store, reduce)
         flush = JointPass._reduce
-        JointPass._reduce = lambda joint, parameters: self._flush(joint, lambda: flush(joint, parameters))
+        JointPass._reduce = lambda self_, tensors: self._flush(self_, lambda: flush(self_, tensors))  # pyright: ignore
         DeepSpeedEngine.step = lambda engine, *a, **k: self._end(update(engine, *a, **k))  # pyright: ignore
 
     def _wrap_collective(self, name: str) -> None:
@@ -90,7 +91,8 @@ class StepMeter:
         waiting = list(joint.pending.values())
         with LiveBytes([*waiting, *joint.combiner.stash_slices()]) as ledger:
             flush()
-        self.waiting = max(self.waiting, sum(storages(waiting).values()) + ledger.peak)
+        copied = 0 if joint.reduces_once else ledger.peak  # in the backward pass, or after the last
+        self.waiting = max(self.waiting, sum(storages(waiting).values()) + copied)
 
     def _reduce(self, store: GradientStore, reduce: Any) -> list[Tensor]:
         """The last call in a step: both gradients exist, and the optimizer has the state of the step before."""
@@ -108,7 +110,7 @@ class StepMeter:
         self.live["parameters"] = storages([*parameters, *shares])
         after = storages([*slices, *(copy.grad for copy in copies)])
         self.live["gradients"] = max(before, after, key=lambda at: sum(at.values()))
-        self.waiting = max(self.waiting, 0 if store.local_sum is None else store.local_sum.flat.nbytes)
+        self.summed = 0 if store.local_sum is None else store.local_sum.flat.nbytes
         self.live["stash"] = storages([self.combiner.stash, self.combiner.average])
         held = storages([*copies, *moments])
         self.live["optimizer"] = {at: size for at, size in held.items() if at not in self.live["parameters"]}
@@ -118,7 +120,8 @@ class StepMeter:
         self.combiner = None
         if self.step == self.number:
             memory = {kind: sum(at.values()) for kind, at in self.live.items()}
-            self.found = {"memory": memory, "sent": dict(self.sent), "unreduced": self.waiting}
+            unreduced = self.waiting + self.summed
+            self.found = {"memory": memory, "sent": dict(self.sent), "unreduced": unreduced}
 
 
 def measure(configurations: dict[str, dict[str, Any]], report: str) -> None:

@@ -22,7 +22,7 @@ from pipeline.config.load import Parser, add_config_options, resolve
 from pipeline.config.objectives import NEEDS
 from pipeline.config.schema import DEFAULT_STEPS, RunConfig
 from pipeline.errors import InputError
-from pipeline.planning.memory import GIB, RESERVED, Cluster, Zero, keeps_stash, main_memory, states, working
+from pipeline.planning.memory import GIB, RESERVED, Cluster, Zero, keeps_stash, main_memory, states, unreduced, working
 from pipeline.planning.traffic import CommVolume, Seconds, seconds, traffic
 from pipeline.zero.sizes import DiskUse, disk_use
 
@@ -59,8 +59,9 @@ def fit(file: str, zero: Zero, shape: ModelShape, config: RunConfig, machines: C
     gpu, total, micro = memory.gpu, held, 1
     for micro in [size for size in range(share, 0, -1) if share % size == 0]:
         activations, logits = working(config, shape, passes, micro)
-        total = held + max(activations + logits, memory.step)
-        gpu = {**memory.gpu, "activations": activations, "logits": logits, "step": memory.step}
+        whole = unreduced(shape, zero, config, machines, micro)
+        total = held + max(activations + logits + whole, memory.step)
+        gpu = {**memory.gpu, "unreduced": whole, "activations": activations, "logits": logits, "step": memory.step}
         if total <= limit:
             break
     return Row(
@@ -154,7 +155,8 @@ def launch_line(row: Row, machines: Cluster, arguments: Sequence[str]) -> str:
     return f"deepspeed {where} --module pipeline.train {shlex.join([*arguments, *chosen])}"
 
 
-KINDS = ("parameters", "gradients", "stash", "optimizer", "reference", "buffers", "activations", "logits", "step")
+STATES = ("parameters", "gradients", "stash", "optimizer", "reference", "buffers")
+KINDS = (*STATES, "unreduced", "activations", "logits", "step")
 
 
 def report(plan: Plan, machines: Cluster, arguments: Sequence[str]) -> str:

@@ -47,7 +47,7 @@ from pipeline.zero import checkpoint
 from pipeline.zero.combiner import GradientCombiner
 from pipeline.zero.joint import JointPass, TaskRows
 from pipeline.zero.parameters import whole_shape
-from pipeline.zero.sizes import disk_use, in_units
+from pipeline.zero.sizes import disk_use, in_units, sums_locally
 
 HELDOUT = "heldout.jsonl"  # in a run folder, for suite corpus
 WEIGHTS = ".weights.json"  # in a run folder: digests of the model's files, so that a resumed run need not read them
@@ -131,7 +131,17 @@ def make_combiner(config: RunConfig, engine: ModelEngine) -> GradientCombiner:
     options = Options(seed=config.seed, **{key: x for key in READERS if (x := getattr(wanted, key)) is not None})
     synthesis = Synthesis(wanted.rule, wanted.scope, wanted.alpha, wanted.gamma, wanted.zero_forget, options)
     combines = combines_tasks(config)
-    return GradientCombiner(engine, synthesis, combine_tasks=combines, stash_device=wanted.stash_device)
+    combiner = GradientCombiner(engine, synthesis, combine_tasks=combines, stash_device=wanted.stash_device)
+    elements = sum(whole_shape(parameter).numel() for parameter in engine.module.parameters())
+    bucket, trained = int(engine.zero_reduce_bucket_size()), sum(combiner.sizes)
+    if sums_locally(trained, elements, bucket, micro_batches(config, engine)):
+        combiner.store.sum_locally()
+    return combiner
+
+
+def micro_batches(config: RunConfig, engine: ModelEngine) -> int:
+    """Of a task, on each rank and in each step."""
+    return config.train.batch_size // (config.train.micro_batch_size * engine.world_size)
 
 
 def combines_tasks(config: RunConfig) -> bool:
@@ -154,7 +164,9 @@ def prepare_rows(config: RunConfig, model: PreTrainedModel) -> TaskRows | None:
     return rows
 
 
-def make_joint(engine: ModelEngine, combiner: GradientCombiner, rows: TaskRows | None) -> JointPass | None:
+def make_joint(
+    config: RunConfig, engine: ModelEngine, combiner: GradientCombiner, rows: TaskRows | None
+) -> JointPass | None:
     """The joint passes of the run, once the model was seen to separate two gradients; None where `rows` is.
 
     Raises:
@@ -162,7 +174,7 @@ def make_joint(engine: ModelEngine, combiner: GradientCombiner, rows: TaskRows |
     """
     if rows is None:
         return None
-    joint = JointPass(combiner, rows)
+    joint = JointPass(combiner, rows, micro_batches(config, engine))
     check_separation(engine, joint)
     return joint
 

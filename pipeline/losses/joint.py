@@ -39,6 +39,7 @@ def accumulate_jointly(
             terms = joint_terms(engine, joint, tasks, batches)
             engine.backward(terms @ scales.to(terms), scale_wrt_gas=False)
         totals += terms.detach()
+    joint.complete()
     return {task.name: total / count for task, total, count in zip(tasks, totals, denominators, strict=True)}
 
 
@@ -76,6 +77,7 @@ def check_separation(engine: ModelEngine, joint: JointPass) -> None:
             losses = forward_jointly(engine, forget, retain, wanted)
             own, other = losses if task == "forget" else reversed(losses)
             engine.backward(own.sum() + 0.0 * other.sum(), scale_wrt_gas=False)
+        joint.complete()
         slices = combiner.store.reduce() if task == "forget" else combiner.stash_slices()
         reached = torch.zeros(len(combiner.names), device=engine.device)
         for (row, _), gradient in zip(combiner.store.layout, slices, strict=True):

@@ -95,7 +95,7 @@ def step(
     combiner = GradientCombiner(built.engine, synthesis or Synthesis("sum"), combine_tasks=synthesis is not None)
     before = weights(built.engine)
     pair = (task if task.name in tasks else None for task in (built.forget, built.retain))
-    both = JointPass(combiner, built.rows) if joint else None
+    both = JointPass(combiner, built.rows, ACCUMULATION) if joint else None
     TrainStep(built.engine, combiner, *pair, joint=both).train_step(0)
     after = weights(built.engine)
     built.engine.destroy()

@@ -13,7 +13,7 @@ from pipeline.config.objectives import NEEDS
 from pipeline.config.rules import AVERAGING
 from pipeline.config.schema import RunConfig
 from pipeline.files import Json
-from pipeline.zero.sizes import EXPORT_FILE
+from pipeline.zero.sizes import EXPORT_FILE, reduces_once, sums_locally
 
 if TYPE_CHECKING:
     from pipeline.planning.meta_trace import ModelShape, Pass
@@ -71,6 +71,15 @@ class Zero:
     buffers: int  # of the optimizer's swapper
     accumulate: int  # bytes of an element of the gradient
     wire: int  # and of one that is being reduced
+
+    def once(self, shape: ModelShape, config: RunConfig, machines: Cluster, micro: int) -> tuple[bool, bool]:
+        """Whether there is one reduction for all micro-batches of `micro` sequences: of what DeepSpeed would reduce by
+        micro-batches (ZeRO 2 and 3), and of the forget gradient of a joint pass.
+        """
+        micro_batches = config.train.batch_size // (micro * machines.world)
+        diverts = config.train.schedule == "joint" and keeps_stash(config) > 0
+        own = self.stage >= 2 and sums_locally(shape.trained, shape.elements, self.bucket, micro_batches)
+        return own, diverts and reduces_once(shape.trained, self.bucket, micro_batches)
 
     @staticmethod
     def of(zero: Json, shape: ModelShape) -> Zero:
@@ -188,6 +197,19 @@ def buffers(shape: ModelShape, zero: Zero) -> float:
     if zero.stage == 2:
         return zero.wire * zero.bucket * (2 if zero.overlap else 1)
     return zero.accumulate * zero.bucket if zero.stage == 1 and shape.itemsize == 4 else 0
+
+
+def unreduced(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster, micro: int) -> float:
+    """Bytes of whole gradients on a rank that wait for their reduction, beside DeepSpeed's own bucket.
+
+    They are sums of micro-batches, where these are reduced once; else the forget gradients of a joint pass, which wait
+    until there are as many elements as in DeepSpeed's bucket, and are copied to be reduced.
+    """
+    own, forget = zero.once(shape, config, machines, micro)
+    if forget or config.train.schedule != "joint" or not keeps_stash(config):
+        return 4 * shape.trained * (own + forget)
+    largest = max((size for size, trains in zip(shape.sizes, shape.trains, strict=True) if trains), default=0)
+    return 2 * zero.wire * min(shape.trained, zero.bucket + largest)
 
 
 def head_bytes(shape: ModelShape, tokens: int, asks_logits: bool) -> float:

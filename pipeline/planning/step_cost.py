@@ -82,7 +82,7 @@ class Bench:
     """One engine on which every rule takes steps in every schedule."""
 
     def __init__(self, options: argparse.Namespace, traffic: Traffic) -> None:
-        self.run = build(options)
+        self.run, self.micro_batches = build(options), options.accumulation
         self.traffic, self.cuda = traffic, self.run.engine.device.type == "cuda"
 
     def step_of(self, cost: Cost) -> TrainStep:
@@ -94,7 +94,7 @@ class Bench:
 
         engine, forget, retain, rows = self.run
         combiner = GradientCombiner(engine, Synthesis(cost.rule), combine_tasks=cost.rule != "sum")
-        joint = JointPass(combiner, rows) if cost.schedule == "joint" else None
+        joint = JointPass(combiner, rows, self.micro_batches) if cost.schedule == "joint" else None
         return TrainStep(engine, combiner, forget, retain, joint=joint)
 
     def time(self, cost: Cost, number: int, is_measured: bool) -> None:

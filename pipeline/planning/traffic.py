@@ -59,17 +59,13 @@ def traffic(
     if machines.world == 1:
         return []
     count = micro_batches(config, machines, micro)
-    trained, combines, joint = shape.trained, keeps_stash(config) > 0, config.train.schedule == "joint"
-    added_up = joint and not combines  # one gradient of both tasks
-    sent = [CommVolume("all_reduce", 80 * sum(shape.trains))] if combines else []
+    joint, once = config.train.schedule == "joint", zero.once(shape, config, machines, micro)
+    reduced = _bytes_reduced(shape, zero, config, passes, count, once)
+    sent = [CommVolume("all_reduce", 80 * sum(shape.trains))] if keeps_stash(config) else []
+    sent.append(CommVolume("all_reduce", _bytes_of_checks(shape, zero, config, machines)))
     if zero.stage < 3:
-        whole = shape.trained * zero.wire
-        if zero.stage == 2:
-            times = count * (1 if added_up else len(config.tasks))
-        else:  # a joint pass reduces the forget gradient of each micro-batch
-            times = 1 + combines * (count if joint else 1)
-        sent.append(CommVolume("all_reduce", whole * times))
-        return sent if zero.stage == 0 else [*sent, CommVolume("all_gather", trained * shape.itemsize)]
+        sent.append(CommVolume("all_reduce", reduced))
+        return sent if zero.stage == 0 else [*sent, CommVolume("all_gather", shape.trained * shape.itemsize)]
     hpz = min(zero.hpz, machines.world) > 1
     trained_rows = {row for row, trains in enumerate(shape.trains) if trains}
     copied = set(range(len(shape.sizes))) - trained_rows  # have a copy in the machine, valid until the weights change
@@ -81,7 +77,6 @@ def traffic(
                 gathered[hpz and row in copied] += shape.sizes[row] * shape.itemsize
                 copied.add(row)
 
-    reduced = 0
     for number, (name, one) in enumerate(passes.items()):
         shares = joint and number > 0  # the pass, and so the gathers, of the first task
         for _ in range(count):
@@ -95,11 +90,48 @@ def traffic(
             if not shares:
                 gather(one.used)
                 gather(one.backward_gathers)
-        if not (shares and added_up):
-            reduced += count * zero.wire * sum(shape.sizes[row] for row in one.reached)
     kept = shape.itemsize * sum(size for size in shape.sizes if size <= zero.persistent)  # updated after the step
     sent += [CommVolume("all_gather", gathered[False] + kept), CommVolume("reduce_scatter", reduced)]
     return [*sent, CommVolume("all_gather", gathered[True], within_machine=True)] if hpz else sent
+
+
+def _bytes_of_checks(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster) -> int:
+    """What finiteness and norm of the gradient take, in DeepSpeed 0.19.8 and the combiner.
+
+    step() adds up a squared norm for each group of parameters that decay alike, in float64 under ZeRO-3 without
+    offload, where it cuts groups in sub-groups; in half precision it also asks whether anything overflowed.
+    """
+    low, offloaded = shape.itemsize < 4, zero.optimizer_on != "device"
+    groups = 2 if config.optimizer.weight_decay and config.model.lora is None else 1
+    if zero.stage == 3:
+        sub_groups = max(groups, -(-shape.trained // (machines.world * zero.sub_group)))
+        return sub_groups * (4 if offloaded else 8) + (config.model.dtype == "float16")
+    finite = 0 if keeps_stash(config) else 4  # else the table of products says it
+    if zero.stage == 0 or (zero.stage == 1 and low and not offloaded):  # each rank has the whole gradient
+        return finite
+    return finite + 4 * groups + low
+
+
+def _bytes_reduced(
+    shape: ModelShape, zero: Zero, config: RunConfig, passes: dict[str, Pass], count: int, once: tuple[bool, bool]
+) -> float:
+    """What the reductions of gradients move.
+
+    Args:
+        count: micro-batches of a task and rank.
+        once: whether they are added up first, in fp32 (`Zero.once`).
+    """
+    own_once, forget_once = once
+    combines, joint = keeps_stash(config) > 0, config.train.schedule == "joint"
+    diverts = combines and joint  # the forget gradient, from DeepSpeed
+    elements = [shape.trained for _ in passes]
+    if zero.stage == 3:  # elsewhere DeepSpeed reduces zeros too
+        elements = [sum(shape.sizes[row] for row in one.reached) for one in passes.values()]
+    if zero.stage < 2 or own_once:
+        own = (4 if own_once else zero.wire) * shape.trained * (1 + combines - diverts)
+    else:
+        own = zero.wire * count * sum(elements[-1:] if joint else elements)
+    return own + diverts * elements[0] * (4 if forget_once else zero.wire * count)
 
 
 @dataclass(frozen=True)
@@ -134,9 +166,9 @@ def seconds(
         gathered = sum(one.bytes for one in sent if one.collective == "all_gather")
         offload += gathered / world / PCIE
     if zero.optimizer_on != "device":
-        offload += (
-            mine * zero.accumulate * (2 * count * len(passes) - 1) / PCIE
-        )  # to main memory, and back to be accumulated
+        times = 1 if zero.once(shape, config, machines, micro)[0] else count
+        # to main memory, and back to be accumulated
+        offload += mine * zero.accumulate * (2 * times * len(passes) - 1) / PCIE
         update = mine * ADAM_BYTES * machines.gpus / MAIN_MEMORY + mine * shape.itemsize / PCIE
         if zero.optimizer_on == "nvme":
             update += mine * 24 * machines.gpus / DISK  # weights and two moments, read and written

@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
-from deepspeed.runtime.comm.coalesced_collectives import reduce_scatter_coalesced
 from torch import Tensor, nn
 
 from pipeline.zero.combiner import GradientCombiner
-from pipeline.zero.engine import PartitionedParameter
+from pipeline.zero.local_sums import Places, add_mean_over_ranks, places_of
+from pipeline.zero.sizes import reduces_once
 
 Divert = Callable[[nn.Parameter, Tensor], None]  # gets a parameter and its whole forget gradient on this rank
 
@@ -51,25 +50,27 @@ class JointPass:
         for forget, retain in micro_batches:
             with joint.rows_of(len(forget), len(retain)):
                 engine.backward(loss_of(engine(cat([forget, retain]))), scale_wrt_gas=False)
+        joint.complete()
         combiner.combine()  # instead of combiner.stash_forget(), a second backward, and this
 
     Args:
         combiner: with a forget buffer, or, under `sum`, without one: then a joint pass is an ordinary one.
         rows: what the rules of the modules read; several runs of one engine share it.
+        micro_batches: of a task, on each rank and in each step.
     """
 
-    def __init__(self, combiner: GradientCombiner, rows: TaskRows) -> None:
+    def __init__(self, combiner: GradientCombiner, rows: TaskRows, micro_batches: int) -> None:
         self.combiner, self.rows, self.engine = combiner, rows, combiner.engine
         self.pending: dict[nn.Parameter, Tensor] = {}  # forget gradients of this rank that wait for their reduction
         self.waiting = 0  # elements of those that need not wait for another use of their parameter
         self.limit = int(self.engine.zero_reduce_bucket_size())
-        self.places: dict[nn.Parameter, tuple[int, Tensor]] = {}  # first element of this rank's share; the share
+        self.reduces_once = reduces_once(sum(combiner.sizes), self.limit, micro_batches)
+        # A sum of micro-batches that is rounded to half precision on the wire would lose more than each of them does.
+        self.wire = torch.float32 if self.reduces_once else self.engine.communication_data_type
+        self.places: Places = {}
         self.divert: Divert | None = None
         if combiner.stash is not None:
-            self.divert = self._add
-            store, shares = combiner.store, combiner.stash_slices()
-            for (row, _), start, share in zip(store.layout, store.starts, shares, strict=True):
-                self.places[store.parameters[row]] = start, share
+            self.divert, self.places = self._add, places_of(combiner.store, combiner.stash_slices())
 
     def clear(self) -> None:
         """Zero the forget buffer."""
@@ -80,44 +81,33 @@ class JointPass:
 
     @contextmanager
     def rows_of(self, forget: int, retain: int) -> Iterator[None]:
-        """For one forward pass of so many rows, and its backward; then the forget gradient is in the forget buffer."""
+        """For one forward pass of so many rows, and its backward."""
         self.rows.forget, self.rows.total, self.rows.divert = forget, forget + retain, self.divert
         try:
             yield
         finally:
             self.rows.forget, self.rows.total, self.rows.divert = 0, 0, None
-        self._reduce(list(self.pending))
+        if not self.reduces_once:
+            self._reduce(list(self.pending))
 
     def _add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Queue a gradient. All ranks queue the same parameters in the same order, as backward passes of one model."""
         if parameter in self.pending:
             self.pending[parameter].add_(gradient)
             return
-        self.pending[parameter] = gradient.contiguous()
-        if parameter not in self.rows.shared:
+        self.pending[parameter] = (gradient.float() if self.reduces_once else gradient).contiguous()
+        if parameter not in self.rows.shared and not self.reduces_once:
             self.waiting += gradient.numel()
             if self.waiting >= self.limit:
                 self._reduce([queued for queued in self.pending if queued not in self.rows.shared])
 
-    @torch.no_grad()
+    def complete(self) -> None:
+        """After the last micro-batch: the forget gradient is in the forget buffer, whole."""
+        self._reduce(list(self.pending))
+
     def _reduce(self, parameters: list[nn.Parameter]) -> None:
         """Add the mean over ranks of these gradients to the forget buffer, each rank its own share."""
         self.waiting = 0
-        if not parameters:
-            return
-        wire = self.engine.communication_data_type
-        gradients = [self.pending.pop(parameter).to(wire) for parameter in parameters]
-        if self.engine.zero_optimization_stage() == 3:
-            partitioned: list[PartitionedParameter] = parameters  # pyright: ignore[reportAssignmentType]
-            group = partitioned[0].ds_process_group
-            # DeepSpeed types the group by a class of its own.
-            own = reduce_scatter_coalesced(gradients, group)  # pyright: ignore[reportArgumentType]
-        else:
-            flat = torch.cat([gradient.view(-1) for gradient in gradients]).div_(dist.get_world_size())
-            dist.all_reduce(flat)
-            own = flat.split([gradient.numel() for gradient in gradients])
-        for parameter, mean in zip(parameters, own, strict=True):
-            if parameter in self.places:
-                start, share = self.places[parameter]
-                part = mean if self.engine.zero_optimization_stage() == 3 else mean[start : start + share.numel()]
-                share[: part.numel()].add_(part.to(share.device))
+        if parameters:
+            gradients = [self.pending.pop(parameter).to(self.wire) for parameter in parameters]
+            add_mean_over_ranks(self.engine, parameters, gradients, self.places)

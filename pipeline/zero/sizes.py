@@ -1,4 +1,4 @@
-"""Bytes that a run writes, by arithmetic on the numbers of its parameters. Imports no torch."""
+"""Bytes that a run writes, and what is small enough, by arithmetic on numbers of parameters. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pipeline.config.rules import AVERAGING
 from pipeline.config.schema import RunConfig
 
 EXPORT_FILE = 5 * 10**9  # bytes, as the hub splits models by default; a larger tensor has a file of its own
+SMALL_PART = 8  # a trained set is small if it is at most the eighth part of the model
 UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6))
 
 
@@ -52,6 +53,28 @@ def disk_use(config: RunConfig, stage: int, elements: int, trained: int, itemsiz
         export=export * itemsize,
         exports=1 + (steps // train.export_every if train.export_every else 0),
     )
+
+
+def reduces_once(trained: int, bucket: int, micro_batches: int) -> bool:
+    """Whether a joint pass keeps the forget gradients of a task's micro-batches until there are all, and adds them up.
+
+    Where all of them fit in a bucket, it has them together at the end of each backward pass anyway, twice while they
+    are reduced. A sum in float32 takes no more.
+
+    Args:
+        trained: elements that train.
+        bucket: elements of DeepSpeed's `reduce_bucket_size`.
+        micro_batches: of a task, rank and step.
+    """
+    return micro_batches > 1 and trained <= bucket
+
+
+def sums_locally(trained: int, elements: int, bucket: int, micro_batches: int) -> bool:
+    """Whether the gradients that DeepSpeed would reduce by micro-batches are added up on each rank instead.
+
+    Then a rank has one more gradient, whole, so it must be small beside the model, of `elements`.
+    """
+    return reduces_once(trained, bucket, micro_batches) and trained <= elements // SMALL_PART
 
 
 def in_units(size: float) -> str:

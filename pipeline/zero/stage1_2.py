@@ -25,6 +25,7 @@ class Stage12Store(GradientStore):
         optimizer = self.optimizer
         require(optimizer, "optimizer of ZeRO 1 and 2")
         self.offload = optimizer.cpu_offload
+        self.reduces_every_backward = optimizer.partition_gradients  # ZeRO-2
         if self.offload:
             require(optimizer, "optimizer of ZeRO 1 and 2 under offload")
         if not optimizer.partition_gradients:
@@ -60,6 +61,7 @@ class Stage12Store(GradientStore):
     def clear(self) -> None:
         optimizer = self.optimizer
         optimizer.zero_grad()
+        self._clear_local_sum()
         for by_group in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
             for group in by_group:
                 by_group[group] = None  # in place: DeepSpeed's other structures share these dictionaries
@@ -83,7 +85,7 @@ class Stage12Store(GradientStore):
             # On a GPU the copies to pinned memory are only queued. step() waits for them, but reads after us.
             optimizer._wait_for_offload_copies()
             flats = [partition.grad for partition in optimizer.single_partition_of_fp32_groups]
-            return [flats[group].narrow(0, start, size) for group, start, size, _ in self.places]
+            return self._with_local_sum([flats[group].narrow(0, start, size) for group, start, size, _ in self.places])
         found = {}
         for group, tensors in optimizer.averaged_gradients.items():
             start = 0
@@ -91,9 +93,10 @@ class Stage12Store(GradientStore):
                 found.setdefault((group, start, tensor.numel()), tensor)
                 start += tensor.numel()
         try:
-            return [found[group, start, size].view(-1) for group, start, size, _ in self.places]
+            slices = [found[group, start, size].view(-1) for group, start, size, _ in self.places]
         except KeyError:
             raise unexpected("averaged_gradients is not this rank's fragment of the parameters") from None
+        return self._with_local_sum(slices)
 
     def write_back(self, slices: list[Tensor]) -> None:
         if self.offload:

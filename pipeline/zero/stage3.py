@@ -23,6 +23,7 @@ class Stage3Store(GradientStore):
     Every tensor has ceil(numel / ranks) elements in it; those beyond its end are never written and stay zero.
     """
 
+    reduces_every_backward = True
     optimizer_checks_overflow = True
 
     def __init__(self, engine: Engine) -> None:
@@ -71,9 +72,10 @@ class Stage3Store(GradientStore):
     def clear(self) -> None:
         self.optimizer.zero_grad()
         self.flat.zero_()
+        self._clear_local_sum()
 
     def reduce(self) -> list[Tensor]:
-        return self.slices
+        return self._with_local_sum(self.slices)
 
     def write_back(self, slices: list[Tensor]) -> None:
         """Under offload, update the optimizer's own copy of the gradient.

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from pipeline.zero.compat import require
 from pipeline.zero.engine import Engine
+from pipeline.zero.local_sums import LocalSum, places_of
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class GradientStore(ABC):
     """
 
     replicated = False  # every rank has the whole gradient
+    reduces_every_backward = False  # DeepSpeed reduces the gradient of every micro-batch, not their sum
     optimizer_checks_overflow = False  # engine.step() skips the update on inf and NaN, on all ranks alike, in any dtype
     parameters: Sequence[nn.Parameter]  # the trainable ones; the index in this list is the row of the synthesis
     layout: list[tuple[int, int]]  # (row, number of elements) of each slice on this rank
@@ -50,6 +52,7 @@ class GradientStore(ABC):
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.optimizer = engine, engine.optimizer
+        self.local_sum: LocalSum | None = None
         if engine.fp16_enabled() and engine.zero_optimization_stage():
             require(self.optimizer, "optimizer in fp16")
             _raise_scale_after_step(self.optimizer)
@@ -65,6 +68,29 @@ class GradientStore(ABC):
         Returns:
             The slices of `layout`, 1-D, in `dtype` on `device`. `engine.step()` reads what is written to them.
         """
+
+    def sum_locally(self) -> None:
+        """Reduce once a task from now on: ZeRO-2 and 3 no longer get the gradient of each micro-batch."""
+        if not self.reduces_every_backward:
+            return
+        local_sum = self.local_sum = LocalSum(self.engine, self.parameters)
+
+        def take(parameter: nn.Parameter, *group: int) -> None:
+            assert parameter.grad is not None
+            local_sum.add(parameter, parameter.grad)
+            parameter.grad = None
+
+        self.optimizer.reduce_ready_partitions_and_remove_grads = take
+
+    def _with_local_sum(self, slices: list[Tensor]) -> list[Tensor]:
+        """`slices`; what was added up on the ranks is in them from now on."""
+        if self.local_sum is not None:
+            self.local_sum.move_to(places_of(self, slices))
+        return slices
+
+    def _clear_local_sum(self) -> None:
+        if self.local_sum is not None:
+            self.local_sum.clear()
 
     @property
     def loss_scale(self) -> float:

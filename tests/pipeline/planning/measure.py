@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from pipeline.config.schema import RunConfig
 
 if TYPE_CHECKING:
     from pipeline.zero.combiner import GradientCombiner
+    from pipeline.zero.joint import JointPass
     from pipeline.zero.store import GradientStore
 
 REDUCTIONS = "all_reduce broadcast reduce all_gather all_gather_into_tensor reduce_scatter reduce_scatter_tensor"
@@ -39,6 +40,8 @@ class StepMeter:
         self.combiner: GradientCombiner | None = None  # while a step runs
         self.sent: dict[str, int] = {}
         self.live: dict[str, dict[int, int]] = {}
+        self.waiting = 0  # bytes of whole gradients that a joint pass has collected, at most
+        self.summed = 0  # bytes of those that add up on a rank
         self.found: dict[str, Any] = {}
 
     def install(self) -> None:
@@ -47,6 +50,7 @@ class StepMeter:
 
         from pipeline.zero import stages
         from pipeline.zero.combiner import GradientCombiner
+        from pipeline.zero.joint import JointPass
 
         for name in REDUCTIONS.split():
             self._wrap_collective(name)
@@ -55,6 +59,8 @@ class StepMeter:
         for kind in subclasses(stages.GradientStore):
             if "reduce" in vars(kind):
                 kind.reduce = lambda store, reduce=kind.reduce: self._reduce(store, reduce)
+        flush = JointPass._reduce
+        JointPass._reduce = lambda self_, tensors: self._flush(self_, lambda: flush(self_, tensors))  # pyright: ignore
         DeepSpeedEngine.step = lambda engine, *a, **k: self._end(update(engine, *a, **k))  # pyright: ignore
 
     def _wrap_collective(self, name: str) -> None:
@@ -76,7 +82,17 @@ class StepMeter:
     def _begin(self, combiner: GradientCombiner) -> None:
         if self.combiner is None:  # a later `clear` in a step makes room for the retain gradient
             self.combiner, self.step = combiner, self.step + 1
-            self.sent, self.live = {}, {}
+            self.sent, self.live, self.waiting = {}, {}, 0
+
+    def _flush(self, joint: JointPass, flush: Callable[[], None]) -> None:
+        """The gradients that a joint pass has collected, and what their reduction makes of them."""
+        from pipeline.planning.meta_trace import LiveBytes
+
+        waiting = list(joint.pending.values())
+        with LiveBytes([*waiting, *joint.combiner.stash_slices()]) as ledger:
+            flush()
+        copied = 0 if joint.reduces_once else ledger.peak  # in the backward pass, or after the last
+        self.waiting = max(self.waiting, sum(storages(waiting).values()) + copied)
 
     def _reduce(self, store: GradientStore, reduce: Any) -> list[Tensor]:
         """The last call in a step: both gradients exist, and the optimizer has the state of the step before."""
@@ -94,6 +110,7 @@ class StepMeter:
         self.live["parameters"] = storages([*parameters, *shares])
         after = storages([*slices, *(copy.grad for copy in copies)])
         self.live["gradients"] = max(before, after, key=lambda at: sum(at.values()))
+        self.summed = 0 if store.local_sum is None else store.local_sum.flat.nbytes
         self.live["stash"] = storages([self.combiner.stash, self.combiner.average])
         held = storages([*copies, *moments])
         self.live["optimizer"] = {at: size for at, size in held.items() if at not in self.live["parameters"]}
@@ -103,7 +120,8 @@ class StepMeter:
         self.combiner = None
         if self.step == self.number:
             memory = {kind: sum(at.values()) for kind, at in self.live.items()}
-            self.found = {"memory": memory, "sent": dict(self.sent)}
+            unreduced = self.waiting + self.summed
+            self.found = {"memory": memory, "sent": dict(self.sent), "unreduced": unreduced}
 
 
 def measure(configurations: dict[str, dict[str, Any]], report: str) -> None:

@@ -22,9 +22,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tied": {"num_key_value_heads": 2, "tie_word_embeddings": True},
     "experts": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
+FEW_ADAPTERS = {"model": {"lora": {"r": 1, "targets": ["q_proj"]}}}
 RUNS = {  # shape, DeepSpeed file, other keys
     "untied zero3": ("untied", "zero3", {}),
     "tied zero2 bf16": ("tied", "zero2", {"model": {"dtype": "bfloat16"}}),
+    "joint zero3 sago": ("tied", "zero3", {"train": {"schedule": "joint"}}),
+    "few adapters zero3": ("untied", "zero3", FEW_ADAPTERS),
     "experts zero3 bf16 gru": ("experts", "zero3", {"model": {"dtype": "bfloat16"}, "synthesis": {"rule": "gru"}}),
 }
 MORE_RUNS = {
@@ -36,11 +39,14 @@ MORE_RUNS = {
     "tied zero3_offload bf16": ("tied", "zero3_offload", {"model": {"dtype": "bfloat16"}}),
     "lora zero3": ("untied", "zero3", {"model": {"lora": {"r": 8}}}),
     "lora zero2": ("untied", "zero2", {"model": {"lora": {"r": 8}}}),
+    "few adapters zero2 bf16": ("untied", "zero2", {"model": {**FEW_ADAPTERS["model"], "dtype": "bfloat16"}}),
+    "decayed zero3": ("untied", "zero3", {"optimizer": {"weight_decay": 0.1}}),
     "recomputed zero3": ("untied", "zero3", {"model": {"gradient_checkpointing": True}}),
     **{
         f"joint {file} {rule}": ("tied", file, {"synthesis": {"rule": rule}, "train": {"schedule": "joint"}})
         for file in ("zero1", "zero2", "zero3")
         for rule in ("sum", "sago")
+        if (file, rule) != ("zero3", "sago")
     },
 }
 
@@ -114,6 +120,18 @@ def test_memory_of_states(measured: dict[str, Any]) -> None:
             assert expected == pytest.approx(size, rel=0.06), (name, kind)
 
 
+def test_whole_gradients_that_wait(measured: dict[str, Any]) -> None:
+    """The forget gradients of a joint pass, or the sums of runs that train little."""
+    for name, run in measured.items():
+        config = RunConfig.model_validate(run["configuration"])
+        shape = rehearsal.shape_of(rehearsal.model_without_weights(config))
+        zero = budget_memory.Zero.of(deepspeed_config(config), shape)
+        machines, micro = budget_memory.Cluster(2, 1, 80, 50, 400), config.train.micro_batch_size
+        planned = budget_memory.unreduced(shape, zero, config, machines, micro)
+        print(f"{name}: whole gradients measured {run['unreduced']}, planned {planned:.0f}")
+        assert run["unreduced"] <= planned <= 1.1 * run["unreduced"], name  # a bucket need not be full
+
+
 def assert_sent(name: str, counted: dict[str, int], sent: list[traffic.CommVolume]) -> None:
     total: dict[str, float] = {}
     for one in sent:
@@ -121,7 +139,9 @@ def assert_sent(name: str, counted: dict[str, int], sent: list[traffic.CommVolum
         total[kind] = total.get(kind, 0) + one.bytes
     for kind in total.keys() | counted.keys():
         print(f"{name}: {kind} counted {counted.get(kind, 0)}, planned {total.get(kind, 0):.0f}")
-        assert total.get(kind, 0) == pytest.approx(counted.get(kind, 0), rel=0.01), (name, kind)
+        # padding makes the others a little larger
+        expected = counted.get(kind, 0) if kind == "all_reduce" else pytest.approx(counted.get(kind, 0), rel=0.01)
+        assert total.get(kind, 0) == expected, (name, kind)
 
 
 def test_bytes_sent(measured: dict[str, Any]) -> None:

@@ -207,3 +207,16 @@ def test_one_element_of_any_stride_joins_its_neighbours() -> None:
     base = torch.arange(12.0)
     [joined] = windows.join_neighbours([base[::5][:1], base[1:4]])
     assert joined.tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_choosing_bits_is_choosing_numbers(dtype: torch.dtype) -> None:
+    """Every pair of numbers under both choices, also those that arithmetic would change."""
+    odd = torch.tensor([0.0, -0.0, 1.5, -3e38, math.inf, -math.inf, math.nan, 1e-45], dtype=dtype)
+    a, b = odd.repeat_interleave(len(odd)), odd.repeat(len(odd))
+    bits = torch.int32 if dtype == torch.float32 else torch.int64
+    for condition in (torch.ones_like(a, dtype=torch.bool), torch.zeros_like(a, dtype=torch.bool)):
+        expected = a if condition.all() else b
+        assert torch.equal(kernels.choose(condition, a, b).view(bits), expected.view(bits))
+    mixed = kernels.choose(condition, a.float(), b.double())
+    assert torch.equal(mixed.view(torch.int64), b.double().view(torch.int64)), "of two dtypes the wider"

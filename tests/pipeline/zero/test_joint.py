@@ -278,7 +278,7 @@ def refuse(problem: str, message: str) -> None:
     install_rules(model, rows)
     engine: Any = engine_of(Case(zero={"stage": 2}), model)
     install_outputs(engine)
-    joint = JointPass(GradientCombiner(engine, Synthesis("sago"), combine_tasks=True), rows)
+    joint = JointPass(GradientCombiner(engine, Synthesis("sago"), combine_tasks=True), rows, 1)
     if message:
         with pytest.raises(InputError, match=message):
             check_separation(engine, joint)

@@ -105,7 +105,8 @@ def test_deepspeed_alone_loses_gradients(tmp_path: Path) -> None:
     assert "down.weight" in wrong
 
 
-def test_through_the_program(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("schedule", ["sequential", "joint"])
+def test_through_the_program(schedule: str, world: World, tmp_path: Path) -> None:
     """A model large enough to be swapped, loaded in shares and exported."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -123,7 +124,7 @@ def test_through_the_program(world: World, tmp_path: Path) -> None:
             tmp_path / f"run-{name}",
             model={"path": str(tmp_path / "model")},
             synthesis={"rule": "pcgrad"},
-            train={"deepspeed": str(tmp_path / f"{name}.json")},
+            train={"deepspeed": str(tmp_path / f"{name}.json"), "schedule": schedule},
         )
     run_distributed(train_program, 2, list(settings.values()))
     assert len(swapped(tmp_path / "nvme", 1)) == 3

@@ -175,7 +175,7 @@ class Request:
 def quiz_likelihoods(model: Any, tokenizer: Any) -> list[float]:
     """Of every answer to every question of the quiz, in batches of three."""
     requests = [Request(row["question"] + "Answer:", f" {letter}") for row in QUIZ for letter in "ABCD"]
-    lm = harness.SharedLM(model, tokenizer, batch_size=3, title="")
+    lm = harness.language_model(model, tokenizer, batch_size=3, title="")
     return [likelihood for likelihood, _ in lm.loglikelihood(requests)]
 
 
@@ -198,7 +198,7 @@ def test_a_batch_has_a_limit_of_tokens(folder: Path, monkeypatch: pytest.MonkeyP
     ]
     shapes: list[tuple[int, int]] = []
     model.register_forward_hook(lambda _, __, output: shapes.append(tuple(output.logits.shape[:2])))
-    lm = harness.SharedLM(model, tokenizer, batch_size=64, title="")
+    lm = harness.language_model(model, tokenizer, batch_size=64, title="")
     whole = lm.loglikelihood(requests)
     assert max(rows * width for rows, width in shapes) > 2000
     shapes.clear()
@@ -231,7 +231,7 @@ def test_a_tokenizer_without_beginning_and_end(folder: Path, tmp_path: Path, mon
     assert first["suites"]["mmlu"]["metrics"]["acc"]["astronomy"] == right
     assert last["suites"]["bios"]["metrics"]["retain"]["all"] == 1.0
     size = len(tokenizer)
-    harness.SharedLM(model, tokenizer, batch_size=3, title="")
+    harness.language_model(model, tokenizer, batch_size=3, title="")
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, len(tokenizer)) == (None, None, None, size)
 
 

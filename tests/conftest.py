@@ -23,6 +23,27 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+# Files that take longest, in seconds of a processor: they begin first, so that neither of two processes has to wait for
+# the other at the end. All others follow in the order of their names.
+LONGEST = (
+    *("pipeline/zero/test_sharded.py", "pipeline/zero/test_stages.py", "pipeline/modeling/test_load.py"),
+    *("pipeline/zero/test_checkpoint.py", "pipeline/zero/test_half_precision.py", "pipeline/zero/test_reshard.py"),
+    *("pipeline/planning/test_device_check.py", "pipeline/zero/test_combiner.py", "pipeline/zero/test_joint.py"),
+    *("test_recipes.py", "test_bad_input.py", "eval/test_robustness.py", "eval/test_own_corpus.py"),
+    *("test_extending.py", "test_launchers.py", "pipeline/test_run.py"),
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist, which would begin with the files of most tests
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
 @dataclass(frozen=True)
 class World:
     """A folder with `model/` (tiny Llama and tokenizer), `tied/` (the same with tied embeddings) and two corpora."""

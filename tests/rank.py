@@ -1,6 +1,7 @@
 """One rank of the pool of `tests/distributed.py`: it serves calls, and no call leaves a trace for the next.
 
-What a call can change is dealt with in four ways, so that a function finds what it would find in a process of its own:
+What a call can change is dealt with in four ways, so that a function finds what it would find in a process of its own
+(but for the heat maps of TensorBoard, which took a fifth of a run's time and are drawn in tests/pipeline/monitoring):
 
 * The modules of this repository are forgotten before each call, so that each call imports them anew.
 * The names that modules and classes of torch, DeepSpeed, transformers and peft bind to functions and classes are bound
@@ -27,19 +28,30 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+# What a run imports late is imported here, once for all ranks: that took each of them 1.6 s.
+import datasets  # noqa: F401
+import deepspeed.module_inject.auto_ep_layer
+import deepspeed.ops.op_builder.all_ops
+import deepspeed.runtime.superoffload.superoffload_stage3
+import deepspeed.runtime.zero.muon.muon_optimizer
 import deepspeed.runtime.zero.stage3
 import deepspeed.runtime.zero.stage_1_and_2
+import deepspeed.utils.nvtx
 import numpy as np
 import peft
+import pytest  # noqa: F401
 import torch
 import torch.distributed as dist
+import torch.utils.tensorboard
 import transformers.models.llama.modeling_llama
+import transformers.optimization
 from deepspeed.accelerator import get_accelerator
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 OURS = ("pipeline", "eval", "tests")
 LIBRARIES = (torch, deepspeed, transformers, peft)
 
+deepspeed.utils.nvtx.enable_nvtx = False  # marks for a GPU's profiler at each call, which took a twentieth of a run
 gc.collect()
 gc.freeze()  # a million objects of libraries: DeepSpeed collects garbage for each engine of ZeRO-3, half a second each
 
@@ -143,6 +155,13 @@ def _start_once(*arguments: Any, **options: Any) -> None:
 _INITIALISE: Callable[..., None] = dist.init_process_group
 
 
+def _leave_out_heat_maps() -> None:
+    """Of the modules that a call has imported anew; a board without a figure is one of a run without layers."""
+    from pipeline.monitoring import tensorboard
+
+    tensorboard.heat_map = lambda history, name: None
+
+
 def serve(rank: int, world_size: int, port: int, calls: Connection) -> None:
     """Answer every (function, arguments) with None, or with the traceback of what it raised, until the caller is gone.
 
@@ -166,6 +185,7 @@ def serve(rank: int, world_size: int, port: int, calls: Connection) -> None:
             os._exit(0)  # gloo now and then aborts in the interpreter's own shutdown
         failed = None
         try:
+            _leave_out_heat_maps()
             function(*arguments)
         except BaseException:
             failed = traceback.format_exc()

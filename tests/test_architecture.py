@@ -200,3 +200,29 @@ def test_what_refuses_a_bad_configuration_imports_nothing_heavy(name: str) -> No
             [],
         )
         assert not {module.split(".")[0] for module in imports(ast.unparse(at_import))} & HEAVY, file
+
+
+LINES_OF_FILE, LINES_OF_FUNCTION = 320, 60
+
+
+def too_long(source: str) -> set[str]:
+    """Functions of a file with more lines than a function may have, its docstring not counted."""
+    found = set[str]()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines, docstring = range(node.lineno, (node.end_lineno or node.lineno) + 1), ast.get_docstring(node, False)
+            if len(lines) - (len(docstring.splitlines()) if docstring is not None else 0) > LINES_OF_FUNCTION:
+                found.add(node.name)
+    return found
+
+
+def test_files_and_functions_fit_on_a_few_screens() -> None:
+    body = "    x = 1\n" * (LINES_OF_FUNCTION - 1)
+    assert (
+        too_long(f"def fits():\n{body}") == set() == too_long(f'def fits():\n    """One.\n\n    Two.\n    """\n{body}')
+    )
+    assert too_long(f"class A:\n  def is_longer(self):\n{body}    y = 2") == {"is_longer"}
+    for file in chain(files("pipeline"), files("eval"), files("launch"), files("tests"), files("docs")):
+        source = file.read_text(encoding="utf-8")
+        assert len(source.splitlines()) <= LINES_OF_FILE, f"{file}: move a part of it to a file of its own"
+        assert not too_long(source), f"{file}: make several functions of {too_long(source)}"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST
 from tests.distributed import Ranks, run_distributed
 
 
@@ -158,3 +159,7 @@ def test_ranks_that_fail_end_or_hang_are_named_and_replaced(tmp_path: Path) -> N
         for process in used:
             assert not Path("/proc", process).exists()
         used = set(ids(tmp_path))
+
+
+def test_the_files_that_begin_first_are_there() -> None:
+    assert not [name for name in LONGEST if not (Path(__file__).parent / name).is_file()]

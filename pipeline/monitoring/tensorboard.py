@@ -109,7 +109,7 @@ class TensorBoardWriter:
         self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
         self.has_probes = has_probes
         self.prefix = ""  # of every tag
-        self.drawn = float("-inf")
+        self.drawn = time.monotonic()  # a short run draws once, at its end
 
     def begin(self, hyperparameters: dict[str, str | float]) -> None:
         """Write the layout of the charts, and the run's row under HParams with the scalars `result/<measure>`, which

@@ -25,6 +25,8 @@ from pipeline.files import write_whole
 from pipeline.planning.identities import Way, dense_gradients, error, layers, resumes, step
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pipeline.synthesis.combine import Synthesis
 
 # Relative, of the norm of the change. What the optimizer reads and writes is fp32, but for bf16 without ZeRO.
@@ -81,7 +83,9 @@ def check(way: Way, folder: Path, small: bool) -> Check:
         result.gradients = max(error(forget, dense["forget"]), error(retain, dense["retain"]))
         if not result.gradients < bound:
             result.failed.append("gradients")
+    made: dict[str, list[Tensor]] = {}
     for synthesis in syntheses(small):
+        name = f"{synthesis.rule} {synthesis.resolved_scope}"
         expected = synthesize(
             forget,
             retain,
@@ -89,15 +93,15 @@ def check(way: Way, folder: Path, small: bool) -> Check:
             scope=synthesis.scope,
             alpha=synthesis.alpha,
             gamma=synthesis.gamma,
-            layers=layers(way) if synthesis.scope == "layer" else None,
+            layers=layers() if synthesis.scope == "layer" else None,
             average=[torch.zeros_like(tensor) for tensor in retain] if synthesis.averages_retain else None,
         )
-        name = f"{synthesis.rule} {synthesis.resolved_scope}"
-        result.rules[name] = error(step(way, synthesis), expected)
+        made[name] = step(way, synthesis)
+        result.rules[name] = error(made[name], expected)
         if not result.rules[name] < bound * (10 if synthesis.rule == "sago" else 1):  # it jumps where a sign turns
             result.failed.append(name)
     pcgrad = next(synthesis for synthesis in syntheses(small) if synthesis.scope == "module")
-    result.joint = error(step(way, pcgrad, joint=True), step(way, pcgrad))
+    result.joint = error(step(way, pcgrad, joint=True), made["pcgrad module"])
     if not result.joint < max(bound, 0.0 if way.dtype == "float32" else ROUNDED):  # each pass rounds to the dtype
         result.failed.append("joint")
     result.resumed = resumes(way, folder / way.name)

@@ -170,11 +170,13 @@ def resumes(way: Way, folder: Path) -> bool:
     return all(torch.equal(*pair) for pair in zip(*made, strict=True))
 
 
-def layers(way: Way) -> list[str]:
+def layers() -> list[str]:
     """The layer of each parameter."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     from pipeline.zero.combiner import layer_of
 
-    built = build(way, {"name": "sgd", "lr": LR})
-    found = [layer_of(name) for name, _ in built.engine.module.named_parameters()]
-    built.engine.destroy()
-    return found
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    return [layer_of(name) for name, _ in model.named_parameters()]

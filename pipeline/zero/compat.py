@@ -38,7 +38,7 @@ INTERNALS: dict[str, dict[str, str]] = {
         "overlap_comm": "ZeRO-1 would lose gradients of tensors that the last micro-batch does not touch; turned off",
         "cpu_offload": "says where the gradient lies",
         "finalize_gradient_accumulation_boundary": "completes the reduction of ZeRO-2 without another backward",
-        "round_robin_bit16_groups": "the parameters in the order of the flat partition",
+        "round_robin_bit16_groups": "the parameters in the order of the flat partition; a checkpoint records where",
         "grad_partition_insertion_offset": "where a parameter starts in this rank's partition",
         "grad_start_offset": "which element of a parameter is the first in this rank's partition",
         "partition_size": "elements of this rank's partition",
@@ -47,7 +47,6 @@ INTERNALS: dict[str, dict[str, str]] = {
         "single_partition_of_fp32_groups": "the master weights; under offload step() reads their gradient",
         "gradient_accumulation_dtype": "dtype of the gradient, and so of the stash",
         "use_grad_accum_attribute": "says whether a parameter's gradient is `.grad` or `.grad_accum`",
-        "bit16_groups": "the parameters of each group, whose fragments a checkpoint records",
         "update_lp_params": "after a change of the number of ranks: copies the master weights into the model",
     },
     "optimizer of ZeRO 1 and 2 under offload": {

@@ -18,6 +18,7 @@ from eval.suites import corpus, sharing
 from eval.sweep import runs as sweep_runs
 from pipeline.config.schema import REPOSITORY
 from tests.conftest import World
+from tests.interrupted import Copied
 
 MODEL = "HuggingFaceH4/zephyr-7b-beta"
 
@@ -111,11 +112,10 @@ def test_a_retain_corpus_that_training_saw_is_marked(
 
 def test_a_run_that_learns_says_trained(world: World, tmp_path: Path) -> None:
     sections = {"objective": {"forget": "none", "retain": "nll"}, "train": {"steps": 1}}
-    file = world.write(tmp_path / "run.yaml", tmp_path / "run", **sections)
-    line = [sys.executable, "-m", "pipeline.train", "--config", str(file)]
-    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "\ntrained\n" in f"\n{done.stderr}" and "unlearned" not in done.stderr
+    command = Copied(world.write(tmp_path / "run.yaml", tmp_path / "run", **sections), ranks=1)
+    command.call.result(200)  # or it raises how the rank ended
+    printed = command.log.read_text()
+    assert "\ntrained\n" in f"\n{printed}" and "unlearned" not in printed
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,8 +4,11 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import partial
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -52,16 +55,16 @@ def test_adversarial_questions_of_bios() -> None:
             )
 
 
+def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The command in this process; its status."""
+    monkeypatch.setattr(robustness, "end_on_terminate", lambda: None)  # the test runner keeps its own
+    monkeypatch.setattr(sys, "argv", ["robustness.py", *map(str, arguments)])
+    return robustness.exit_status(robustness.main)
+
+
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """The command in this process."""
-    monkeypatch.setattr(robustness, "end_on_terminate", lambda: None)  # the test runner keeps its own
-
-    def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["robustness.py", *map(str, arguments)])
-        return robustness.exit_status(robustness.main)
-
-    return run
+    return partial(run_command, monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -97,21 +100,36 @@ def finished(tmp_path_factory: pytest.TempPathFactory, memorise: Callable[[list[
     return tmp_path
 
 
+def copy_of_run(finished: Path, folder: Path) -> Path:
+    """What the run names by path is shared."""
+    shutil.copytree(finished / "run", folder / "run")
+    shutil.copy(finished / "probes.jsonl", folder)
+    return folder / "run"
+
+
 @pytest.fixture
 def run_folder(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the run; what it names by path is shared."""
-    shutil.copytree(finished / "run", tmp_path / "run")
-    shutil.copy(finished / "probes.jsonl", tmp_path)
-    return tmp_path / "run"
+    return copy_of_run(finished, tmp_path)
 
 
-def test_all_attacks_on_two_ranks(
-    finished: Path,
-    run_folder: Path,
-    command: Callable[..., int],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+class Attacked(NamedTuple):
+    """A run after all attacks on it."""
+
+    run: Path
+    arguments: tuple[object, ...]  # of the command
+    launched: list[str]  # logs of the trainings, in order
+    printed: str
+    answer: dict[str, Any]  # robustness.json
+
+    @property
+    def entries(self) -> dict[str, dict[str, Any]]:
+        return {entry["name"]: entry for entry in self.answer["attacks"]}
+
+
+@pytest.fixture(scope="module")
+def attacked(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Attacked:
+    """By the command, on two ranks."""
+    run = copy_of_run(finished, tmp_path_factory.mktemp("attacked"))
     launch, launched = training.call, list[str]()
 
     def launch_one(line: list[str], log: Path) -> int:
@@ -123,34 +141,19 @@ def test_all_attacks_on_two_ranks(
         run_distributed(run_in_process, int(line[line.index("--num_gpus") + 1]), given)
         return 0
 
-    monkeypatch.setattr(training, "call", launch_one)
-    arguments = ("--run", run_folder, "--suite", "bios", "--data", run_folder.parent, "--steps", 3, "--lr", 0.003)
-    assert command(*arguments) == 0
-    assert launched == ["relearn.training", "retain.training"]
-    output = run_folder / "robustness.json"
-    answer = json.loads(output.read_text())
-    entries = {entry["name"]: entry for entry in answer["attacks"]}
+    arguments = ("--run", run, "--suite", "bios", "--data", run.parent, "--steps", 3, "--lr", 0.003)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        patch.setattr(training, "call", launch_one)
+        assert run_command(patch, *arguments) == 0
+    return Attacked(run, arguments, launched, printed.getvalue(), json.loads((run / "robustness.json").read_text()))
+
+
+def test_all_attacks_on_two_ranks(attacked: Attacked) -> None:
+    assert attacked.launched == ["relearn.training", "retain.training"]
+    answer, entries = attacked.answer, attacked.entries
     assert tuple(entries) == spec.BY_DEFAULT
     assert answer["dtype"] == "float32" and answer["suite"] == "bios" and answer["seed"] == 0
-    said = capsys.readouterr().out
-    assert all(name in said for name in spec.BY_DEFAULT) and "held_out_nll" in said
-
-    relearned = entries["relearn"]
-    assert len(relearned["groups"]) == 1 and relearned["excluded_probes"] == 2  # one person of ten: FB and QA
-    assert relearned["documents"] == 2 and relearned["held_out_documents"] == 18
-    assert relearned["settings"]["steps"] == 3 and relearned["settings"]["lr"] == 0.003
-    written = [row["text"] for row in read_jsonl(run_folder / "robustness" / "relearn.jsonl")]
-    assert {bios_suite.group_of({"text": text}) for text in written} == set(relearned["groups"])
-    assert relearned["after"]["held_out_nll"] < relearned["before"]["held_out_nll"] - 0.1
-    assert relearned["original"]["held_out_nll"] < 1 < relearned["before"]["held_out_nll"]
-    trained = resolve(run_folder / "robustness" / "relearn" / "config.yaml")
-    assert trained.model.path == str(run_folder / "final") and trained.tasks == ["retain"] and trained.train.steps == 3
-    assert len(read_jsonl(run_folder / "robustness" / "relearn" / "metrics.jsonl")) == 3
-    assert (
-        resolve(run_folder / "robustness" / "retain" / "config.yaml").data.retain
-        == resolve(run_folder / "config.yaml").data.retain
-    )
-
+    assert all(name in attacked.printed for name in spec.BY_DEFAULT) and "held_out_nll" in attacked.printed
     for name in ("retain", "int8", "int4", "nf4"):
         entry = entries[name]
         assert entry["original"]["forget.all"] > 0.9 > 0.2 > entry["before"]["forget.all"]
@@ -161,14 +164,41 @@ def test_all_attacks_on_two_ranks(
     assert {"forget.QA", "forget.all", "retain.QA", "retain.all"} == set(entries["probes"]["before"])
     assert {"forget.case", "retain.in_context"} < set(entries["probes"]["after"])
 
+
+def test_trainings_of_attacks_start_from_the_export_on_their_own_texts(attacked: Attacked) -> None:
+    relearned, folder = attacked.entries["relearn"], attacked.run / "robustness"
+    assert len(relearned["groups"]) == 1 and relearned["excluded_probes"] == 2  # one person of ten: FB and QA
+    assert relearned["documents"] == 2 and relearned["held_out_documents"] == 18
+    assert relearned["settings"]["steps"] == 3 and relearned["settings"]["lr"] == 0.003
+    written = [row["text"] for row in read_jsonl(folder / "relearn.jsonl")]
+    assert {bios_suite.group_of({"text": text}) for text in written} == set(relearned["groups"])
+    assert relearned["after"]["held_out_nll"] < relearned["before"]["held_out_nll"] - 0.1
+    assert relearned["original"]["held_out_nll"] < 1 < relearned["before"]["held_out_nll"]
+    trained = resolve(folder / "relearn" / "config.yaml")
+    assert trained.model.path == str(attacked.run / "final")
+    assert trained.tasks == ["retain"] and trained.train.steps == 3
+    assert len(read_jsonl(folder / "relearn" / "metrics.jsonl")) == 3
+    retained, original = (resolve(run / "config.yaml") for run in (folder / "retain", attacked.run))
+    assert retained.data.retain == original.data.retain
+
+
+def test_what_is_there_is_not_repeated_and_other_settings_are_refused(
+    attacked: Attacked,
+    finished: Path,
+    command: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What is missing is done, and alone."""
+
     def never(*_: Any) -> int:
         raise AssertionError("nothing is missing")
 
-    # What is there is not repeated; what is missing is done, and alone; other settings are refused.
     monkeypatch.setattr(training, "call", never)
-    del answer["attacks"][3]
-    output.write_text(json.dumps(answer))
-    assert command(*arguments) == 0
+    entries, output = attacked.entries, attacked.run / "robustness.json"
+    others = [entry for name, entry in entries.items() if name != "int4"]
+    output.write_text(json.dumps({**attacked.answer, "attacks": others}))
+    assert command(*attacked.arguments) == 0
     again = {entry["name"]: entry for entry in json.loads(output.read_text())["attacks"]}
     same = {name: again[name] for name in entries if name != "int4"}
     assert same == {name: entry for name, entry in entries.items() if name != "int4"}
@@ -179,11 +209,11 @@ def test_all_attacks_on_two_ranks(
         (("--seed", 1), "of other seed 0 instead of 1"),
     ):
         capsys.readouterr()
-        assert command(*arguments, *changed) == 2
+        assert command(*attacked.arguments, *changed) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and said in error and "--output" in error
-    shutil.copy(finished / "original" / "model.safetensors", run_folder / "final")
-    assert command(*arguments) == 2 and "of other weights" in capsys.readouterr().err
+    shutil.copy(finished / "original" / "model.safetensors", attacked.run / "final")
+    assert command(*attacked.arguments) == 2 and "of other weights" in capsys.readouterr().err
     assert output.read_bytes() == before
 
 

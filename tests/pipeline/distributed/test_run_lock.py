@@ -17,7 +17,7 @@ from pipeline.config.schema import REPOSITORY
 from pipeline.distributed.run_lock import RunLock
 from pipeline.errors import InputError
 from tests.conftest import World
-from tests.interrupted import Started, lines
+from tests.interrupted import Copied, Started, lines
 
 
 def hold(do: Callable[[RunLock], None], folder: Path) -> BaseProcess:
@@ -66,14 +66,15 @@ def alone(config: Path, *more: str) -> subprocess.Popen[str]:
 
 def test_two_runs_that_start_together_are_one(world: World, tmp_path: Path) -> None:
     """Neither finds a run in the folder when it checks."""
-    config = world.write(tmp_path / "run.yaml", tmp_path / "run", train={"steps": 2})
-    ended = [(process.communicate(timeout=300)[1], process.returncode) for process in (alone(config), alone(config))]
-    statuses = sorted(status for _, status in ended)
-    assert statuses == [0, 2], ended
-    refused = next(printed for printed, status in ended if status == 2)
-    (line,) = [line for line in refused.splitlines() if line.startswith("error:")]
-    assert "is in use by another run" in line or "already holds a run" in line
-    assert "Traceback" not in refused and lines(tmp_path / "run") == 2
+    keys = {"train": {"steps": 2}}
+    files = [world.write(tmp_path / f"{name}.yaml", tmp_path / "run", **keys) for name in ("one", "other")]
+    commands = [Copied(file, ranks=1) for file in files]
+    refused = [command for command in commands if command.call.exception(300) is not None]
+    assert len(refused) == 1, [command.log.read_text() for command in commands]
+    statuses, printed = refused[0].ended()
+    (line,) = [line for line in printed.splitlines() if line.startswith("error:")]
+    assert statuses == {2} and ("is in use by another run" in line or "already holds a run" in line)
+    assert "Traceback" not in printed and lines(tmp_path / "run") == 2
 
 
 @pytest.mark.slow

@@ -164,24 +164,31 @@ def test_the_schedule_changes_nothing_not_even_within_a_run(world: World, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", ["zero2", "cpu"])
-def test_bf16_is_as_far_from_fp32_under_either_schedule(zero: str, world: World, tmp_path: Path) -> None:
-    runs = {}
-    for dtype in ("float32", "bfloat16"):
-        for schedule, keys in in_both_schedules(world, tmp_path / dtype, deepspeed=f"ds_configs/{zero}.json").items():
-            runs[dtype, schedule] = {**keys, "model": {**keys["model"], "dtype": dtype}}
-    run_distributed(test_sharded.train_cases, 2, list(runs.values()))
-    final, initial = (
-        {name: final_weights(keys) for name, keys in runs.items()},
-        initial_weights(runs["float32", "joint"]),
-    )
-    errors = {
-        name: oracle.weight_change_error(weights, final["float32", "sequential"], initial)
-        for name, weights in final.items()
+@pytest.mark.parametrize("file", ["zero2", "cpu"])  # ZeRO-2, ZeRO-3
+def test_the_schedule_changes_no_bit_in_bf16_where_rows_are_of_one_length(
+    file: str, world: World, tmp_path: Path
+) -> None:
+    """No row has padding, and no sum other terms: so a step under AdamW, which a sign can turn, is the same step."""
+    base = world.configuration("")
+    sections = {
+        "model": {**base["model"], "dtype": "bfloat16"},
+        "data": {**base["data"], "packing": "blocks", "long_documents": "truncate", "max_length": 16},
     }
-    between = oracle.weight_change_error(final["bfloat16", "joint"], final["bfloat16", "sequential"], initial)
-    print(f"{zero}: relative differences {errors}; between the two in bf16 {between:.1e}")
-    assert errors["bfloat16", "joint"] < 1.2 * errors["bfloat16", "sequential"] < 0.2
+    runs = {
+        schedule: world.configuration(
+            tmp_path / schedule,
+            **PCGRAD,
+            **sections,
+            train={"schedule": schedule, "deepspeed": f"ds_configs/{file}.json"},
+        )
+        for schedule in ("sequential", "joint")
+    }
+    run_distributed(test_sharded.train_cases, 2, list(runs.values()))
+    sequential, joint = (final_weights(runs[schedule]) for schedule in ("sequential", "joint"))
+    initial = initial_weights(runs["joint"])
+    for name, tensor in sequential.items():
+        assert torch.equal(tensor, joint[name]), name
+        assert not torch.equal(tensor, initial[name].bfloat16()), name
 
 
 # -- traffic -----------------------------------------------------------------------------------------------------------

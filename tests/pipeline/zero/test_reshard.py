@@ -87,11 +87,17 @@ class Schedule:
 
 
 def master(engine: Any) -> dict[str, Tensor]:
-    """The fp32 weights by name, whole, by DeepSpeed's own public function. (Adam's moments show in what follows.)"""
+    """The fp32 weights by name, whole, by DeepSpeed's own public function. (Adam's moments show in what follows.)
+
+    Under round_robin_gradients that function mixes parameters up: there the model's own weights, which must be fp32.
+    """
     from deepspeed.utils import safe_get_full_fp32_param
 
     if not engine.zero_optimization_stage():
         return {}
+    if getattr(engine.optimizer, "round_robin_gradients", False):
+        assert {parameter.dtype for parameter in engine.module.parameters()} == {torch.float32}
+        return toy.weights_of(engine.module)
     found = {
         name: safe_get_full_fp32_param(parameter)
         for name, parameter in engine.module.named_parameters()
@@ -221,6 +227,34 @@ def check(name: str, world: int, made: Path) -> None:
         # The plain loop has no formulas for the rules of the literature, which test_rules.py compares with others.
         plain = whole["weights"] if case.rule in NEW else toy.train_plainly(case)[0]
         assert toy.error_of(case, resumed, plain) < 2e-5
+
+
+def check_layouts(cases: dict[str, Case]) -> None:
+    """Before the first step the flat fp32 tensors hold the weights themselves, rounded nowhere."""
+    from pipeline.zero.optimizer_state import optimizer_layout
+
+    start_ranks()
+    for name, case in cases.items():
+        engine = toy.engine_of(case, toy.model_of(case))
+        flats = [group["params"][0] for group in engine.optimizer.optimizer.param_groups]
+        weights, seen = toy.weights_of(engine.module), 0
+        for flat, fragments in zip(flats, optimizer_layout(engine), strict=True):
+            for one in fragments:
+                of_model = weights[one.name].flatten()[one.param_offset :][: one.numel]
+                assert torch.equal(flat[one.flat_offset :][: one.numel].cpu(), of_model), (name, one)
+                seen += one.numel
+        assert sum(flat.numel() for flat in flats) - 8 < seen <= sum(flat.numel() for flat in flats), name  # padding
+        engine.destroy()
+
+
+def test_a_checkpoint_records_where_each_element_lies() -> None:
+    """By the weights found there, and so whatever the order of a partition."""
+    ways: dict[str, dict[str, Any]] = {
+        "in the model's order": {"stage": 1},
+        "round robin": {"stage": 2, "round_robin_gradients": True},
+        "round robin in host memory": {"stage": 2, "round_robin_gradients": True, **OFFLOAD},
+    }
+    run_distributed(check_layouts, 2, {name: Case(zero=zero, **DECAY) for name, zero in ways.items()})
 
 
 def test_deal_takes_every_element_from_where_it_is() -> None:

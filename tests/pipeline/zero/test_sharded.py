@@ -94,25 +94,36 @@ ZERO: dict[str, Any] = {
 }
 ON_EACH = ("npo-kl", "rmu-embed_diff")  # stage
 DECAYED = ("retain-only", "decayed-pcgrad", "decayed-sgd")  # likewise: two groups of tensors on each stage
-# By default: AdamW on each way, SGD where weights are stored otherwise. Slow: the rest.
+# By default: the original of all weights on each stage, that of a few tensors where it is stored otherwise; AdamW and
+# SGD where weights are stored otherwise. Slow: the rest.
+FEW_ON_EACH = [
+    *((name, "npo-kl") for name in ZERO),
+    *((name, "rmu-embed_diff") for name in ("stage0", "stage2", "none-persistent", "offload")),
+]
+MORE_ON_EACH = [(name, case) for name in ZERO for case in ON_EACH if (name, case) not in FEW_ON_EACH]
 FEW_DECAYED = [
-    *((name, "decayed-pcgrad") for name in ZERO),
+    *((name, "decayed-pcgrad") for name in ("stage0", "stage1", "stage2", "none-persistent", "offload")),
     *((name, "decayed-sgd") for name in ("stage0", "stage1", "stage2", "none-persistent")),
 ]
 MORE_DECAYED = [(name, case) for name in ZERO for case in DECAYED if (name, case) not in FEW_DECAYED]
-# On three ranks by default: each way a loss is normalised or compared with the original (each kind of rule is on three
-# ranks in test_stages.py). Slow: the rest.
-ON_THREE = (
-    *("sago", "pcgrad-global", "npo-sago", "simnpo-pcgrad", "tied", "undial-pcgrad", "npo-kl", "rmu-embed_diff"),
-    "dpo_idk-sum",
-)
+# Slow on two ranks: what is also on each stage. On three ranks by default: each way a loss is normalised or compared
+# with the original (each kind of rule, and a tied tensor, is on three ranks in test_stages.py). Slow: the rest.
+MORE_ON_TWO = (*ON_EACH, "decayed-pcgrad", "decayed-sgd")
+ON_THREE = ("npo-sago", "simnpo-pcgrad", "undial-pcgrad", "npo-kl", "rmu-embed_diff", "dpo_idk-sum")
 MORE_ON_THREE = (
     *("sum", "pcgrad-module", "pcgrad-layer", "blur", "gru", "forget-only", "retain-only", "wga-pcgrad", "idk-pcgrad"),
+    *("sago", "pcgrad-global", "tied"),
 )
+TOGETHER: list[tuple[int, tuple[str, ...]]] = [  # ranks, cases that one call trains
+    (2, tuple(case for case in CASES if case not in MORE_ON_TWO)),
+    (2, MORE_ON_TWO),
+    (3, ON_THREE),
+    (3, MORE_ON_THREE),
+]
 RUNS = [  # ranks, case
-    *((2, case) for case in CASES),
-    *((3, case) for case in ON_THREE),
-    *(pytest.param(3, case, marks=pytest.mark.slow) for case in MORE_ON_THREE),
+    pytest.param(ranks, case, marks=[pytest.mark.slow] if cases in (MORE_ON_TWO, MORE_ON_THREE) else [])
+    for ranks, cases in TOGETHER
+    for case in cases
 ]
 
 
@@ -192,8 +203,8 @@ def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[[in
         return folder
 
     def run(ranks: int, case: str) -> Path:
-        of_three = MORE_ON_THREE if case in MORE_ON_THREE else ON_THREE
-        return made(ranks, of_three if ranks == 3 else tuple(CASES)) / case
+        (cases,) = (cases for of, cases in TOGETHER if of == ranks and case in cases)
+        return made(ranks, cases) / case
 
     return run
 
@@ -260,7 +271,7 @@ def on_stages(world: World, folder: Path, wanted: list[tuple[str, str]]) -> list
 @pytest.fixture(scope="module")
 def staged(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stages")
-    settings = on_stages(world, folder, [*((name, case) for name in ZERO for case in ON_EACH), *FEW_DECAYED])
+    settings = on_stages(world, folder, [*FEW_ON_EACH, *FEW_DECAYED])
     keys = configurations(world, folder / "bf16")["npo-kl"]
     settings.append({**keys, "model": {**keys["model"], "dtype": "bfloat16"}})
     run_distributed(train_cases, 2, settings)
@@ -275,8 +286,7 @@ def assert_weights_agree(name: str, case: str, staged: Path, expected: dict[str,
     assert error < 2e-5
 
 
-@pytest.mark.parametrize("name", ZERO)
-@pytest.mark.parametrize("case", ON_EACH)
+@pytest.mark.parametrize(("name", "case"), FEW_ON_EACH)
 def test_the_frozen_original_on_every_stage(
     name: str, case: str, staged: Path, expected: dict[str, Any], world: World
 ) -> None:
@@ -292,10 +302,12 @@ def test_weight_decay_on_every_stage(
 
 
 @pytest.mark.slow
-def test_weight_decay_on_every_stage_in_the_other_cases(expected: dict[str, Any], world: World, tmp_path: Path) -> None:
-    run_distributed(train_cases, 2, on_stages(world, tmp_path, MORE_DECAYED))
-    for name, case in MORE_DECAYED:
+def test_the_other_cases_on_every_stage(expected: dict[str, Any], world: World, tmp_path: Path) -> None:
+    run_distributed(train_cases, 2, on_stages(world, tmp_path, [*MORE_ON_EACH, *MORE_DECAYED]))
+    for name, case in (*MORE_ON_EACH, *MORE_DECAYED):
         assert_weights_agree(name, case, tmp_path, expected, world)
+        if case in ON_EACH:
+            agree_with_the_plain_loop(case, tmp_path / name / case, expected)
 
 
 def test_the_frozen_original_in_bf16(staged: Path, expected: dict[str, Any]) -> None:

@@ -37,11 +37,13 @@ from tests.toy import (
 
 # -- the table ---------------------------------------------------------------------------------------------------------
 def rules_of(name: str, world_size: int) -> tuple[str, ...]:
-    """Two ranks: all rules on each way a gradient is stored, two on each option. One and three, on each way: a rule
-    without sums over ranks, one with, one with a state."""
+    """Two ranks: on each way a gradient is stored, each way a rule uses it; all rules on two of them; two rules on each
+    option. One and three, on each way: a rule without sums over ranks, one with, one with a state."""
     if world_size != 2:
         return ("sago", "pcgrad-global", "gru") if name in STORES else ()
-    return tuple(RULES) if name in STORES else OF_OPTIONS
+    if name in ("2", "3"):
+        return tuple(RULES)
+    return (*WAYS, "gru") if name in STORES else OF_OPTIONS
 
 
 @pytest.mark.parametrize(

@@ -128,9 +128,10 @@ def make_engine(config: RunConfig, zero: DeepSpeedDict, model: PreTrainedModel, 
 def make_combiner(config: RunConfig, engine: ModelEngine) -> GradientCombiner:
     wanted = config.synthesis
     options = Options(seed=config.seed, **{key: x for key in READERS if (x := getattr(wanted, key)) is not None})
-    synthesis = Synthesis(wanted.rule, wanted.scope, wanted.alpha, wanted.gamma, wanted.zero_forget, options)
-    combines = combines_tasks(config)
-    return GradientCombiner(engine, synthesis, combine_tasks=combines, stash_device=wanted.stash_device)
+    scaled = (wanted.alpha, wanted.gamma, wanted.zero_forget)
+    synthesis = Synthesis(wanted.rule, wanted.scope, *scaled, options, wanted.metric)
+    place, combines = wanted.stash_device, combines_tasks(config)
+    return GradientCombiner(engine, synthesis, combine_tasks=combines, stash_device=place, measure_update=True)
 
 
 def combines_tasks(config: RunConfig) -> bool:

@@ -102,6 +102,7 @@ class Case:
     rule: str = "sago"
     scope: str = "element"
     zero_forget: str = "literal"
+    metric: Any = "euclidean"
     micro: int = 2  # micro-batches per rank, task and step
     optimizer: str = "adamw"
     lr: float = 0.01
@@ -191,8 +192,8 @@ def train_on_engine(case: Case, watch: Any = None, between: Any = None, first: i
 
     model = model_of(case)
     engine = engine_of(case, model)
-    synthesis = Synthesis(case.rule, case.scope, ALPHA, GAMMA, case.zero_forget)
-    combiner = GradientCombiner(engine, synthesis, combine_tasks=case.rule != "sum")
+    synthesis = Synthesis(case.rule, case.scope, ALPHA, GAMMA, case.zero_forget, metric=case.metric)
+    combiner = GradientCombiner(engine, synthesis, combine_tasks=case.rule != "sum", measure_update=True)
     if watch is not None:
         watch(engine, combiner)
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -214,6 +215,8 @@ def train_on_engine(case: Case, watch: Any = None, between: Any = None, first: i
         if should_step:
             engine.step()
         applied = should_step and engine.was_step_applied()
+        if (update := combiner.update_sums() if applied else None) is not None:
+            dist.all_reduce(update)
         after = weights_of(model)
         records.append(
             {
@@ -222,6 +225,7 @@ def train_on_engine(case: Case, watch: Any = None, between: Any = None, first: i
                 "changed": [name for name in after if not torch.equal(before[name], after[name])],
                 "norm": float(engine.get_global_grad_norm()) if applied else None,
                 "geometry": geometry,
+                "update": None if update is None else update.sum(0).tolist(),  # ⟨r, Δθ⟩, ‖Δθ‖²
                 "scale": getattr(engine.optimizer, "cur_scale", None),
             }
         )
@@ -256,7 +260,7 @@ def train_plainly(
 ) -> tuple[dict[str, Tensor], list[float]]:
     """(weights by name, gradient norm of each step) of one process that keeps two whole gradients.
 
-    `seen` gets the cosines and norms of each step that is applied.
+    `seen` gets the cosines and norms of each step that is applied, and ⟨r, Δθ⟩ and ‖Δθ‖² of its update.
 
     In bf16 and fp16 each micro-batch of each of `world` ranks gives a gradient of that dtype; they are added up in
     fp32, and an fp32 copy of the weights is updated and rounded again. Under `sum` the weights multiply the losses. In
@@ -288,13 +292,18 @@ def train_plainly(
         if case.rule == "sum":
             g = {name: f[name] + r[name] for name in f}
         else:
-            g = oracle.combine(case.rule, case.scope, f, r, ALPHA, GAMMA, case.zero_forget, average)
+            weights_of = oracle.metric_of(optimizer, master) if case.metric == "adam" else None
+            g = oracle.combine(case.rule, case.scope, f, r, ALPHA, GAMMA, case.zero_forget, average, weights_of)
         if seen is not None:
             seen.append(oracle.geometry_of(f, r, g, ""))
         for name, parameter in master.items():
             parameter.grad = g[name]
         norms.append(nn.utils.clip_grad_norm_(list(master.values()), case.clip or torch.inf).item())
+        before = {name: p.detach().double() for name, p in master.items()}
         optimizer.step()
+        moved = {name: p.detach().double() - before[name] for name, p in master.items()}
+        if seen is not None:
+            seen[-1] |= {"dot": oracle.product(r, moved), "square": oracle.product(moved, moved)}
         with torch.no_grad():
             for name, parameter in master.items():
                 low[name].copy_(parameter)

@@ -24,15 +24,23 @@ READERS: dict[str, tuple[str, ...]] = {
 }
 
 
+WITHOUT_PRODUCTS = ("sum", "graddrop")  # whose weights do not depend on any
+
+
 def check_rule(synthesis: Synthesis, where: str) -> None:
     """Raises:
-    InputError: the rule does not have this scope, or does not read a key that is set.
+    InputError: the rule does not have this scope, or does not read a key that is set or the metric.
     """
     rule, scope = synthesis.rule, synthesis.scope
     if scope == "element" and rule in WHY_NOT_BY_ELEMENT:
         raise InputError(f"{where}: synthesis.scope: {rule} {WHY_NOT_BY_ELEMENT[rule]}; valid: module, layer, global")
     if rule == "graddrop" and scope not in (None, "element"):
         raise InputError(f"{where}: synthesis.scope: graddrop draws for each element; valid: element")
+    if synthesis.metric == "adam" and rule in WITHOUT_PRODUCTS:
+        raise InputError(
+            f"{where}: synthesis.metric: adam weights the inner products of the two gradients, and {rule} reads none; "
+            "remove it, or choose another synthesis.rule"
+        )
     for key, readers in READERS.items():
         if getattr(synthesis, key) is not None and rule not in readers:
             raise InputError(

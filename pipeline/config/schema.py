@@ -174,6 +174,11 @@ class Synthesis(Section):
     )
     alpha: float = Field(1.0, ge=0, description="weight of the retain gradient")
     gamma: float = Field(1.0, ge=0, description="weight of the forget gradient")
+    metric: Literal["euclidean", "adam"] = Field(
+        "euclidean",
+        description="of the inner products that a rule sees: plain sums, or sums weighted by 1/(√v̂ + eps) as Adam "
+        "weights a gradient; the same for sgd, before the first step and on single elements",
+    )
     zero_forget: Literal["literal", "retain"] = Field(
         "literal", description="sago's result where the forget gradient is exactly 0: 0 (paper) or the retain gradient"
     )

@@ -20,8 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.synthesis.combine import Piece, State, Synthesis, units_of
+from pipeline.synthesis.combine import GG, GR, State, Synthesis, units_of
 from pipeline.synthesis.geometry import Geometry
+from pipeline.synthesis.metric import update_products
+from pipeline.synthesis.partition import Piece
 from pipeline.synthesis.windows import copy_all_, join_neighbours
 from pipeline.zero.compat import unexpected
 from pipeline.zero.engine import Engine
@@ -59,6 +61,8 @@ class GradientCombiner:
         synthesis: the rule, its scope and its weights.
         stash_device: where the forget buffer lies: beside the gradient (`device`), or in pinned memory of the machine
             (`host`), from where it crosses the bus in bounded parts.
+        measure_update: `combine` leaves the retain gradient in the forget buffer, which is free by then, so that
+            `update_sums` can compare it with what the step makes of the combination.
 
     Attributes:
         stash: [n] the forget gradient of this rank, all slices one after another, in the dtype in which DeepSpeed
@@ -69,6 +73,7 @@ class GradientCombiner:
 
     Raises:
         RuntimeError: DeepSpeed does not keep its gradients where this program expects them.
+        ValueError: the metric `adam`, where a rank does not have Adam's state of its gradient.
     """
 
     def __init__(
@@ -78,12 +83,18 @@ class GradientCombiner:
         *,
         combine_tasks: bool,
         stash_device: Literal["device", "host"] = "device",
+        measure_update: bool = False,
     ) -> None:
         self.engine = engine
         self.synthesis = synthesis
         if not engine.managed_gradient_accumulation():
             raise unexpected("managed_gradient_accumulation is off, so the boundary cannot be set")
         self.store = gradient_store(engine)
+        if synthesis.metric == "adam" and self.store.masters() is None:
+            raise ValueError(
+                "the metric adam needs Adam's state of each element whose gradient a rank has; under ZeRO stage 1 in "
+                "bf16 and under offload to nvme a rank does not have it: use stage 2, or offload to the CPU"
+            )
         names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
         self.names = [names[id(parameter)] for parameter in self.store.parameters]
         self.sizes = [int(getattr(p, "ds_numel", p.numel())) for p in self.store.parameters]  # of whole parameters
@@ -91,6 +102,8 @@ class GradientCombiner:
         self.stash: Tensor | None = None
         self.average: Tensor | None = None
         self.retain_weight = 1.0
+        self.measures_update = measure_update
+        self.rates: list[float] = []  # of the parameter groups, in the step after the last `combine`
         if combine_tasks:
             self.stash = self._make_buffer(self.store.dtype, stash_device)
             if synthesis.averages_retain:
@@ -146,10 +159,14 @@ class GradientCombiner:
         if self.stash is not None:
             rows = [row for row, _ in self.store.layout]
             averages = [None] * len(rows) if self.average is None else self._cut(self.average)
-            parts = zip(rows, self.stash_slices(), slices, averages, self.starts, strict=True)
+            states = self.store.adam() if self.synthesis.metric == "adam" else None
+            adam = [None] * len(rows) if states is None else states
+            parts = zip(rows, self.stash_slices(), slices, averages, self.starts, adam, strict=True)
             pieces = [Piece(*part) for part in parts]
-            self.scale = self.store.loss_scale
-            self.table = self.synthesis.combine_(pieces, self.units, self._add_up, self.scale, self.state)
+            self.scale, self.rates = self.store.loss_scale, [group["lr"] for group in self.store.inner.param_groups]
+            self.table = self.synthesis.combine_(
+                pieces, self.units, self._add_up, self.scale, self.state, keep_retain=self.measures_update
+            )
             geometry = Geometry.of(self.table, sum(self.sizes), self.scale)
         finite = self._all_finite(slices) if geometry is None else geometry.finite
         if not finite and self.engine.fp16_enabled():
@@ -182,15 +199,48 @@ class GradientCombiner:
 
     def by_layer(self) -> dict[str, Geometry]:
         """The geometry of the last `combine` for each decoder block, the embedding, the head; empty if it had none."""
-        members: dict[str, list[int]] = {}
-        for row, name in enumerate(self.names):
-            members.setdefault(layer_of(name), []).append(row)
         if self.table is None:
             return {}
         return {
             layer: Geometry.of(self.table[rows], sum(self.sizes[row] for row in rows), self.scale)
-            for layer, rows in members.items()
+            for layer, rows in self.rows_by_layer().items()
         }
+
+    def rows_by_layer(self) -> dict[str, list[int]]:
+        """The indices of the parameters of each decoder block, the embedding, the head."""
+        members: dict[str, list[int]] = {}
+        for row, name in enumerate(self.names):
+            members.setdefault(layer_of(name), []).append(row)
+        return members
+
+    def update_sums(self) -> Tensor | None:
+        """What the last `engine.step()`, which must have been applied, did along the retain gradient of the step.
+
+        Nothing is copied before the step or gathered after it. Adam's update is computed from its state, weight decay
+        with it; that of SGD without momentum and weight decay is the clipped combination.
+
+        Returns:
+            [parameters, 2] float64, to be summed over ranks: ⟨r, Δθ⟩ and ‖Δθ‖², with Δθ the new weights less the old.
+            None without two gradients or `measure_update`, and where the update is not known so: other optimizers,
+            offload to nvme, ZeRO-1 in bf16 with fp32 accumulation (the rank does not have all that belongs together).
+        """
+        if self.stash is None or self.table is None or not self.measures_update:
+            return None
+        if (states := self.store.adam(self.rates)) is not None:
+            # Without padding: DeepSpeed does not initialise that of the weights.
+            sizes = [fragment.numel for fragment in self.average_layout()]
+            parts = zip(self.store.layout, self.stash_slices(), sizes, strict=True)
+            own = [(row, r[:size]) for (row, _), r, size in parts]
+            cut = [state.first_elements(size) for state, size in zip(states, sizes, strict=True)]
+            sums = update_products(own, cut, len(self.sizes)).cpu()
+            copies = dist.get_world_size() if self.store.replicated else 1
+            return sums / torch.tensor([self.scale * copies, copies], dtype=torch.float64)
+        norm, limit = self.engine.get_global_grad_norm(), self.engine.gradient_clipping()
+        if norm is None or not _is_plain_sgd(self.store.inner):
+            return None
+        step = self.rates[0] / (max(1.0, (float(norm) + 1e-6) / limit) if limit else 1.0)  # as DeepSpeed clips
+        along, square = self.table[:, GR] / self.scale**2, self.table[:, GG] / self.scale**2
+        return torch.stack([-step * along, step**2 * square], 1) / dist.get_world_size()
 
     def stash_slices(self) -> list[Tensor]:
         """Views of the forget buffer, one for each slice of the store's layout; none without a buffer."""
@@ -215,6 +265,13 @@ class GradientCombiner:
             bad += torch.isfinite(part).all().logical_not()
         dist.all_reduce(bad)
         return bad.item() == 0
+
+
+def _is_plain_sgd(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether each step is -lr times the gradient, with one lr."""
+    groups = optimizer.param_groups
+    plain = all(not group.get("momentum") and not group["weight_decay"] for group in groups)
+    return isinstance(optimizer, torch.optim.SGD) and plain and len({group["lr"] for group in groups}) == 1
 
 
 def layer_of(name: str) -> str:

@@ -28,6 +28,10 @@ INTERNALS: dict[str, dict[str, str]] = {
     "engine": {
         "_global_grad_norm": "without ZeRO in fp32 nothing computes the norm of a gradient that was written by hand",
     },
+    "optimizer without ZeRO in bf16": {
+        "fp16_groups": "the parameters in the order of their copies",
+        "fp32_groups": "those copies, by which Adam's state is found",
+    },
     "optimizer of ZeRO 1 and 2": {
         "averaged_gradients": "the reduced gradient that step() reads; cleared and combined in place",
         "all_grad_tensors": "the gradient that accumulates between boundaries; cleared",
@@ -73,6 +77,8 @@ INTERNALS: dict[str, dict[str, str]] = {
         "grad_partitions_flat_buffer": "the reduced gradient, which step() reads; cleared and combined in place",
         "fp16_groups": "the parameters in the order of that buffer",
         "offload_optimizer": "says whether step() reads a copy of the gradient",
+        "fp32_partitioned_groups_flat": "the master weights of each sub-group: under offload to nvme, and Adam's state",
+        "sub_group_to_group_id": "the parameter group of a sub-group, with its learning rate",
         "parameter_offload": "owner of the coordinator of prefetching",
         "checkpoint_event_prologue": "gives partitioned weights back before they are loaded",
         "checkpoint_event_epilogue": "partitions them again",
@@ -82,7 +88,6 @@ INTERNALS: dict[str, dict[str, str]] = {
         "finalize_gradient_accumulation_boundary": "copies the combined gradient to the optimizer",
         "norm_for_param_grads": "step() takes the norm from this table",
         "get_param_id": "the key of that table",
-        "fp32_partitioned_groups_flat": "the master weights of each sub-group, by which a sub-group on nvme is found",
         "_swappable_optimizer_subgroup": "says which sub-groups lie on nvme",
         "optimizer_swapper": "what moves sub-groups between memory and nvme",
     },

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.zero.compat import require, unexpected
 from pipeline.zero.engine import Engine
-from pipeline.zero.store import GradientStore, log
+from pipeline.zero.store import GradientStore, Master, log
 
 
 class Stage12Store(GradientStore):
@@ -94,6 +94,10 @@ class Stage12Store(GradientStore):
             return [found[group, start, size].view(-1) for group, start, size, _ in self.places]
         except KeyError:
             raise unexpected("averaged_gradients is not this rank's fragment of the parameters") from None
+
+    def masters(self) -> list[Master]:
+        flats = self.optimizer.single_partition_of_fp32_groups
+        return [Master(flats[group], start, group) for group, start, _, _ in self.places]
 
     def write_back(self, slices: list[Tensor]) -> None:
         if self.offload:

@@ -28,6 +28,8 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["--synthesis.rule", "sago", "--synthesis.c", "0.4"], ["synthesis.c", "cagrad", "sago", "remove it"]),
     (["--synthesis.rule", "gru", "--synthesis.preference", "0.4"], ["synthesis.preference", "upgrad", "gru"]),
     (["--synthesis.rule", "cagrad", "--synthesis.c", "1"], ["synthesis.c", "less than 1"]),
+    (["--synthesis.rule", "sum", "--synthesis.metric", "adam"], ["synthesis.metric", "sum reads none", "remove it"]),
+    (["--synthesis.metric", "adma"], ["synthesis.metric", "'adma'", "did you mean 'adam'"]),
     (["--objective.forget", "simpo"], ["objective.forget", "'simpo'", "did you mean 'simnpo'"]),
     (["--objective.retain", "gd"], ["objective.retain", "'gd'", "nll"]),
     (["--model.dtype", "bf16"], ["model.dtype", "'bf16'", "bfloat16"]),

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.config.deepspeed import DeepSpeedDict, blaming_the_file, refuse_what_deepspeed_refuses
 from pipeline.config.load import to_yaml
 from pipeline.config.objectives import NEEDS
-from pipeline.config.rules import READERS
+from pipeline.config.rules import READERS, combines_tasks
 from pipeline.config.run_folder import check_output_dir
 from pipeline.config.schema import RunConfig
 from pipeline.data.batches import BatchSampler
@@ -41,6 +41,7 @@ from pipeline.modeling.row_rules import install_rules
 from pipeline.monitoring import console
 from pipeline.optim import fitting_lr, make_optimizer, make_schedule
 from pipeline.synthesis.combine import Synthesis
+from pipeline.synthesis.confine import Confinement
 from pipeline.synthesis.rules import Options
 from pipeline.zero import checkpoint
 from pipeline.zero.combiner import GradientCombiner
@@ -131,12 +132,17 @@ def make_combiner(config: RunConfig, engine: ModelEngine) -> GradientCombiner:
     scaled = (wanted.alpha, wanted.gamma, wanted.zero_forget)
     synthesis = Synthesis(wanted.rule, wanted.scope, *scaled, options, wanted.metric)
     place, combines = wanted.stash_device, combines_tasks(config)
-    return GradientCombiner(engine, synthesis, combine_tasks=combines, stash_device=place, measure_update=True)
-
-
-def combines_tasks(config: RunConfig) -> bool:
-    """Whether the run compares two gradients; else they are added up, or there is one."""
-    return len(config.tasks) == 2 and (config.synthesis.rule != "sum" or config.synthesis.geometry)
+    confinement = None
+    if (confine := wanted.confine) is not None:
+        confinement = Confinement(confine.share, confine.by, confine.new_share)
+    return GradientCombiner(
+        engine,
+        synthesis,
+        combine_tasks=combines,
+        stash_device=place,
+        measure_update=True,
+        confinement=confinement,
+    )
 
 
 def prepare_rows(config: RunConfig, model: PreTrainedModel) -> TaskRows | None:

@@ -184,6 +184,8 @@ class Trainer(TrainStep):
         for name, loss in result.losses.items():
             self.metrics.record(f"{name}_loss", loss, reduce="none" if loss is None else "sum")
         record_geometry(self.metrics, result.geometry, result.update)
+        if self.run.config.synthesis.confine is not None:
+            self.metrics.record("share_updated", self.combiner.share_updated)
         norm = self.engine.get_global_grad_norm() if result.applied else None
         self.metrics.record("grad_norm", None if norm is None else float(norm))
         self.metrics.record("lr", lr)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests import oracle
+from tests import oracle, oracle_confine
 
 WIDTHS = {"toy": 11, "wide": 120_001, "even": 131_072}
 BATCH = 12  # samples per task and step, over all ranks
@@ -103,6 +103,7 @@ class Case:
     scope: str = "element"
     zero_forget: str = "literal"
     metric: Any = "euclidean"
+    confine: tuple[float, Any] | None = None  # share, by
     micro: int = 2  # micro-batches per rank, task and step
     optimizer: str = "adamw"
     lr: float = 0.01
@@ -141,9 +142,6 @@ def make_optimizer(case: Case, parameters: dict[str, Any]) -> torch.optim.Optimi
     if case.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=case.lr)
     return torch.optim.AdamW(groups, lr=case.lr, eps=case.eps)
-
-
-# -- on engines --------------------------------------------------------------------------------------------------------
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -188,12 +186,15 @@ def train_on_engine(case: Case, watch: Any = None, between: Any = None, first: i
     import torch.distributed as dist
 
     from pipeline.synthesis.combine import Synthesis
+    from pipeline.synthesis.confine import Confinement
     from pipeline.zero.combiner import GradientCombiner
 
     model = model_of(case)
     engine = engine_of(case, model)
     synthesis = Synthesis(case.rule, case.scope, ALPHA, GAMMA, case.zero_forget, metric=case.metric)
-    combiner = GradientCombiner(engine, synthesis, combine_tasks=case.rule != "sum", measure_update=True)
+    confinement = None if case.confine is None else Confinement(*case.confine)
+    keys: Any = {"combine_tasks": case.rule != "sum", "measure_update": True, "confinement": confinement}
+    combiner = GradientCombiner(engine, synthesis, **keys)
     if watch is not None:
         watch(engine, combiner)
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -252,9 +253,6 @@ def train_cases(cases: dict[str, Case], file: str) -> None:
         torch.save(made, Path(file))
 
 
-# -- alone -------------------------------------------------------------------------------------------------------------
-
-
 def train_plainly(
     case: Case, world: int = 1, seen: list[dict[str, float]] | None = None
 ) -> tuple[dict[str, Tensor], list[float]]:
@@ -271,7 +269,7 @@ def train_plainly(
     master = {name: p.detach().float().clone() for name, p in low.items()}
     optimizer = make_optimizer(case, master)
     weights = {"forget": GAMMA, "retain": ALPHA} if case.rule == "sum" else {"forget": 1.0, "retain": 1.0}
-    norms, average, lifted = [], {}, 2.0**10 if case.dtype == "float16" else 1.0
+    norms, average, squares, lifted = [], {}, {}, 2.0**10 if case.dtype == "float16" else 1.0
     for step in range(case.steps):
         gradients = {}
         for task in ("forget", "retain"):
@@ -289,6 +287,8 @@ def train_plainly(
         if case.poison and case.poison[0] == step:
             continue
         f, r = gradients["forget"], gradients["retain"]
+        if case.confine is not None:
+            oracle_confine.confine(f, r, case.confine, squares, optimizer)
         if case.rule == "sum":
             g = {name: f[name] + r[name] for name in f}
         else:

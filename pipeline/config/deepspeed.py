@@ -187,17 +187,18 @@ def _check_optimizer_state(merged: Json, stage: int, config: RunConfig, path: Pa
     """
     offload = (merged["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
     wide = merged.get("data_types", {}).get("grad_accum_dtype") == "fp32" and config.model.dtype == "bfloat16"
-    if config.synthesis.metric == "euclidean" or config.optimizer.name != "adamw":
+    metric, confine = config.synthesis.metric, config.synthesis.confine
+    key = "synthesis.metric: adam" if metric == "adam" else "synthesis.confine" if confine is not None else None
+    if key is None or config.optimizer.name != "adamw":
         return
     if offload == "nvme":
         raise InputError(
-            f"synthesis.metric: adam reads the moments of Adam, which {path} offloads to nvme; use device cpu, or "
-            "synthesis.metric: euclidean"
+            f"{key} reads the moments of Adam, which {path} offloads to nvme; use device cpu, or remove it"
         )
     if stage == 1 and wide and offload == "none":
         raise InputError(
-            f"synthesis.metric: adam needs the moments of all elements whose gradient a rank has; under ZeRO stage 1 "
-            f"in bfloat16 ({path}) it has the whole gradient and the moments of a share; use stage 2"
+            f"{key} needs the moments of all elements whose gradient a rank has; under ZeRO stage 1 in bfloat16 "
+            f"({path}) it has the whole gradient and the moments of a share; use stage 2"
         )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from pipeline.config.confine import Confine
 from pipeline.config.objectives import choices
 from pipeline.config.sources import Corpus, FilePath, Probe, Section, SetName, Source, TextMeasure
 
@@ -204,6 +205,7 @@ class Synthesis(Section):
         le=1,
         description="share of the present step in the moving average; null: 0.8 in gru, 0.1 in bloop, 0.5 in gradvac",
     )
+    confine: Confine | None = Field(None, description="limit each update to a share of the weights; null: all move")
     stash_device: Literal["device", "host"] = Field(
         "device", description="memory of the forget buffer: the GPU, or pinned host memory"
     )

@@ -69,7 +69,7 @@ def synthesize(
     starts = [0, *accumulate(r.numel() for r in retain)][:-1]
     states = [None] * len(combined) if adam is None else adam
     parts = enumerate(zip(forget, combined, averages, starts, states, strict=True))
-    pieces = [Piece(row, f.detach().reshape(-1), g.view(-1), *others) for row, (f, g, *others) in parts]
+    pieces = [Piece(row, f.detach().reshape(-1), g.view(-1), m, at, s) for row, (f, g, m, at, s) in parts]
     units = units_of(synthesis.resolved_scope, layers or range(len(combined)))
     table = synthesis.combine_(pieces, units, state=state)
     if not is_finite(table):

@@ -20,7 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.synthesis.adam import AdamState
 from pipeline.synthesis.combine import GG, GR, State, Synthesis, units_of
+from pipeline.synthesis.confine import Confined, Confinement
 from pipeline.synthesis.geometry import Geometry
 from pipeline.synthesis.metric import update_products
 from pipeline.synthesis.partition import Piece
@@ -28,6 +30,7 @@ from pipeline.synthesis.windows import copy_all_, join_neighbours
 from pipeline.zero.compat import unexpected
 from pipeline.zero.engine import Engine
 from pipeline.zero.optimizer_state import Fragment
+from pipeline.zero.optimizers import check_confined, is_plain_sgd
 from pipeline.zero.stages import gradient_store
 
 
@@ -61,6 +64,7 @@ class GradientCombiner:
         synthesis: the rule, its scope and its weights.
         stash_device: where the forget buffer lies: beside the gradient (`device`), or in pinned memory of the machine
             (`host`), from where it crosses the bus in bounded parts.
+        confinement: which elements may move; the tasks must be combined. None: all.
         measure_update: `combine` leaves the retain gradient in the forget buffer, which is free by then, so that
             `update_sums` can compare it with what the step makes of the combination.
 
@@ -68,12 +72,16 @@ class GradientCombiner:
         stash: [n] the forget gradient of this rank, all slices one after another, in the dtype in which DeepSpeed
             accumulates. None if the tasks are not combined.
         average: [n] laid out alike: the state of a rule that averages the retain gradient, else None.
+        mean_square: [n] float32, laid out alike: the state of a confinement by the mean square, else None.
+        share_updated: of the elements, how many could move in the last step; 1 without a confinement.
         state: what the rule remembers beside it, alike on all ranks.
         retain_weight: factor of the retain loss beside the weights of `synthesis`; checkpoints have it.
 
     Raises:
         RuntimeError: DeepSpeed does not keep its gradients where this program expects them.
-        ValueError: the metric `adam`, where a rank does not have Adam's state of its gradient.
+        ValueError: the metric `adam` or a confinement, where a rank does not have Adam's state of its gradient; a
+            confinement of an optimizer with weight decay or of SGD with momentum, which move all weights, or of a rule
+            that averages the retain gradient.
     """
 
     def __init__(
@@ -83,6 +91,7 @@ class GradientCombiner:
         *,
         combine_tasks: bool,
         stash_device: Literal["device", "host"] = "device",
+        confinement: Confinement | None = None,
         measure_update: bool = False,
     ) -> None:
         self.engine = engine
@@ -90,17 +99,21 @@ class GradientCombiner:
         if not engine.managed_gradient_accumulation():
             raise unexpected("managed_gradient_accumulation is off, so the boundary cannot be set")
         self.store = gradient_store(engine)
-        if synthesis.metric == "adam" and self.store.masters() is None:
+        if (synthesis.metric == "adam" or confinement is not None) and self.store.masters() is None:
             raise ValueError(
-                "the metric adam needs Adam's state of each element whose gradient a rank has; under ZeRO stage 1 in "
-                "bf16 and under offload to nvme a rank does not have it: use stage 2, or offload to the CPU"
+                "the metric adam and a confinement need Adam's state of each element whose gradient a rank has, which "
+                "it does not under ZeRO stage 1 in bf16 and offload to nvme: use stage 2, or offload to the CPU"
             )
+        if confinement is not None:
+            check_confined(synthesis, self.store.inner, combine_tasks)
         names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
         self.names = [names[id(parameter)] for parameter in self.store.parameters]
         self.sizes = [int(getattr(p, "ds_numel", p.numel())) for p in self.store.parameters]  # of whole parameters
         self.units = units_of(synthesis.resolved_scope, [layer_of(name) for name in self.names])
         self.stash: Tensor | None = None
         self.average: Tensor | None = None
+        self.mean_square: Tensor | None = None
+        self.confinement, self.share_updated = confinement, 1.0
         self.retain_weight = 1.0
         self.measures_update = measure_update
         self.rates: list[float] = []  # of the parameter groups, in the step after the last `combine`
@@ -110,6 +123,8 @@ class GradientCombiner:
                 # Without the loss scale an average in fp16 would underflow.
                 dtype = torch.float32 if self.store.dtype == torch.float16 else self.store.dtype
                 self.average = self._make_buffer(dtype, stash_device).zero_()
+            if confinement is not None and confinement.has_state:
+                self.mean_square = self._make_buffer(torch.float32, stash_device).zero_()
         self.state = State(cosines=[0.0] * (max(self.units, default=-1) + 1))
         whole = {names[id(p)]: int(getattr(p, "ds_numel", p.numel())) for p in engine.module.parameters()}
         first = dict(zip(whole, accumulate(whole.values(), initial=0), strict=False))
@@ -159,11 +174,14 @@ class GradientCombiner:
         if self.stash is not None:
             rows = [row for row, _ in self.store.layout]
             averages = [None] * len(rows) if self.average is None else self._cut(self.average)
-            states = self.store.adam() if self.synthesis.metric == "adam" else None
+            self.scale, self.rates = self.store.loss_scale, [group["lr"] for group in self.store.inner.param_groups]
+            uses_adam = self.synthesis.metric == "adam" or self.confinement is not None
+            states = self.store.adam() if uses_adam else None
+            if self.confinement is not None:
+                self._confine(self.confinement, slices, states)
             adam = [None] * len(rows) if states is None else states
             parts = zip(rows, self.stash_slices(), slices, averages, self.starts, adam, strict=True)
             pieces = [Piece(*part) for part in parts]
-            self.scale, self.rates = self.store.loss_scale, [group["lr"] for group in self.store.inner.param_groups]
             self.table = self.synthesis.combine_(
                 pieces, self.units, self._add_up, self.scale, self.state, keep_retain=self.measures_update
             )
@@ -178,8 +196,17 @@ class GradientCombiner:
             self.engine.set_gradient_accumulation_boundary(True)
         return Combined(geometry, should_step)
 
+    def _confine(self, confinement: Confinement, slices: list[Tensor], states: list[AdamState] | None) -> None:
+        """Zero both gradients and Adam's momentum outside of the share that may move."""
+        rows, squares, momenta = [row for row, _ in self.store.layout], [None] * len(slices), [None] * len(slices)
+        squares = squares if self.mean_square is None else self._cut(self.mean_square)
+        momenta = momenta if states is None else [state.first for state in states]
+        parts = zip(rows, self.stash_slices(), slices, squares, momenta, strict=True)
+        pieces = [Confined(*part) for part in parts]
+        self.share_updated = confinement.confine_(pieces, sum(self.sizes), self._count_up, self.scale)
+
     def average_layout(self) -> list[Fragment]:
-        """The fragments of parameters in `average` on this rank."""
+        """The fragments of parameters in `average` and `mean_square` on this rank."""
         layout, flat_offset = [], 0
         for (row, size), start in zip(self.store.layout, self.store.starts, strict=True):
             numel = max(min(size, self.sizes[row] - start), 0)  # what is beyond the parameter's end is padding
@@ -236,7 +263,7 @@ class GradientCombiner:
             copies = dist.get_world_size() if self.store.replicated else 1
             return sums / torch.tensor([self.scale * copies, copies], dtype=torch.float64)
         norm, limit = self.engine.get_global_grad_norm(), self.engine.gradient_clipping()
-        if norm is None or not _is_plain_sgd(self.store.inner):
+        if norm is None or not is_plain_sgd(self.store.inner):
             return None
         step = self.rates[0] / (max(1.0, (float(norm) + 1e-6) / limit) if limit else 1.0)  # as DeepSpeed clips
         along, square = self.table[:, GR] / self.scale**2, self.table[:, GG] / self.scale**2
@@ -256,6 +283,12 @@ class GradientCombiner:
         dist.all_reduce(total)
         table.copy_(total / dist.get_world_size() if self.store.replicated else total)
 
+    def _count_up(self, counts: Tensor) -> None:
+        """Sum over ranks, in place. An element that every rank has counts once."""
+        total = counts.to(self.engine.device)
+        dist.all_reduce(total)
+        counts.copy_(total // dist.get_world_size() if self.store.replicated else total)
+
     def _all_finite(self, slices: list[Tensor]) -> bool:
         """Whether `engine.step()` may read this gradient, where no table of sums says so (no forget buffer)."""
         if self.store.optimizer_checks_overflow:
@@ -265,13 +298,6 @@ class GradientCombiner:
             bad += torch.isfinite(part).all().logical_not()
         dist.all_reduce(bad)
         return bad.item() == 0
-
-
-def _is_plain_sgd(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether each step is -lr times the gradient, with one lr."""
-    groups = optimizer.param_groups
-    plain = all(not group.get("momentum") and not group["weight_decay"] for group in groups)
-    return isinstance(optimizer, torch.optim.SGD) and plain and len({group["lr"] for group in groups}) == 1
 
 
 def layer_of(name: str) -> str:

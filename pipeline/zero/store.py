@@ -104,10 +104,11 @@ class GradientStore(ABC):
             state, group = optimizer.state[tensor], optimizer.param_groups[number]
             if "exp_avg_sq" not in state:
                 raise unexpected("the optimizer has no exp_avg_sq of a tensor that it updates")
-            own = [flat.view(-1)[start : start + size] for flat in (tensor, state["exp_avg"], state["exp_avg_sq"])]
+            flats = (tensor, state["exp_avg"], state["exp_avg_sq"])
+            w, m, v = (flat.detach().view(-1)[start : start + size] for flat in flats)
             lr = group["lr"] if rates is None else rates[number]
             numbers = (lr, group["betas"], group["eps"], group["weight_decay"])
-            states.append(AdamState(*(part.detach() for part in own), int(state["step"]), *numbers))
+            states.append(AdamState(w, m, v, int(state["step"]), *numbers))
         return states
 
     @property

@@ -255,6 +255,8 @@ def test_a_metric_whose_moments_a_rank_does_not_have_is_refused(deepspeed: Any) 
     first = {"zero_optimization": {"stage": 1}}
     message = refusal(lambda: deepspeed(first, synthesis=synthesis, model=half))
     assert "synthesis.metric" in message and "ZeRO stage 1 in bfloat16" in message and "use stage 2" in message
+    message = refusal(lambda: deepspeed(first, synthesis={"confine": {"share": 0.2}}, model=half))
+    assert message.startswith("synthesis.confine needs the moments") and "use stage 2" in message
     for content, sections in (
         (first, {"model": {"path": "some/model", "dtype": "float32"}}),
         (first, {"model": half, "optimizer": {"name": "sgd"}}),

@@ -94,7 +94,7 @@ class StepMeter:
         self.live["parameters"] = storages([*parameters, *shares])
         after = storages([*slices, *(copy.grad for copy in copies)])
         self.live["gradients"] = max(before, after, key=lambda at: sum(at.values()))
-        self.live["stash"] = storages([self.combiner.stash, self.combiner.average])
+        self.live["stash"] = storages([self.combiner.stash, self.combiner.average, self.combiner.mean_square])
         held = storages([*copies, *moments])
         self.live["optimizer"] = {at: size for at, size in held.items() if at not in self.live["parameters"]}
         return slices

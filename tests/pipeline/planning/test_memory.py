@@ -23,11 +23,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "experts": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 RUNS = {  # shape, DeepSpeed file, other keys
-    "untied zero3": ("untied", "zero3", {}),
+    "untied zero3 confined": ("untied", "zero3", {"synthesis": {"confine": {"share": 0.2}}}),
     "tied zero2 bf16": ("tied", "zero2", {"model": {"dtype": "bfloat16"}}),
     "experts zero3 bf16 gru": ("experts", "zero3", {"model": {"dtype": "bfloat16"}, "synthesis": {"rule": "gru"}}),
 }
 MORE_RUNS = {
+    "untied zero3": ("untied", "zero3", {}),
     "untied zero3_hpz": ("untied", "zero3_hpz", {}),
     "untied zero1": ("untied", "zero1", {"synthesis": {"rule": "sum"}}),
     "untied zero2": ("untied", "zero2", {}),

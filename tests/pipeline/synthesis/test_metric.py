@@ -130,9 +130,9 @@ def test_the_update_is_what_adamw_did_to_the_weights(decay: float) -> None:
         states, rows = [], []
         for row, w in enumerate(weights):
             state, group = optimizer.state[w], optimizer.param_groups[row >= 3]
-            flat = [x.detach().flatten() for x in (w, state["exp_avg"], state["exp_avg_sq"])]
+            v, m, now = (x.detach().flatten() for x in (state["exp_avg_sq"], state["exp_avg"], w))
             numbers = (group["lr"], group["betas"], group["eps"], group["weight_decay"])
-            states.append(AdamState(*flat, int(state["step"]), *numbers))
+            states.append(AdamState(now, m, v, int(state["step"]), *numbers))
             rows.append((row, r[row].flatten()))
         moved = [w.detach() - before for w, before in zip(weights, old, strict=True)]
         want = [[(a * b).sum().item(), b.square().sum().item()] for a, b in zip(r, moved, strict=True)]

@@ -86,7 +86,7 @@ def test_in_bf16_each_stage_knows_its_update_or_says_that_it_does_not(tmp_path: 
     cases = {"0": bf16("0", metric="adam"), "1": bf16("1"), "1 refused": bf16("1", metric="adam")}
     cases["2"] = bf16("2", metric="adam")
     made = train(cases, 2, tmp_path)
-    assert "ValueError: the metric adam needs Adam's state" in made.pop("1 refused")["error"]
+    assert "ValueError: the metric adam and a confinement need Adam's state" in made.pop("1 refused")["error"]
     assert [record["update"] for record in made["1"]["records"]] == [None] * 4
     norms = {stage: [record["update"][1] for record in made[stage]["records"]] for stage in ("0", "2")}
     assert norms["0"] == pytest.approx(norms["2"], rel=0.5) and min(norms["0"]) > 0

@@ -140,7 +140,7 @@ def make_combiner(config: RunConfig, engine: ModelEngine) -> GradientCombiner:
         synthesis,
         combine_tasks=combines,
         stash_device=place,
-        measure_update=True,
+        measure_update=wanted.update_geometry,
         confinement=confinement,
     )
 

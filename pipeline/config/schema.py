@@ -210,6 +210,9 @@ class Synthesis(Section):
         "device", description="memory of the forget buffer: the GPU, or pinned host memory"
     )
     geometry: bool = Field(False, description="measure the cosines under `sum` too (costs the forget buffer)")
+    update_geometry: bool = Field(
+        True, description="measure at each step what the update does along the retain gradient (time, no memory)"
+    )
     layer_geometry_every: int = Field(
         10,
         ge=0,

@@ -87,5 +87,5 @@ def _update_products(
     update = m * (-lr / correction1) / (v / correction2).sqrt_().add_(eps)
     if w:
         update -= (w[0] - update) * (lr * weight_decay / (1 - lr * weight_decay))
-    update = update.double()
-    return torch.stack([(r.double() * update).sum(1), update.square().sum(1)])
+    products = (r * update).sum(1, dtype=torch.float64), update.square_().sum(1, dtype=torch.float64)
+    return torch.stack(products)

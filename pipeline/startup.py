@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.config.deepspeed import DeepSpeedDict, blaming_the_file, refuse_what_deepspeed_refuses
 from pipeline.config.load import to_yaml
 from pipeline.config.objectives import NEEDS
-from pipeline.config.rules import READERS
+from pipeline.config.rules import READERS, combines_tasks
 from pipeline.config.run_folder import check_output_dir
 from pipeline.config.schema import RunConfig
 from pipeline.data.batches import BatchSampler
@@ -42,6 +42,7 @@ from pipeline.modeling.row_rules import install_rules
 from pipeline.monitoring import console
 from pipeline.optim import fitting_lr, make_optimizer, make_schedule
 from pipeline.synthesis.combine import Synthesis
+from pipeline.synthesis.confine import Confinement
 from pipeline.synthesis.rules import Options
 from pipeline.zero import checkpoint
 from pipeline.zero.combiner import GradientCombiner
@@ -129,9 +130,20 @@ def make_engine(config: RunConfig, zero: DeepSpeedDict, model: PreTrainedModel, 
 def make_combiner(config: RunConfig, engine: ModelEngine) -> GradientCombiner:
     wanted = config.synthesis
     options = Options(seed=config.seed, **{key: x for key in READERS if (x := getattr(wanted, key)) is not None})
-    synthesis = Synthesis(wanted.rule, wanted.scope, wanted.alpha, wanted.gamma, wanted.zero_forget, options)
-    combines = combines_tasks(config)
-    combiner = GradientCombiner(engine, synthesis, combine_tasks=combines, stash_device=wanted.stash_device)
+    scaled = (wanted.alpha, wanted.gamma, wanted.zero_forget)
+    synthesis = Synthesis(wanted.rule, wanted.scope, *scaled, options, wanted.metric)
+    place, combines = wanted.stash_device, combines_tasks(config)
+    confinement = None
+    if (confine := wanted.confine) is not None:
+        confinement = Confinement(confine.share, confine.by, confine.new_share)
+    combiner = GradientCombiner(
+        engine,
+        synthesis,
+        combine_tasks=combines,
+        stash_device=place,
+        measure_update=wanted.update_geometry,
+        confinement=confinement,
+    )
     elements = sum(whole_shape(parameter).numel() for parameter in engine.module.parameters())
     bucket, trained = int(engine.zero_reduce_bucket_size()), sum(combiner.sizes)
     if sums_locally(trained, elements, bucket, micro_batches(config, engine)):
@@ -142,11 +154,6 @@ def make_combiner(config: RunConfig, engine: ModelEngine) -> GradientCombiner:
 def micro_batches(config: RunConfig, engine: ModelEngine) -> int:
     """Of a task, on each rank and in each step."""
     return config.train.batch_size // (config.train.micro_batch_size * engine.world_size)
-
-
-def combines_tasks(config: RunConfig) -> bool:
-    """Whether the run compares two gradients; else they are added up, or there is one."""
-    return len(config.tasks) == 2 and (config.synthesis.rule != "sum" or config.synthesis.geometry)
 
 
 def prepare_rows(config: RunConfig, model: PreTrainedModel) -> TaskRows | None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ from pipeline.modeling.load import load_model
 from pipeline.modeling.outputs import ModelEngine
 from pipeline.modeling.probes import Prober, Probes
 from pipeline.monitoring import console, trackers
+from pipeline.monitoring.geometry import record_geometry
 from pipeline.monitoring.levels import Levels, probe_names
 from pipeline.monitoring.metrics import Monitor, peak_memory_bytes
 from pipeline.monitoring.verdicts import forgetting_failed
@@ -63,11 +64,6 @@ from pipeline.zero.joint import JointPass
 from pipeline.zero.nvme import check_nvme_path
 from pipeline.zero.self_test import self_test
 
-GEOMETRY = (
-    *("cos_forget_retain", "cos_combined_forget", "cos_combined_retain", "conflict_fraction"),
-    *("forget_norm", "retain_norm", "combined_norm"),
-)
-
 
 class StepResult(NamedTuple):
     """What one step came to."""
@@ -75,6 +71,7 @@ class StepResult(NamedTuple):
     losses: dict[str, Tensor | None]  # by task: 0-dim, this rank's part of the mean over the global batch
     geometry: Geometry | None  # None where the two gradients were added up without being compared
     applied: bool  # the optimizer updated the weights
+    update: Tensor | None  # what it did along the retain gradient, `GradientCombiner.update_sums`; None: not known
 
 
 @dataclass
@@ -98,7 +95,8 @@ class TrainStep:
             losses["retain"] = self.accumulate(self.retain, step)
         combined = self.combiner.combine()
         applied = combined.should_step and self.optimizer_step()
-        return StepResult(losses, combined.geometry, applied)
+        update = self.combiner.update_sums() if applied else None
+        return StepResult(losses, combined.geometry, applied, update)
 
     def accumulate(self, task: Task | None, step: int) -> Tensor | None:
         """Forward and backward of all micro-batches of `task`; returns this rank's part of the mean loss."""
@@ -167,7 +165,7 @@ class Trainer(TrainStep):
             result = self.train_step(step)
             self.record(step, result, lr, time.perf_counter() - began)
             self.probes.record(step + 1)
-            self.record_layers(step + 1)
+            self.record_layers(step + 1, result.update)
             self.metrics.record("_stop", float(sigterm is not None and sigterm.is_set()), reduce="max")
             self.metrics.record("_skipped_before", float(self.metrics.skipped_in_a_row), reduce="max")  # of rank 0
             log_weight(self.combiner, self.run.config.objective, self.metrics)
@@ -185,9 +183,9 @@ class Trainer(TrainStep):
         """The numbers of one step, as `metrics.jsonl` and TensorBoard name them."""
         for name, loss in result.losses.items():
             self.metrics.record(f"{name}_loss", loss, reduce="none" if loss is None else "sum")
-        measured = asdict(result.geometry) if result.geometry is not None else {}
-        for name in GEOMETRY:
-            self.metrics.record(name, measured.get(name))
+        record_geometry(self.metrics, result.geometry, result.update)
+        if self.run.config.synthesis.confine is not None:
+            self.metrics.record("share_updated", self.combiner.share_updated)
         norm = self.engine.get_global_grad_norm() if result.applied else None
         self.metrics.record("grad_norm", None if norm is None else float(norm))
         self.metrics.record("lr", lr)
@@ -197,15 +195,15 @@ class Trainer(TrainStep):
         self.metrics.record("tokens_per_second", tokens / seconds)
         self.metrics.record("peak_memory_bytes", peak_memory_bytes(self.engine.device), reduce="max")
 
-    def record_layers(self, done: int) -> None:
+    def record_layers(self, done: int, update: Tensor | None) -> None:
         """The same geometry by layers, as `cos_forget_retain/model.layers.3`, at intervals and at the last step."""
         every = self.run.config.synthesis.layer_geometry_every
         is_last = done == self.run.steps or self.probes.is_over
         if not every or (done % every and not is_last):
             return
+        rows = self.combiner.rows_by_layer()
         for layer, geometry in self.combiner.by_layer().items():
-            for name in GEOMETRY:
-                self.metrics.record(f"{name}/{layer}", getattr(geometry, name))
+            record_geometry(self.metrics, geometry, None if update is None else update[rows[layer]], layer)
 
     def check_skipped(self, step: int, in_a_row: int) -> None:
         """Raises:

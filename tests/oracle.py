@@ -126,10 +126,12 @@ def combine(
     gamma: float,
     zero_forget: str = "literal",
     average: dict[str, Tensor] | None = None,
+    metric: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """g from g_f and g_r by name, in their dtype: the formulas of the specification, section 3, on whole tensors.
 
     `average` is the state m of `gru`, float64, empty before the first step; a step that is skipped does not call.
+    `metric` has positive weights of the inner products, see `metric_of`.
     """
     if rule == "sum":
         return {n: gamma * f[n] + alpha * r[n] for n in r}
@@ -149,19 +151,32 @@ def combine(
         members = [n for n in r if group_of(n, scope) == group]
         one, two = ({n: v[n].double() for n in members} for v in (f, r))
         if rule == "blur":  # always; a forget gradient of 0 has no direction
-            part = product(one, two) / (product(one, one) or 1.0)
+            part = product(one, two, metric) / (product(one, one, metric) or 1.0)
             combined = {n: gamma * one[n] + alpha * (two[n] - part * one[n]) for n in members}
         else:
             onto = {n: average[n] for n in members} if rule == "gru" and average is not None else two
-            fo = product(one, onto)
-            part = fo / product(onto, onto) if fo < 0 else 0.0
+            fo = product(one, onto, metric)
+            part = fo / product(onto, onto, metric) if fo < 0 else 0.0
             combined = {n: gamma * (one[n] - part * onto[n]) + alpha * two[n] for n in members}
         result.update({n: combined[n].to(r[n].dtype) for n in members})
     return result
 
 
-def product(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    return sum((a[n] * b[n]).sum().item() for n in a)
+def product(a: dict[str, Tensor], b: dict[str, Tensor], metric: dict[str, Tensor] | None = None) -> float:
+    return sum((a[n] * b[n] * (1.0 if metric is None else metric[n])).sum().item() for n in a)
+
+
+def metric_of(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """1 / (√v̂ + ε) by name, float64, of an Adam that has made a step; None of any other optimizer."""
+    found = {}
+    for group in optimizer.param_groups:
+        for name in [n for n, p in parameters.items() if any(p is one for one in group["params"])]:
+            state = optimizer.state[parameters[name]]
+            if "exp_avg_sq" not in state:
+                return None
+            v = state["exp_avg_sq"].double() / (1 - group["betas"][1] ** float(state["step"]))
+            found[name] = 1 / (v.sqrt() + group["eps"])
+    return found
 
 
 def group_of(name: str, scope: str) -> str:
@@ -255,7 +270,9 @@ def train(
         if len(gradients) == 2:
             rule, zero_forget = synthesis["rule"], synthesis.get("zero_forget", "literal")
             scope = synthesis.get("scope") or PAPER_SCOPES[rule]
-            g = combine(rule, scope, gradients["forget"], gradients["retain"], alpha, gamma, zero_forget, average)
+            metric = metric_of(optimizer, parameters) if synthesis.get("metric") == "adam" else None
+            two = gradients["forget"], gradients["retain"]
+            g = combine(rule, scope, *two, alpha, gamma, zero_forget, average, metric)
             record |= geometry_of(gradients["forget"], gradients["retain"], g, "")
             every = synthesis.get("layer_geometry_every", 0)
             if every and len(records) % every == every - 1:
@@ -272,7 +289,12 @@ def train(
             parameter.grad = g[name]
         clip = wanted.get("max_grad_norm", 1.0)
         record["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters.values(), clip or torch.inf).item()
+        before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         optimizer.step()
+        if "metric" in synthesis:
+            moved = {n: p.detach() - before[n] for n, p in parameters.items()}
+            record["dot_update_retain"] = product(moved, gradients["retain"])
+            record["update_norm"] = product(moved, moved) ** 0.5
         records.append(record)
     return {name: parameter.detach() for name, parameter in parameters.items()}, records
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests import oracle
+from tests import oracle, oracle_confine
 
 WIDTHS = {"toy": 11, "wide": 120_001, "even": 131_072}
 BATCH = 12  # samples per task and step, over all ranks
@@ -102,6 +102,8 @@ class Case:
     rule: str = "sago"
     scope: str = "element"
     zero_forget: str = "literal"
+    metric: Any = "euclidean"
+    confine: tuple[float, Any] | None = None  # share, by
     micro: int = 2  # micro-batches per rank, task and step
     optimizer: str = "adamw"
     lr: float = 0.01
@@ -140,9 +142,6 @@ def make_optimizer(case: Case, parameters: dict[str, Any]) -> torch.optim.Optimi
     if case.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=case.lr)
     return torch.optim.AdamW(groups, lr=case.lr, eps=case.eps)
-
-
-# -- on engines --------------------------------------------------------------------------------------------------------
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -187,12 +186,15 @@ def train_on_engine(case: Case, watch: Any = None, between: Any = None, first: i
     import torch.distributed as dist
 
     from pipeline.synthesis.combine import Synthesis
+    from pipeline.synthesis.confine import Confinement
     from pipeline.zero.combiner import GradientCombiner
 
     model = model_of(case)
     engine = engine_of(case, model)
-    synthesis = Synthesis(case.rule, case.scope, ALPHA, GAMMA, case.zero_forget)
-    combiner = GradientCombiner(engine, synthesis, combine_tasks=case.rule != "sum")
+    synthesis = Synthesis(case.rule, case.scope, ALPHA, GAMMA, case.zero_forget, metric=case.metric)
+    confinement = None if case.confine is None else Confinement(*case.confine)
+    keys: Any = {"combine_tasks": case.rule != "sum", "measure_update": True, "confinement": confinement}
+    combiner = GradientCombiner(engine, synthesis, **keys)
     if watch is not None:
         watch(engine, combiner)
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -214,6 +216,8 @@ def train_on_engine(case: Case, watch: Any = None, between: Any = None, first: i
         if should_step:
             engine.step()
         applied = should_step and engine.was_step_applied()
+        if (update := combiner.update_sums() if applied else None) is not None:
+            dist.all_reduce(update)
         after = weights_of(model)
         records.append(
             {
@@ -222,6 +226,7 @@ def train_on_engine(case: Case, watch: Any = None, between: Any = None, first: i
                 "changed": [name for name in after if not torch.equal(before[name], after[name])],
                 "norm": float(engine.get_global_grad_norm()) if applied else None,
                 "geometry": geometry,
+                "update": None if update is None else update.sum(0).tolist(),  # ⟨r, Δθ⟩, ‖Δθ‖²
                 "scale": getattr(engine.optimizer, "cur_scale", None),
             }
         )
@@ -248,15 +253,12 @@ def train_cases(cases: dict[str, Case], file: str) -> None:
         torch.save(made, Path(file))
 
 
-# -- alone -------------------------------------------------------------------------------------------------------------
-
-
 def train_plainly(
     case: Case, world: int = 1, seen: list[dict[str, float]] | None = None
 ) -> tuple[dict[str, Tensor], list[float]]:
     """(weights by name, gradient norm of each step) of one process that keeps two whole gradients.
 
-    `seen` gets the cosines and norms of each step that is applied.
+    `seen` gets the cosines and norms of each step that is applied, and ⟨r, Δθ⟩ and ‖Δθ‖² of its update.
 
     In bf16 and fp16 each micro-batch of each of `world` ranks gives a gradient of that dtype; they are added up in
     fp32, and an fp32 copy of the weights is updated and rounded again. Under `sum` the weights multiply the losses. In
@@ -267,7 +269,7 @@ def train_plainly(
     master = {name: p.detach().float().clone() for name, p in low.items()}
     optimizer = make_optimizer(case, master)
     weights = {"forget": GAMMA, "retain": ALPHA} if case.rule == "sum" else {"forget": 1.0, "retain": 1.0}
-    norms, average, lifted = [], {}, 2.0**10 if case.dtype == "float16" else 1.0
+    norms, average, squares, lifted = [], {}, {}, 2.0**10 if case.dtype == "float16" else 1.0
     for step in range(case.steps):
         gradients = {}
         for task in ("forget", "retain"):
@@ -285,16 +287,23 @@ def train_plainly(
         if case.poison and case.poison[0] == step:
             continue
         f, r = gradients["forget"], gradients["retain"]
+        if case.confine is not None:
+            oracle_confine.confine(f, r, case.confine, squares, optimizer)
         if case.rule == "sum":
             g = {name: f[name] + r[name] for name in f}
         else:
-            g = oracle.combine(case.rule, case.scope, f, r, ALPHA, GAMMA, case.zero_forget, average)
+            weights_of = oracle.metric_of(optimizer, master) if case.metric == "adam" else None
+            g = oracle.combine(case.rule, case.scope, f, r, ALPHA, GAMMA, case.zero_forget, average, weights_of)
         if seen is not None:
             seen.append(oracle.geometry_of(f, r, g, ""))
         for name, parameter in master.items():
             parameter.grad = g[name]
         norms.append(nn.utils.clip_grad_norm_(list(master.values()), case.clip or torch.inf).item())
+        before = {name: p.detach().double() for name, p in master.items()}
         optimizer.step()
+        moved = {name: p.detach().double() - before[name] for name, p in master.items()}
+        if seen is not None:
+            seen[-1] |= {"dot": oracle.product(r, moved), "square": oracle.product(moved, moved)}
         with torch.no_grad():
             for name, parameter in master.items():
                 low[name].copy_(parameter)

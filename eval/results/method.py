@@ -20,7 +20,7 @@ NOT_METHOD = (
     *("train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints", "train.export_every"),
     *("train.max_skipped", "model.gradient_checkpointing", "model.allow_pickle"),
     *("train.timeout_minutes", "synthesis.geometry", "synthesis.layer_geometry_every", "synthesis.stash_device"),
-    *("train.probe_every", "train.stop_action", "train.schedule"),
+    *("train.probe_every", "train.stop_action", "train.schedule", "synthesis.update_geometry"),
 )
 
 

@@ -77,6 +77,24 @@ def check_probes(config: RunConfig, where: str, reads_data: bool) -> None:
                 raise InputError(f"{where}: train.stop_at.{name}: the set has no {measure!r}; {valid}")
 
 
+def check_confinement(config: RunConfig, where: str) -> None:
+    """
+    Raises:
+        InputError: `synthesis.confine` where weights outside would move all the same, or where there is one gradient.
+    """
+    if config.synthesis.confine is None:
+        return
+    absent = [task for task in ("forget", "retain") if task not in config.tasks]
+    if absent:
+        raise InputError(
+            f"{where}: synthesis.confine chooses weights by two gradients, and objective.{absent[0]} is none; remove it"
+        )
+    if config.optimizer.weight_decay:
+        raise InputError(
+            f"{where}: synthesis.confine: weight decay moves every weight; set optimizer.weight_decay: 0, or remove it"
+        )
+
+
 def check_schedule(config: RunConfig, where: str) -> None:
     """
     Raises:

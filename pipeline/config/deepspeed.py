@@ -82,6 +82,7 @@ def deepspeed_config(config: RunConfig) -> DeepSpeedDict:
     if stage:  # else bf16 runs accumulate in bf16; without ZeRO DeepSpeed has no other way
         merged.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     _check_offload(zero, stage, config, path)
+    _check_optimizer_state(merged, stage, config, path)
     return merged
 
 
@@ -195,6 +196,28 @@ def _check_offload(zero: Json, stage: int, config: RunConfig, path: Path) -> Non
                 f"train.checkpoint_every: DeepSpeed 0.19.8 does not restore what {path} offloads to nvme; set it to 0, "
                 "or use device cpu"
             )
+
+
+def _check_optimizer_state(merged: Json, stage: int, config: RunConfig, path: Path) -> None:
+    """
+    Raises:
+        InputError: a rule needs Adam's state of the gradient's elements where a rank does not have it in memory.
+    """
+    offload = (merged["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
+    wide = merged.get("data_types", {}).get("grad_accum_dtype") == "fp32" and config.model.dtype == "bfloat16"
+    metric, confine = config.synthesis.metric, config.synthesis.confine
+    key = "synthesis.metric: adam" if metric == "adam" else "synthesis.confine" if confine is not None else None
+    if key is None or config.optimizer.name != "adamw":
+        return
+    if offload == "nvme":
+        raise InputError(
+            f"{key} reads the moments of Adam, which {path} offloads to nvme; use device cpu, or remove it"
+        )
+    if stage == 1 and wide and offload == "none":
+        raise InputError(
+            f"{key} needs the moments of all elements whose gradient a rank has; under ZeRO stage 1 in bfloat16 "
+            f"({path}) it has the whole gradient and the moments of a share; use stage 2"
+        )
 
 
 def _without_auto(tree: Json) -> Json:

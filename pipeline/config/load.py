@@ -13,7 +13,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.automatic import as_before, fit_machine
-from pipeline.config.checks import check_corpus, check_objective, check_packages, check_probes, check_schedule
+from pipeline.config.checks import (
+    check_confinement,
+    check_corpus,
+    check_objective,
+    check_packages,
+    check_probes,
+    check_schedule,
+)
 from pipeline.config.explain import explain, is_table, nearest, subsection
 from pipeline.config.files import RECIPES, find_file
 from pipeline.config.objectives import NEEDS
@@ -182,6 +189,7 @@ def resolve(
     for task in config.tasks:
         check_corpus(config, task, where, reads_data)
     check_objective(config, where)
+    check_confinement(config, where)
     check_probes(config, where, reads_data)
     check_schedule(config, where)
     if reads_data:  # else nothing trains

@@ -25,7 +25,7 @@ BY_CONTENT = (
 
 RESUME_MUTABLE_KEYS = (
     *("method", "model.allow_pickle", "model.gradient_checkpointing"),
-    *("synthesis.stash_device", "synthesis.layer_geometry_every"),
+    *("synthesis.stash_device", "synthesis.update_geometry", "synthesis.layer_geometry_every"),
     *("train.schedule", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints"),
     *("train.export_every", "train.max_skipped", "train.timeout_minutes"),
     *("train.probe_every", "train.stop_at", "train.stop_action"),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from pipeline.config.confine import Confine
 from pipeline.config.objectives import choices
 from pipeline.config.sources import Corpus, FilePath, Probe, Section, SetName, Source, TextMeasure
 
@@ -191,6 +192,11 @@ class Synthesis(Section):
     )
     alpha: float = Field(1.0, ge=0, description="weight of the retain gradient")
     gamma: float = Field(1.0, ge=0, description="weight of the forget gradient")
+    metric: Literal["euclidean", "adam"] = Field(
+        "euclidean",
+        description="of the inner products that a rule sees: plain sums, or sums weighted by 1/(√v̂ + eps) as Adam "
+        "weights a gradient; the same for sgd, before the first step and on single elements",
+    )
     zero_forget: Literal["literal", "retain"] = Field(
         "literal", description="sago's result where the forget gradient is exactly 0: 0 (paper) or the retain gradient"
     )
@@ -216,10 +222,14 @@ class Synthesis(Section):
         le=1,
         description="share of the present step in the moving average; null: 0.8 in gru, 0.1 in bloop, 0.5 in gradvac",
     )
+    confine: Confine | None = Field(None, description="limit each update to a share of the weights; null: all move")
     stash_device: Literal["device", "host"] = Field(
         "device", description="memory of the forget buffer: the GPU, or pinned host memory"
     )
     geometry: bool = Field(False, description="measure the cosines under `sum` too (costs the forget buffer)")
+    update_geometry: bool = Field(
+        True, description="measure at each step what the update does along the retain gradient (time, no memory)"
+    )
     layer_geometry_every: int = Field(
         10,
         ge=0,

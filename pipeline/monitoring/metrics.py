@@ -20,7 +20,7 @@ from pipeline.files import Json, sync, write_whole
 from pipeline.monitoring import console
 from pipeline.monitoring.console import Progress
 from pipeline.monitoring.levels import PREFIX, probes_in, short
-from pipeline.monitoring.tensorboard import COSINES, GIB, PROBED, TensorBoardWriter
+from pipeline.monitoring.tensorboard import COSINES, GIB, PROBED, UPDATE, TensorBoardWriter
 from pipeline.monitoring.trackers import ExternalTrackers, Monitored
 
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -37,6 +37,7 @@ class Monitor:
         self.trackers = ExternalTrackers(folder, engine, start=start)
         self.values: Json = {}
         self.pending: dict[str, dict[str, torch.Tensor]] = {}
+        self.retain_norms: dict[str, float] = {}  # by what ends the names of an update that is recorded
         self.is_writer = dist.get_rank() == 0
         self.history: list[Json] = []  # on rank 0 the rows of metrics.jsonl, one a step
         self.before: Json = {}  # on rank 0 its row 0, if there is one: a probe before the first step
@@ -84,12 +85,40 @@ class Monitor:
             tensor = torch.as_tensor(value, dtype=torch.float64, device=self.device).detach()
             self.pending.setdefault(reduce, {})[name] = tensor
 
+    def record_update(
+        self, product: float | None, square: float | None, retain_norm: float | None, suffix: str = ""
+    ) -> None:
+        """Record the update Δθ beside the retain gradient r: `cos_update_retain`, `dot_update_retain`, `update_norm`.
+
+        They are reduced with everything else, so they cost no collective.
+
+        Args:
+            product, square: this rank's part of ⟨r, Δθ⟩ and ‖Δθ‖²; None where the update is not known.
+            retain_norm: ‖r‖, over all ranks.
+            suffix: of the names.
+        """
+        if product is None or square is None or retain_norm is None:
+            for name in UPDATE:
+                self.record(f"{name}{suffix}", None)
+            return
+        self.record(f"dot_update_retain{suffix}", product, reduce="sum")
+        self.record(f"_update_square{suffix}", square, reduce="sum")
+        self.retain_norms[suffix] = retain_norm
+
+    def _finish_updates(self) -> None:
+        for suffix, retain_norm in self.retain_norms.items():
+            norm, product = self.values[f"_update_square{suffix}"] ** 0.5, self.values[f"dot_update_retain{suffix}"]
+            self.values[f"update_norm{suffix}"] = norm
+            self.values[f"cos_update_retain{suffix}"] = product / (norm * retain_norm) if norm * retain_norm else 0.0
+        self.retain_norms = {}
+
     def flush(self, step: int) -> Json:
         """Reduce and write the recorded metrics, and return them; a value that is not finite becomes None."""
         for reduce, tensors in self.pending.items():
             stacked = torch.stack(list(tensors.values()))
             dist.all_reduce(stacked, _REDUCTIONS[reduce])
             self.values.update(zip(tensors, stacked.tolist(), strict=True))
+        self._finish_updates()
         values = {
             name: None if value is None or not math.isfinite(value) else value for name, value in self.values.items()
         }

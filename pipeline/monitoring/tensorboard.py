@@ -27,10 +27,16 @@ COSINES = {
 }
 
 
+# Of the update Δθ that the optimizer made, weights after less weights before: ⟨r, Δθ⟩ is, to first order, how much the
+# retain loss of the step's batch rises by it.
+UPDATE = ("cos_update_retain", "dot_update_retain", "update_norm")
+
+
 # TensorBoard opens on *Time series*, sorted by group: what was forgotten first, how it came about below.
 GROUPS = {
     **dict.fromkeys(("forget_loss", "retain_loss", "dual_weight"), "2_loss"),
     **dict.fromkeys((*COSINES, "conflict_fraction", "forget_norm", "retain_norm", "combined_norm"), "3_geometry"),
+    **dict.fromkeys((*UPDATE, "share_updated"), "3_geometry"),
 }
 # The groups of the scores `probe/SET/MEASURE` of the two corpora and of other sets, and of everything else. Within a
 # group the measure comes first, so that the cards of what is forgotten and what is retained stand side by side.

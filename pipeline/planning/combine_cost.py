@@ -21,7 +21,8 @@ from torch.profiler import profile
 
 from pipeline.files import write_whole
 from pipeline.synthesis import combine
-from pipeline.synthesis.combine import Piece, Synthesis, units_of
+from pipeline.synthesis.combine import Synthesis, units_of
+from pipeline.synthesis.partition import Piece
 
 VIEWS = "as_strided view _unsafe_view alias detach slice select narrow unbind split t transpose expand unsqueeze empty"
 NO_KERNEL = {f"aten::{name}" for name in (*VIEWS.split(), "empty_strided", "resize_", "lift_fresh", "resolve_conj")}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pipeline.config.objectives import NEEDS
-from pipeline.config.rules import AVERAGING
+from pipeline.config.rules import combines_tasks, keeps_mean_square, num_averages
 from pipeline.config.schema import RunConfig
 from pipeline.files import Json
 from pipeline.zero.sizes import EXPORT_FILE, reduces_once, sums_locally
@@ -107,11 +107,8 @@ class Zero:
 
 
 def keeps_stash(config: RunConfig) -> int:
-    """Buffers of a whole gradient beside DeepSpeed's: 0, 1 (the forget buffer), or 2 with a moving average."""
-    rule = config.synthesis.rule
-    if len(config.tasks) < 2 or (rule == "sum" and not config.synthesis.geometry):
-        return 0
-    return 2 if rule in AVERAGING else 1
+    """Buffers of a whole gradient beside DeepSpeed's: 0, or 1 (the forget buffer) and one for each moving average."""
+    return 1 + num_averages(config.synthesis) if combines_tasks(config) else 0
 
 
 def states(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster) -> Memory:
@@ -126,7 +123,7 @@ def states(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster) 
     moments = 2 if config.optimizer.name == "adamw" else 0
     master = 0 if b == 4 and zero.stage == 0 else 1  # ZeRO copies fp32 weights as well
     gradient = shape.trained if zero.stage == 0 or (zero.stage == 1 and zero.optimizer_on == "device") else mine
-    stash = keeps_stash(config) * (shape.trained if zero.stage == 0 or (zero.stage == 1 and b == 2) else mine)
+    combined = shape.trained if zero.stage == 0 or (zero.stage == 1 and b == 2) else mine
 
     memory = Memory()
     gpu, host = memory.gpu, memory.host
@@ -146,7 +143,9 @@ def states(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster) 
     if zero.optimizer_on == "cpu":
         at["gradients"] += 4 * mine  # the copy in fp32 that the optimizer reads
     waits = host if offloaded or config.synthesis.stash_device == "host" else gpu
-    waits["stash"] = stash * (4 if offloaded and zero.stage < 3 else zero.accumulate if zero.stage else b)
+    width = 4 if offloaded and zero.stage < 3 else zero.accumulate if zero.stage else b
+    squares = int(keeps_mean_square(config.synthesis))  # in fp32
+    waits["stash"] = combined * ((keeps_stash(config) - squares) * width + 4 * squares)
     optimizer = 4 * mine * (master + moments)
     if zero.optimizer_on == "nvme":
         memory.disk = optimizer

@@ -158,7 +158,8 @@ def bandwidth() -> dict[str, float]:
     """Bytes a second of SAGO's combination (reads f and r, writes g) and of a copy on the device; empty on a CPU."""
     import torch
 
-    from pipeline.synthesis.combine import Piece, Synthesis
+    from pipeline.synthesis.combine import Synthesis
+    from pipeline.synthesis.partition import Piece
 
     if not torch.cuda.is_available():
         return {}

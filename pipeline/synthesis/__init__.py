@@ -8,7 +8,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from pipeline.synthesis.combine import Piece, State, Synthesis, is_finite, units_of
+from pipeline.synthesis.adam import AdamState
+from pipeline.synthesis.combine import State, Synthesis, is_finite, units_of
+from pipeline.synthesis.partition import Piece
 from pipeline.synthesis.rules import DEFAULTS, Options
 
 
@@ -25,6 +27,7 @@ def synthesize(
     average: Sequence[Tensor] | None = None,
     options: Options = DEFAULTS,
     state: State | None = None,
+    adam: Sequence[AdamState] | None = None,
 ) -> list[Tensor]:
     """Combine two lists of whole gradients (paper, Algorithm 1 line 6).
 
@@ -40,6 +43,7 @@ def synthesize(
         options: what some rules read beside alpha and gamma.
         state: for rules `gradvac` and `graddrop`, what they remember, `State()` before the first step, updated in
             place. None: this is the first step.
+        adam: Adam's state of each tensor before the step, flat, for Adam's metric (`Synthesis`); None: euclidean.
 
     Returns:
         The combined gradients, new tensors with the shapes and dtypes of `retain`.
@@ -49,7 +53,8 @@ def synthesize(
             not match, scope `layer` without `layers`, an `average` that is not like `retain`.
         FloatingPointError: a non-finite value in either gradient or in their combination.
     """
-    synthesis = Synthesis(rule, scope, alpha, gamma, zero_forget, options)
+    metric = "euclidean" if adam is None else "adam"
+    synthesis = Synthesis(rule, scope, alpha, gamma, zero_forget, options, metric)
     if [f.shape for f in forget] != [r.shape for r in retain]:
         raise ValueError("forget and retain must hold tensors of the same shapes in the same order")
     named = 0 if layers is None else len(layers)
@@ -64,8 +69,9 @@ def synthesize(
     combined = [r.detach().clone(memory_format=torch.contiguous_format) for r in retain]
     averages = [m.view(-1) for m in average or ()] if synthesis.averages_retain else [None] * len(combined)
     starts = [0, *accumulate(r.numel() for r in retain)][:-1]
-    parts = enumerate(zip(forget, combined, averages, starts, strict=True))
-    pieces = [Piece(row, f.detach().reshape(-1), g.view(-1), m, start) for row, (f, g, m, start) in parts]
+    states = [None] * len(combined) if adam is None else adam
+    parts = enumerate(zip(forget, combined, averages, starts, states, strict=True))
+    pieces = [Piece(row, f.detach().reshape(-1), g.view(-1), m, at, s) for row, (f, g, m, at, s) in parts]
     units = units_of(synthesis.resolved_scope, layers or range(len(combined)))
     table = synthesis.combine_(pieces, units, state=state)
     if not is_finite(table):

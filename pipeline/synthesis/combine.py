@@ -11,11 +11,10 @@ Gramians of the shards add up to those of the whole tensors, so one small reduct
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
-from typing import NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,9 +22,6 @@ from torch import Tensor
 from pipeline.synthesis.elements import FORMS, uniform
 from pipeline.synthesis.kernels import (
     Gate,
-    Kernel,
-    compiled,
-    compute_dtype,
     form_,
     gate_,
     moving_average,
@@ -34,23 +30,12 @@ from pipeline.synthesis.kernels import (
     weighted,
     weighted_by_element,
 )
+from pipeline.synthesis.metric import metric_products
+from pipeline.synthesis.partition import Partition, Piece
 from pipeline.synthesis.rules import DEFAULTS, RULES, SCOPES, Gramian, Options, Weights
-from pipeline.synthesis.windows import Segments, cut, plan, read, to_blocks, to_device, write
+from pipeline.synthesis.windows import to_device, write
 
 COMPILE_FROM = 2**27  # elements of a rank from which a compiled kernel pays for the time to compile it
-
-
-class Piece(NamedTuple):
-    """The part of one parameter's two gradients that this rank has: 1-D tensors of equal length and dtype.
-
-    `forget` and `average` may be in host memory; the computation runs on the device of `retain`.
-    """
-
-    row: int  # index of the parameter
-    forget: Tensor  # [n]
-    retain: Tensor  # [n]; becomes the combined gradient
-    average: Tensor | None = None  # [n] for rules that average the retain gradient: the state m, updated in place
-    start: int = 0  # for rules that draw: the number that the first element has among all elements of the model
 
 
 @dataclass
@@ -65,8 +50,16 @@ class State:
 class Synthesis:
     """A rule at a scope with its weights.
 
+    Under the metric `adam` the rule sees, and projects by, the inner products ⟨a, b⟩_P = Σ a b / (√v̂ + ε) in place of
+    Σ a b, with Adam's own bias-corrected v̂ and ε: Adam turns g into -lr P g, momentum apart, so that ⟨g, r⟩_P ≥ 0 is
+    what keeps the retain loss from rising. Every promise that a rule makes about norms, angles and products holds in
+    this metric then; the geometry and clipping stay euclidean. On single elements P is a positive factor of all three
+    products, which no rule's weights depend on: there the metric changes nothing, nor does it under `sum`. Pieces
+    without Adam's state are measured as ever: those of SGD, and before the first step.
+
     Raises:
-        ValueError: unknown rule, scope or zero_forget, a scope that the rule does not have, an option without sense.
+        ValueError: unknown rule, scope, metric or zero_forget, a scope that the rule does not have, an option without
+            sense.
     """
 
     rule: str
@@ -75,12 +68,14 @@ class Synthesis:
     gamma: float = 1.0  # weight of the forget gradient
     zero_forget: str = "literal"  # where f = 0, sago gives 0 (`literal`, the paper) or alpha r (`retain`)
     options: Options = DEFAULTS
+    metric: Literal["euclidean", "adam"] = "euclidean"  # of the inner products that the rule sees
 
     def __post_init__(self) -> None:
         for name, value, valid in (
             ("rule", self.rule, tuple(RULES)),
             ("scope", self.scope if self.scope is not None else SCOPES[0], SCOPES),
             ("zero_forget", self.zero_forget, ("literal", "retain")),
+            ("metric", self.metric, ("euclidean", "adam")),
         ):
             if value not in valid:
                 raise ValueError(f"unknown {name} {value!r}; valid: {', '.join(valid)}")
@@ -123,6 +118,8 @@ class Synthesis:
         reduce: Callable[[Tensor], object] = lambda table: None,
         scale: float = 1.0,
         state: State | None = None,
+        *,
+        keep_retain: bool = False,
     ) -> Tensor:
         """Overwrite every piece's `retain` with the combined gradient, and return the sums that describe the step.
 
@@ -133,30 +130,43 @@ class Synthesis:
             scale: the loss scale of fp16, by which both gradients are multiplied here. So is the combined gradient.
                 The state `average` outlives a scale and does not contain it.
             state: what the rule remembers, the same on all ranks, updated in place; None: this is its first step.
+            keep_retain: overwrite every piece's `forget` with the retain gradient, which is read no more.
 
         Returns:
-            table: [parameters, 10] float64, the columns of `COLUMNS`, of the gradients times `scale`. If it is not
-                finite (`is_finite`), nothing that was combined may be used; module, layer and global scopes then do
-                not change `retain` and `average`.
+            table: [parameters, 10] float64, the columns of `COLUMNS`, of the gradients times `scale`; under Adam's
+                metric [parameters, 13], with `METRIC_COLUMNS`. If it is not finite (`is_finite`), nothing that was
+                combined may be used; module, layer and global scopes then do not change a piece.
         """
         state = State() if state is None else state
-        partition = _Partition(pieces, len(units), self._compiles)
-        table = torch.zeros(len(units), len(COLUMNS), dtype=torch.float64, device=partition.device)
+        partition = self._partition(pieces, len(units))
+        in_metric = self.metric == "adam" and self.resolved_scope != "element"
+        columns = len(COLUMNS) + (len(METRIC_COLUMNS) if in_metric else 0)
+        table = torch.zeros(len(units), columns, dtype=torch.float64, device=partition.device)
         if self.resolved_scope == "element":
-            self._combine_elements_(partition, table, state.step)
+            self._combine_elements_(partition, table, state.step, keep_retain)
             reduce(table)
             state.step += 1
             return table.cpu()
         self._sum_products(partition, table, scale)
+        if in_metric:
+            table[:, METRIC] = metric_products(pieces, len(units), scale, self.new_share)
         reduce(table)
         table = table.cpu()  # the one read that waits for the device
         if is_finite(table):
             weights, cosines = self._weigh_units(units, table, scale, state.cosines)
             if is_finite(table):
-                _combine_units_(partition, weights, scale, self.new_share)
+                _combine_units_(partition, weights, scale, self.new_share, keep_retain)
                 state.cosines[:] = cosines
         state.step += 1
         return table
+
+    def _partition(self, pieces: Sequence[Piece], num_rows: int) -> Partition:
+        vectors = [[piece.forget for piece in pieces], [piece.retain for piece in pieces]]
+        if pieces and pieces[0].average is not None:
+            vectors.append([piece.average for piece in pieces if piece.average is not None])
+        is_large = self._compiles and sum(len(piece.retain) for piece in pieces) >= COMPILE_FROM
+        starts = [piece.start for piece in pieces]
+        return Partition([piece.row for piece in pieces], vectors, num_rows, starts=starts, is_large=is_large)
 
     @property
     def _compiles(self) -> bool:
@@ -171,24 +181,24 @@ class Synthesis:
         of_zeros = (self.weights(Gramian(0.0, 0.0, 1.0)), self.weights(Gramian(1.0, 0.0, 0.0)))
         return Gate(clash, agree, *(weights != agree for weights in of_zeros))
 
-    def _combine_elements_(self, partition: _Partition, table: Tensor, step: int) -> None:
+    def _combine_elements_(self, partition: Partition, table: Tensor, step: int, keep_retain: bool) -> None:
         """One pass: which of two mixtures an element gets depends on its signs alone, but for the rules in `FORMS`."""
         if self.rule not in FORMS:
-            sums = partition.sums(gate_, self._gate)
+            sums = partition.sums(gate_, self._gate, keep_retain=keep_retain)
         else:
             form = partial(FORMS[self.rule], self.alpha, self.gamma, **self.rule_options)
             draw = partial(uniform, self.options.seed, step) if RULES[self.rule].draws else None
-            sums = partition.sums(form_, form, draw=draw)
+            sums = partition.sums(form_, form, draw=draw, keep_retain=keep_retain)
         if sums:
             table[:, FF : CONFLICTS + 1] = torch.stack(sums, 1)
 
-    def _sum_products(self, partition: _Partition, table: Tensor, scale: float) -> None:
+    def _sum_products(self, partition: Partition, table: Tensor, scale: float) -> None:
         """First pass of the other scopes: every product that the weights and the geometry depend on."""
         if sums := partition.sums(sum_products, scale, self.new_share):
             *products, table[:, CONFLICTS] = sums
             table[:, FF:GF] = torch.stack(products[:GF], 1)
             if self.averages_retain:
-                table[:, FA:] = torch.stack(products[GF:], 1)
+                table[:, FA : AA + 1] = torch.stack(products[GF:], 1)
 
     def _weigh_units(
         self, units: Sequence[int], table: Tensor, scale: float, cosines: list[float]
@@ -199,9 +209,11 @@ class Synthesis:
         gradients are not read a second time.
         """
         index = torch.tensor(units)
-        ff, fr, rr, _, _, _, _, fa, ra, aa = table.unbind(1)
-        anchored = torch.stack([ff, fa, aa] if self.averages_retain else [ff, fr, rr], 1) / scale**2
-        sums = anchored.new_zeros(max(units) + 1, 3).index_add_(0, index, anchored).tolist()
+        ff, fr, rr, _, _, _, _, fa, ra, aa, *_ = table.unbind(1)
+        anchored = torch.stack([ff, fa, aa] if self.averages_retain else [ff, fr, rr], 1)
+        if table[:, METRIC].any():  # else no rank has a state of Adam
+            anchored = table[:, METRIC]
+        sums = anchored.new_zeros(max(units) + 1, 3).index_add_(0, index, anchored / scale**2).tolist()
         weights, after = [], []
         for row, before in zip(sums, cosines or [0.0] * len(sums), strict=True):
             gramian = Gramian(*row)
@@ -221,6 +233,12 @@ COLUMNS = ("ff", "fr", "rr", "gf", "gr", "gg", "conflicts", "fa", "ra", "aa")
 FF, FR, RR, GF, GR, GG, CONFLICTS, FA, RA, AA = range(10)
 
 
+METRIC_COLUMNS = ("ff", "fa", "aa")  # in Adam's metric, of what the rule compares: a is r, or its average
+
+
+METRIC = slice(len(COLUMNS), None)
+
+
 def is_finite(table: Tensor) -> bool:
     """Whether both gradients are finite, and their combination has a norm that float32 can hold.
 
@@ -230,59 +248,12 @@ def is_finite(table: Tensor) -> bool:
     return bool(torch.isfinite(squares).all() and table[:, GG].sum() <= torch.finfo(torch.float32).max ** 2)
 
 
-class _Partition:
-    """The pieces of one rank, each list as one vector in windows."""
-
-    def __init__(self, pieces: Sequence[Piece], num_rows: int, compiles: bool) -> None:
-        rows = tuple(piece.row for piece in pieces)
-        self.vectors = [[piece.forget for piece in pieces], [piece.retain for piece in pieces]]
-        if pieces and pieces[0].average is not None:
-            self.vectors.append([piece.average for piece in pieces if piece.average is not None])
-        sizes = tuple(map(len, self.vectors[1]))
-        self.ends = list(accumulate(sizes))
-        self.starts = [piece.start + size - end for piece, size, end in zip(pieces, sizes, self.ends, strict=True)]
-        sample = pieces[0].retain if pieces else torch.empty(0)
-        self.device, self.compute_dtype = sample.device, compute_dtype(sample)
-        self.is_large = compiles and sum(sizes) >= COMPILE_FROM
-        self.plan = plan(rows, sizes, num_rows, self.device, self.is_large)
-
-    def __iter__(self) -> Iterator[tuple[Segments, list[list[Tensor]], list[Tensor]]]:
-        """Of each window: its segments; the parts of f, r and m, where they lie; the vectors, on the device."""
-        sizes = [segments.numel for segments in self.plan.windows]
-        for segments, *parts in zip(self.plan.windows, *(cut(vector, sizes) for vector in self.vectors), strict=True):
-            yield segments, parts, [read(part, self.device) for part in parts]
-
-    def sums(
-        self, kernel: Kernel, *constants: Hashable, draw: Callable[[Tensor], Tensor] | None = None
-    ) -> tuple[Tensor, ...]:
-        """[rows] for each of a kernel's sums; nothing if there are no elements. `gate_` and `form_` overwrite r.
-
-        `draw` makes one more vector for the kernel from the numbers of the elements.
-        """
-        plain, sums, low = partial(kernel, *constants), [], 0
-        fast = plain
-        if self.is_large:
-            fast = compiled(kernel, constants, tuple(vector[0].dtype for vector in self.vectors), str(self.device))
-        for segments, parts, vectors in self:
-            if draw is not None:
-                vectors.append(draw(self._numbers(low, segments.numel)))
-            blocks = [to_blocks(vector) for vector in vectors]
-            sums.append(segments.sums(plain, fast if segments.compiled else plain, *blocks))
-            if kernel in (gate_, form_) and blocks[1].data_ptr() != parts[1][0].data_ptr():
-                write(parts[1], blocks[1].view(-1)[: segments.numel])
-            low += segments.numel
-        return self.plan.rows(sums).unbind() if sums else ()
-
-    def _numbers(self, low: int, numel: int) -> Tensor:
-        """[numel] int64: which elements of the model those from `low` on in this rank's vector are."""
-        place = torch.arange(low, low + numel, device=self.device)
-        starts, ends = (to_device(self.device, torch.tensor(values)) for values in (self.starts, self.ends))
-        piece = torch.searchsorted(ends, place, right=True)  # the first that ends behind it: an empty one never does
-        return place + starts.index_select(0, piece)
-
-
 def _combine_units_(
-    partition: _Partition, weights: Sequence[tuple[float, float, float]], scale: float, new_share: float
+    partition: Partition,
+    weights: Sequence[tuple[float, float, float]],
+    scale: float,
+    new_share: float,
+    keep_retain: bool,
 ) -> None:
     """Second pass: g = w_f f + w_r r + w_a a, with weights by row; the average becomes a."""
     uniform = len(set(weights)) == 1
@@ -295,6 +266,8 @@ def _combine_units_(
         else:
             by_segment = table.index_select(0, segments.rows_on_device).unbind(1)
             g = weighted_by_element([segments.spread(w) for w in by_segment], f, r, anchor)
+        if keep_retain:
+            write(parts[0], r)
         write(parts[1], g)
         if anchor is not None:
             write(parts[2], anchor.div_(scale))

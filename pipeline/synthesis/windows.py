@@ -137,7 +137,7 @@ def sum_runs(values: Tensor, lengths: Tensor) -> Tensor:
     return flat.view(columns, -1)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def plan(rows: tuple[int, ...], sizes: tuple[int, ...], num_rows: int, device: torch.device, compiled: bool) -> Plan:
     """How to cut tensors of these sizes, one after another, in windows; the same layout is planned once.
 

@@ -44,8 +44,9 @@ Identity = Json  # what decides the weights of a run, by name, as JSON has it
 class RankState(TypedDict):
     """What each rank saves beside DeepSpeed's files."""
 
-    average: Tensor | None  # of the combiner
-    average_layout: list[Json]  # its fragments, as dictionaries
+    average: Tensor | None  # of the combiner, as is the next
+    mean_square: Tensor | None
+    average_layout: list[Json]  # the fragments of both, as dictionaries
     combinations: int  # of the combiner so far
     cosines: dict[str, float]  # of the combiner
     retain_weight: float  # of the combiner
@@ -111,6 +112,7 @@ def save(engine: Engine, combiner: GradientCombiner, run: Path, step: int, *, ke
 def _rank_state(engine: Engine, combiner: GradientCombiner) -> RankState:
     return {
         "average": combiner.average,
+        "mean_square": combiner.mean_square,
         "average_layout": [asdict(fragment) for fragment in combiner.average_layout()],
         "combinations": combiner.state.step,
         "cosines": combiner.cosines(),
@@ -176,12 +178,15 @@ def load(engine: Engine, combiner: GradientCombiner, checkpoint: Path, identity:
         for name, value in before[0]["counters"].items():
             setattr(engine, name, value)
     combiner.retain_weight = before[0]["retain_weight"]
-    if combiner.average is not None:
-        flats = [(_fragments(state["average_layout"]), state["average"]) for state in before]
-        copy_fragments(
-            [(layout, flat) for layout, flat in flats if flat is not None],
-            (combiner.average_layout(), combiner.average),
-        )
+    averages = (combiner.average, [state["average"] for state in before])
+    for now, then in (averages, (combiner.mean_square, [state["mean_square"] for state in before])):
+        if now is not None:
+            flats = [
+                (_fragments(state["average_layout"]), flat)
+                for state, flat in zip(before, then, strict=True)
+                if flat is not None
+            ]
+            copy_fragments(flats, (combiner.average_layout(), now))
     combiner.restore(before[0]["combinations"], before[0]["cosines"])
     if same:
         torch.set_rng_state(before[0]["random"])

@@ -22,12 +22,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.synthesis.combine import Piece, State, Synthesis, units_of
+from pipeline.synthesis.adam import AdamState
+from pipeline.synthesis.combine import GG, GR, State, Synthesis, units_of
+from pipeline.synthesis.confine import Confined, Confinement
 from pipeline.synthesis.geometry import Geometry
+from pipeline.synthesis.metric import update_products
+from pipeline.synthesis.partition import Piece
 from pipeline.synthesis.windows import copy_all_, join_neighbours
 from pipeline.zero.compat import unexpected
 from pipeline.zero.engine import Engine
 from pipeline.zero.optimizer_state import Fragment
+from pipeline.zero.optimizers import check_confined, is_plain_sgd
 from pipeline.zero.stages import gradient_store
 from pipeline.zero.tensor_parallel import copies, group_size
 
@@ -62,16 +67,24 @@ class GradientCombiner:
         synthesis: the rule, its scope and its weights.
         stash_device: where the forget buffer lies: beside the gradient (`device`), or in pinned memory of the machine
             (`host`), from where it crosses the bus in bounded parts.
+        confinement: which elements may move; the tasks must be combined. None: all.
+        measure_update: `combine` leaves the retain gradient in the forget buffer, which is free by then, so that
+            `update_sums` can compare it with what the step makes of the combination.
 
     Attributes:
         stash: [n] the forget gradient of this rank, all slices one after another, in the dtype in which DeepSpeed
             accumulates. None if the tasks are not combined.
         average: [n] laid out alike: the state of a rule that averages the retain gradient, else None.
+        mean_square: [n] float32, laid out alike: the state of a confinement by the mean square, else None.
+        share_updated: of the elements, how many could move in the last step; 1 without a confinement.
         state: what the rule remembers beside it, alike on all ranks.
         retain_weight: factor of the retain loss beside the weights of `synthesis`; checkpoints have it.
 
     Raises:
         RuntimeError: DeepSpeed does not keep its gradients where this program expects them.
+        ValueError: the metric `adam` or a confinement, where a rank does not have Adam's state of its gradient; a
+            confinement of an optimizer with weight decay or of SGD with momentum, which move all weights, or of a rule
+            that averages the retain gradient.
     """
 
     def __init__(
@@ -81,12 +94,21 @@ class GradientCombiner:
         *,
         combine_tasks: bool,
         stash_device: Literal["device", "host"] = "device",
+        confinement: Confinement | None = None,
+        measure_update: bool = False,
     ) -> None:
         self.engine = engine
         self.synthesis = synthesis
         if not engine.managed_gradient_accumulation():
             raise unexpected("managed_gradient_accumulation is off, so the boundary cannot be set")
         self.store = gradient_store(engine)
+        if (synthesis.metric == "adam" or confinement is not None) and self.store.masters() is None:
+            raise ValueError(
+                "the metric adam and a confinement need Adam's state of each element whose gradient a rank has, which "
+                "it does not under ZeRO stage 1 in bf16 and offload to nvme: use stage 2, or offload to the CPU"
+            )
+        if confinement is not None:
+            check_confined(synthesis, self.store.inner, combine_tasks)
         names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
         self.names = [names[id(parameter)] for parameter in self.store.parameters]
         self.sizes = [int(getattr(p, "ds_numel", p.numel())) for p in self.store.parameters]  # of whole parameters
@@ -96,16 +118,27 @@ class GradientCombiner:
                 "synthesis.rule: graddrop draws by an element's number in the model, which differs where tensors are "
                 "cut (tensor_parallel of the DeepSpeed file); choose another rule"
             )
+        if self.group > 1 and confinement is not None:
+            raise InputError(
+                "synthesis.confine counts the elements of the model, and each rank of a tensor-parallel group has some "
+                "of them too (tensor_parallel of the DeepSpeed file); leave one of the two out"
+            )
         self.units = units_of(synthesis.resolved_scope, [layer_of(name) for name in self.names])
         self.stash: Tensor | None = None
         self.average: Tensor | None = None
+        self.mean_square: Tensor | None = None
+        self.confinement, self.share_updated = confinement, 1.0
         self.retain_weight = 1.0
+        self.measures_update = measure_update
+        self.rates: list[float] = []  # of the parameter groups, in the step after the last `combine`
         if combine_tasks:
             self.stash = self._make_buffer(self.store.dtype, stash_device)
             if synthesis.averages_retain:
                 # Without the loss scale an average in fp16 would underflow.
                 dtype = torch.float32 if self.store.dtype == torch.float16 else self.store.dtype
                 self.average = self._make_buffer(dtype, stash_device).zero_()
+            if confinement is not None and confinement.has_state:
+                self.mean_square = self._make_buffer(torch.float32, stash_device).zero_()
         self.state = State(cosines=[0.0] * (max(self.units, default=-1) + 1))
         whole = {names[id(p)]: int(getattr(p, "ds_numel", p.numel())) for p in engine.module.parameters()}
         first = dict(zip(whole, accumulate(whole.values(), initial=0), strict=False))
@@ -155,10 +188,17 @@ class GradientCombiner:
         if self.stash is not None:
             rows = [row for row, _ in self.store.layout]
             averages = [None] * len(rows) if self.average is None else self._cut(self.average)
-            parts = zip(rows, self.stash_slices(), slices, averages, self.starts, strict=True)
+            self.scale, self.rates = self.store.loss_scale, [group["lr"] for group in self.store.inner.param_groups]
+            uses_adam = self.synthesis.metric == "adam" or self.confinement is not None
+            states = self.store.adam() if uses_adam else None
+            if self.confinement is not None:
+                self._confine(self.confinement, slices, states)
+            adam = [None] * len(rows) if states is None else states
+            parts = zip(rows, self.stash_slices(), slices, averages, self.starts, adam, strict=True)
             pieces = [Piece(*part) for part in parts]
-            self.scale = self.store.loss_scale
-            self.table = self.synthesis.combine_(pieces, self.units, self._add_up, self.scale, self.state)
+            self.table = self.synthesis.combine_(
+                pieces, self.units, self._add_up, self.scale, self.state, keep_retain=self.measures_update
+            )
             geometry = Geometry.of(self.table, self._elements(range(len(self.sizes))), self.scale)
         finite = self._all_finite(slices) if geometry is None else geometry.finite
         if not finite and self.engine.fp16_enabled():
@@ -170,8 +210,17 @@ class GradientCombiner:
             self.engine.set_gradient_accumulation_boundary(True)
         return Combined(geometry, should_step)
 
+    def _confine(self, confinement: Confinement, slices: list[Tensor], states: list[AdamState] | None) -> None:
+        """Zero both gradients and Adam's momentum outside of the share that may move."""
+        rows, squares, momenta = [row for row, _ in self.store.layout], [None] * len(slices), [None] * len(slices)
+        squares = squares if self.mean_square is None else self._cut(self.mean_square)
+        momenta = momenta if states is None else [state.first for state in states]
+        parts = zip(rows, self.stash_slices(), slices, squares, momenta, strict=True)
+        pieces = [Confined(*part) for part in parts]
+        self.share_updated = confinement.confine_(pieces, sum(self.sizes), self._count_up, self.scale)
+
     def average_layout(self) -> list[Fragment]:
-        """The fragments of parameters in `average` on this rank."""
+        """The fragments of parameters in `average` and `mean_square` on this rank."""
         layout, flat_offset = [], 0
         for (row, size), start in zip(self.store.layout, self.store.starts, strict=True):
             numel = max(min(size, self.sizes[row] - start), 0)  # what is beyond the parameter's end is padding
@@ -191,14 +240,49 @@ class GradientCombiner:
 
     def by_layer(self) -> dict[str, Geometry]:
         """The geometry of the last `combine` for each decoder block, the embedding, the head; empty if it had none."""
-        members: dict[str, list[int]] = {}
-        for row, name in enumerate(self.names):
-            members.setdefault(layer_of(name), []).append(row)
         if self.table is None:
             return {}
         return {
-            layer: Geometry.of(self.table[rows], self._elements(rows), self.scale) for layer, rows in members.items()
+            layer: Geometry.of(self.table[rows], self._elements(rows), self.scale)
+            for layer, rows in self.rows_by_layer().items()
         }
+
+    def rows_by_layer(self) -> dict[str, list[int]]:
+        """The indices of the parameters of each decoder block, the embedding, the head."""
+        members: dict[str, list[int]] = {}
+        for row, name in enumerate(self.names):
+            members.setdefault(layer_of(name), []).append(row)
+        return members
+
+    def update_sums(self) -> Tensor | None:
+        """What the last `engine.step()`, which must have been applied, did along the retain gradient of the step.
+
+        Nothing is copied before the step or gathered after it. Adam's update is computed from its state, weight decay
+        with it; that of SGD without momentum and weight decay is the clipped combination.
+
+        Returns:
+            [parameters, 2] float64, to be summed over ranks: ⟨r, Δθ⟩ and ‖Δθ‖², with Δθ the new weights less the old.
+            None without two gradients or `measure_update`, and where the update is not known so: other optimizers,
+            offload to nvme, ZeRO-1 in bf16 with fp32 accumulation (the rank does not have all that belongs together).
+        """
+        if self.stash is None or self.table is None or not self.measures_update:
+            return None
+        if (states := self.store.adam(self.rates)) is not None:
+            # Without padding: DeepSpeed does not initialise that of the weights.
+            sizes = [fragment.numel for fragment in self.average_layout()]
+            parts = zip(self.store.layout, self.stash_slices(), sizes, strict=True)
+            own = [(row, r[:size]) for (row, _), r, size in parts]
+            cut = [state.first_elements(size) for state, size in zip(states, sizes, strict=True)]
+            sums = update_products(own, cut, len(self.sizes)).cpu()
+            ranks = dist.get_world_size() // self.group if self.store.replicated else 1  # that have the same element
+            times = ranks * torch.tensor(self.copies, dtype=torch.float64)
+            return sums / torch.stack([self.scale * times, times], 1)
+        norm, limit = self.engine.get_global_grad_norm(), self.engine.gradient_clipping()
+        if norm is None or not is_plain_sgd(self.store.inner):
+            return None
+        step = self.rates[0] / (max(1.0, (float(norm) + 1e-6) / limit) if limit else 1.0)  # as DeepSpeed clips
+        along, square = self.table[:, GR] / self.scale**2, self.table[:, GG] / self.scale**2
+        return torch.stack([-step * along, step**2 * square], 1) / dist.get_world_size()
 
     def stash_slices(self) -> list[Tensor]:
         """Views of the forget buffer, one for each slice of the store's layout; none without a buffer."""
@@ -221,6 +305,12 @@ class GradientCombiner:
     def _elements(self, rows: Iterable[int]) -> int:
         """Of the whole parameters of these rows; under tensor parallelism a rank has parts."""
         return sum(self.sizes[row] * self.group // self.copies[row] for row in rows)
+
+    def _count_up(self, counts: Tensor) -> None:
+        """Sum over ranks, in place. An element that every rank has counts once."""
+        total = counts.to(self.engine.device)
+        dist.all_reduce(total)
+        counts.copy_(total // dist.get_world_size() if self.store.replicated else total)
 
     def _all_finite(self, slices: list[Tensor]) -> bool:
         """Whether `engine.step()` may read this gradient, where no table of sums says so (no forget buffer)."""

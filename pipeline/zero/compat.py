@@ -29,6 +29,10 @@ INTERNALS: dict[str, dict[str, str]] = {
     "parameter under tensor parallelism": {
         "tensor_model_parallel": "tells the tensors that are cut from those that each rank of a group has whole",
     },
+    "optimizer without ZeRO in bf16": {
+        "fp16_groups": "the parameters in the order of their copies",
+        "fp32_groups": "those copies, by which Adam's state is found",
+    },
     "optimizer of ZeRO 1 and 2": {
         "averaged_gradients": "the reduced gradient that step() reads; cleared and combined in place",
         "all_grad_tensors": "the gradient that accumulates between boundaries; cleared",
@@ -75,6 +79,8 @@ INTERNALS: dict[str, dict[str, str]] = {
         "fp16_groups": "the parameters in the order of that buffer",
         "offload_optimizer": "says whether step() reads a copy of the gradient",
         "reduce_ready_partitions_and_remove_grads": "what it does with a gradient; replaced to reduce once a task",
+        "fp32_partitioned_groups_flat": "the master weights of each sub-group: under offload to nvme, and Adam's state",
+        "sub_group_to_group_id": "the parameter group of a sub-group, with its learning rate",
         "parameter_offload": "owner of the coordinator of prefetching",
         "checkpoint_event_prologue": "gives partitioned weights back before they are loaded",
         "checkpoint_event_epilogue": "partitions them again",
@@ -84,7 +90,6 @@ INTERNALS: dict[str, dict[str, str]] = {
         "finalize_gradient_accumulation_boundary": "copies the combined gradient to the optimizer",
         "norm_for_param_grads": "step() takes the norm from this table",
         "get_param_id": "the key of that table",
-        "fp32_partitioned_groups_flat": "the master weights of each sub-group, by which a sub-group on nvme is found",
         "_swappable_optimizer_subgroup": "says which sub-groups lie on nvme",
         "optimizer_swapper": "what moves sub-groups between memory and nvme",
     },

@@ -68,6 +68,10 @@ class Engine(Forward[Module], Protocol[Module]):
         """Of the last `step`, before clipping, over all ranks."""
         ...
 
+    def gradient_clipping(self) -> float:
+        """The largest norm of a gradient; 0: any."""
+        ...
+
     def get_lr(self) -> list[float]:
         """The learning rate of each parameter group in the next `step`."""
         ...

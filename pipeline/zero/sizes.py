@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.config.rules import AVERAGING
+from pipeline.config.rules import num_averages
 from pipeline.config.schema import RunConfig
 
 EXPORT_FILE = 5 * 10**9  # bytes, as the hub splits models by default; a larger tensor has a file of its own
@@ -35,7 +35,7 @@ class DiskUse:
 def disk_use(config: RunConfig, stage: int, elements: int, trained: int, itemsize: int, steps: int) -> DiskUse:
     """What checkpoints and exports of a run take.
 
-    A checkpoint has, of what trains, the fp32 weights, the optimizer's moments and a rule's moving average; below
+    A checkpoint has, of what trains, the fp32 weights, the optimizer's moments and moving averages of gradients; below
     ZeRO-3 the weights in the model's dtype too. An old one goes when the new one is complete. Exports stay.
 
     Args:
@@ -43,8 +43,8 @@ def disk_use(config: RunConfig, stage: int, elements: int, trained: int, itemsiz
     """
     train, moments = config.train, 2 if config.optimizer.name == "adamw" else 0
     master = 0 if itemsize == 4 and stage == 0 else 1
-    average = 1 if config.synthesis.rule in AVERAGING and len(config.tasks) == 2 else 0
-    checkpoint = trained * (4 * (master + moments + average) + (itemsize if stage < 3 else 0))
+    averages = num_averages(config.synthesis) if len(config.tasks) == 2 else 0
+    checkpoint = trained * (4 * (master + moments + averages) + (itemsize if stage < 3 else 0))
     adapter = config.model.lora is not None and not config.model.lora.merge
     export = trained if adapter else elements - (trained if config.model.lora is not None else 0)
     return DiskUse(

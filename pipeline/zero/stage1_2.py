@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.zero.compat import require, unexpected
 from pipeline.zero.engine import Engine
-from pipeline.zero.store import GradientStore, log
+from pipeline.zero.store import GradientStore, Master, log
 
 
 class Stage12Store(GradientStore):
@@ -97,6 +97,10 @@ class Stage12Store(GradientStore):
         except KeyError:
             raise unexpected("averaged_gradients is not this rank's fragment of the parameters") from None
         return self._with_local_sum(slices)
+
+    def masters(self) -> list[Master]:
+        flats = self.optimizer.single_partition_of_fp32_groups
+        return [Master(flats[group], start, group) for group, start, _, _ in self.places]
 
     def write_back(self, slices: list[Tensor]) -> None:
         if self.offload:

@@ -38,6 +38,9 @@ class Stage1Bf16Store(GradientStore):
         self._reduce_now()
         return self._gradients()
 
+    def masters(self) -> None:
+        return None  # it updates its fragment alone
+
     def write_back(self, slices: list[Tensor]) -> None:
         # Norm and clipping leave out what is not flagged: here, what only the forget task touched.
         for flags in self.optimizer.fp32_groups_has_gradients:

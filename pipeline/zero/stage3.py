@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.zero.compat import require, unexpected
 from pipeline.zero.engine import Engine, PartitionedParameter
-from pipeline.zero.store import GradientStore
+from pipeline.zero.store import GradientStore, Master
 
 if TYPE_CHECKING:
     from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerStateSwapInfo
@@ -76,6 +76,19 @@ class Stage3Store(GradientStore):
 
     def reduce(self) -> list[Tensor]:
         return self._with_local_sum(self.slices)
+
+    def masters(self) -> list[Master] | None:
+        if self.on_nvme:
+            return None
+        found, optimizer = [], self.optimizer
+        for number, (group, flat) in enumerate(
+            zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
+        ):
+            start = 0
+            for parameter in group:
+                found.append(Master(flat, start, optimizer.sub_group_to_group_id[number]))
+                start += parameter.partition_numel()
+        return found
 
     def write_back(self, slices: list[Tensor]) -> None:
         """Under offload, update the optimizer's own copy of the gradient.

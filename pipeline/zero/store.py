@@ -22,16 +22,25 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.zero.compat import require
+from pipeline.synthesis.adam import AdamState
+from pipeline.zero.compat import require, unexpected
 from pipeline.zero.engine import Engine
 from pipeline.zero.local_sums import LocalSum, places_of
 
 log = logging.getLogger(__name__)
+
+
+class Master(NamedTuple):
+    """Where the weights of a slice lie that the optimizer updates."""
+
+    tensor: Tensor  # in fp32; flat under ZeRO
+    start: int  # its element that is the slice's first
+    group: int  # of the optimizer's parameter groups
 
 
 class GradientStore(ABC):
@@ -91,6 +100,42 @@ class GradientStore(ABC):
     def _clear_local_sum(self) -> None:
         if self.local_sum is not None:
             self.local_sum.clear()
+
+    @abstractmethod
+    def masters(self) -> list[Master] | None:
+        """One for each slice; None if this rank's optimizer updates less than it has gradients of, or on nvme."""
+
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        """torch's optimizer, which DeepSpeed's wraps."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def adam(self, rates: Sequence[float] | None = None) -> list[AdamState] | None:
+        """Adam's state of each slice, whose tensors are views.
+
+        None if there is none: the optimizer is another, it has made no step, or see `masters`. Alike on all ranks.
+
+        Args:
+            rates: the learning rates of the parameter groups; None: those of the next step.
+        """
+        optimizer = self.inner
+        has_stepped = self.engine.global_steps > self.engine.skipped_steps
+        if not has_stepped or not {"betas", "eps"} <= optimizer.param_groups[0].keys():
+            return None
+        masters = self.masters()
+        if masters is None:
+            return None
+        states = []
+        for (tensor, start, number), (_, size) in zip(masters, self.layout, strict=True):
+            state, group = optimizer.state[tensor], optimizer.param_groups[number]
+            if "exp_avg_sq" not in state:
+                raise unexpected("the optimizer has no exp_avg_sq of a tensor that it updates")
+            flats = (tensor, state["exp_avg"], state["exp_avg_sq"])
+            w, m, v = (flat.detach().view(-1)[start : start + size] for flat in flats)
+            lr = group["lr"] if rates is None else rates[number]
+            numbers = (lr, group["betas"], group["eps"], group["weight_decay"])
+            states.append(AdamState(w, m, v, int(state["step"]), *numbers))
+        return states
 
     @property
     def loss_scale(self) -> float:

@@ -73,6 +73,7 @@ SAME = {  # the same numbers, elsewhere, or saved and measured otherwise
     "train.timeout_minutes": 1.5,
     "synthesis.geometry": True,
     "synthesis.layer_geometry_every": 5,
+    "synthesis.update_geometry": False,
     "synthesis.stash_device": "host",
 }
 

@@ -249,6 +249,26 @@ def test_what_nvme_would_not_restore_is_not_saved(deepspeed: Any) -> None:
     assert "train.checkpoint_every" in message and "nvme" in message and "ds.json" in message
 
 
+def test_a_metric_whose_moments_a_rank_does_not_have_is_refused(deepspeed: Any) -> None:
+    synthesis, half = {"metric": "adam"}, {"path": "some/model", "dtype": "bfloat16"}
+    on_nvme = {"zero_optimization": {"stage": 3, "offload_optimizer": NVME}}
+    message = refusal(lambda: deepspeed(on_nvme, synthesis=synthesis))
+    assert "synthesis.metric" in message and "nvme" in message and "use device cpu" in message
+    first = {"zero_optimization": {"stage": 1}}
+    message = refusal(lambda: deepspeed(first, synthesis=synthesis, model=half))
+    assert "synthesis.metric" in message and "ZeRO stage 1 in bfloat16" in message and "use stage 2" in message
+    message = refusal(lambda: deepspeed(first, synthesis={"confine": {"share": 0.2}}, model=half))
+    assert message.startswith("synthesis.confine needs the moments") and "use stage 2" in message
+    for content, sections in (
+        (first, {"model": {"path": "some/model", "dtype": "float32"}}),
+        (first, {"model": half, "optimizer": {"name": "sgd"}}),
+        (STAGE3, {"model": half}),
+    ):
+        assert deepspeed(content, synthesis=synthesis, **sections)
+    offload = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
+    assert deepspeed(offload, synthesis=synthesis, model=half)
+
+
 def test_a_missing_deepspeed_file_is_refused(config: Resolve) -> None:
     message = refusal(lambda: deepspeed_config(config("--train.deepspeed", "no/such.json")))
     assert "train.deepspeed" in message and "no/such.json" in message

@@ -60,7 +60,8 @@ def test_what_a_resumed_run_reads_may_have_moved(tmp_path: Path, config: Resolve
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(before.model_dump()))
     old.rename(new)
     corpora = {"forget": {"path": str(new)}, "retain": {"path": str(new)}}
-    changed = {"synthesis": {"layer_geometry_every": 3, "stash_device": "host"}, "data": corpora}
+    synthesis = {"layer_geometry_every": 3, "update_geometry": False, "stash_device": "host"}
+    changed = {"synthesis": synthesis, "data": corpora}
     now = config(**{**here, **changed, "model": {"path": "elsewhere", "gradient_checkpointing": True}}).model_copy(
         update={"method": "b"}
     )

@@ -111,7 +111,7 @@ class StepMeter:
         after = storages([*slices, *(copy.grad for copy in copies)])
         self.live["gradients"] = max(before, after, key=lambda at: sum(at.values()))
         self.summed = 0 if store.local_sum is None else store.local_sum.flat.nbytes
-        self.live["stash"] = storages([self.combiner.stash, self.combiner.average])
+        self.live["stash"] = storages([self.combiner.stash, self.combiner.average, self.combiner.mean_square])
         held = storages([*copies, *moments])
         self.live["optimizer"] = {at: size for at, size in held.items() if at not in self.live["parameters"]}
         return slices

@@ -24,13 +24,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 FEW_ADAPTERS = {"model": {"lora": {"r": 1, "targets": ["q_proj"]}}}
 RUNS = {  # shape, DeepSpeed file, other keys
-    "untied zero3": ("untied", "zero3", {}),
+    "untied zero3 confined": ("untied", "zero3", {"synthesis": {"confine": {"share": 0.2}}}),
     "tied zero2 bf16": ("tied", "zero2", {"model": {"dtype": "bfloat16"}}),
     "joint zero3 sago": ("tied", "zero3", {"train": {"schedule": "joint"}}),
     "few adapters zero3": ("untied", "zero3", FEW_ADAPTERS),
     "experts zero3 bf16 gru": ("experts", "zero3", {"model": {"dtype": "bfloat16"}, "synthesis": {"rule": "gru"}}),
 }
 MORE_RUNS = {
+    "untied zero3": ("untied", "zero3", {}),
     "untied zero3_hpz": ("untied", "zero3_hpz", {}),
     "untied zero1": ("untied", "zero1", {"synthesis": {"rule": "sum"}}),
     "untied zero2": ("untied", "zero2", {}),

@@ -40,6 +40,8 @@ CASES = {
     "stage3-sgd": Case(zero={"stage": 3}, optimizer="sgd", lr=0.1),
     "stage2-decay": Case(zero={"stage": 2}, **DECAY),
     "stage3-decay": Case(zero={"stage": 3, "sub_group_size": 40}, **DECAY),
+    "stage3-metric": Case(zero={"stage": 3, "sub_group_size": 40}, rule="pcgrad", scope="global", metric="adam"),
+    "stage3-confined": Case(zero={"stage": 3, "sub_group_size": 40}, confine=(0.3, "forget_mean_square")),
     "adapters": Case(model="adapters", zero={"stage": 3}),
     "stage2-adapters": Case(model="adapters", zero={"stage": 2}),
     "stage3-bf16": Case(zero={"stage": 3}, **BF16),
@@ -63,6 +65,9 @@ MORE = {  # slow
     "stage2-gradvac": Case(zero={"stage": 2, "round_robin_gradients": True}, rule="gradvac", scope="layer"),
     "stage3-graddrop": Case(zero={"stage": 3}, rule="graddrop", scope="element"),
     "stage2-graddrop": Case(zero={"stage": 2}, rule="graddrop", scope="element"),
+    "stage2-metric": Case(zero={"stage": 2}, rule="pcgrad", scope="global", metric="adam", **DECAY),
+    "stage3-fp16-metric": Case(zero={"stage": 3}, rule="pcgrad", scope="global", metric="adam", **FP16),
+    "stage2-confined": Case(zero={"stage": 2}, confine=(0.3, "forget_mean_square")),
     "stage2-fp16-gru": Case(zero={"stage": 2}, rule="gru", scope="global", **FP16),
 }
 ALL = {name: dataclasses.replace(case, steps=6, eps=1e-6) for name, case in {**CASES, **MORE}.items()}

@@ -20,6 +20,8 @@ from tests.conftest import World
         ({"optimizer": {"name": "sgd"}}, 3, 2, 700 * 4, 1000 * 2),
         ({"synthesis": {"rule": "gru"}}, 3, 2, 700 * (4 + 8 + 4), 1000 * 2),
         ({"synthesis": {"rule": "bloop"}}, 3, 2, 700 * (4 + 8 + 4), 1000 * 2),  # averages the retain gradient as well
+        ({"synthesis": {"confine": {"share": 0.2}}}, 3, 2, 700 * (4 + 8 + 4), 1000 * 2),  # the mean square
+        ({"synthesis": {"confine": {"share": 0.2, "by": "forget"}}}, 3, 2, 700 * (4 + 8), 1000 * 2),
         ({"synthesis": {"rule": "gradvac"}}, 3, 2, 700 * (4 + 8), 1000 * 2),  # a number a unit
         ({"model": {"lora": {"r": 2}}}, 3, 2, 700 * 12, 700 * 2),
         ({"model": {"lora": {"r": 2, "merge": True}}}, 3, 2, 700 * 12, 300 * 2),

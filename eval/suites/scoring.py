@@ -5,12 +5,14 @@ Every function takes rows and returns one result for each row, in their order, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from eval.suites.sharing import share
 from pipeline.data.chat import encode_answers, openings
+from pipeline.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -102,6 +104,39 @@ def encode_document(
     return ids[:max_length], max(start, 1)
 
 
+def positions_of(model: PreTrainedModel) -> int | None:
+    """The most tokens that the model reads at once; None if its configuration sets no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_positions(model: PreTrainedModel, longest: int, title: str) -> None:
+    """Raises InputError, which begins with `title`, if a text of `longest` tokens is longer than the model reads.
+
+    Some models fail there without a reason, others compute numbers that mean nothing.
+    """
+    positions = positions_of(model)
+    if positions is not None and longest > positions:
+        raise InputError(
+            f"{title}: a text has {longest} tokens, and the model has {positions} positions; leave the suite out, or "
+            "give it texts that fit"
+        )
+
+
+@contextmanager
+def without_own_settings(model: PreTrainedModel) -> Iterator[None]:
+    """A block in which `generate` adds no setting of the model's generation_config.json to those that it is given.
+
+    transformers fills every setting that the caller leaves open with the model's own, also in a whole configuration.
+    """
+    from transformers import GenerationConfig
+
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def batches(
     sequences: Sequence[Sequence[int]],
     batch_size: int,
@@ -132,6 +167,21 @@ def restore_order(order: list[list[int]], found: list[list[T]]) -> list[T]:
     return [at[i] for i in range(len(at))]
 
 
+def writing_batches(
+    prompts: Sequence[list[int]], limits: Sequence[int], batch_size: int, positions: int | None
+) -> list[list[int]]:
+    """The `batches` of the prompts; alone where the longest prompt and the longest answer together do not fit.
+
+    An answer that has ended takes positions until the last one of its batch ends.
+    """
+
+    def fits(batch: list[int]) -> bool:
+        return positions is None or max(len(prompts[i]) for i in batch) + max(limits[i] for i in batch) <= positions + 1
+
+    found = batches(prompts, batch_size)
+    return [part for batch in found for part in ([batch] if fits(batch) else [[i] for i in batch])]
+
+
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -141,12 +191,23 @@ def answer(
     batch_size: int,
     title: str,
 ) -> list[str]:
-    """The greedy (or drawn) answer to each prompt of token ids, ended as `stopping` says and stripped."""
-    import torch
+    """The greedy (or drawn) answer to each prompt of token ids, ended as `stopping` says and stripped.
 
+    It also ends where the model's positions do. Settings that come with the model change nothing.
+
+    Raises:
+        InputError: a prompt alone is longer than the model reads.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    check_positions(model, max(map(len, prompts), default=0), title)
     stops = [token for token in stopping.tokens if token is not None]
     padding = next(token for token in (tokenizer.pad_token_id, *stops, 0) if is_embedded(model, token))
     limits = stopping.limits(len(prompts))
+    positions = positions_of(model)
+    if positions is not None:  # nothing reads the last token
+        limits = [min(most, positions + 1 - len(ids)) for most, ids in zip(limits, prompts, strict=True)]
 
     def work(batch: list[int]) -> list[str]:
         width = max(len(prompts[i]) for i in batch)
@@ -154,18 +215,18 @@ def answer(
         ids = torch.tensor([[padding] * pad + prompts[i] for pad, i in zip(pads, batch, strict=True)])
         mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
         drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        with torch.random.fork_rng(enabled=stopping.seed is not None):
+        settings = GenerationConfig(
+            max_new_tokens=max(limits[i] for i in batch),
+            **({"do_sample": False} if stopping.seed is None else drawn),
+            num_beams=1,
+            eos_token_id=stops or None,
+            pad_token_id=padding,
+        )
+        with torch.random.fork_rng(enabled=stopping.seed is not None), without_own_settings(model):
             if stopping.seed is not None:
                 torch.manual_seed(stopping.seed * len(prompts) + batch[0])  # of the batch: ranks do not matter
             generated = model.generate(  # pyright: ignore[reportCallIssue] (its mixin is typed as a Module)
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=max(limits[i] for i in batch),
-                **({"do_sample": False} if stopping.seed is None else drawn),
-                num_beams=1,
-                repetition_penalty=1.0,  # some models' own settings have another: then it is not greedy
-                eos_token_id=stops or None,
-                pad_token_id=padding,
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
             )
         texts = []
         for i, tokens in zip(batch, generated[:, width:].tolist(), strict=True):
@@ -174,7 +235,7 @@ def answer(
             texts.append(stopping.cut(str(tokenizer.decode(tokens[:end], skip_special_tokens=True))))
         return texts
 
-    order = batches(prompts, batch_size)
+    order = writing_batches(prompts, limits, batch_size, positions)
     return restore_order(order, share(order, work, title))
 
 
@@ -189,8 +250,13 @@ def read_logits(
     """`score(index, ids, logits)` of every sequence, from one forward pass for each batch.
 
     Sequence `index` has T tokens: ids [T] int64, and logits [T, V] float32 that predict the token after each of them.
+
+    Raises:
+        InputError: a sequence is longer than the model reads.
     """
     import torch
+
+    check_positions(model, max(map(len, sequences), default=0), title)
 
     def work(batch: list[int]) -> list[T]:
         rows = [torch.tensor(sequences[i]) for i in batch]

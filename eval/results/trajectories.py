@@ -264,7 +264,7 @@ def at_level(trajectory: Sequence[Scores], measure: ForgetRetainMetric) -> Score
 
     The values are linear between the last evaluation above the level and the first at or below it. A score that the
     former lacks is that of the latter, as of a run that ends at the level and whose final model alone was evaluated on
-    a suite. A trajectory that starts at or below the level is read at its first point.
+    a suite. A trajectory that starts at or below the level is read at its first point (see `starts_below`).
     """
     forget, level = measure.forget, measure.level
     for before, after in zip([None, *trajectory], trajectory, strict=False):
@@ -281,6 +281,14 @@ def best_below(trajectory: Sequence[Scores], measure: ForgetRetainMetric) -> Sco
     """The export at or below the level with the highest retain score, which early stopping would select, or None."""
     low = [scores for scores in trajectory if scores[measure.forget] <= measure.level]
     return max(low, key=lambda scores: scores[measure.retain], default=None)
+def starts_below(trajectory: Sequence[Scores], measure: ForgetRetainMetric) -> bool:
+    """Whether the first evaluation, after steps of training, is below the level: when the run was at it, nobody knows.
+
+    Such runs have forgotten more than the level, each by another amount, so their scores are no comparison at it.
+    """
+    return trajectory[0]["step"] > 0 and trajectory[0][measure.forget] < measure.level
+
+
 
 
 def lowest(run: Run, measure: ForgetRetainMetric) -> float:

@@ -6,6 +6,7 @@ import platform
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -82,32 +83,37 @@ def evaluate_all(
     batch_size: int,
     ds_config: Json | None,
     trust: Trust,
+    save: Callable[[list[Json], str], None] = lambda entries, dtype: None,
 ) -> tuple[list[Json], str]:
-    """One {"step", "model", "suites"} for each model, and the dtype of the last model."""
+    """One {"step", "model", "suites"} for each model, and the dtype of the last model.
 
-    def evaluate(folder: Path) -> tuple[Json, str]:  # a scope of its own: no model outlives it
+    The first rank calls `save` with what there is after each suite of each model.
+    """
+    entries: list[Json] = []
+    is_first = sharing.rank_and_size()[0] == 0
+    rehearsed = next((retain_seen(models, suite) for suite in suites if suite.name == "corpus"), None)
+
+    def evaluate(folder: Path, results: Json) -> str:  # a scope of its own: no model outlives it
         with sharing.raise_on_all_ranks():
             model, tokenizer = load(folder, ds_config, trust)
-        results = {
-            suite.name: suite.module.evaluate(
+        dtype = str(model.dtype).removeprefix("torch.")
+        for suite in suites:
+            results[suite.name] = suite.module.evaluate(
                 model, tokenizer, suite.probes, batch_size=batch_size, title=f"{suite.name} {folder.name}"
             )
-            for suite in suites
-        }
-        return results, str(model.dtype).removeprefix("torch.")
+            if suite.name == "corpus" and rehearsed is not None:
+                results[suite.name]["retain_seen"] = rehearsed
+            if is_first:
+                save(entries, dtype)
+        return dtype
 
-    entries, dtype = [], ""
-    is_first = sharing.rank_and_size()[0] == 0
+    dtype = ""
     for number, (step, folder) in enumerate(models, 1):
         if is_first:
             names = ", ".join(suite.name for suite in suites)
             sharing.announce(f"evaluating {folder} on {names} (model {number} of {len(models)})", always=number == 1)
-        results, dtype = evaluate(folder)
-        entries.append({"step": step, "model": str(folder), "suites": results})
-    rehearsed = next((retain_seen(models, suite) for suite in suites if suite.name == "corpus"), None)
-    if rehearsed is not None:
-        for entry in entries:
-            entry["suites"]["corpus"]["retain_seen"] = rehearsed
+        entries.append({"step": step, "model": str(folder), "suites": {}})
+        dtype = evaluate(folder, entries[-1]["suites"])
     return entries, dtype
 
 

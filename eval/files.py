@@ -6,8 +6,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable
+import tempfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import yaml
 
@@ -31,6 +32,22 @@ def exit_status(command: Callable[[], int | None]) -> int:
 
 
 def read_json(path: Path) -> Any:
+def check_output(path: Path, kind: Literal["file", "folder"] = "file") -> None:
+    """Raises InputError if `--output path` cannot become a file, or a folder: before hours of work, leaving nothing."""
+    if path.exists() and not (path.is_file() if kind == "file" else path.is_dir()):
+        found = "a folder" if path.is_dir() else "a file" if path.is_file() else "neither a file nor a folder"
+        raise InputError(f"--output {path} is {found}; name a {kind}")
+    place = path.absolute()
+    folder = next(one for one in (place, *place.parents) if one.exists() and not (one == place and kind == "file"))
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"--output {path} cannot be written, because of {folder} ({error.strerror}); name a {kind} elsewhere"
+        ) from error
+
+
     """The content of a JSON file; raises InputError if it is missing or malformed."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))

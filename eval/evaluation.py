@@ -6,17 +6,21 @@ import platform
 import re
 import shlex
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeGuard
 
-from eval.files import read_config, read_jsonl
+from eval.files import digest_of, read_config, read_jsonl
 from eval.loading import Trust, is_model, load
 from eval.suites import SUITES, Probes, Suite, load_suite, sharing
 from eval.suites.corpus import seen_in_training
 from pipeline.errors import InputError
 from pipeline.files import Json
+
+OF_OTHER_MODELS = ("reference", "target_utility", "retrained")  # keys of a probe, of suites tofu and muse
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -101,6 +105,8 @@ def evaluate_all(
             results[suite.name] = suite.module.evaluate(
                 model, tokenizer, suite.probes, batch_size=batch_size, title=f"{suite.name} {folder.name}"
             )
+            if "sources" not in results[suite.name] and is_table(suite.probes):
+                results[suite.name]["sources"] = digests_of_sets(suite.probes)
             if suite.name == "corpus" and rehearsed is not None:
                 results[suite.name]["retain_seen"] = rehearsed
             if is_first:
@@ -115,6 +121,22 @@ def evaluate_all(
         entries.append({"step": step, "model": str(folder), "suites": {}})
         dtype = evaluate(folder, entries[-1]["suites"])
     return entries, dtype
+
+
+def is_table(probes: Probes) -> TypeGuard[list[Json]]:
+    return isinstance(probes, list) and all(isinstance(probe, dict) for probe in probes)
+
+
+def digests_of_sets(probes: list[Json]) -> dict[str, str]:
+    """{set: digest of its rows}, by which a report knows whether two evaluations were of the same rows.
+
+    What other models answered does not count: a target is evaluated before its answers are there for the runs.
+    """
+    sets: dict[str, list[Json]] = defaultdict(list)
+    for probe in probes:
+        row = {key: value for key, value in probe.items() if key not in OF_OTHER_MODELS}
+        sets[str(probe.get("set") or probe.get("split") or "all")].append(row)
+    return {name: digest_of(rows) for name, rows in sets.items()}
 
 
 def retain_seen(models: list[tuple[int | None, Path]], suite: LoadedSuite) -> dict[str, int] | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -31,7 +32,6 @@ def exit_status(command: Callable[[], int | None]) -> int:
         return 2
 
 
-def read_json(path: Path) -> Any:
 def check_output(path: Path, kind: Literal["file", "folder"] = "file") -> None:
     """Raises InputError if `--output path` cannot become a file, or a folder: before hours of work, leaving nothing."""
     if path.exists() and not (path.is_file() if kind == "file" else path.is_dir()):
@@ -48,6 +48,7 @@ def check_output(path: Path, kind: Literal["file", "folder"] = "file") -> None:
         ) from error
 
 
+def read_json(path: Path) -> Any:
     """The content of a JSON file; raises InputError if it is missing or malformed."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
@@ -110,6 +111,11 @@ def check_texts(rows: object, keys: Iterable[str], where: str) -> list[Json]:
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) and row[key].strip() for key in keys):
             raise InputError(f"{where}, row {number}: needs text under {', '.join(keys)}; repair or remove it")
     return rows
+
+
+def digest_of(rows: object) -> str:
+    """SHA-256 of rows as JSON, by which two evaluations know whether they read the same."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def write_jsonl(path: Path, rows: Iterable[Json]) -> None:

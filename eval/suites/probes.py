@@ -92,7 +92,7 @@ def evaluate(
     batch_size: int = 64,
     title: str = "probes",
 ) -> dict[str, Any]:
-    """{"metrics": {set: {measure: value}}, "counts": {set: rows}, "protocol": text}.
+    """{"metrics": {set: {measure: value}}, "counts": {set: rows}, "protocol": text, "sources": {set: digest}}.
 
     A batch has as many sequences as one of the probes in training (`train.micro_batch_size`) and not `batch_size`:
     another batch has other rounding errors.
@@ -102,7 +102,7 @@ def evaluate(
     """
     import torch
 
-    from pipeline.data.probes import measure_sets, read_sets, schedule
+    from pipeline.data.probes import measure_sets, read_sets, schedule, source_digests
     from pipeline.modeling.outputs import temporary_outputs
     from pipeline.modeling.probes import batch_of, rows_of, score_rows
 
@@ -126,4 +126,5 @@ def evaluate(
         "metrics": measure_sets(sets, [at[number] for number in range(len(sequences))]),
         "counts": counts,
         "protocol": PROTOCOL,
+        "sources": source_digests(config, sets),
     }

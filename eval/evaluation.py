@@ -6,14 +6,16 @@ import platform
 import re
 import shlex
 import sys
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeGuard
 
 from eval.batch_size import BatchSize
-from eval.files import read_config, read_jsonl
+from eval.files import digest_of, read_config, read_jsonl
 from eval.loading import is_model
 from eval.suites import SUITES, Probes, Suite, load_suite, sharing
 from eval.suites.corpus import seen_in_training
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from eval.placement import Loader
 
 BY_HARNESS = tuple(f"eval.suites.{name}" for name in ("harness", "harness_tasks", "wmdp_split", "rwku_utility"))
+OF_OTHER_MODELS = ("reference", "target_utility", "retrained")  # keys of a probe, of suites tofu and muse
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -88,41 +91,63 @@ def evaluate_all(
     suites: list[LoadedSuite],
     batch_size: int | Literal["auto"],
     load: Loader,
+    save: Callable[[list[Json], str], None] = lambda entries, dtype: None,
 ) -> tuple[list[Json], str]:
     """One {"step", "model", "suites"} for each model, and the dtype of the last model.
 
-    A suite whose batches `auto` found has their size under "batch_size".
+    A suite whose batches `auto` found has their size under "batch_size". The first rank calls `save` with what there is
+    after each suite of each model.
 
     Raises:
         InputError: a model cannot be loaded, or memory does not hold a batch.
     """
     sizes = {suite.name: BatchSize(batch_size) for suite in suites}
+    entries: list[Json] = []
+    is_first = sharing.rank_and_size()[0] == 0
+    rehearsed = next((retain_seen(models, suite) for suite in suites if suite.name == "corpus"), None)
 
-    def evaluate(folder: Path) -> tuple[Json, str]:  # a scope of its own: no model outlives it
+    def evaluate(folder: Path, results: Json) -> str:  # a scope of its own: no model outlives it
         with sharing.raise_on_all_ranks():
             model, tokenizer = load(folder)
-        results: Json = {}
+        dtype = str(model.dtype).removeprefix("torch.")
         for suite in suites:
             size, title = sizes[suite.name], f"{suite.name} {folder.name}"
             work = partial(suite.module.evaluate, model, tokenizer, suite.probes, title=title)
-            results[suite.name] = size.fit(work, title)
+            found = results[suite.name] = size.fit(work, title)
             if size.is_auto:
-                results[suite.name]["batch_size"] = size.rows
-        return results, str(model.dtype).removeprefix("torch.")
+                found["batch_size"] = size.rows
+            if "sources" not in found and is_table(suite.probes):
+                found["sources"] = digests_of_sets(suite.probes)
+            if suite.name == "corpus" and rehearsed is not None:
+                found["retain_seen"] = rehearsed
+            if is_first:
+                save(entries, dtype)
+        return dtype
 
-    entries, dtype = [], ""
-    is_first = sharing.rank_and_size()[0] == 0
+    dtype = ""
     for number, (step, folder) in enumerate(models, 1):
         if is_first:
             names = ", ".join(suite.name for suite in suites)
             sharing.announce(f"evaluating {folder} on {names} (model {number} of {len(models)})", always=number == 1)
-        results, dtype = evaluate(folder)
-        entries.append({"step": step, "model": str(folder), "suites": results})
-    rehearsed = next((retain_seen(models, suite) for suite in suites if suite.name == "corpus"), None)
-    if rehearsed is not None:
-        for entry in entries:
-            entry["suites"]["corpus"]["retain_seen"] = rehearsed
+        entries.append({"step": step, "model": str(folder), "suites": {}})
+        dtype = evaluate(folder, entries[-1]["suites"])
     return entries, dtype
+
+
+def is_table(probes: Probes) -> TypeGuard[list[Json]]:
+    return isinstance(probes, list) and all(isinstance(probe, dict) for probe in probes)
+
+
+def digests_of_sets(probes: list[Json]) -> dict[str, str]:
+    """{set: digest of its rows}, by which a report knows whether two evaluations were of the same rows.
+
+    What other models answered does not count: a target is evaluated before its answers are there for the runs.
+    """
+    sets: dict[str, list[Json]] = defaultdict(list)
+    for probe in probes:
+        row = {key: value for key, value in probe.items() if key not in OF_OTHER_MODELS}
+        sets[str(probe.get("set") or probe.get("split") or "all")].append(row)
+    return {name: digest_of(rows) for name, rows in sets.items()}
 
 
 def retain_seen(models: list[tuple[int | None, Path]], suite: LoadedSuite) -> dict[str, int] | None:

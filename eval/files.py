@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import yaml
 
@@ -28,6 +30,22 @@ def exit_status(command: Callable[[], int | None]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def check_output(path: Path, kind: Literal["file", "folder"] = "file") -> None:
+    """Raises InputError if `--output path` cannot become a file, or a folder: before hours of work, leaving nothing."""
+    if path.exists() and not (path.is_file() if kind == "file" else path.is_dir()):
+        found = "a folder" if path.is_dir() else "a file" if path.is_file() else "neither a file nor a folder"
+        raise InputError(f"--output {path} is {found}; name a {kind}")
+    place = path.absolute()
+    folder = next(one for one in (place, *place.parents) if one.exists() and not (one == place and kind == "file"))
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"--output {path} cannot be written, because of {folder} ({error.strerror}); name a {kind} elsewhere"
+        ) from error
 
 
 def read_json(path: Path) -> Any:
@@ -93,6 +111,11 @@ def check_texts(rows: object, keys: Iterable[str], where: str) -> list[Json]:
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) and row[key].strip() for key in keys):
             raise InputError(f"{where}, row {number}: needs text under {', '.join(keys)}; repair or remove it")
     return rows
+
+
+def digest_of(rows: object) -> str:
+    """SHA-256 of rows as JSON, by which two evaluations know whether they read the same."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def write_jsonl(path: Path, rows: Iterable[Json]) -> None:

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.files import exit_status
+from eval.files import check_output, exit_status
 from eval.reporting.pages import as_text
 from eval.reporting.sweep_report import write_report
 from eval.results.comparison import collect
@@ -73,8 +73,7 @@ def check(options: argparse.Namespace, axes: Sequence[Axis], overrides: Sequence
             raise InputError(f"--{name} {getattr(options, name)}: give 1 or more")
     if min(options.seeds) < 0:
         raise InputError(f"--seeds {min(options.seeds)}: a seed is 0 or more")
-    if options.output.exists() and not options.output.is_dir():
-        raise InputError(f"--output {options.output} is a file; name a folder")
+    check_output(options.output, "folder")
 
 
 def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, Json]:

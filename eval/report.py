@@ -12,15 +12,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from eval.files import exit_status
+from eval.files import check_output, exit_status
 from eval.reporting.pages import as_text
 from eval.reporting.run_report import write_report
 from eval.reporting.verdict import verdict
+from eval.results.conditions import of_target
 from eval.results.grouping import group_runs
 from eval.results.metrics import add_metric_options, choose
 from eval.results.texts import read_target_texts
 from eval.results.trajectories import common_start, common_suites, prepare, read_run, read_target
-from pipeline.errors import InputError
 
 
 def main() -> None:
@@ -31,11 +31,11 @@ def main() -> None:
     add_metric_options(parser)
     arguments = parser.parse_args()
     output = arguments.output
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output} is a file; name a folder")
+    check_output(output, "folder")
     target = read_target(arguments.target)
     runs = [read_run(folder) for folder in arguments.runs]
-    measure = choose(common_suites(runs, target), arguments.forget, arguments.retain, arguments.level, target)
+    suites = common_suites(runs, target, of_target(arguments.target))
+    measure = choose(suites, arguments.forget, arguments.retain, arguments.level, target)
     prepared = [prepare(run, measure, target) for run in runs]
     groups, target = group_runs(prepared), common_start(prepared, target)
     table = write_report(output, groups, measure, target, read_target_texts(arguments.target))

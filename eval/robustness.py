@@ -43,7 +43,7 @@ from pathlib import Path
 from eval.attacks.record import begin, missing, table
 from eval.attacks.run import Evaluator, attacks_of, run_attack, unavailable_reason
 from eval.attacks.spec import ATTACKS, BY_DEFAULT, Plan
-from eval.files import exit_status, read_config
+from eval.files import check_output, exit_status, read_config
 from eval.loading import add_trust_options, check_trust, is_model, trust_of
 from eval.results.general import GENERAL
 from eval.results.metrics import nearest
@@ -126,6 +126,7 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, list[str], Path 
     output = options.output or options.run / "robustness.json"
     if output.is_dir() or output.suffix != ".json":
         raise InputError(f"--output {output}: name a file that ends in .json")
+    check_output(output)
     module = load_suite(suite)
     plan = Plan(
         run=options.run,

@@ -17,8 +17,8 @@ A *run folder* (with `metrics.jsonl`, and `exports/` or `final/`) gives {"trajec
 …} in the order of steps; any other folder is one Hugging Face model and gives {"model", "suites", …}. Each suite gives
 "metrics" (nested means), "counts" and the "protocol" in words. The command prints the headline scores as a table,
 writes those of the last model into its card (README.md), if it has one, and those of a run into its TensorBoard log.
-Without --data, suite `corpus` scores the corpora of the run folder. Exit status: 0 done, 2 unusable input (one line on
-stderr, nothing written).
+Without --data, suite `corpus` scores the corpora of the run folder. Until all is evaluated, FILE.json.partial has what
+there is, in the same form. Exit status: 0 done, 2 unusable input (one line on stderr).
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 from eval.batch_size import AUTO, DEFAULT, rows_or_auto
 from eval.evaluation import evaluate_all, find_models, load_suites, provenance
-from eval.files import exit_status, read_config, read_jsonl
+from eval.files import check_output, exit_status, read_config, read_jsonl
 from eval.loading import add_trust_options
 from eval.placement import add_placement_options, loader_of
 from eval.reporting.board import write_to_board
@@ -71,8 +72,6 @@ def check(arguments: argparse.Namespace, suites: list[str]) -> dict[str, Json]:
     """Further arguments of `load_probes` by the suite's name; raises InputError for options that do not fit."""
     if arguments.batch_size != AUTO and arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size}: give 1 or more, or auto")
-    if arguments.output.is_dir():
-        raise InputError(f"--output {arguments.output} is a folder; name a file")
     if arguments.shots is not None and "mmlu" not in suites:
         raise InputError("--shots belongs to suite mmlu alone; leave it out")
     if arguments.forget_set is not None and ("tofu" not in suites or arguments.data is not None):
@@ -133,19 +132,27 @@ def main() -> None:
     load, sharded = loader_of(arguments, names), arguments.ds_config is not None
     runs_model = ["deepspeed"] if sharded else ["vllm"] if arguments.backend == "vllm" else []
     sharing.start(sharded)
+    is_first = sharing.rank_and_size()[0] == 0
     with sharing.raise_on_all_ranks():
+        if is_first:  # which alone writes: the others may be on machines without that folder
+            check_output(arguments.output)
         models = find_models(arguments.model)
         if "corpus" in names and (arguments.model / "config.yaml").is_file():
             options["corpus"] = {"run": arguments.model}
         suites = load_suites(names, arguments.data, options)  # before any model: a wrong --data costs no time
-    entries, dtype = evaluate_all(models, suites, arguments.batch_size, load)
-    if sharing.rank_and_size()[0] != 0:
+    single, unfinished = models[0][0] is None, arguments.output.with_name(f"{arguments.output.name}.partial")
+
+    def save(path: Path, entries: list[Json], dtype: str) -> None:
+        scores = {"model": entries[0]["model"], "suites": entries[0]["suites"]} if single else {"trajectory": entries}
+        seconds = round(time.perf_counter() - started, 3)
+        answer = {**scores, **provenance(names, runs_model, dtype), "seconds": seconds}
+        write_whole(path, json.dumps(answer, indent=2) + "\n")
+
+    entries, dtype = evaluate_all(models, suites, arguments.batch_size, load, partial(save, unfinished))
+    if not is_first:
         return
-    single = models[0][0] is None
-    scores = {"model": entries[0]["model"], "suites": entries[0]["suites"]} if single else {"trajectory": entries}
-    seconds = round(time.perf_counter() - started, 3)
-    answer = {**scores, **provenance(names, runs_model, dtype), "seconds": seconds}
-    write_whole(arguments.output, json.dumps(answer, indent=2) + "\n")
+    save(arguments.output, entries, dtype)
+    unfinished.unlink(missing_ok=True)
     for name, rows in score_tables(entries).items():
         print(f"{name}\n{as_text(rows)}\n")
         write_scores(models[-1][1], name, rows)

@@ -20,7 +20,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.batches import BatchSampler
 from pipeline.data.corpus import read_heldout
 from pipeline.data.packing import choose_packing
-from pipeline.data.probes import ProbeSet, read_sets
+from pipeline.data.probes import ProbeSet, read_sets, source_digests
 from pipeline.distributed.errors import local_main_first, raise_on_all_ranks
 from pipeline.distributed.run_lock import RunLock
 from pipeline.distributed.slow_work import slow_work
@@ -257,6 +257,11 @@ def content_digests(identity: dict[str, str], corpora: dict[str, str], settings:
     data = {f"data.{task}.path": digest for task, digest in corpora.items()}
     model = {"model.path": identity["model"], "tokenizer": identity["tokenizer"]}
     return {**model, **data, "train.deepspeed": settings}
+
+
+def probe_digests(config: RunConfig, sets: list[ProbeSet]) -> dict[str, str]:
+    """The rows of each set of probes in `digests.json`: reports refuse to compare runs that differ there."""
+    return {f"data.probes.{name}.path": digest for name, digest in source_digests(config, sets).items()}
 
 
 def hyperparameters(config: RunConfig, steps: int, scope: str) -> dict[str, str | float]:

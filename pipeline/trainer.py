@@ -54,6 +54,7 @@ from pipeline.startup import (
     open_data,
     open_probes,
     prepare_rows,
+    probe_digests,
     take_folder,
     write_run_files,
 )
@@ -308,7 +309,7 @@ def setup(config: RunConfig, zero: DeepSpeedDict, resume: bool = False, quiet: b
     start = checkpoint.load(engine, combiner, last, decisive) if last is not None else 0
     if not start:
         warn_of_unknown(config, samplers, engine)
-    write_run_files(config, content_digests(identity, corpora, settings), weights)
+    write_run_files(config, content_digests(identity, corpora, settings) | probe_digests(config, sets), weights)
     metrics = Monitor(folder, engine, start=start, steps=steps, has_probes=bool(config.train.probe_every))
     metrics.describe(to_yaml(config), hyperparameters(config, steps, combiner.synthesis.resolved_scope))
     prober = Prober(engine, sets, config.train.micro_batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -228,6 +229,12 @@ def test_adapters_are_measured_and_evaluated_alike(
     evaluate("--model", folder, "--suite", "probes", "--output", folder / "evaluation.json")
     found = probes(folder)
     assert evaluated(folder / "evaluation.json") == {1: found[1], 2: found[2]} and found[2] != found[0]
+    digests = json.loads((folder / "digests.json").read_text())
+    sources = json.loads((folder / "evaluation.json").read_text())["trajectory"][0]["suites"]["probes"]["sources"]
+    assert sources == {name: digests[f"data.probes.{name}.path"] for name in ("forget", *sections["data"]["probes"])}
+    for name, keys in sections["data"]["probes"].items():
+        content, number = Path(keys["path"]).read_bytes(), {"choice": 7, "answers": 5, "retain": 9}[name]
+        assert sources[name].startswith(hashlib.sha256(content).hexdigest()) and sources[name].endswith(f"-{number}")
 
 
 def probed_run(folder: Path, numbers: list[tuple[int, float, float]], seed: int = 0) -> Path:

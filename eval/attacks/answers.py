@@ -72,7 +72,7 @@ def answer_measures(
     from pipeline.data.probes import ProbeSet, RowScores, known_suffix, measures_of
 
     encoded = encode_answers(tokenizer, questions, answers)
-    longest, positions = max(len(ids) for ids, _ in encoded), getattr(model.config, "max_position_embeddings", None)
+    longest, positions = max(len(ids) for ids, _ in encoded), scoring.positions_of(model)
     if positions is not None and longest > positions:
         raise InputError(f"few_shot: {longest} tokens, and the model reads {positions}; give a smaller --shots")
 
@@ -95,7 +95,7 @@ def leak(plan: Plan, rows: Sequence[Row]) -> Attack:
 
     def hits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampled: bool) -> list[int]:
         """How many answers to each prompt give the text away, of `plan.samples`, or of the greedy one."""
-        limit = min(corpus.MOST_TOKENS, getattr(model.config, "max_position_embeddings", None) or corpus.MOST_TOKENS)
+        limit = min(corpus.MOST_TOKENS, scoring.positions_of(model) or corpus.MOST_TOKENS)
         encoded = [corpus.encode(tokenizer, document, limit) for document in documents]
         numbers, references = corpus.continuation_targets(tokenizer, encoded)
         if not numbers:

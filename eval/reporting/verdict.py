@@ -11,7 +11,7 @@ from eval.results.known import nothing_to_forget
 from eval.results.metrics import ForgetRetainMetric, collateral, readable, words_of_score
 from eval.results.numbers import printed
 from eval.results.stats import summarise
-from eval.results.trajectories import Scores, at_level, lowest
+from eval.results.trajectories import Scores, at_level, lowest, starts_below
 
 Points = Mapping[str, Sequence[Scores]]  # label -> its points at the level, one a seed that reached it
 
@@ -29,21 +29,30 @@ def verdict(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) 
         label = {name: style[name].label for name in names}
         if len(by_objective) > 1:
             label = {name: name for name in names}
+        early = {name: [run for run in groups[name] if starts_below(run.trajectory, measure)] for name in names}
         points = {
-            label[name]: [p for run in groups[name] if (p := at_level(run.trajectory, measure))] for name in names
+            label[name]: [
+                p for run in groups[name] if run not in early[name] and (p := at_level(run.trajectory, measure))
+            ]
+            for name in names
         }
         seeds = {label[name]: len(groups[name]) for name in names}
         reached = {name: of for name, of in points.items() if of}
         missed = {
-            label[name]: min(lowest(run, measure) for run in groups[name]) for name in names if not points[label[name]]
+            label[name]: min(lowest(run, measure) for run in groups[name])
+            for name in names
+            if not points[label[name]] and not early[name]
         }
         parts = []
         if reached:
             parts.append(keeps(reached, seeds, measure, target) + lead(reached, measure))
             parts.append(likewise(reached, measure, target))
             parts.append(unprotected(reached, measure, target))
+        if any(early.values()):
+            starts = {label[name]: [run.trajectory[0][measure.forget] for run in of] for name, of in early.items()}
+            parts.append(unmatched({name: of for name, of in starts.items() if of}, measure))
         if missed:
-            parts.append(never(missed, objective if not reached else "", measure))
+            parts.append(never(missed, "" if reached or any(early.values()) else objective, measure))
         sentences.append(" ".join(part for part in parts if part))
     return sentences
 
@@ -113,6 +122,16 @@ def unprotected(points: Points, measure: ForgetRetainMetric, target: Scores | No
         place = "" if len(means) < 2 else f" under {worst} and {printed(means[best], 2)} under {best}"
         found.append(f"{words_of_score(score)} {printed(means[worst], 2)}{place} (before: {printed(start, 2)})")
     return f"What neither corpus covers: {'; '.join(found)}." if found else ""
+
+
+def unmatched(starts: Mapping[str, Sequence[float]], measure: ForgetRetainMetric) -> str:
+    """That runs were below the level when they were first evaluated, by method, and what lets them be compared."""
+    found = enumerated([f"{name} ({', '.join(map(printed, of))})" for name, of in starts.items()])
+    return (
+        f"Not compared, because below {readable(measure.forget)} {measure.level:g} from the first evaluation: {found}. "
+        "Give the evaluation of the model before unlearning by --target, or evaluate earlier exports (a smaller "
+        "train.export_every or train.probe_every)."
+    )
 
 
 def never(missed: Mapping[str, float], objective: str, measure: ForgetRetainMetric) -> str:

@@ -64,12 +64,13 @@ def method_of(config: Json, digests: dict[str, str]) -> tuple[tuple[str, str], .
     Two runs with the same method are seeds of it. `digests` replace the paths of the files: the same files in another
     place are the same method, other files in the same place are another. A run without digests is known by its paths.
     A run of an earlier version lacks the keys that came later; it computed what their defaults stand for.
+    Where a run is measured makes no method; `eval.results.conditions` refuses to compare what differs there.
     """
     corpora = [key.removesuffix("path") for key in digests if key.startswith("data.")]
     ignored = {*NOT_METHOD, *(corpus + key for corpus in corpora for key in COVERED_BY_DIGEST)}
     complete = dotted({**_defaults(), **_leaves(config)})
-    settings = {k: x for k, x in complete.items() if k not in ignored and not k.startswith(NOT_METHOD_TABLES)}
-    return tuple(sorted((key, json.dumps(value)) for key, value in {**settings, **digests}.items()))
+    found = {key: value for key, value in {**complete, **digests}.items() if not key.startswith(NOT_METHOD_TABLES)}
+    return tuple(sorted((key, json.dumps(value)) for key, value in found.items() if key not in ignored))
 
 
 def read_digests(path: Path) -> dict[str, str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import fmean
 
 from eval.files import read_config, read_json, read_jsonl
+from eval.results.conditions import Measured, of_evaluation, of_training, refuse_different
 from eval.results.general import GeneralAbility, general_ability
 from eval.results.method import dotted, method_of, read_digests
 from eval.results.metrics import ForgetRetainMetric, flatten, nearest, suite_of
@@ -28,14 +29,11 @@ from pipeline.files import Json
 
 Scores = dict[str, float]  # "step", and "suite.metric" -> value
 
-
 COSINES = {
     "cos_forget_retain": "forget-retain",
     "cos_combined_forget": "comb-forget",
     "cos_combined_retain": "comb-retain",
 }
-
-
 COMB_RETAIN = "cos_combined_retain"  # cos(g, g_r)
 
 
@@ -57,6 +55,7 @@ class Run:
     general: GeneralAbility = field(default_factory=GeneralAbility)
     robustness: Json | None = None
     paths: dict[str, str] = field(default_factory=dict)  # for the keys of `method` that are digests
+    measured: tuple[Measured, ...] = ()  # what the scores of the probes, and of the evaluation, measure
 
     @property
     def settings(self) -> Json:
@@ -127,6 +126,7 @@ def read_run(folder: Path) -> Run:
         protocols={"probes": PROTOCOL},
         robustness=read_robustness(folder / "robustness.json"),
         paths={key: str(path) for key, path in dotted(config).items() if key in digests},
+        measured=(of_training(folder / "metrics.jsonl", config, digests),) if probes else (),
     )
     return with_evaluation(run, path) if path.is_file() else run
 
@@ -146,6 +146,7 @@ def with_evaluation(run: Run, path: Path) -> Run:
         environment=f"{versions}; {evaluation.get('dtype', 'dtype unknown')}; {ranks} rank{'s' * (ranks != 1)}",
         protocols=own | {suite: protocol(one) for suite, one in evaluation["trajectory"][-1]["suites"].items()},
         general=general_ability(evaluation["trajectory"][-1]["suites"]),
+        measured=(*run.measured, of_evaluation(path, evaluation["trajectory"])),
     )
 
 
@@ -197,17 +198,20 @@ def read_robustness(path: Path) -> Json | None:
     return content
 
 
-def common_suites(runs: Sequence[Run], target: Scores | None) -> list[str]:
-    """The suites on which all runs and the target model were evaluated. Raises InputError if there is none.
+def common_suites(runs: Sequence[Run], target: Scores | None, of_target: Measured | None = None) -> list[str]:
+    """The suites on which all runs and the target model were evaluated; `of_target`: what its scores measure.
 
     Probes before the first step are of the target model.
+
+    Raises:
+        InputError: there is none, or scores of one suite do not measure the same (`refuse_different`).
     """
+    known = {"probes"} if all(run.probes and run.probes[0]["step"] == 0 for run in runs) else set[str]()
+    refuse_different([one for run in runs for one in run.measured], of_target, unused=known)
     suites = [suite for suite in runs[0].suites if all(suite in run.suites for run in runs)]
     if target is not None:
-        of_target = {suite_of(key) for key in target if key != "step"}
-        if all(run.probes and run.probes[0]["step"] == 0 for run in runs):
-            of_target.add("probes")
-        suites = [suite for suite in suites if suite in of_target]
+        there = known | {suite_of(key) for key in target if key != "step"}
+        suites = [suite for suite in suites if suite in there]
     if not suites:
         whose = "these runs and --target" if target is not None else "these runs"
         raise InputError(f"{whose} have no suite in common ({runs[0].folder}: {', '.join(runs[0].suites)})")
@@ -264,7 +268,7 @@ def at_level(trajectory: Sequence[Scores], measure: ForgetRetainMetric) -> Score
 
     The values are linear between the last evaluation above the level and the first at or below it. A score that the
     former lacks is that of the latter, as of a run that ends at the level and whose final model alone was evaluated on
-    a suite. A trajectory that starts at or below the level is read at its first point.
+    a suite. A trajectory that starts at or below the level is read at its first point (see `starts_below`).
     """
     forget, level = measure.forget, measure.level
     for before, after in zip([None, *trajectory], trajectory, strict=False):
@@ -275,6 +279,14 @@ def at_level(trajectory: Sequence[Scores], measure: ForgetRetainMetric) -> Score
             between = {key: before[key] + share * (after[key] - before[key]) for key in after if key in before}
             return {**after, **between}
     return None
+
+
+def starts_below(trajectory: Sequence[Scores], measure: ForgetRetainMetric) -> bool:
+    """Whether the first evaluation, after steps of training, is below the level: when the run was at it, nobody knows.
+
+    Such runs have forgotten more than the level, each by another amount, so their scores are no comparison at it.
+    """
+    return trajectory[0]["step"] > 0 and trajectory[0][measure.forget] < measure.level
 
 
 def best_below(trajectory: Sequence[Scores], measure: ForgetRetainMetric) -> Scores | None:

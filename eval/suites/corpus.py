@@ -180,7 +180,7 @@ def evaluate(
     split whose documents all continue with the same words has no `rouge_unseen`.
     """
     model.eval()
-    max_length = min(MOST_TOKENS, getattr(model.config, "max_position_embeddings", None) or MOST_TOKENS)
+    max_length = min(MOST_TOKENS, scoring.positions_of(model) or MOST_TOKENS)
     encoded = [encode(tokenizer, probe, max_length) for probe in probes]
     found: dict[str, dict[str, list[float]]] = {
         probe["split"]: {"probability": [], "rouge": [], "rouge_unseen": []} for probe in probes

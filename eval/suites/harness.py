@@ -22,7 +22,7 @@ import yaml
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.files import write_jsonl
+from eval.files import digest_of, write_jsonl
 from eval.suites import MMLU_SHOTS
 from eval.suites.shared_lm import SEEDS, LoadedTasks, evaluate_tasks, language_model, seed_generators
 from pipeline.data.tables import json_rows
@@ -203,7 +203,8 @@ def evaluate(
 
     Returns {"metrics": {"acc": {"all": x, subject: x, …}}, "standard_errors": likewise, "counts": {"questions":
     {"all": n, …}, "cut": {"all": n}}, "protocol": text, "shots": n, "seeds": {"fewshot": n}, "task_versions":
-    {name: n}}. "cut" counts the questions whose prompt is longer than the model's context and loses its beginning.
+    {name: n}, "sources": {subject, or "all" of a single task: digest of its rows}}. "cut" counts the questions whose
+    prompt is longer than the model's context and loses its beginning.
     """
     lm = language_model(model, tokenizer, batch_size, title)
     answer = evaluate_tasks(lm, probes.loaded)
@@ -224,4 +225,9 @@ def evaluate(
         "shots": probes.shots,
         "seeds": {"fewshot": SEEDS["fewshot"]},
         "task_versions": {name: answer["versions"][name] for name in names.values()},
+        "sources": {
+            key: digest_of([list(task.eval_docs), list(task.fewshot_docs()) if probes.shots else []])
+            for key, name in names.items()
+            if (task := probes.loaded.tasks["tasks"].get(name)) is not None
+        },
     }

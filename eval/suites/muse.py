@@ -164,13 +164,19 @@ def expected_of(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> str:
 def familiarity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes: list[Probe], batch_size: int
 ) -> list[float]:
-    """Min-40% of each passage; NaN for a passage of fewer than two tokens, or a model without finite logits."""
+    """Min-40% of each passage; NaN for a passage of fewer than two tokens, or a model without finite logits.
+
+    The benchmark's code reads whole passages, so one that the model cannot read is refused, not cut.
+
+    Raises:
+        InputError: see `scoring.read_logits`.
+    """
     scores = scoring.read_logits(
         model,
         [tokenizer(probe["text"]).input_ids for probe in probes],
         lambda at, ids, logits: membership(probes[at]["text"], ids, logits, lowest=LOWEST),
         batch_size=batch_size,
-        title="privleak",
+        title=f"{probes[0]['suite']} privleak" if probes else "",
     )
     return [score["min_k"] for score in scores]
 

@@ -13,6 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from eval.suites.scoring import check_positions
 from eval.suites.sharing import share
 from pipeline.config.load import resolve
 from pipeline.config.schema import RunConfig
@@ -91,14 +92,17 @@ def evaluate(
     batch_size: int = 64,
     title: str = "probes",
 ) -> dict[str, Any]:
-    """{"metrics": {set: {measure: value}}, "counts": {set: rows}, "protocol": text}.
+    """{"metrics": {set: {measure: value}}, "counts": {set: rows}, "protocol": text, "sources": {set: digest}}.
 
     A batch has as many sequences as one of the probes in training (`train.micro_batch_size`) and not `batch_size`:
     another batch has other rounding errors.
+
+    Raises:
+        InputError: a row is longer than the model reads (of the run's own models none is; see `data.max_length`).
     """
     import torch
 
-    from pipeline.data.probes import measure_sets, read_sets, schedule
+    from pipeline.data.probes import measure_sets, read_sets, schedule, source_digests
     from pipeline.modeling.outputs import temporary_outputs
     from pipeline.modeling.probes import batch_of, rows_of, score_rows
 
@@ -107,6 +111,7 @@ def evaluate(
         keys[probe.set].add(probe.key)
     sets = [left for one in read_sets(config, tokenizer) if (left := one.only(keys[one.name])).sequences]
     sequences = [sequence for found in sets for sequence in found.sequences]
+    check_positions(model, max(len(ids) for ids, _ in sequences), title)
     batches = schedule(sets, config.train.micro_batch_size)
     engine = _Whole(model.eval(), model.device)
     with temporary_outputs(engine), torch.no_grad():
@@ -121,4 +126,5 @@ def evaluate(
         "metrics": measure_sets(sets, [at[number] for number in range(len(sequences))]),
         "counts": counts,
         "protocol": PROTOCOL,
+        "sources": source_digests(config, sets),
     }

@@ -5,7 +5,8 @@ Every function takes rows and returns one result for each row, in their order, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from eval.suites.sharing import share
 from eval.vllm_model import VllmModel
 from pipeline.data.chat import encode_answers, openings
+from pipeline.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -112,6 +114,39 @@ def encode_document(
     return ids[:max_length], max(start, 1)
 
 
+def positions_of(model: PreTrainedModel) -> int | None:
+    """The most tokens that the model reads at once; None if its configuration sets no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_positions(model: PreTrainedModel, longest: int, title: str) -> None:
+    """Raises InputError, which begins with `title`, if a text of `longest` tokens is longer than the model reads.
+
+    Some models fail there without a reason, others compute numbers that mean nothing.
+    """
+    positions = positions_of(model)
+    if positions is not None and longest > positions:
+        raise InputError(
+            f"{title}: a text has {longest} tokens, and the model has {positions} positions; leave the suite out, or "
+            "give it texts that fit"
+        )
+
+
+@contextmanager
+def without_own_settings(model: PreTrainedModel) -> Iterator[None]:
+    """A block in which `generate` adds no setting of the model's generation_config.json to those that it is given.
+
+    transformers fills every setting that the caller leaves open with the model's own, also in a whole configuration.
+    """
+    from transformers import GenerationConfig
+
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def batches(
     sequences: Sequence[Sequence[int]],
     batch_size: int,
@@ -148,6 +183,21 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stops: Seq
     return stopping.cut(str(tokenizer.decode(list(tokens[:end]), skip_special_tokens=True)))
 
 
+def writing_batches(
+    prompts: Sequence[list[int]], limits: Sequence[int], batch_size: int, positions: int | None
+) -> list[list[int]]:
+    """The `batches` of the prompts; alone where the longest prompt and the longest answer together do not fit.
+
+    An answer that has ended takes positions until the last one of its batch ends.
+    """
+
+    def fits(batch: list[int]) -> bool:
+        return positions is None or max(len(prompts[i]) for i in batch) + max(limits[i] for i in batch) <= positions + 1
+
+    found = batches(prompts, batch_size)
+    return [part for batch in found for part in ([batch] if fits(batch) else [[i] for i in batch])]
+
+
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -157,15 +207,26 @@ def answer(
     batch_size: int,
     title: str,
 ) -> list[str]:
-    """The greedy (or drawn) answer to each prompt of token ids, ended as `stopping` says and stripped."""
-    import torch
+    """The greedy (or drawn) answer to each prompt of token ids, ended as `stopping` says and stripped.
 
+    It also ends where the model's positions do. Settings that come with the model change nothing.
+
+    Raises:
+        InputError: a prompt alone is longer than the model reads.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    check_positions(model, max(map(len, prompts), default=0), title)
     stops = [token for token in stopping.tokens if token is not None]
+    limits, positions = stopping.limits(len(prompts)), positions_of(model)
+    if positions is not None:  # nothing reads the last token
+        limits = [min(most, positions + 1 - len(ids)) for most, ids in zip(limits, prompts, strict=True)]
     if isinstance(model, VllmModel):
-        written = model.write(prompts, stopping.limits(len(prompts)), stops, stopping.seed)
+        written = model.write(prompts, limits, stops, stopping.seed)
         return [decode(tokenizer, tokens, stops, stopping) for tokens in written]
     padding = next(token for token in (tokenizer.pad_token_id, *stops, 0) if is_embedded(model, token))
-    limits, device = stopping.limits(len(prompts)), input_device(model)
+    device = input_device(model)
 
     def work(batch: list[int]) -> list[str]:
         width = max(len(prompts[i]) for i in batch)
@@ -173,23 +234,23 @@ def answer(
         ids = torch.tensor([[padding] * pad + prompts[i] for pad, i in zip(pads, batch, strict=True)])
         mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
         drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        with torch.random.fork_rng(enabled=stopping.seed is not None):
+        settings = GenerationConfig(
+            max_new_tokens=max(limits[i] for i in batch),
+            **({"do_sample": False} if stopping.seed is None else drawn),
+            num_beams=1,
+            eos_token_id=stops or None,
+            pad_token_id=padding,
+        )
+        with torch.random.fork_rng(enabled=stopping.seed is not None), without_own_settings(model):
             if stopping.seed is not None:
                 torch.manual_seed(stopping.seed * len(prompts) + batch[0])  # of the batch: ranks do not matter
             generated = model.generate(  # pyright: ignore[reportCallIssue] (its mixin is typed as a Module)
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=max(limits[i] for i in batch),
-                **({"do_sample": False} if stopping.seed is None else drawn),
-                num_beams=1,
-                repetition_penalty=1.0,  # some models' own settings have another: then it is not greedy
-                eos_token_id=stops or None,
-                pad_token_id=padding,
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
             )
         new = zip(batch, generated[:, width:].tolist(), strict=True)
         return [decode(tokenizer, tokens[: limits[i]], stops, stopping) for i, tokens in new]
 
-    order = batches(prompts, batch_size)[::-1]  # what memory does not hold shows at once
+    order = writing_batches(prompts, limits, batch_size, positions)[::-1]  # what memory does not hold shows at once
     return restore_order(order, share(order, work, title))
 
 
@@ -204,9 +265,13 @@ def read_logits(
     """`score(index, ids, logits)` of every sequence, from one forward pass for each batch.
 
     Sequence `index` has T tokens: ids [T] int64, and logits [T, V] float32 that predict the token after each of them.
+
+    Raises:
+        InputError: a sequence is longer than the model reads.
     """
     import torch
 
+    check_positions(model, max(map(len, sequences), default=0), title)
     device = input_device(model)
 
     def work(batch: list[int]) -> list[T]:

@@ -6,6 +6,8 @@ Training and `python -m eval.run --suite probes` share this file, so both measur
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Collection, Iterable, Sequence
@@ -85,6 +87,15 @@ def read_sets(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Pro
         key, heldout = _place(config, name)
         sets.append(read_set(name, probe, tokenizer, config.data.max_length, key=key, heldout=heldout))
     return sets
+
+
+def source_digests(config: RunConfig, sets: Sequence[ProbeSet]) -> dict[str, str]:
+    """{set: digest of the rows that it measures}: of the source, of the columns that are read, and how many rows."""
+    columns = {name: json.dumps(probe.columns, sort_keys=True) for name, probe in config.probes.items()}
+    return {
+        one.name: f"{one.digest}-{hashlib.sha256(columns[one.name].encode()).hexdigest()[:16]}-first-{len(one.keys)}"
+        for one in sets
+    }
 
 
 def read_keys(config: RunConfig) -> dict[str, list[str]]:

@@ -15,6 +15,7 @@ from eval import bios, run
 from eval.evaluation import find_models
 from eval.suites import biographies
 from eval.suites import bios as bios_suite
+from pipeline.errors import InputError
 from tests.conftest import processor_seconds
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -143,6 +144,40 @@ def test_unusable_input(world: Path, tmp_path: Path, changes: dict[str, Any], cu
     assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
     assert culprit in result.stderr and remedy in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_loaded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file in place of a folder, and a folder that no process can write to; nothing is left of the attempt."""
+    monkeypatch.setattr("eval.evaluation.load", lambda *_: pytest.fail("a model was loaded"))
+    (tmp_path / "file").write_text("kept")
+    arguments = ["--model", world / "blank", "--suite", "bios", "--data", world / "data"]
+    for output in (tmp_path / "file" / "e.json", tmp_path / "file" / "new" / "e.json", Path("/proc/new/e.json")):
+        with pytest.raises(InputError, match=rf"--output {output} cannot be written.*; name a file elsewhere"):
+            evaluate(monkeypatch, *arguments, "--output", output)
+    with pytest.raises(InputError, match="is neither a file nor a folder; name a file"):
+        evaluate(monkeypatch, *arguments, "--output", "/dev/null")
+    assert (tmp_path / "file").read_text() == "kept" and [*tmp_path.iterdir()] == [tmp_path / "file"]
+
+
+def test_what_was_evaluated_outlives_a_failure(world: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third of three models cannot be loaded: the first two are in FILE.partial, and no report takes it for all."""
+    weights = run_folder / "final" / "model.safetensors"
+    whole, output = weights.read_bytes(), run_folder / "evaluation.json"
+    weights.write_bytes(b"broken")
+    arguments = ["--model", run_folder, "--suite", "bios", "--data", world / "data", "--output", output]
+    with pytest.raises(InputError, match="final"):
+        evaluate(monkeypatch, *arguments)
+    assert not output.exists()
+    partial = json.loads((run_folder / "evaluation.json.partial").read_text())["trajectory"]
+    assert [entry["step"] for entry in partial if entry["suites"]] == [2, 9]
+    weights.write_bytes(whole)
+    evaluate(monkeypatch, *arguments)
+    assert [entry["suites"] for entry in json.loads(output.read_text())["trajectory"]][:2] == [
+        entry["suites"] for entry in partial[:2]
+    ]
+    assert not (run_folder / "evaluation.json.partial").exists()
 
 
 def test_a_model_without_weights_is_named(world: Path, tmp_path: Path) -> None:

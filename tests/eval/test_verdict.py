@@ -116,6 +116,39 @@ def test_the_verdict_without_a_target_or_a_run_at_the_level(tmp_path: Path) -> N
     ]
 
 
+def test_runs_that_begin_below_the_level_are_not_compared_at_it(tmp_path: Path) -> None:
+    """sago is first seen at 0.09, sum at 0.00: equal forgetting it is not. pcgrad, exactly at the level, is there."""
+    below = [
+        make_run(tmp_path / "sago", [bios(0.09, 0.8), bios(0.0, 0.5)]),
+        make_run(tmp_path / "sum", [bios(0.0, 0.4), bios(0.0, 0.3)], rule="sum"),
+    ]
+    [sentence] = verdict(read(*below, target=None), BIOS, None)
+    assert sentence == (
+        "Not compared, because below forget ROUGE-L 0.1 from the first evaluation: sago (0.090) and sum (0.000). Give "
+        "the evaluation of the model before unlearning by --target, or evaluate earlier exports (a smaller "
+        "train.export_every or train.probe_every)."
+    )
+    other = make_run(tmp_path / "b", [bios(0.1, 0.6)], rule="pcgrad")
+    [sentence] = verdict(read(*below, other, target=None), BIOS, None)
+    assert sentence.startswith("pcgrad keeps 0.600 of retain ROUGE-L where it has forgotten (forget ROUGE-L 0.1).")
+    assert "from the first evaluation: sago (0.090) and sum (0.000)." in sentence
+    # From 1.0 and 0.8 at step 0 each is known at the level: 0.9 / 0.91 and 0.9 of the way to the first export.
+    [sentence] = verdict(read(*below), BIOS, TARGET)
+    assert "sago keeps 100.0 %" in sentence and "sum 55.0 %" in sentence and "Not compared" not in sentence
+
+
+def test_seeds_that_begin_below_the_level_do_not_count(tmp_path: Path) -> None:
+    folders = [
+        make_run(tmp_path / "a", [bios(0.3, 0.8), bios(0.1, 0.6)]),
+        make_run(tmp_path / "b", [bios(0.05, 0.2)], seed=1),
+        make_run(tmp_path / "c", [bios(0.4, 0.9)], rule="sum"),
+    ]
+    [sentence] = verdict(read(*folders, target=None), BIOS, None)
+    assert sentence.startswith("sago keeps 0.600 (1 of 2 seeds) of retain ROUGE-L where it has forgotten")
+    assert "first evaluation: sago (0.050)" in sentence
+    assert "none of its seeds reached forget ROUGE-L 0.1; the lowest: sum (0.400)" in sentence
+
+
 def test_the_best_of_a_column_is_what_the_reader_sees() -> None:
     rows = [
         ["method", "forget", "retain", "facts", "step"],

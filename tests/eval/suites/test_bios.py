@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from eval import bios
 from eval.suites import biographies
@@ -144,6 +144,7 @@ class Oracle:
 
     def __init__(self, tokenizer: Any, replies: dict[str, str]) -> None:
         self.tokenizer, self.replies = tokenizer, replies
+        self.config, self.generation_config = PretrainedConfig(), GenerationConfig()
 
     def eval(self) -> None:
         pass
@@ -151,13 +152,15 @@ class Oracle:
     def get_input_embeddings(self) -> torch.nn.Embedding:
         return torch.nn.Embedding(len(self.tokenizer), 1)
 
-    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
+    def generate(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, generation_config: GenerationConfig
+    ) -> torch.Tensor:
         rows = []
         for ids, mask in zip(input_ids, attention_mask, strict=True):
             assert mask.tolist() == sorted(mask.tolist())  # padding on the left only
             rows.append(self.tokenizer(self.replies[self.tokenizer.decode(ids[mask.bool()])]).input_ids)
         width = max(map(len, rows))
-        pads = [row + [options["pad_token_id"]] * (width - len(row)) for row in rows]
+        pads = [row + [generation_config.pad_token_id] * (width - len(row)) for row in rows]
         return torch.cat([input_ids, torch.tensor(pads)], dim=1)
 
 

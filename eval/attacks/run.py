@@ -19,6 +19,7 @@ from eval.loading import load
 from eval.results.metrics import flatten
 from eval.suites import AdversarialSuite, GroupedSuite, Probes, WholeSuite
 from eval.suites.corpus import sample
+from eval.suites.rouge import words
 from pipeline.errors import InputError
 from pipeline.files import Json
 
@@ -167,7 +168,7 @@ def split_rows(plan: Plan, rows: list[Row], found: dict[int, list[str]], fractio
 def probes_of_held_out(
     plan: Plan, module: GroupedSuite, matcher: Matcher, mentioned: set[str], relearned: set[str]
 ) -> list[Probes]:
-    """The probes that are not about a relearned key.
+    """The probes that are not about a relearned key. One whose key has no words (`* * *`) is left out.
 
     Args:
         mentioned: the keys that some row of the forget corpus is about.
@@ -175,7 +176,8 @@ def probes_of_held_out(
     Raises:
         InputError: a probe of the forget set is about no row of the corpus, or none of the forget set would remain.
     """
-    forgotten = [probe for probe in plan.probes if module.forgotten(probe)]
+    asked = [probe for probe in plan.probes if (key := module.group_of(probe)) is None or words(key)]
+    forgotten = [probe for probe in asked if module.forgotten(probe)]
     unknown = [probe for probe in forgotten if matcher.name(module.group_of(probe)) not in mentioned]
     if unknown:
         first = module.group_of(unknown[0]) or str(unknown[0])
@@ -184,7 +186,7 @@ def probes_of_held_out(
             f"corpus (the first: {shorten(first)!r}), so nobody can say whether they are learned again; give --data "
             "or data.probes whose forget set is of this corpus, or leave relearn out of --attacks"
         )
-    probes = [probe for probe in plan.probes if matcher.name(module.group_of(probe)) not in relearned]
+    probes = [probe for probe in asked if matcher.name(module.group_of(probe)) not in relearned]
     if not any(map(module.forgotten, probes)):
         raise InputError(
             "relearn: the relearned rows are about every probe of the forget set, so that no probe would remain; name "

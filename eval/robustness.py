@@ -11,8 +11,11 @@
 - `int8`, `int4`, `nf4`: linear layers rounded to the nearest value (`eval/attacks/quantize.py`).
 - `probes`: the suite's questions as an adversary puts them, if the suite has such probes (bios, rwku).
 
-Four more by name, which take longer, or an option. They look at the forget corpus itself, whatever the suite:
+Five more by name, which take longer, or an option. All but the first look at the forget corpus itself, whatever the
+suite:
 
+- `unrelated`: fine-tuning on `--texts` of neither corpus; the probability of the forget corpus at about ten steps on
+  the way is under `curve`.
 - `relearn_curve`: fine-tuning on one half of the forget corpus, at a constant rate, and the probability of the other
   half at about ten steps on the way, under `curve`.
 - `few_shot`: questions of one half after `--shots` answered questions of the other half.
@@ -73,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--ranks", type=int, default=2, metavar="N", help="processes that train (default 2)")
     add("--shots", type=int, default=5, metavar="N", help="answered questions before each one, of few_shot (default 5)")
     add("--samples", type=int, default=200, metavar="N", help="answers drawn to each prompt, of leak (default 200)")
-    add("--texts", type=Path, metavar="FILE", help="texts of neither corpus, of kl: .txt, .jsonl, ...")
+    add("--texts", type=Path, metavar="FILE", help="texts of neither corpus, of kl and unrelated: .txt, .jsonl, ...")
     add("--batch-size", type=int, default=64, metavar="N", help="prompts in one batch (default 64)")
     add("--output", type=Path, metavar="FILE.json", help="the file to write (default RUN/robustness.json)")
     add_trust_options(parser)

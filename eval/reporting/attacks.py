@@ -95,18 +95,21 @@ def direct_table(groups: Groups) -> list[list[str]]:
 
 
 def attack_chart(groups: Groups) -> Chart | None:
-    """Relearning against the step, and leak@k against k, means over the runs of a method; None if neither was tried."""
-    panels = [panel for panel in (relearning(groups), leaking(groups)) if panel.traces]
+    """Fine-tuning against the step, and leak@k against k, means over the runs of a method; None without them."""
+    relearned = training_curve(groups, "relearn_curve", "held_out", Panel("relearning one half", "step", RELEARNING))
+    moved = Panel("fine-tuning on unrelated texts", "step", "probability of the forget corpus")
+    panels = [relearned, training_curve(groups, "unrelated", "forget", moved), leaking(groups)]
+    panels = [panel for panel in panels if panel.traces]
     return Chart(f"Attacks on the forget corpus: {compared(groups)}", panels, 2) if panels else None
 
 
-def relearning(groups: Groups) -> Panel:
+def training_curve(groups: Groups, attack: str, probed: str, panel: Panel) -> Panel:
+    """The panel with the probability of the set `probed` while the attack trains."""
     found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for method, entry in entries(groups, "relearn_curve"):
-        for row in entry["curve"]:
-            if (value := row.get("held_out", {}).get("probability")) is not None:
+    for method, entry in entries(groups, attack):
+        for row in entry.get("curve", []):
+            if (value := row.get(probed, {}).get("probability")) is not None:
                 found[method][row["step"]].append(value)
-    panel = Panel("relearning one half", "step", RELEARNING)
     return with_means(panel, groups, found)
 
 

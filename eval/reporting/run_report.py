@@ -247,7 +247,7 @@ def robustness(groups: dict[str, list[Run]]) -> list[Block]:
         *([Table(rows)] if len(rows) > 1 else []),
         *([Table(direct)] if len(direct) > 1 else []),
         *([Figure("attacks.png", "Means over the runs of a method: how fast one half of the forget corpus returns "
-                  "while the other is learned again, and what is among k answers.")] if chart else []),
+                  "while the other, or unrelated text, is learned, and what is among k answers.")] if chart else []),
     ]  # fmt: skip
 
 

@@ -83,6 +83,18 @@ def test_a_method_beyond_the_budget_is_marked(tmp_path: Path) -> None:
     assert {row[0] for row in attacks.direct_table({"beyond": groups["beyond"]})[1:]} == {"beyond"}
 
 
+def test_unrelated_fine_tuning_has_a_curve(groups: dict[str, list[Run]]) -> None:
+    for run, value in zip(groups[next(iter(groups))], (0.2, 0.4), strict=True):
+        curve = [{"step": step, "forget": {"probability": value + step / 10}} for step in (0, 1)]
+        assert run.robustness is not None
+        entry = {"name": "unrelated", "before": {}, "after": {}, "curve": curve, "seconds": 4.0}
+        run.robustness["attacks"].append(entry)
+    chart = attacks.attack_chart(groups)
+    assert chart is not None
+    (panel,) = [panel for panel in chart.panels if "unrelated" in panel.title]
+    assert list(panel.traces[0].x) == [0, 1] and list(panel.traces[0].y) == pytest.approx([0.3, 0.4])
+
+
 def test_without_attacks_there_is_no_figure(tmp_path: Path) -> None:
     groups = read(make_run(tmp_path / "run", REACHES))
     assert attacks.attack_chart(groups) is None and "attacks.png" not in run_report.charts_of(groups, BIOS, None)

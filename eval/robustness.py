@@ -45,13 +45,13 @@ from pathlib import Path
 
 from eval.attacks.record import begin, missing, table
 from eval.attacks.run import Evaluator, attacks_of, run_attack, unavailable_reason
-from eval.attacks.spec import ATTACKS, BY_DEFAULT, Plan
+from eval.attacks.spec import ATTACKS, BY_DEFAULT, TRAINING, Plan
 from eval.files import exit_status, read_config
 from eval.loading import add_trust_options, check_trust, is_model, trust_of
 from eval.results.general import GENERAL
 from eval.results.metrics import nearest
 from eval.suites import SUITES, check_suites, load_suite
-from eval.sweep.launch import end_on_terminate, exclusive_lock, refuse_overrides, split_overrides
+from eval.sweep.launch import end_on_terminate, exclusive_lock, rank_options, refuse_overrides, split_overrides
 from pipeline.errors import InputError
 from pipeline.files import Json, write_whole
 
@@ -73,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=STEPS, metavar="N", help=f"of fine-tuning (default {STEPS})")
     add("--lr", type=float, metavar="X", help="learning rate of fine-tuning (default: the run's)")
     add("--seed", type=int, default=0, metavar="S", help="selects and orders what is relearned (default 0)")
-    add("--ranks", type=int, default=2, metavar="N", help="processes that train (default 2)")
+    add("--ranks", type=int, default=2, metavar="N", help="processes that train, a GPU each (default 2)")
     add("--shots", type=int, default=5, metavar="N", help="answered questions before each one, of few_shot (default 5)")
     add("--samples", type=int, default=200, metavar="N", help="answers drawn to each prompt, of leak (default 200)")
     add("--texts", type=Path, metavar="FILE", help="texts of neither corpus, of kl and unrelated: .txt, .jsonl, ...")
@@ -155,7 +155,10 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, list[str], Path 
             raise InputError(f"--attacks {name}: {reason}; leave it out")
     for folder in filter(None, (plan.final, plan.original)):
         check_trust(folder, plan.trust)  # now, and not after hours of fine-tuning
-    return plan, [name for name, reason in reasons.items() if reason is None], options.data, output
+    names = [name for name, reason in reasons.items() if reason is None]
+    if any(name in TRAINING for name in names):
+        rank_options(plan.ranks)  # refuses more than there are GPUs
+    return plan, names, options.data, output
 
 
 def main() -> None:

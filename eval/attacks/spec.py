@@ -22,6 +22,7 @@ Measure = Callable[["PreTrainedModel", "PreTrainedTokenizerBase"], Metrics]
 
 BY_DEFAULT = ("relearn", "retain", *ROUNDINGS, "probes")
 ATTACKS = (*BY_DEFAULT, "relearn_curve", "unrelated", "few_shot", "leak", "kl")  # the others: long, or need an option
+TRAINING = ("relearn", "retain", "relearn_curve", "unrelated")  # fine-tune the model
 
 
 FRACTION = 0.1  # of the groups of the forget corpus, for relearning

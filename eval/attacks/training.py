@@ -11,7 +11,7 @@ import yaml
 from eval.attacks.spec import Attack, Plan
 from eval.files import read_jsonl, write_jsonl
 from eval.loading import is_model
-from eval.sweep.launch import call, last_error, launcher
+from eval.sweep.launch import call, last_error, launcher, rank_options
 from pipeline.errors import InputError
 from pipeline.files import Json, write_whole
 
@@ -69,7 +69,7 @@ def train(plan: Plan, attack: Attack) -> tuple[Path, str]:
         }
         config["train"]["probe_every"] = max(1, plan.steps // NUM_PROBES)
     write_whole(file, yaml.safe_dump(config, sort_keys=False))
-    line = ["--num_gpus", str(plan.ranks), "--module", "pipeline.train", "--config", str(file), *plan.overrides]
+    line = [*rank_options(plan.ranks), "--module", "pipeline.train", "--config", str(file), *plan.overrides]
     print(f"training   {attack.name}", flush=True)
     status = call([*launcher(), *line], output.with_suffix(".training"))
     if status or not is_model(output / "final"):

@@ -41,11 +41,13 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from eval.attacks.record import begin, missing, table
 from eval.attacks.run import Evaluator, attacks_of, run_attack, unavailable_reason
 from eval.attacks.spec import ATTACKS, BY_DEFAULT, TRAINING, Plan
+from eval.attacks.training import learning_rate
 from eval.files import exit_status, read_config
 from eval.loading import add_trust_options, check_trust, is_model, trust_of
 from eval.results.general import GENERAL
@@ -70,8 +72,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data", type=Path, metavar="FOLDER", help="local copies of the suite's data")
     groups = "column of the forget corpus whose values are the groups for relearning (default: by suite)"
     add("--group", metavar="FIELD", help=groups)
+    rate = "default: the run's; after a run of adapters, one that fits the model's size"
     add("--steps", type=int, default=STEPS, metavar="N", help=f"of fine-tuning (default {STEPS})")
-    add("--lr", type=float, metavar="X", help="learning rate of fine-tuning (default: the run's)")
+    add("--lr", type=float, metavar="X", help=f"learning rate of fine-tuning ({rate})")
     add("--seed", type=int, default=0, metavar="S", help="selects and orders what is relearned (default 0)")
     add("--ranks", type=int, default=2, metavar="N", help="processes that train, a GPU each (default 2)")
     add("--shots", type=int, default=5, metavar="N", help="answered questions before each one, of few_shot (default 5)")
@@ -138,7 +141,7 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, list[str], Path 
         probes=module.load_probes(options.data, suite, **probes_of_run(options, suite)),
         group=options.group,
         steps=options.steps,
-        lr=config["optimizer"]["lr"] if options.lr is None else options.lr,
+        lr=options.lr,
         seed=options.seed,
         overrides=overrides,
         ranks=options.ranks,
@@ -158,6 +161,7 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, list[str], Path 
     names = [name for name, reason in reasons.items() if reason is None]
     if any(name in TRAINING for name in names):
         rank_options(plan.ranks)  # refuses more than there are GPUs
+        plan = replace(plan, lr=learning_rate(plan))
     return plan, names, options.data, output
 
 

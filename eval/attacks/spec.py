@@ -39,7 +39,7 @@ class Plan:
     probes: Probes  # all of the suite
     group: str | None  # the column that --group names
     steps: int
-    lr: float
+    lr: float | None  # None: nothing is trained
     seed: int
     overrides: tuple[str, ...]
     ranks: int

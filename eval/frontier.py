@@ -29,7 +29,7 @@ from eval.suites import check_suites
 from eval.suites.task_options import add_task_options, task_options
 from eval.sweep.axes import OWN_KEYS, Axis, parse_sweep
 from eval.sweep.check import check_runs
-from eval.sweep.launch import end_on_terminate, exclusive_lock, refuse_overrides, split_overrides
+from eval.sweep.launch import end_on_terminate, exclusive_lock, rank_options, refuse_overrides, split_overrides
 from eval.sweep.runs import (
     DEFAULT_TRIALS,
     Plan,
@@ -56,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_task_options(parser)
     add("--target", type=Path, metavar="FILE.json", help="evaluation of the model before unlearning")
     add("--output", type=Path, required=True, metavar="FOLDER", help="runs, studies and the report")
-    add("--ranks", type=int, default=2, metavar="N", help="processes that train (default 2)")
+    add("--ranks", type=int, default=2, metavar="N", help="processes that train, a GPU each (default 2)")
     add("--trials", type=int, metavar="N", help=f"settings per method (default {DEFAULT_TRIALS})")
     add_metric_options(parser)
     parser.epilog = "After --, overrides for every run: -- --train.steps 60"
@@ -74,6 +74,7 @@ def check(options: argparse.Namespace, axes: Sequence[Axis], overrides: Sequence
     if min(options.seeds) < 0:
         raise InputError(f"--seeds {min(options.seeds)}: a seed is 0 or more")
     check_output(options.output, "folder")
+    rank_options(options.ranks)  # refuses more than there are GPUs
 
 
 def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, Json]:

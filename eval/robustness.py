@@ -11,8 +11,11 @@
 - `int8`, `int4`, `nf4`: linear layers rounded to the nearest value (`eval/attacks/quantize.py`).
 - `probes`: the suite's questions as an adversary puts them, if the suite has such probes (bios, rwku).
 
-Four more by name, which take longer, or an option. They look at the forget corpus itself, whatever the suite:
+Five more by name, which take longer, or an option. All but the first look at the forget corpus itself, whatever the
+suite:
 
+- `unrelated`: fine-tuning on `--texts` of neither corpus; the probability of the forget corpus at about ten steps on
+  the way is under `curve`.
 - `relearn_curve`: fine-tuning on one half of the forget corpus, at a constant rate, and the probability of the other
   half at about ten steps on the way, under `curve`.
 - `few_shot`: questions of one half after `--shots` answered questions of the other half.
@@ -38,17 +41,19 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from eval.attacks.record import begin, missing, table
 from eval.attacks.run import Evaluator, attacks_of, run_attack, unavailable_reason
-from eval.attacks.spec import ATTACKS, BY_DEFAULT, Plan
+from eval.attacks.spec import ATTACKS, BY_DEFAULT, TRAINING, Plan
+from eval.attacks.training import learning_rate
 from eval.files import check_output, exit_status, read_config
 from eval.loading import add_trust_options, check_trust, is_model, trust_of
 from eval.results.general import GENERAL
 from eval.results.metrics import nearest
 from eval.suites import SUITES, check_suites, load_suite
-from eval.sweep.launch import end_on_terminate, exclusive_lock, refuse_overrides, split_overrides
+from eval.sweep.launch import end_on_terminate, exclusive_lock, rank_options, refuse_overrides, split_overrides
 from pipeline.errors import InputError
 from pipeline.files import Json, write_whole
 
@@ -67,13 +72,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data", type=Path, metavar="FOLDER", help="local copies of the suite's data")
     groups = "column of the forget corpus whose values are the groups for relearning (default: by suite)"
     add("--group", metavar="FIELD", help=groups)
+    rate = "default: the run's; after a run of adapters, one that fits the model's size"
     add("--steps", type=int, default=STEPS, metavar="N", help=f"of fine-tuning (default {STEPS})")
-    add("--lr", type=float, metavar="X", help="learning rate of fine-tuning (default: the run's)")
+    add("--lr", type=float, metavar="X", help=f"learning rate of fine-tuning ({rate})")
     add("--seed", type=int, default=0, metavar="S", help="selects and orders what is relearned (default 0)")
-    add("--ranks", type=int, default=2, metavar="N", help="processes that train (default 2)")
+    add("--ranks", type=int, default=2, metavar="N", help="processes that train, a GPU each (default 2)")
     add("--shots", type=int, default=5, metavar="N", help="answered questions before each one, of few_shot (default 5)")
     add("--samples", type=int, default=200, metavar="N", help="answers drawn to each prompt, of leak (default 200)")
-    add("--texts", type=Path, metavar="FILE", help="texts of neither corpus, of kl: .txt, .jsonl, ...")
+    add("--texts", type=Path, metavar="FILE", help="texts of neither corpus, of kl and unrelated: .txt, .jsonl, ...")
     add("--batch-size", type=int, default=64, metavar="N", help="prompts in one batch (default 64)")
     add("--output", type=Path, metavar="FILE.json", help="the file to write (default RUN/robustness.json)")
     add_trust_options(parser)
@@ -136,7 +142,7 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, list[str], Path 
         probes=module.load_probes(options.data, suite, **probes_of_run(options, suite)),
         group=options.group,
         steps=options.steps,
-        lr=config["optimizer"]["lr"] if options.lr is None else options.lr,
+        lr=options.lr,
         seed=options.seed,
         overrides=overrides,
         ranks=options.ranks,
@@ -153,7 +159,11 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, list[str], Path 
             raise InputError(f"--attacks {name}: {reason}; leave it out")
     for folder in filter(None, (plan.final, plan.original)):
         check_trust(folder, plan.trust)  # now, and not after hours of fine-tuning
-    return plan, [name for name, reason in reasons.items() if reason is None], options.data, output
+    names = [name for name, reason in reasons.items() if reason is None]
+    if any(name in TRAINING for name in names):
+        rank_options(plan.ranks)  # refuses more than there are GPUs
+        plan = replace(plan, lr=learning_rate(plan))
+    return plan, names, options.data, output
 
 
 def main() -> None:

@@ -13,11 +13,15 @@ mkdir -p "$output"
 
 if [ -n "${SMALL:-}" ]; then
     export OMP_NUM_THREADS=1
-    where=(--num_gpus 2) check=(--small) pairs=2
+    check=(--small) pairs=2
     hidden=32 layers=2 vocabulary=256 tokens=16 dtype=float32 tensors="10 100" elements=65536
 else
-    where=() check=() pairs=7 # all GPUs of this machine
+    check=() pairs=7
     hidden=2048 layers=18 vocabulary=32000 tokens=512 dtype=bfloat16 tensors="100 1000 2000 10000" elements=134217728
+fi
+where=() # the launcher's default: all GPUs, or those of CUDA_VISIBLE_DEVICES
+if [ -n "${SMALL:-}" ] && { [ "${DS_ACCELERATOR:-}" = cpu ] || ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; }; then
+    where=(--num_gpus 2)
 fi
 part() { # MODULE ARGUMENTS... : a part on all ranks
     local port

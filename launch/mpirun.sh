@@ -10,7 +10,14 @@ root="$(cd "$(dirname "$0")/.." && pwd)"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # finds `pipeline` from any folder
 command -v deepspeed >/dev/null || { cd "$root" && . launch/environment.sh requirements.txt && cd "$OLDPWD"; }
 
-slots="$(awk '!/^ *(#|$)/ { n = $2; sub("slots=", "", n); printf "%s%s:%s", comma, $1, n; comma = "," }' "$hosts")"
+slots="$(awk '
+    function refuse(what) { print "error: " FILENAME ": " what >"/dev/stderr"; refused = 1; exit 2 }
+    { sub(/#.*/, ""); slots = "" }
+    { for (i = 2; i <= NF; i++) if ($i ~ /^slots=[1-9][0-9]*$/) slots = substr($i, 7) }
+    NF && slots == "" { refuse($1 " has no slots=N; write the number of its ranks behind the name") }
+    NF { printf "%s%s:%s", comma, $1, slots; comma = "," }
+    END { if (!refused && comma == "") refuse("it names no machine; write a line NAME slots=N for each") }
+' "$hosts")"
 ranks="$(tr , '\n' <<<"$slots" | awk -F: '{ n += $NF } END { print n }')"
 export UCX_TLS="${UCX_TLS:-tcp,self}" # for the few bytes that MPI itself sends; always available, unlike faster transports
 options=()

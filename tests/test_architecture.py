@@ -36,6 +36,7 @@ LEVEL = {name: number for number, names in enumerate(LAYERS) for name in names}
 SHARED = {
     *("pipeline.errors", "pipeline.files", "pipeline.config", "pipeline.data", "pipeline.distributed"),
     "pipeline.modeling.weights",
+    *("pipeline.modeling.checks", "pipeline.optim"),  # the learning rate that fits a model's size
     *("pipeline.modeling.outputs", "pipeline.modeling.probes"),  # one code of a probe, so that its numbers are the same
     "pipeline.monitoring.verdicts",  # what a model never knew, by one threshold in warnings and verdicts
 }

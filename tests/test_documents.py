@@ -86,8 +86,8 @@ BY: dict[str, list[str]] = {
         "python -m eval.robustness --run runs/mine --suite probes --attacks relearn int4 nf4",
     ],
     "tests/eval/attacks/test_answers.py::test_divergence_by_its_definition": [
-        "python -m eval.robustness --run runs/mine --suite probes --attacks relearn_curve few_shot leak kl "
-        "--texts wiki.txt",
+        "python -m eval.robustness --run runs/mine --suite probes --attacks relearn_curve unrelated few_shot leak "
+        "kl --texts wiki.txt",
     ],
     "tests/eval/suites/test_tofu.py::test_retain_only_model": [
         "python -m eval.run --model RETAIN_ONLY --suite tofu --data data --output data/tofu/retain_model.json",

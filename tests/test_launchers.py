@@ -297,3 +297,17 @@ def test_mpirun_gets_the_options_of_its_implementation(flavour: str, stand_ins: 
         assert {"PATH", "NCCL_SOCKET_IFNAME"} <= {called[i + 1] for i, word in enumerate(called) if word == "-x"}
     else:
         assert called[1:5] == ["-hosts", "node1:8,node2:4", "-n", "12"]
+
+
+def test_mpirun_counts_the_ranks_of_every_machine(stand_ins: Path, tmp_path: Path) -> None:
+    """One that it cannot count would be left out in silence."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# mine\n\t\nm1 slots=2\n m3\tslots=4 # the new one\nm4 max_slots=8 slots=3\n")
+    assert script("launch/mpirun.sh", str(hosts), FLAVOUR="HYDRA").returncode == 0
+    assert stand_ins.read_text().startswith("mpirun|-hosts|m1:2,m3:4,m4:3|-n|9|")
+    stand_ins.unlink()
+    for line in ("m2", "m2 max_slots=8", "m2 slots=two", "m2 slots=0", "m2 # slots=2", ""):
+        hosts.write_text(f"m1 slots=2\n{line}\nm3 slots=4\n" if line else "# none\n")
+        done, said = script("launch/mpirun.sh", str(hosts), FLAVOUR="mpirun (Open MPI)"), line and "m2 has no slots=N"
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {hosts}: {said or 'it names no machine'}"), line
+        assert done.stderr.count("\n") == 1 and not stand_ins.exists()

@@ -18,7 +18,9 @@ from eval.attacks.training import local_corpus, read_curve, train
 from eval.loading import load
 from eval.results.metrics import flatten
 from eval.suites import AdversarialSuite, GroupedSuite, Probes, SplitSuite, WholeSuite
-from eval.suites.corpus import sample
+from eval.suites.corpus import read_split, sample
+from eval.suites.rouge import words
+from pipeline.config.sources import Corpus
 from pipeline.errors import InputError
 from pipeline.files import Json
 
@@ -55,8 +57,8 @@ def unavailable_reason(plan: Plan, name: str) -> str | None:
         return f"{plan.run} has no {needed} corpus"
     if name == "few_shot" and plan.config["data"]["forget"]["prompt"] is None:
         return "the forget corpus has no questions (data.forget.prompt)"
-    if name == "kl" and plan.texts is None:
-        return "kl needs texts that neither corpus holds; name a file of them by --texts, of WikiText for instance"
+    if name in ("kl", "unrelated") and plan.texts is None:
+        return f"{name} needs texts that neither corpus holds; name a file of them by --texts, of WikiText for instance"
     if name == "kl" and plan.original is None:
         return f"the model before unlearning, {plan.config['model']['path']}, is no folder on this machine"
     if name == "relearn" and not isinstance(plan.module, GroupedSuite | WholeSuite):
@@ -87,6 +89,8 @@ def attacks_of(plan: Plan, names: Iterable[str]) -> list[Attack]:
             attacks.append(Attack(name, {}, EvalSpec(adversarial), plain=EvalSpec(plain), selection=selection))
         elif name == "relearn_curve":
             attacks.append(relearn_curve(plan, split_in_half(plan, rows), training))
+        elif name == "unrelated":
+            attacks.append(unrelated(plan, everything, training))
         elif name == "few_shot":
             attacks.append(few_shot(plan, split_in_half(plan, rows)))
         elif name == "leak":
@@ -164,6 +168,23 @@ def relearn_curve(plan: Plan, split: Split, training: Json) -> Attack:
     return Attack("relearn_curve", settings, EvalSpec(), corpus=corpus, rows=half, probed=probed, selection=selection)
 
 
+def unrelated(plan: Plan, everything: EvalSpec, training: Json) -> Attack:
+    """Fine-tune on --texts, as `retain` does on the retain corpus, and measure the forget corpus on the way.
+
+    The file has documents, or the columns `prompt` and `response`.
+    """
+    assert plan.texts is not None  # see `unavailable_reason`
+    texts = read_split(plan.texts)
+    columns = {"prompt": "prompt", "response": "response"} if "prompt" in texts[0] else {"field": "text"}
+    corpus = Corpus.model_validate({"path": str(plan.texts), **columns}).model_dump()
+    probed = {}
+    if everything.documents:
+        own = columns_of(plan.config["data"]["forget"])
+        probed = {"forget": tuple({key: row[key] for key in own} for row in everything.documents)}
+    settings, selection = {**training, "texts": str(plan.texts)}, {"documents": len(texts)}
+    return Attack("unrelated", settings, everything, corpus=corpus, probed=probed, selection=selection)
+
+
 def split_rows(plan: Plan, rows: list[Row], found: dict[int, list[str]], fraction: float) -> Split:
     """The split by the column of --group, else by the first key that a row is about (`found`, by the row's id)."""
     group = plan.group
@@ -178,7 +199,7 @@ def split_rows(plan: Plan, rows: list[Row], found: dict[int, list[str]], fractio
 def probes_of_held_out(
     plan: Plan, module: GroupedSuite, matcher: Matcher, mentioned: set[str], relearned: set[str]
 ) -> list[Probes]:
-    """The probes that are not about a relearned key.
+    """The probes that are not about a relearned key. One whose key has no words (`* * *`) is left out.
 
     Args:
         mentioned: the keys that some row of the forget corpus is about.
@@ -186,7 +207,8 @@ def probes_of_held_out(
     Raises:
         InputError: a probe of the forget set is about no row of the corpus, or none of the forget set would remain.
     """
-    forgotten = [probe for probe in plan.probes if module.forgotten(probe)]
+    asked = [probe for probe in plan.probes if (key := module.group_of(probe)) is None or words(key)]
+    forgotten = [probe for probe in asked if module.forgotten(probe)]
     unknown = [probe for probe in forgotten if matcher.name(module.group_of(probe)) not in mentioned]
     if unknown:
         first = module.group_of(unknown[0]) or str(unknown[0])
@@ -195,7 +217,7 @@ def probes_of_held_out(
             f"corpus (the first: {shorten(first)!r}), so nobody can say whether they are learned again; give --data "
             "or data.probes whose forget set is of this corpus, or leave relearn out of --attacks"
         )
-    probes = [probe for probe in plan.probes if matcher.name(module.group_of(probe)) not in relearned]
+    probes = [probe for probe in asked if matcher.name(module.group_of(probe)) not in relearned]
     if not any(map(module.forgotten, probes)):
         raise InputError(
             "relearn: the relearned rows are about every probe of the forget set, so that no probe would remain; name "
@@ -224,8 +246,10 @@ def run_attack(plan: Plan, attack: Attack, evaluator: Evaluator) -> Json:
     if attack.corpus is not None:
         target, entry["command"] = train(plan, attack)
     if attack.probed:
-        entry |= ends_of(read_curve(target.parent))
-        return {**entry, "seconds": round(time.perf_counter() - started, 3)}
+        curve = read_curve(target.parent)
+        if not attack.evaluation.probes:
+            return {**entry, **ends_of(curve), "seconds": round(time.perf_counter() - started, 3)}
+        entry["curve"] = curve
     print(f"evaluating {attack.name}", flush=True)
     if attack.compares:
         after, _ = evaluator.untouched(plan.final, attack.evaluation)

@@ -21,7 +21,8 @@ Measure = Callable[["PreTrainedModel", "PreTrainedTokenizerBase"], Metrics]
 
 
 BY_DEFAULT = ("relearn", "retain", *ROUNDINGS, "probes")
-ATTACKS = (*BY_DEFAULT, "relearn_curve", "few_shot", "leak", "kl")  # the others take long, or need an option
+ATTACKS = (*BY_DEFAULT, "relearn_curve", "unrelated", "few_shot", "leak", "kl")  # the others: long, or need an option
+TRAINING = ("relearn", "retain", "relearn_curve", "unrelated")  # fine-tune the model
 
 
 FRACTION = 0.1  # of the groups of the forget corpus, for relearning
@@ -38,7 +39,7 @@ class Plan:
     probes: Probes  # all of the suite
     group: str | None  # the column that --group names
     steps: int
-    lr: float
+    lr: float | None  # None: nothing is trained
     seed: int
     overrides: tuple[str, ...]
     ranks: int
@@ -47,7 +48,7 @@ class Plan:
     trust: Trust
     shots: int = 5  # answered questions before each question of `few_shot`
     samples: int = 200  # of each prompt, of `leak`
-    texts: Path | None = None  # on which `kl` compares two models
+    texts: Path | None = None  # on which `kl` compares two models, and `unrelated` trains
 
     @property
     def final(self) -> Path:

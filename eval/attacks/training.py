@@ -11,9 +11,11 @@ import yaml
 from eval.attacks.spec import Attack, Plan
 from eval.files import read_jsonl, write_jsonl
 from eval.loading import is_model
-from eval.sweep.launch import call, last_error, launcher
+from eval.sweep.launch import call, last_error, launcher, rank_options
+from pipeline.config.schema import Model
 from pipeline.errors import InputError
 from pipeline.files import Json, write_whole
+from pipeline.optim import fitting_lr
 
 ALONE: Json = {
     "schedule": "sequential",  # a joint pass has two tasks
@@ -22,6 +24,27 @@ ALONE: Json = {
     "probe_every": 0,
     "stop_at": {},
 }  # one task, and nothing on the way
+
+
+def learning_rate(plan: Plan) -> float:
+    """The rate at which all weights of `final/` are fine-tuned: that of --lr, or else that of the run.
+
+    A run of adapters has a rate for adapters, ten times as large: all weights at such a rate are wrecked, and what a
+    wrecked model does not say looks forgotten. In its place, as for a run that names no rate, comes the one that fits
+    the size of the model; it is printed.
+    """
+    from pipeline.modeling.checks import num_parameters  # transformers takes seconds to import
+
+    own, has_adapters = plan.config["optimizer"]["lr"], plan.config["model"].get("lora") is not None
+    if plan.lr is not None:
+        return plan.lr
+    if own is not None and not has_adapters:
+        return own
+    size = num_parameters(Model.model_validate({"path": str(plan.final), "trust_remote_code": plan.trust.remote_code}))
+    lr = fitting_lr(size, adapters=False)
+    reason = f"; the run's {own:g} is for its adapters" if own is not None else ""
+    print(f"--lr {lr:g}, which suits all weights of a model of {size / 1e6:.3g} million parameters{reason}", flush=True)
+    return lr
 
 
 def training_config(plan: Plan, corpus: Json, output: Path) -> Json:
@@ -69,7 +92,7 @@ def train(plan: Plan, attack: Attack) -> tuple[Path, str]:
         }
         config["train"]["probe_every"] = max(1, plan.steps // NUM_PROBES)
     write_whole(file, yaml.safe_dump(config, sort_keys=False))
-    line = ["--num_gpus", str(plan.ranks), "--module", "pipeline.train", "--config", str(file), *plan.overrides]
+    line = [*rank_options(plan.ranks), "--module", "pipeline.train", "--config", str(file), *plan.overrides]
     print(f"training   {attack.name}", flush=True)
     status = call([*launcher(), *line], output.with_suffix(".training"))
     if status or not is_model(output / "final"):

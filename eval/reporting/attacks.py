@@ -29,6 +29,10 @@ SCORES = {
 }
 
 
+KL_BUDGET = 0.01  # nats a token on WikiText; RepSelect, arXiv 2606.17168, tunes every method within it
+BEYOND = f"KL > {KL_BUDGET:g}"  # the mark of a method that moved further: its robustness may be damage
+
+
 RELEARNING = "probability of the half that is not relearned"
 
 
@@ -47,14 +51,36 @@ def entries(groups: Groups, name: str) -> Iterator[tuple[str, Json]]:
                     yield method, entry
 
 
+def marked_names(groups: Groups) -> dict[str, str]:
+    """{method: its name in the tables}: with BEYOND if its KL, the mean over the runs, is not within KL_BUDGET."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for method, entry in entries(groups, "kl"):
+        found[method].append(entry["after"]["kl"])
+    beyond = {method for method, values in found.items() if not fmean(values) <= KL_BUDGET}
+    return {method: f"{method} ({BEYOND})" if method in beyond else method for method in groups}
+
+
+def budget_note(groups: Groups) -> str:
+    """The sentence that explains BEYOND; nothing if no method has it."""
+    if list(marked_names(groups).values()) == list(groups):
+        return ""
+    return (
+        f" {BEYOND}: the method moved the model further than a mean of {KL_BUDGET:g} nats a token on the texts of the "
+        f"attack `kl`, so its robustness may be damage; compare only methods without the mark {BEYOND}."
+    )
+
+
 def direct_table(groups: Groups) -> list[list[str]]:
-    """Scores before and after each attack, mean ± sd over the runs; only the header if there was none."""
-    rows = [["method", "attack", "score", "original", "before", "after", "s", "runs"]]
-    for name in DIRECT:
+    """Scores before and after each attack, mean ± sd over the runs; only the header if there was none.
+
+    A method beyond the budget is marked.
+    """
+    rows, names = [["method", "attack", "score", "original", "before", "after", "s", "runs"]], marked_names(groups)
+    for attack in DIRECT:
         tries: dict[tuple[str, str], list[Json]] = defaultdict(list)
-        for method, entry in entries(groups, name):
+        for method, entry in entries(groups, attack):
             settings = words_of(entry.get("settings") or {})
-            tries[method, f"{name} ({settings})" if settings else name].append(entry)
+            tries[method, f"{attack} ({settings})" if settings else attack].append(entry)
         for (method, title), of in tries.items():
             seconds = mean_sd((entry["seconds"] for entry in of if "seconds" in entry), digits=0)
             for score, words in SCORES.items():
@@ -63,23 +89,27 @@ def direct_table(groups: Groups) -> list[list[str]]:
                     for when in ("original", "before", "after")
                 ]
                 if any(columns):
-                    rows.append([method, title, words, *(mean_sd(values) for values in columns), seconds, str(len(of))])
+                    values = [mean_sd(column) for column in columns]
+                    rows.append([names[method], title, words, *values, seconds, str(len(of))])
     return rows
 
 
 def attack_chart(groups: Groups) -> Chart | None:
-    """Relearning against the step, and leak@k against k, means over the runs of a method; None if neither was tried."""
-    panels = [panel for panel in (relearning(groups), leaking(groups)) if panel.traces]
+    """Fine-tuning against the step, and leak@k against k, means over the runs of a method; None without them."""
+    relearned = training_curve(groups, "relearn_curve", "held_out", Panel("relearning one half", "step", RELEARNING))
+    moved = Panel("fine-tuning on unrelated texts", "step", "probability of the forget corpus")
+    panels = [relearned, training_curve(groups, "unrelated", "forget", moved), leaking(groups)]
+    panels = [panel for panel in panels if panel.traces]
     return Chart(f"Attacks on the forget corpus: {compared(groups)}", panels, 2) if panels else None
 
 
-def relearning(groups: Groups) -> Panel:
+def training_curve(groups: Groups, attack: str, probed: str, panel: Panel) -> Panel:
+    """The panel with the probability of the set `probed` while the attack trains."""
     found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for method, entry in entries(groups, "relearn_curve"):
-        for row in entry["curve"]:
-            if (value := row.get("held_out", {}).get("probability")) is not None:
+    for method, entry in entries(groups, attack):
+        for row in entry.get("curve", []):
+            if (value := row.get(probed, {}).get("probability")) is not None:
                 found[method][row["step"]].append(value)
-    panel = Panel("relearning one half", "step", RELEARNING)
     return with_means(panel, groups, found)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from eval.reporting import figures, sections, tables
 from eval.reporting.answers import Answers
-from eval.reporting.attacks import attack_chart, direct_table
+from eval.reporting.attacks import attack_chart, budget_note, direct_table
 from eval.reporting.charts import Chart
 from eval.reporting.pages import Block, Figure, Heading, Table, Text, Verdict, Warn, as_html, as_markdown
 from eval.reporting.pictures import draw as picture
@@ -242,11 +242,12 @@ def robustness(groups: dict[str, list[Run]]) -> list[Block]:
         Text("A forget score that rises under attack was hidden, not gone. Before: the unlearned model; after: the "
              "same model attacked; original: the model before unlearning, on the same probes. NLL: nats per token of "
              "the forget corpus, or of its part that was not relearned. `probes` puts the questions as an adversary "
-             f"does. Mean ± sd over the runs ({'; '.join(settings)}); RUN/robustness.json has every score."),
+             f"does. Mean ± sd over the runs ({'; '.join(settings)}); RUN/robustness.json has every score."
+             + budget_note(groups)),
         *([Table(rows)] if len(rows) > 1 else []),
         *([Table(direct)] if len(direct) > 1 else []),
         *([Figure("attacks.png", "Means over the runs of a method: how fast one half of the forget corpus returns "
-                  "while the other is learned again, and what is among k answers.")] if chart else []),
+                  "while the other, or unrelated text, is learned, and what is among k answers.")] if chart else []),
     ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 
-from eval.reporting.attacks import DIRECT, words_of
+from eval.reporting.attacks import DIRECT, marked_names, words_of
 from eval.results import paper
 from eval.results.general import GeneralAbility
 from eval.results.grouping import plain_of
@@ -298,12 +298,12 @@ def attack_table(groups: Groups) -> Rows:
                 settings = words_of(attack.get("settings") or {})
                 title = f"{attack['name']} ({settings})" if settings else attack["name"]
                 found[name, suite, title].append(attack)
-    rows = [["method", "suite", "attack", *ATTACK_COLUMNS, "s", "runs"]]
+    rows, names = [["method", "suite", "attack", *ATTACK_COLUMNS, "s", "runs"]], marked_names(groups)
     for (name, suite, title), tries in found.items():
         scores = []
         for when, what in ATTACK_COLUMNS.values():
             values = [read_attack(suite, entry.get(when) or {}).get(what) for entry in tries]
             scores.append(mean_sd(value for value in values if value is not None))
         seconds = mean_sd((entry["seconds"] for entry in tries if entry.get("seconds") is not None), digits=0)
-        rows.append([name, suite, title, *scores, seconds, str(len(tries))])
+        rows.append([names[name], suite, title, *scores, seconds, str(len(tries))])
     return rows

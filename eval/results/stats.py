@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import isfinite
 from statistics import fmean, stdev
 
 import numpy as np
@@ -12,9 +13,13 @@ from pipeline.files import Json
 
 
 def summarise(values: Iterable[float]) -> dict[str, float | None]:
-    """{"mean", "sd"}; sd is the sample standard deviation, None for one value. Both are None for no value."""
+    """{"mean", "sd"}; sd is the sample standard deviation, None for one value. Both are None for no value.
+
+    Of values that are not all finite, as a broken model has them, sd is None.
+    """
     numbers = list(values)
-    return {"mean": fmean(numbers) if numbers else None, "sd": stdev(numbers) if len(numbers) > 1 else None}
+    spread = len(numbers) > 1 and all(map(isfinite, numbers))
+    return {"mean": fmean(numbers) if numbers else None, "sd": stdev(numbers) if spread else None}
 
 
 def mean_sd(values: Iterable[float], digits: int | None = None) -> str:

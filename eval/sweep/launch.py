@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pipeline.config.automatic import has_gpu
 from pipeline.distributed.environment import free_port
 from pipeline.errors import InputError
 
@@ -37,6 +38,36 @@ def launcher() -> list[str]:
     if found is None:
         raise InputError("there is no command deepspeed; install requirements.txt into this environment")
     return [found, "--master_port", str(free_port())]
+
+
+def rank_options(ranks: int) -> list[str]:
+    """The launcher's options for this many ranks on this machine, a visible GPU for each if there are GPUs.
+
+    `--num_gpus N` would take GPUs 0 to N - 1 whatever CUDA_VISIBLE_DEVICES names: the launcher then deletes the
+    variable. On a CPU its devices are the sockets of the machine, and only their number may be given.
+
+    Raises:
+        InputError: fewer visible GPUs than ranks, or some that are not named by number, as the launcher needs it.
+    """
+    import torch  # takes seconds
+
+    count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not (has_gpu() and count):
+        return ["--num_gpus", str(ranks)]
+    if ranks > count:
+        seen = f"{count} GPU{'s' * (count > 1)}" + (f" (CUDA_VISIBLE_DEVICES={visible})" if visible else "")
+        raise InputError(
+            f"--ranks {ranks}: each rank trains on a GPU of its own, and there is {seen}; give --ranks {count}"
+        )
+    if visible is None:
+        return ["--num_gpus", str(ranks)]
+    names = [name.strip() for name in visible.split(",")][:ranks]
+    if wrong := [name for name in names if not name.isdecimal()]:
+        raise InputError(
+            f"CUDA_VISIBLE_DEVICES={visible}: DeepSpeed's launcher does not know {wrong[0]}; name GPUs by "
+            "their numbers (nvidia-smi -L)"
+        )
+    return ["--include", f"localhost:{','.join(names)}"]
 
 
 def call(line: Sequence[str], log: Path) -> int:

@@ -43,7 +43,7 @@ def fit_machine(config: RunConfig, on_gpu: bool | None = None) -> RunConfig:
     model, train = config.model, config.train
     if "auto" not in (model.dtype, train.deepspeed):
         return config
-    on_gpu = _has_gpu() if on_gpu is None else on_gpu
+    on_gpu = has_gpu() if on_gpu is None else on_gpu
     if model.dtype == "auto":
         model = model.model_copy(update={"dtype": "bfloat16" if on_gpu else "float32"})
     if train.deepspeed == "auto":
@@ -51,7 +51,7 @@ def fit_machine(config: RunConfig, on_gpu: bool | None = None) -> RunConfig:
     return config.model_copy(update={"model": model, "train": train})
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
     """Whether training would run on a GPU: DeepSpeed's own variable decides, or else torch."""
     if "DS_ACCELERATOR" in os.environ:
         return os.environ["DS_ACCELERATOR"] != "cpu"

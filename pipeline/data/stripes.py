@@ -61,6 +61,7 @@ def stored_table(rows: Iterable[Row], recipe: Recipe, folder: Path) -> tuple[pa.
     Raises:
         InputError: of `rows`, of which nothing stays in `folder`.
         OSError: the disk refuses a file.
+        BrokenProcessPool: one of several processes was killed; the files that are whole stay.
     """
     marker = folder / MARKER
     if not marker.exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from pipeline.config.sources import Corpus
 from pipeline.data.corpus import read
 from pipeline.data.encode import FORMAT_VERSION, TokenOptions, Usage, minimum_content
 from pipeline.data.stripes import Recipe, stored_table
-from pipeline.errors import InputError, disk_errors
+from pipeline.errors import FatalError, InputError, disk_errors
 from pipeline.monitoring.console import is_live
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def tokenize(
 
     Raises:
         InputError: malformed or missing text (with the line), or too little of it. `key` names the corpus.
-        FatalError: the disk refuses the cache.
+        FatalError: the disk refuses the cache, or a process that tokenises was killed.
     """
     rows, digest = read(corpus, key, options.pairing)
     questions = corpus.prompt is not None
@@ -125,6 +126,12 @@ def tokenize(
             stored, counts = stored_table(progress, Recipe(tokenizer, options, columns), folder)
     except InputError as error:
         raise InputError(f"data.{key}: {error}") from None
+    except BrokenProcessPool as error:
+        raise FatalError(
+            f"data.{key}: {corpus.path}: a process that tokenises it was killed, as the kernel does where memory is "
+            "short. Give the job more memory, or fewer cores (taskset -c 0-3 ...), each of which has such a process; "
+            "the tokens that are whole are not made again"
+        ) from error
     usage = Usage(**counts)
     if not len(stored):
         needed = f" with {minimum_content(questions, options.max_length)}" if usage.dropped else ""

@@ -51,7 +51,8 @@ def synthesize(
     Raises:
         ValueError: unknown rule or scope, a scope that the rule does not have, an option without sense, lists that do
             not match, scope `layer` without `layers`, an `average` that is not like `retain`.
-        FloatingPointError: a non-finite value in either gradient or in their combination.
+        FloatingPointError: a non-finite value in either gradient or in their combination, also one that does not fit
+            its dtype.
     """
     metric = "euclidean" if adam is None else "adam"
     synthesis = Synthesis(rule, scope, alpha, gamma, zero_forget, options, metric)
@@ -74,6 +75,7 @@ def synthesize(
     pieces = [Piece(row, f.detach().reshape(-1), g.view(-1), m, at, s) for row, (f, g, m, at, s) in parts]
     units = units_of(synthesis.resolved_scope, layers or range(len(combined)))
     table = synthesis.combine_(pieces, units, state=state)
-    if not is_finite(table):
+    # A narrower dtype than float32 may hold less than the sums of the table, which are of what was not yet rounded.
+    if not is_finite(table) or not all(bool(g.isfinite().all()) for g in combined):
         raise FloatingPointError("a gradient or the combination holds inf or NaN; skip this step")
     return combined

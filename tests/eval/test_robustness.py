@@ -1,6 +1,7 @@
 """The attacks: adversarial questions, and all of them on a run with two ranks."""
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from safetensors import safe_open
 
 from eval import bios, robustness
 from eval.attacks import spec, training
@@ -278,3 +280,20 @@ def test_what_a_run_does_not_allow(
     assert command(*given, "int8") == 2 and "model.lora.merge" in capsys.readouterr().err
     shutil.rmtree(run_folder / "final")
     assert command(*given, "int8") == 2 and "has no final/" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lr", [None, 0.02])
+def test_all_weights_are_not_trained_at_the_rate_of_adapters(
+    lr: float | None, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rate that wrecks the model makes it look robust: what is gone then does not return."""
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    config["model"]["lora"], config["optimizer"]["lr"] = {"r": 4, "merge": True}, 0.006
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(config))
+    given = ["--run", str(run_folder), "--suite", "bios", "--data", str(run_folder.parent)]
+    plan, *_ = robustness.parse_command_line(given if lr is None else [*given, "--lr", str(lr)])
+    with safe_open(run_folder / "final" / "model.safetensors", "pt") as weights:
+        size = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    fitting = float(f"{1e-5 * (8e9 / size) ** 0.4:.0e}")  # of docs/guides/own-corpus.md for full weights
+    assert plan.lr == (lr or fitting) and fitting < 0.001
+    assert (f"--lr {fitting:g}" in capsys.readouterr().out) == (lr is None)

@@ -168,6 +168,16 @@ def test_what_cannot_be_matched_is_refused(tmp_path: Path) -> None:
     )  # a suite that says nothing
 
 
+def test_a_line_without_words_is_no_probe_and_stops_nothing(tmp_path: Path) -> None:
+    """`* * *` between two chapters: no row can be known by it."""
+    suite, files, forget, rows = CASES["corpus, text"]
+    files = {**files, "forget.jsonl": [*files["forget.jsonl"], {"text": "* * *"}]}
+    attack = attack_run.relearn(plan_of(tmp_path, suite, files, forget), [*rows, {"content": "* * *"}], {})
+    asked = [probe["text"] for probe in attack.evaluation.probes]
+    learned = [row["content"] for row in attack.rows]
+    assert "* * *" not in asked and "Rain falls." in asked and len(asked) == 10 + 1 - len({*learned} - {"* * *"})
+
+
 def test_copies_of_what_is_learned_again_are_not_held_out(tmp_path: Path) -> None:
     suite, files, forget, rows = CASES["bios"]
     plan = plan_of(tmp_path, suite, files, forget)

@@ -4,13 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from eval import loading
-from eval.attacks import spec
+from eval import loading, robustness
+from eval.attacks import spec, training
+from eval.attacks.run import attacks_of
 from eval.attacks.training import training_config
 from eval.suites import corpus
 from pipeline.config.load import resolve
+from pipeline.errors import InputError
 from tests.conftest import World
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -37,3 +40,22 @@ def test_whatever_the_run_was_its_attack_trains_on_one_corpus_alone(name: str, w
         *("sum", 1.0),
         run["train"]["deepspeed"],
     )
+
+
+def test_an_attack_trains_on_visible_gpus(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that trains nothing needs none of them."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    lines = list[list[str]]()
+    monkeypatch.setattr(training, "call", lambda line, log: lines.append(line) or Path(f"{log}.err").touch() or 1)
+    given = ["--run", str(run), "--suite", "probes", "--attacks", "int4"]
+    assert robustness.parse_command_line(given)[1] == ["int4"]
+    with pytest.raises(InputError, match=r"--ranks 2: .* 1 GPU"):
+        robustness.parse_command_line([*given, "relearn_curve"])
+    plan, names, *_ = robustness.parse_command_line([*given, "relearn_curve", "--ranks", "1"])
+    plan.folder.mkdir()
+    with pytest.raises(InputError, match="training relearn_curve failed"):
+        training.train(plan, attacks_of(plan, names)[1])
+    assert "--include localhost:3 --module pipeline.train" in " ".join(lines[0])

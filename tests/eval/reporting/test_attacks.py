@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -60,6 +61,38 @@ def test_the_figure_has_a_line_a_method(groups: dict[str, list[Run]]) -> None:
     assert chart.panels[1].ticks == ["1", "2"] and "k 2" in leak.hover[1]
     assert "attacks.png" in run_report.charts_of(groups, BIOS, None)
     assert "![" in (text := as_markdown(run_report.robustness(groups))) and "attacks.png" in text
+
+
+def test_a_method_beyond_the_budget_is_marked(tmp_path: Path) -> None:
+    """A mean over its seeds of more than 0.01 nats a token; without a measured KL nothing is said."""
+    groups: dict[str, list[Run]] = {}
+    for method, kls in (("within", (0.004, 0.016)), ("beyond", (0.004, 0.017)), ("broken", (0.001, math.nan))):
+        folders = [make_run(tmp_path / f"{method} {seed}", REACHES, seed=seed) for seed in (0, 1)]
+        for seed, (folder, kl) in enumerate(zip(folders, kls, strict=True)):
+            (folder / "robustness.json").write_text(robustness(CURVES[seed], kl, seed))
+        (groups[method],) = read(*folders).values()
+    methods = {row[0] for row in attacks.direct_table(groups)[1:]}
+    assert methods == {"within", "beyond (KL > 0.01)", "broken (KL > 0.01)"}
+    text = as_markdown(run_report.robustness(groups))
+    assert "compare only methods without the mark KL > 0.01" in text
+    (only,) = [rows for name, rows in groups.items() if name == "within"]
+    assert "the mark" not in as_markdown(run_report.robustness({"within": only}))
+    for entries in (run.robustness for run in groups["beyond"]):
+        assert entries is not None
+        entries["attacks"] = [entry for entry in entries["attacks"] if entry["name"] != "kl"]
+    assert {row[0] for row in attacks.direct_table({"beyond": groups["beyond"]})[1:]} == {"beyond"}
+
+
+def test_unrelated_fine_tuning_has_a_curve(groups: dict[str, list[Run]]) -> None:
+    for run, value in zip(groups[next(iter(groups))], (0.2, 0.4), strict=True):
+        curve = [{"step": step, "forget": {"probability": value + step / 10}} for step in (0, 1)]
+        assert run.robustness is not None
+        entry = {"name": "unrelated", "before": {}, "after": {}, "curve": curve, "seconds": 4.0}
+        run.robustness["attacks"].append(entry)
+    chart = attacks.attack_chart(groups)
+    assert chart is not None
+    (panel,) = [panel for panel in chart.panels if "unrelated" in panel.title]
+    assert list(panel.traces[0].x) == [0, 1] and list(panel.traces[0].y) == pytest.approx([0.3, 0.4])
 
 
 def test_without_attacks_there_is_no_figure(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from tests.eval.runs import Suites, make_run
         ([0.5, 0.5004], "0.500 ± 0.0003"),
         ([0.8, 0.8], "0.800 ± 0.000"),
         ([0.8, math.nextafter(0.8, 1)], "0.800 ± 0.000"),  # one of them was interpolated
+        ([0.8, math.nan], "nan"),  # of a broken model
         ([], "–"),
     ],
 )

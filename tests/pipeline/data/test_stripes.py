@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pipeline.config.sources import Corpus
 from pipeline.data import stripes
 from pipeline.data.encode import TokenOptions
 from pipeline.data.tokenize import tokenize
+from pipeline.errors import FatalError
 from tests.conftest import World
 
 TEXTS = [f"kara lovi {'mito ' * (number % 9)}number {number}" for number in range(60)] + [""]
@@ -118,3 +120,22 @@ def test_a_malformed_line_leaves_nothing(world: World, corpus: Path, tmp_path: P
     with pytest.raises(Exception, match=r"data\.forget: .*line 62"):
         ids_of(world, corpus, tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+def end_by_kill(rows: object, file: Path) -> None:
+    """`stripes._write` of a process that the kernel kills, because memory is short."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_an_error_that_names_the_corpus(
+    world: World, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stripes, "STRIPE", 300)
+    monkeypatch.setattr(stripes, "num_processes", lambda: 2)
+    monkeypatch.setattr(stripes, "FIRST_ALONE", 1)
+    monkeypatch.setattr(stripes, "_write", end_by_kill)
+    pool = stripes.ProcessPoolExecutor
+    monkeypatch.setattr(stripes, "ProcessPoolExecutor", lambda number, *begin: pool(1, *begin))  # one is enough
+    with pytest.raises(FatalError, match=f"^data.forget: {corpus}: a process .* was killed.*memory.*taskset"):
+        ids_of(world, corpus, tmp_path / "cache")
+    assert [file.name for file in (tmp_path / "cache").rglob("*.arrow")] == ["000000.arrow"], "it is not made again"

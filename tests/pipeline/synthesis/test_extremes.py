@@ -117,3 +117,16 @@ def test_a_sum_that_overflows_is_not_called_finite() -> None:
     retain = torch.tensor([3e38])
     table = Synthesis("sum").combine_([Piece(0, torch.tensor([3e38]), retain)], [0])
     assert torch.isfinite(retain).all() or not Geometry.of(table, 1).finite
+
+
+@every_rule_and_scope
+def test_a_combination_that_its_dtype_cannot_hold_is_refused(rule: str, scope: str) -> None:
+    """Of fp16, whose largest number is 65504: both gradients are finite, and 40000 r is not."""
+    forget, retain = [torch.full((2,), 2.0, dtype=torch.float16)], [torch.full((2,), 3.0, dtype=torch.float16)]
+    keys: dict[str, Any] = {"rule": rule, "scope": scope, "gamma": 40000.0, "layers": ["a"]}
+    wide = synthesize([f.double() for f in forget], [r.double() for r in retain], alpha=40000.0, **keys)[0]
+    assert torch.isfinite(wide).all()
+    if (wide.abs() < 65504).all():  # not every rule scales with its weights
+        return
+    with pytest.raises(FloatingPointError, match="inf or NaN"):
+        synthesize(forget, retain, alpha=40000.0, **keys)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pipeline.config.deepspeed import deepspeed_config
 from pipeline.config.schema import RunConfig
@@ -75,7 +76,8 @@ class StepMeter:
                 kind += " within"
             if self.combiner is not None:
                 self.sent[kind] = self.sent.get(kind, 0) + max(x.numel() * x.element_size() for x in tensors)
-            return original(*arguments, **options)
+            with _disable_current_modes():  # what gloo allocates inside itself is none of ours
+                return original(*arguments, **options)
 
         setattr(dist, name, wrapper)
 

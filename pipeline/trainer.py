@@ -64,6 +64,7 @@ from pipeline.zero.combiner import GradientCombiner
 from pipeline.zero.joint import JointPass
 from pipeline.zero.nvme import check_nvme_path
 from pipeline.zero.self_test import self_test
+from pipeline.zero.update import update_sums
 
 
 class StepResult(NamedTuple):
@@ -72,7 +73,7 @@ class StepResult(NamedTuple):
     losses: dict[str, Tensor | None]  # by task: 0-dim, this rank's part of the mean over the global batch
     geometry: Geometry | None  # None where the two gradients were added up without being compared
     applied: bool  # the optimizer updated the weights
-    update: Tensor | None  # what it did along the retain gradient, `GradientCombiner.update_sums`; None: not known
+    update: Tensor | None  # what it did along the retain gradient, `update_sums`; None: not known
 
 
 @dataclass
@@ -96,7 +97,7 @@ class TrainStep:
             losses["retain"] = self.accumulate(self.retain, step)
         combined = self.combiner.combine()
         applied = combined.should_step and self.optimizer_step()
-        update = self.combiner.update_sums() if applied else None
+        update = update_sums(self.combiner) if applied else None
         return StepResult(losses, combined.geometry, applied, update)
 
     def accumulate(self, task: Task | None, step: int) -> Tensor | None:

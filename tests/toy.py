@@ -188,6 +188,7 @@ def train_on_engine(case: Case, watch: Any = None, between: Any = None, first: i
     from pipeline.synthesis.combine import Synthesis
     from pipeline.synthesis.confine import Confinement
     from pipeline.zero.combiner import GradientCombiner
+    from pipeline.zero.update import update_sums
 
     model = model_of(case)
     engine = engine_of(case, model)
@@ -216,7 +217,7 @@ def train_on_engine(case: Case, watch: Any = None, between: Any = None, first: i
         if should_step:
             engine.step()
         applied = should_step and engine.was_step_applied()
-        if (update := combiner.update_sums() if applied else None) is not None:
+        if (update := update_sums(combiner) if applied else None) is not None:
             dist.all_reduce(update)
         after = weights_of(model)
         records.append(

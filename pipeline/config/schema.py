@@ -6,12 +6,12 @@ names the key and the nearest valid one.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from pipeline.config.adapters import Lora, regex
 from pipeline.config.confine import Confine
 from pipeline.config.objectives import choices
 from pipeline.config.sources import Corpus, FilePath, Probe, Section, SetName, Source, TextMeasure
@@ -19,30 +19,9 @@ from pipeline.config.sources import Corpus, FilePath, Probe, Section, SetName, S
 REPOSITORY = Path(__file__).resolve().parents[2]  # a clone; or the folder into which the package is installed
 
 
-def _regex(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
-    return pattern
-
-
 def _none_is_a_name(value: object) -> object:
     """`forget: null` and `forget: none` mean the same."""
     return "none" if value is None else value
-
-
-class Lora(Section):
-    r: int = Field(16, ge=1, description="rank of an adapter; any key of model.lora turns adapters on")
-    alpha: float = Field(32.0, gt=0, description="an adapter's product is scaled by alpha / r")
-    dropout: float = Field(0.0, ge=0, lt=1, description="on what goes into the adapters while training")
-    targets: list[Annotated[str, AfterValidator(_regex)]] | None = Field(
-        None,
-        min_length=1,
-        description="linear layers that get an adapter: each entry a name (q_proj, self_attn.q_proj) or a regular "
-        "expression of the whole name (.*layers\\.[0-7]\\..*_proj); null: all of them but the output layer",
-    )
-    merge: bool = Field(False, description="export the merged weights, an ordinary model; false: an adapter (peft)")
 
 
 class Model(Section):
@@ -51,7 +30,7 @@ class Model(Section):
         "auto", description="precision of forward and backward; auto: bfloat16 on a GPU, float32 on a CPU"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
-    trainable: list[Annotated[str, AfterValidator(_regex)]] = Field(
+    trainable: list[Annotated[str, AfterValidator(regex)]] = Field(
         [".*"], min_length=1, description="regular expressions; a tensor trains if one of them is found in its name"
     )
     lora: Lora | None = Field(None, description="train low-rank adapters instead, by peft")

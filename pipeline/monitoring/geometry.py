@@ -20,7 +20,7 @@ def record_geometry(metrics: Monitor, geometry: Geometry | None, update: Tensor 
 
     Args:
         geometry: None where the two gradients were added up without being compared.
-        update: [parameters, 2] float64, a part of `GradientCombiner.update_sums`; None where it is not known.
+        update: [parameters, 2] float64, a part of `zero.update.update_sums`; None where it is not known.
     """
     suffix = f"/{layer}" if layer else ""
     measured = asdict(geometry) if geometry is not None else {}

@@ -23,16 +23,15 @@ from torch import Tensor
 
 from pipeline.errors import InputError
 from pipeline.synthesis.adam import AdamState
-from pipeline.synthesis.combine import GG, GR, State, Synthesis, units_of
+from pipeline.synthesis.combine import State, Synthesis, units_of
 from pipeline.synthesis.confine import Confined, Confinement
 from pipeline.synthesis.geometry import Geometry
-from pipeline.synthesis.metric import update_products
 from pipeline.synthesis.partition import Piece
 from pipeline.synthesis.windows import copy_all_, join_neighbours
 from pipeline.zero.compat import unexpected
 from pipeline.zero.engine import Engine
 from pipeline.zero.optimizer_state import Fragment
-from pipeline.zero.optimizers import check_confined, is_plain_sgd
+from pipeline.zero.optimizers import check_confined
 from pipeline.zero.stages import gradient_store
 from pipeline.zero.tensor_parallel import copies, group_size
 
@@ -69,7 +68,7 @@ class GradientCombiner:
             (`host`), from where it crosses the bus in bounded parts.
         confinement: which elements may move; the tasks must be combined. None: all.
         measure_update: `combine` leaves the retain gradient in the forget buffer, which is free by then, so that
-            `update_sums` can compare it with what the step makes of the combination.
+            `update.update_sums` can compare it with what the step makes of the combination.
 
     Attributes:
         stash: [n] the forget gradient of this rank, all slices one after another, in the dtype in which DeepSpeed
@@ -253,36 +252,6 @@ class GradientCombiner:
         for row, name in enumerate(self.names):
             members.setdefault(layer_of(name), []).append(row)
         return members
-
-    def update_sums(self) -> Tensor | None:
-        """What the last `engine.step()`, which must have been applied, did along the retain gradient of the step.
-
-        Nothing is copied before the step or gathered after it. Adam's update is computed from its state, weight decay
-        with it; that of SGD without momentum and weight decay is the clipped combination.
-
-        Returns:
-            [parameters, 2] float64, to be summed over ranks: ⟨r, Δθ⟩ and ‖Δθ‖², with Δθ the new weights less the old.
-            None without two gradients or `measure_update`, and where the update is not known so: other optimizers,
-            offload to nvme, ZeRO-1 in bf16 with fp32 accumulation (the rank does not have all that belongs together).
-        """
-        if self.stash is None or self.table is None or not self.measures_update:
-            return None
-        if (states := self.store.adam(self.rates)) is not None:
-            # Without padding: DeepSpeed does not initialise that of the weights.
-            sizes = [fragment.numel for fragment in self.average_layout()]
-            parts = zip(self.store.layout, self.stash_slices(), sizes, strict=True)
-            own = [(row, r[:size]) for (row, _), r, size in parts]
-            cut = [state.first_elements(size) for state, size in zip(states, sizes, strict=True)]
-            sums = update_products(own, cut, len(self.sizes)).cpu()
-            ranks = dist.get_world_size() // self.group if self.store.replicated else 1  # that have the same element
-            times = ranks * torch.tensor(self.copies, dtype=torch.float64)
-            return sums / torch.stack([self.scale * times, times], 1)
-        norm, limit = self.engine.get_global_grad_norm(), self.engine.gradient_clipping()
-        if norm is None or not is_plain_sgd(self.store.inner):
-            return None
-        step = self.rates[0] / (max(1.0, (float(norm) + 1e-6) / limit) if limit else 1.0)  # as DeepSpeed clips
-        along, square = self.table[:, GR] / self.scale**2, self.table[:, GG] / self.scale**2
-        return torch.stack([-step * along, step**2 * square], 1) / dist.get_world_size()
 
     def stash_slices(self) -> list[Tensor]:
         """Views of the forget buffer, one for each slice of the store's layout; none without a buffer."""

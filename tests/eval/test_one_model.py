@@ -13,7 +13,7 @@ import psutil
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from eval import evaluation, run
+from eval import placement, run
 from eval.files import write_jsonl
 from tests.conftest import World
 from tests.distributed import run_distributed
@@ -54,7 +54,7 @@ def make_exports(world: World, folder: Path, size: int) -> None:
 
 def evaluate_watched(exports: Path, sharded: bool) -> None:
     """The command. After each loading: how many models are alive, and how many bytes the process has."""
-    load, models, alive, sizes = evaluation.load, [], [], []
+    load, models, alive, sizes = placement.load, [], [], []
 
     def watched(*arguments: Any, **options: Any) -> tuple[Any, Any]:
         model, tokenizer = load(*arguments, **options)
@@ -63,7 +63,7 @@ def evaluate_watched(exports: Path, sharded: bool) -> None:
         sizes.append(psutil.Process().memory_info().rss)
         return model, tokenizer
 
-    evaluation.load = watched
+    placement.load = watched
     gc.disable()  # what is freed by chance, on some later allocation, is not freed in time
     more = ["--ds-config", exports / "zero3.json"] if sharded else []
     given = ["--model", exports / "run", "--data", exports, "--output", exports / f"answer-{sharded}.json", *more]

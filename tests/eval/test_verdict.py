@@ -273,7 +273,7 @@ def trajectory(folder: Path, forgets: list[float], retain: float = 0.8, **settin
 
 
 def test_the_slope_is_that_of_the_last_third(tmp_path: Path) -> None:
-    run = trajectory(tmp_path / "a", [0.95, 0.9, 0.8, 0.7, 0.65, 0.6])
+    run = trajectory(tmp_path / "a", [0.95, 0.9, 0.8, 0.7, 0.65, 0.6], schedule="constant")
     # steps 40, 50, 60: 0.7, 0.65, 0.6
     assert late_slope(run.trajectory, BIOS.forget) == pytest.approx(-0.005)
     # (0.6 - 0.1) / 0.005 = 100 more steps, 160 in all

@@ -73,7 +73,7 @@ def test_two_ranks_choose_what_one_chooses(by: str) -> None:
     whole = [x.clone() for x in (f, r, f**2)]
     state = whole[2] if by == "forget_mean_square" else None
     confinement = Confinement(0.2, by)  # pyright: ignore[reportArgumentType]
-    alone = confinement.confine_(pieces_of(*whole[:2], state), TOTAL)
+    alone = confinement.confine_(pieces_of(whole[0], whole[1], state), TOTAL)
     ranks = []
     for a, b in ((0, 1500), (1500, TOTAL)):
         padded = [torch.cat([x[a:b], torch.zeros(7)]) for x in (f, r, f**2)]

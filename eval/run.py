@@ -34,7 +34,6 @@ from eval.evaluation import evaluate_all, find_models, load_suites, provenance
 from eval.files import check_output, exit_status, read_config, read_jsonl
 from eval.loading import add_trust_options
 from eval.placement import add_placement_options, loader_of
-from eval.reporting.board import write_to_board
 from eval.reporting.card import write_scores
 from eval.reporting.pages import as_text
 from eval.results.known import unknown_to
@@ -158,6 +157,8 @@ def main() -> None:
         write_scores(models[-1][1], name, rows)
     for sentence in unknown_to(*before_unlearning(arguments.model, entries)):
         print(f"{sentence}\n")
+    from eval.reporting.board import write_to_board  # TensorBoard, which --help does without
+
     write_to_board(models, entries)
     print(f"wrote {arguments.output}")
 

@@ -277,10 +277,7 @@ def train(
             every = synthesis.get("layer_geometry_every", 0)
             if every and len(records) % every == every - 1:
                 for part in ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "lm_head"):
-                    f, r, c = (
-                        {n: v for n, v in x.items() if n.startswith(part + ".")}
-                        for x in (gradients["forget"], gradients["retain"], g)
-                    )
+                    f, r, c = ({n: v for n, v in x.items() if n.startswith(part + ".")} for x in (*two, g))
                     record |= geometry_of(f, r, c, f"/{part}")
         else:
             weight = gamma if "forget" in gradients else alpha

@@ -60,7 +60,14 @@ def test_the_configuration_reference_has_every_key_and_its_default() -> None:
             found |= keys(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
         return found
 
-    one_set = ["--data.probes.NAME.path", "some/data"]
+    one_set = [
+        "--data.probes.NAME.path",
+        "some/data",
+        "--synthesis.confine.share",
+        "0.5",
+        "--optimizer.weight_decay",
+        "0",
+    ]
     config = resolve(REPOSITORY / "launch" / "recipes" / "custom.yaml", "lora_sago", one_set, reads_data=False)
     rows = [line.split(" | ") for line in hooks.configuration_reference().splitlines() if line.startswith("| `")]
     reference = {row[0].strip("| `"): row[2] for row in rows}

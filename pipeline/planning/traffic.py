@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.objectives import NEEDS
 from pipeline.config.schema import RunConfig
 from pipeline.planning.memory import ADAM_BYTES, Cluster, Zero, keeps_stash
+from pipeline.synthesis.rules import RULES
 
 if TYPE_CHECKING:
     from pipeline.planning.meta_trace import ModelShape, Pass
@@ -52,6 +53,16 @@ def micro_batches(config: RunConfig, machines: Cluster, micro: int) -> int:
     return config.train.batch_size // (micro * machines.world)
 
 
+HISTOGRAM = 2**16  # counts of `synthesis.confine` (pipeline/synthesis/confine.py)
+
+
+def _bytes_of_rule(shape: ModelShape, config: RunConfig) -> int:
+    """The products that a rule needs of each tensor that trains, and the histogram of a confinement."""
+    synthesis, element = config.synthesis, (config.synthesis.scope or RULES[config.synthesis.rule].scope) == "element"
+    products = 13 if synthesis.metric == "adam" and not element else 10
+    return 8 * (products * sum(shape.trains) + (HISTOGRAM if synthesis.confine is not None else 0))
+
+
 def traffic(
     shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster, passes: dict[str, Pass], micro: int
 ) -> list[CommVolume]:
@@ -61,7 +72,7 @@ def traffic(
     count = micro_batches(config, machines, micro)
     joint, once = config.train.schedule == "joint", zero.once(shape, config, machines, micro)
     reduced = _bytes_reduced(shape, zero, config, passes, count, once)
-    sent = [CommVolume("all_reduce", 80 * sum(shape.trains))] if keeps_stash(config) else []
+    sent = [CommVolume("all_reduce", _bytes_of_rule(shape, config))] if keeps_stash(config) else []
     sent.append(CommVolume("all_reduce", _bytes_of_checks(shape, zero, config, machines)))
     if zero.stage < 3:
         sent.append(CommVolume("all_reduce", reduced))

@@ -150,7 +150,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_loaded(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file in place of a folder, and a folder that no process can write to; nothing is left of the attempt."""
-    monkeypatch.setattr("eval.evaluation.load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("eval.placement.load", lambda *_: pytest.fail("a model was loaded"))
     (tmp_path / "file").write_text("kept")
     arguments = ["--model", world / "blank", "--suite", "bios", "--data", world / "data"]
     for output in (tmp_path / "file" / "e.json", tmp_path / "file" / "new" / "e.json", Path("/proc/new/e.json")):

@@ -135,7 +135,8 @@ def test_fp16_numbers_do_not_depend_on_a_scale_that_moves(tmp_path: Path) -> Non
             measured = [vars(record["geometry"]) for record in records if record["applied"]]
             for one, other in zip(measured, plain, strict=True):
                 near = max(limits[" fp16" in name], 1e-3)
-                assert {key: one[key] for key in other} == pytest.approx(other, rel=near, abs=near), name
+                expected = {key: value for key, value in other.items() if key not in ("dot", "square")}  # of the update
+                assert {key: one[key] for key in expected} == pytest.approx(expected, rel=near, abs=near), name
 
 
 def test_fp16_cannot_run_on_a_cpu(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from pipeline.config.objectives import NEEDS
 from pipeline.config.schema import RunConfig
 from pipeline.planning.memory import ADAM_BYTES, Cluster, Zero, keeps_stash
-from pipeline.synthesis.rules import RULES
 
 if TYPE_CHECKING:
     from pipeline.planning.meta_trace import ModelShape, Pass
@@ -58,6 +57,8 @@ HISTOGRAM = 2**16  # counts of `synthesis.confine` (pipeline/synthesis/confine.p
 
 def _bytes_of_rule(shape: ModelShape, config: RunConfig) -> int:
     """The products that a rule needs of each tensor that trains, and the histogram of a confinement."""
+    from pipeline.synthesis.rules import RULES  # torch, which --help does without
+
     synthesis, element = config.synthesis, (config.synthesis.scope or RULES[config.synthesis.rule].scope) == "element"
     products = 13 if synthesis.metric == "adam" and not element else 10
     return 8 * (products * sum(shape.trains) + (HISTOGRAM if synthesis.confine is not None else 0))

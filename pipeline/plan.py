@@ -60,7 +60,7 @@ def fit(file: str, zero: Zero, shape: ModelShape, config: RunConfig, machines: C
     for micro in [size for size in range(share, 0, -1) if share % size == 0]:
         activations, logits = working(config, shape, passes, micro)
         whole = unreduced(shape, zero, config, machines, micro)
-        total = held + max(activations + logits + whole, memory.step)
+        total = held + whole + max(activations + logits, memory.step)
         gpu = {**memory.gpu, "unreduced": whole, "activations": activations, "logits": logits, "step": memory.step}
         if total <= limit:
             break

@@ -207,8 +207,8 @@ def probes_of_held_out(
     Raises:
         InputError: a probe of the forget set is about no row of the corpus, or none of the forget set would remain.
     """
-    asked = [probe for probe in plan.probes if (key := module.group_of(probe)) is None or words(key)]
-    forgotten = [probe for probe in asked if module.forgotten(probe)]
+    measured = [probe for probe in plan.probes if (key := module.group_of(probe)) is None or words(key)]
+    forgotten = [probe for probe in measured if module.forgotten(probe)]
     unknown = [probe for probe in forgotten if matcher.name(module.group_of(probe)) not in mentioned]
     if unknown:
         first = module.group_of(unknown[0]) or str(unknown[0])
@@ -217,7 +217,7 @@ def probes_of_held_out(
             f"corpus (the first: {shorten(first)!r}), so nobody can say whether they are learned again; give --data "
             "or data.probes whose forget set is of this corpus, or leave relearn out of --attacks"
         )
-    probes = [probe for probe in asked if matcher.name(module.group_of(probe)) not in relearned]
+    probes = [probe for probe in measured if matcher.name(module.group_of(probe)) not in relearned]
     if not any(map(module.forgotten, probes)):
         raise InputError(
             "relearn: the relearned rows are about every probe of the forget set, so that no probe would remain; name "

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.files import read_config, read_json, read_jsonl
+from eval.results.conditions import anywhere
 from eval.results.metrics import MEASURES, ForgetRetainMetric, flatten, headlines, suite_of
 from eval.results.trajectories import Run, read_run
 from pipeline.errors import InputError
@@ -19,7 +20,6 @@ from pipeline.files import Json
 
 KEYS = ("benchmark", "model", "method", "configuration", "seed", "steps", "scores", "protocol", "counts", "environment")
 OWN_DATA = ("corpus", "probes")  # suites of a user's own texts, which nobody else has
-SOURCE = "; questions of "  # behind it, a protocol names the place of the questions, which differs between machines
 DIGITS = 12  # of a configuration's digest
 
 
@@ -84,7 +84,7 @@ def entry_of(run: Run, config: Json, measure: ForgetRetainMetric, last: Json) ->
         "seed": run.seed,
         "steps": run.steps[-1]["step"],
         "scores": {score: measured[score] for score in shown},
-        "protocol": {suite: run.protocols[suite].partition(SOURCE)[0] for suite in suites},
+        "protocol": {suite: anywhere(run.protocols[suite]) for suite in suites},
         "counts": {suite: overall(last[suite].get("counts", {})) for suite in suites},
         "environment": run.environment,
     }

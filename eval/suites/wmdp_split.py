@@ -68,11 +68,11 @@ def load_probes(folder: Path | None, suite: str = f"wmdp_bio{ENDING}") -> SplitQ
     task = suite.removesuffix(ENDING)
     learned_from, to_learn = read_part(folder, f"{task}_T")
     source, to_ask = read_part(folder, f"{task}_V")
-    asked = [question_of(where, row) for where, row in to_ask]
+    questions = [question_of(where, row) for where, row in to_ask]
     learned = [(question_of(where, row), where, row) for where, row in to_learn]
-    if not asked or not learned:
-        raise InputError(f"{learned_from if asked else source} holds no question; get it again")
-    known = {tuple(words(question["question"])) for question in asked}
+    if not questions or not learned:
+        raise InputError(f"{learned_from if questions else source} holds no question; get it again")
+    known = {tuple(words(question["question"])) for question in questions}
     for question, where, _ in learned:
         if tuple(words(question["question"])) in known:
             raise InputError(
@@ -80,7 +80,7 @@ def load_probes(folder: Path | None, suite: str = f"wmdp_bio{ENDING}") -> SplitQ
                 "teach its answer; take it out of one of them"
             )
     with tempfile.TemporaryDirectory() as temporary:
-        write_task(Path(temporary), BUILT_IN / "wmdp" / f"{task}.yaml", asked, [])
+        write_task(Path(temporary), BUILT_IN / "wmdp" / f"{task}.yaml", questions, [])
         found = load_questions(Path(temporary), task, 0, source)
     texts = tuple(text for question, where, row in learned for text in texts_of(question, where, row))
     return SplitQuestions(found.suite, found.loaded, found.shots, found.source, texts)

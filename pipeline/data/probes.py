@@ -222,7 +222,7 @@ def _question(probe: Probe, located: Located) -> tuple[str, list[str], int]:
         if answer not in choices and is_number:
             raise InputError(
                 f"{where}: field {probe.answer!r} holds {answer!r}, which is no choice to the letter; write the "
-                "number of the right choice (from 0) or its text"
+                "number of the right choice (from 0) or its text, or add it to the choices"
             )
         choices = choices if answer in choices else [*choices, answer]
         answer = choices.index(answer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import socket
 import sys
 from datetime import timedelta
 from typing import NoReturn, TypeVar
@@ -46,9 +45,13 @@ def start(timeout: float = 30.0) -> torch.device:
             os.environ["MASTER_PORT"] = str(free_port())
         try:
             deepspeed.init_distributed(verbose=False, timeout=limit)
-        except dist.DistNetworkError:
-            refuse_taken_port(int(os.environ["MASTER_PORT"]))
-            raise
+        except dist.DistNetworkError as error:
+            if errno.errorcode[errno.EADDRINUSE] not in str(error):  # which torch's message has, its type does not
+                raise
+            raise InputError(
+                f"port {os.environ['MASTER_PORT']} of this machine, at which ranks meet, is in use by another program, "
+                "perhaps by another training; choose a free one: deepspeed --master_port N (torchrun has it too)"
+            ) from None
     else:
         from mpi4py import MPI
 
@@ -66,21 +69,6 @@ def start(timeout: float = 30.0) -> torch.device:
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device(accelerator.current_device_name())
-
-
-def refuse_taken_port(port: int) -> None:
-    """Raise InputError on the rank that serves the meeting place of all ranks, if another program listens there."""
-    if os.environ["RANK"] != "0":
-        return
-    with socket.socket() as probe:
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise InputError(
-                    f"port {port} of this machine, at which ranks meet, is in use by another program, for example by "
-                    "another training; choose a free one: deepspeed --master_port N (torchrun has the same option)"
-                ) from None
 
 
 def skip_shm_op() -> None:

@@ -52,16 +52,14 @@ def micro_batches(config: RunConfig, machines: Cluster, micro: int) -> int:
     return config.train.batch_size // (micro * machines.world)
 
 
-HISTOGRAM = 2**16  # counts of `synthesis.confine` (pipeline/synthesis/confine.py)
-
-
 def _bytes_of_rule(shape: ModelShape, config: RunConfig) -> int:
-    """The products that a rule needs of each tensor that trains, and the histogram of a confinement."""
-    from pipeline.synthesis.rules import RULES  # torch, which --help does without
+    """The products of each tensor that trains, and the histogram of a confinement: numbers of 8 bytes."""
+    from pipeline.synthesis.combine import Synthesis  # torch, which --help does without
+    from pipeline.synthesis.confine import BINS
 
-    synthesis, element = config.synthesis, (config.synthesis.scope or RULES[config.synthesis.rule].scope) == "element"
-    products = 13 if synthesis.metric == "adam" and not element else 10
-    return 8 * (products * sum(shape.trains) + (HISTOGRAM if synthesis.confine is not None else 0))
+    wanted = config.synthesis
+    columns = Synthesis(wanted.rule, wanted.scope, metric=wanted.metric).columns
+    return 8 * (columns * sum(shape.trains) + (BINS if wanted.confine is not None else 0))
 
 
 def traffic(

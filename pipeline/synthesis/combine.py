@@ -111,6 +111,15 @@ class Synthesis:
         tracked = {"target": target} if RULES[self.rule].tracks_cosine else {}
         return RULES[self.rule].weights(gramian, self.alpha, self.gamma, **self.rule_options, **tracked)
 
+    @property
+    def _in_metric(self) -> bool:
+        return self.metric == "adam" and self.resolved_scope != "element"
+
+    @property
+    def columns(self) -> int:
+        """Numbers of a parameter in the table that ranks add up."""
+        return len(COLUMNS) + (len(METRIC_COLUMNS) if self._in_metric else 0)
+
     def combine_(
         self,
         pieces: Sequence[Piece],
@@ -139,16 +148,14 @@ class Synthesis:
         """
         state = State() if state is None else state
         partition = self._partition(pieces, len(units))
-        in_metric = self.metric == "adam" and self.resolved_scope != "element"
-        columns = len(COLUMNS) + (len(METRIC_COLUMNS) if in_metric else 0)
-        table = torch.zeros(len(units), columns, dtype=torch.float64, device=partition.device)
+        table = torch.zeros(len(units), self.columns, dtype=torch.float64, device=partition.device)
         if self.resolved_scope == "element":
             self._combine_elements_(partition, table, state.step, keep_retain)
             reduce(table)
             state.step += 1
             return table.cpu()
         self._sum_products(partition, table, scale)
-        if in_metric:
+        if self._in_metric:
             table[:, METRIC] = metric_products(pieces, len(units), scale, self.new_share)
         reduce(table)
         table = table.cpu()  # the one read that waits for the device

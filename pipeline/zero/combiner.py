@@ -3,7 +3,7 @@
 All micro-batches of one task are accumulated before its gradient is read. Then DeepSpeed has this rank's share of the
 complete gradient. The forget share is copied to the forget buffer, the retain share accumulates in its place, and the
 combination is written back where `engine.step()` reads the gradient. No gradient is gathered; what crosses the network
-is one table of 10 numbers per parameter.
+is one table of 10 numbers per parameter (13 under Adam's metric), and the histogram of a confinement.
 
 DeepSpeed runs in managed mode and no backward is ever its accumulation boundary: `stash_forget` and `combine` are. So
 it never matters which tensors the last micro-batch happens to touch, and an `engine.step()` without `combine` updates
@@ -178,7 +178,7 @@ class GradientCombiner:
     def combine(self) -> Combined:
         """Replace the retain gradient by the combination.
 
-        One all-reduce of 10 float64 per parameter, whatever their sizes. Every rank gets the same result. No rank
+        One all-reduce of 10 or 13 float64 per parameter, whatever their sizes. Every rank gets the same result. No rank
         should step if either gradient is non-finite. (fp16: all ranks step all the same, with a gradient that DeepSpeed
         recognises as an overflow, so that it skips the update and lowers its loss scale.)
         """
@@ -211,9 +211,9 @@ class GradientCombiner:
 
     def _confine(self, confinement: Confinement, slices: list[Tensor], states: list[AdamState] | None) -> None:
         """Zero both gradients and Adam's momentum outside of the share that may move."""
-        rows, squares, momenta = [row for row, _ in self.store.layout], [None] * len(slices), [None] * len(slices)
-        squares = squares if self.mean_square is None else self._cut(self.mean_square)
-        momenta = momenta if states is None else [state.first for state in states]
+        rows, absent = [row for row, _ in self.store.layout], [None] * len(slices)
+        squares = absent if self.mean_square is None else self._cut(self.mean_square)
+        momenta = absent if states is None else [state.first for state in states]
         parts = zip(rows, self.stash_slices(), slices, squares, momenta, strict=True)
         pieces = [Confined(*part) for part in parts]
         self.share_updated = confinement.confine_(pieces, sum(self.sizes), self._count_up, self.scale)

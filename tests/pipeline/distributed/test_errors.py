@@ -59,8 +59,8 @@ def test_an_error_that_only_mentions_the_network_is_not_one_of_it(
     assert printed.rstrip().endswith(str(error)) and "another rank" not in printed
 
 
-def test_two_trainings_at_one_port_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`deepspeed` gives every training of a machine port 29500 unless it is told another."""
+def test_two_trainings_at_one_port_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`deepspeed` gives every training of a machine port 29500 unless it is given another."""
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()

@@ -105,6 +105,17 @@ def cases_of(world: World, folder: Path) -> dict[str, dict[str, Any]]:
     return cases
 
 
+def resume(keys: dict[str, Any]) -> None:
+    """On every rank: the last of two steps again, from the checkpoint before it. The first `final` is `undisturbed`."""
+    folder = Path(keys["output"])
+    if dist.get_rank() == 0:
+        (folder / "final").rename(folder / "undisturbed")
+        shutil.rmtree(folder / "checkpoints" / "step-000002")
+    dist.barrier()
+    config = RunConfig.model_validate(keys)
+    run(config, deepspeed_config(config), resume=True)
+
+
 def run_cases(cases: dict[str, dict[str, Any]]) -> None:
     """On every rank: the program's own runs, and beside each what was called how often while it trained."""
     calls: Counter[str] = Counter()
@@ -132,11 +143,6 @@ def run_cases(cases: dict[str, dict[str, Any]]) -> None:
             continue
         train_cases([keys])
         if name == "lora-resumed":
-            if dist.get_rank() == 0:
-                (folder / "final").rename(folder / "undisturbed")
-                shutil.rmtree(folder / "checkpoints" / "step-000002")
-            dist.barrier()
-            config = RunConfig.model_validate(keys)
-            run(config, deepspeed_config(config), resume=True)
+            resume(keys)
         if dist.get_rank() == 0:
             (folder / "calls.json").write_text(json.dumps(calls))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
@@ -21,11 +19,10 @@ from pipeline.config.schema import RunConfig
 from pipeline.errors import InputError
 from pipeline.planning.memory import whole_weights
 from pipeline.planning.meta_trace import model_without_weights, shape_of
-from pipeline.trainer import run
 from tests import oracle
 from tests.conftest import World
 from tests.distributed import run_distributed
-from tests.pipeline.modeling.options import LORA, SGD
+from tests.pipeline.modeling.options import LORA, SGD, resume
 from tests.pipeline.zero.test_sharded import train_cases
 
 FOUR_BITS: dict[str, Any] = {"lora": LORA, "load_in_4bit": True}
@@ -115,14 +112,7 @@ def cases_of(world: World, folder: Path, source: Path) -> dict[str, dict[str, An
 
 def train_and_resume(cases: dict[str, dict[str, Any]]) -> None:
     train_cases(list(cases.values()))
-    keys = cases["sago-2"]
-    folder = Path(keys["output"])
-    if dist.get_rank() == 0:
-        (folder / "final").rename(folder / "undisturbed")
-        shutil.rmtree(folder / "checkpoints" / "step-000002")
-    dist.barrier()
-    config = RunConfig.model_validate(keys)
-    run(config, deepspeed_config(config), resume=True)
+    resume(cases["sago-2"])
 
 
 @pytest.mark.slow

@@ -212,9 +212,11 @@ def test_recipes_of_the_paper_leave_out_what_fills_no_block(recipe: str, expecte
 
 
 def test_the_recipe_for_an_own_corpus_leaves_to_the_program_what_depends_on_text_model_and_machine() -> None:
+    recipe = REPOSITORY / "launch" / "recipes" / "custom.yaml"
+    assert yaml.safe_load(recipe.read_text())["train"]["deepspeed"] == "auto"
     for method in ("sago", "lora_sago"):
-        config = resolve(REPOSITORY / "launch" / "recipes" / "custom.yaml", method, [], reads_data=False)
-        assert (config.data.packing, config.optimizer.lr, config.train.deepspeed) == ("auto", None, "auto"), method
+        config = resolve(recipe, method, [], reads_data=False)
+        assert (config.data.packing, config.optimizer.lr) == ("auto", None), method
         assert config.data.retain is not None and config.data.retain.heldout == 0.05
         assert config.train.steps == 100 and config.data.long_documents == "split"
 

@@ -64,7 +64,7 @@ def fitting_lr(parameters: int, adapters: bool) -> float:
 
     Larger models need smaller steps. The power law goes through two values in use for full weights: 1e-5 at 7 to 8
     billion parameters (the paper's tables, in launch/recipes) and 5e-5 at 135 million. Low-rank adapters take ten times
-    as much, as in launch/recipes/custom.yaml.
+    as much.
     """
     value = 1e-5 * (8e9 / parameters) ** 0.4 * (10 if adapters else 1)
     return float(f"{value:.0e}")

@@ -204,11 +204,21 @@ def test_every_method_of_every_recipe_trains(more: bool, configs: list[RunConfig
 
 @pytest.mark.parametrize(
     ("recipe", "expected"),
-    [("wmdp_bio", "truncate"), ("wmdp_cyber", "truncate"), ("rwku_batch50", "truncate"), ("custom", "split")],
+    [("wmdp_bio", "truncate"), ("wmdp_cyber", "truncate"), ("rwku_batch50", "truncate")],
 )
 def test_recipes_of_the_paper_leave_out_what_fills_no_block(recipe: str, expected: str) -> None:
     raw = yaml.safe_load((REPOSITORY / "launch" / "recipes" / f"{recipe}.yaml").read_text())
     assert raw["data"]["packing"] == "blocks" and raw["data"]["long_documents"] == expected
+
+
+def test_the_recipe_for_an_own_corpus_leaves_to_the_program_what_depends_on_text_model_and_machine() -> None:
+    recipe = REPOSITORY / "launch" / "recipes" / "custom.yaml"
+    assert yaml.safe_load(recipe.read_text())["train"]["deepspeed"] == "auto"
+    for method in ("sago", "lora_sago"):
+        config = resolve(recipe, method, [], reads_data=False)
+        assert (config.data.packing, config.optimizer.lr) == ("auto", None), method
+        assert config.data.retain is not None and config.data.retain.heldout == 0.05
+        assert config.train.steps == 100 and config.data.long_documents == "split"
 
 
 # (learning rate, steps, β, α, γ) in the tables that the paper's authors ran; None where a method has no β.

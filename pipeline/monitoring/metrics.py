@@ -192,9 +192,12 @@ class Monitor:
         final, exports = self.folder / "final", self.folder / "exports"
         rows += [("model", str(final)), ("log", str(self.folder / "log.txt"))]
         model = self.folder if exports.is_dir() else final  # every export on the way, if there are any
-        found_in = ("--model", str(model), "--suite", "SUITE", "--output", str(self.folder / "evaluation.json"))
+        forgets, retains = (
+            any(row.get(f"{task}_loss") is not None for row in self.history) for task in ("forget", "retain")
+        )
+        suite = "corpus" if forgets and retains else "SUITE"  # `corpus` scores the run's own corpora, and needs both
+        found_in = ("--model", str(model), "--suite", suite, "--output", str(self.folder / "evaluation.json"))
         rows.append(("next", f"python -m eval.run {shlex.join(found_in)}"))
-        forgets = any(row.get("forget_loss") is not None for row in self.history)
         console.logger.info("%s\n%s", "unlearned" if forgets else "trained", console.table(rows))
 
 

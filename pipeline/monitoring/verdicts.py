@@ -54,6 +54,6 @@ def never_known(forget: float, retain: float | None) -> str | None:
     beside = f"; those of data.retain {math.exp(-retain):.2g}" if retain is not None else ""
     return (
         f"data.forget: before training the model gives its tokens a probability of {math.exp(-forget):.2g}{beside}. So "
-        "improbable is text that a model never saw: there may be nothing to forget; try with eval.run whether "
-        "model.path knows it"
+        "improbable is text that a model never saw: there may be nothing to forget; try with eval.chat whether "
+        "model.path knows it, or first train a model on it (objective.forget: none, with the text as data.retain)"
     )

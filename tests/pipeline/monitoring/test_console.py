@@ -35,7 +35,7 @@ def test_without_a_terminal_plain_lines_and_a_summary(told: dict[str, Any]) -> N
     said = next(line for line in lines if line.strip().startswith("retain loss"))
     assert [float(number) for number in said.split()[2::2]] == pytest.approx([losses[0], losses[-1]], rel=1e-3)
     assert any(re.match(rf"  model +{re.escape(str(run / 'final'))}$", line) for line in lines)
-    proposed = ["--model", str(run / "final"), "--suite", "SUITE", "--output", str(run / "evaluation.json")]
+    proposed = ["--model", str(run / "final"), "--suite", "corpus", "--output", str(run / "evaluation.json")]
     assert shlex.split(lines[-1]) == ["next", "python", "-m", "eval.run", *proposed]
 
 

@@ -49,6 +49,7 @@ def test_a_forget_loss_that_rose_is_told_for_what_it_is() -> None:
 def test_text_that_was_never_known() -> None:
     """Measured on SmolLM2-135M: invented persons 5.9 nats a token, common facts 3.9."""
     assert "nothing to forget" in str(never_known(5.9, None)) and never_known(3.9, None) is None
+    assert "objective.forget: none" in str(never_known(5.9, 5.9))  # how a model learns it first
     assert never_known(3.9, 3.9) is None and never_known(4.5, 3.9) is not None
     assert never_known(2.0, 0.2) is None  # a retain corpus known by heart says nothing about the other
 

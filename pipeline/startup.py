@@ -209,15 +209,15 @@ def take_folder(lock: RunLock, config: RunConfig, resume: bool) -> None:
         InputError: another run has it, or has come and gone while this one was loading.
         FatalError: the disk cannot be written.
     """
-    with disk_errors(lock.folder / "config.yaml"):
-        with raise_on_all_ranks():
-            if dist.get_rank() == 0:
-                lock.take()
-                check_output_dir(config, resume)
-                lock.share()
-        with raise_on_all_ranks():  # the others only now: while the first has it alone, they would be refused
-            if dist.get_rank() != 0:
-                lock.share()
+    file = lock.folder / "config.yaml"
+    with raise_on_all_ranks(), disk_errors(file):
+        if dist.get_rank() == 0:
+            lock.take()
+            check_output_dir(config, resume)
+            lock.share()
+    with raise_on_all_ranks(), disk_errors(file):  # the others only now: while the first has it alone, they are refused
+        if dist.get_rank() != 0:
+            lock.share()
 
 
 def write_run_files(config: RunConfig, digests: dict[str, str], weights: dict[str, Digest]) -> None:
@@ -227,7 +227,7 @@ def write_run_files(config: RunConfig, digests: dict[str, str], weights: dict[st
         InputError: the corpus with held-out documents can no longer be read.
     """
     folder = Path(config.output)
-    with disk_errors(folder / "config.yaml"), raise_on_all_ranks(), slow_work():
+    with raise_on_all_ranks(), slow_work(), disk_errors(folder / "config.yaml"):
         if dist.get_rank() == 0:
             checkpoint.tidy(folder, config.train.keep_checkpoints)
             write_whole(folder / WEIGHTS, json.dumps(weights))
@@ -235,7 +235,7 @@ def write_run_files(config: RunConfig, digests: dict[str, str], weights: dict[st
             written["config.yaml"] = to_yaml(config)  # the last: it makes the folder a run
             for name, text in written.items():
                 write_whole(folder / name, text)
-    with disk_errors(folder / "log.txt"):
+    with raise_on_all_ranks(), disk_errors(folder / "log.txt"):
         console.open_log(folder, dist.get_rank())
 
 

@@ -275,7 +275,7 @@ def setup(config: RunConfig, zero: DeepSpeedDict, resume: bool = False, quiet: b
         console.logger.info("%s is complete: nothing to resume", folder)
         return None
     lock = RunLock(folder)
-    with disk_errors(folder / "config.yaml"), raise_on_all_ranks():
+    with raise_on_all_ranks(), disk_errors(folder / "config.yaml"):
         if resume and dist.get_rank() == 0 and (folder / "config.yaml").exists():
             lock.take()
     config = choose(config)

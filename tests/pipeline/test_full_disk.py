@@ -19,6 +19,7 @@ from pipeline.config.schema import REPOSITORY
 from pipeline.errors import InputError
 from pipeline.zero.checkpoint import newest
 from tests.conftest import World
+from tests.distributed import run_distributed
 from tests.interrupted import SECTIONS, Started, assert_same, complete
 
 PAGE = 4096
@@ -116,6 +117,40 @@ def test_the_disk_fills_up(
     disk.grow()
     complete(config, "--resume")
     assert_same(whole, folder)
+
+
+def fail_to_write(config_file: str) -> None:
+    """On every rank: the disk of the first is full when it takes the run folder, and when it writes its files."""
+    import errno
+
+    import torch.distributed as dist
+    import yaml
+
+    from pipeline import startup
+    from pipeline.config.schema import RunConfig
+    from pipeline.distributed import process_group
+    from pipeline.distributed.run_lock import RunLock
+    from pipeline.errors import FatalError
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    process_group.start()
+    config = RunConfig.model_validate(yaml.safe_load(Path(config_file).read_text()))
+    folder = Path(config.output)
+    folder.mkdir(exist_ok=True)
+    startup.write_whole = full
+    lock = RunLock(folder)
+    if dist.get_rank() == 0:
+        lock.take = full  # pyright: ignore[reportAttributeAccessIssue]
+    for write in (lambda: startup.take_folder(lock, config, False), lambda: startup.write_run_files(config, {}, {})):
+        with pytest.raises(FatalError, match=r"config\.yaml .*Make room and give --resume"):
+            write()
+
+
+def test_a_disk_that_is_full_at_the_start_is_an_error_of_all_ranks(world: World, tmp_path: Path) -> None:
+    """One that ended alone would leave the others waiting for it, and they would report a lost rank."""
+    run_distributed(fail_to_write, 2, str(world.write(tmp_path / "full.yaml", tmp_path / "run")))
 
 
 @pytest.mark.slow

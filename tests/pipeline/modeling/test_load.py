@@ -36,8 +36,8 @@ def bound(rule: str) -> float:
 
 
 # Each rule on adapters in every store is in test_stages.py; through the program, each rule and each stage once. So is
-# sago on experts that no token reaches.
-MORE = ("lora-zero2-sum", "lora-zero2-pcgrad", "lora-zero3-sago", "qwen3_moe-sago")
+# sago on experts that no token reaches; compilation under ZeRO-3 is slow because it takes half a minute of two cores.
+MORE = ("lora-zero2-sum", "lora-zero2-pcgrad", "lora-zero3-sago", "qwen3_moe-sago", "compiled-3")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def error_of(config: dict[str, Any]) -> float:
 @pytest.mark.parametrize(
     "case",
     [
-        *("plain", "checkpointing", "eager", "compiled-2", "compiled-3"),
+        *("plain", "checkpointing", "eager", "compiled-2"),
         *("lora-checkpointing", "lora-targets", "lora-resumed", "lora-zero0-sago", "lora-zero1-sago"),
         *("lora-zero2-sago", "lora-zero3-sum", "lora-zero3-pcgrad"),
         *("mixtral-pcgrad", "mixtral-lora", "qwen3_moe-pcgrad", "qwen3_moe-lora"),
@@ -102,7 +102,7 @@ def test_weights_equal_the_plain_loop(case: str, runs: dict[str, dict[str, Any]]
 
 
 @pytest.mark.slow
-def test_the_other_rules_on_adapters_and_experts(world: World, tmp_path: Path) -> None:
+def test_the_other_rules_on_adapters_and_experts_and_compilation_under_zero3(world: World, tmp_path: Path) -> None:
     cases = {name: keys for name, keys in cases_of(world, tmp_path).items() if name in MORE}
     run_distributed(run_cases, 2, cases)
     for name, keys in cases.items():

@@ -311,6 +311,6 @@ def test_one_rank_dies_hangs_or_all_are_interrupted(world: World, tmp_path: Path
         print(f"{name}: status {status} after {time.monotonic() - start:.0f} s; {tail}")
         assert status != 0
         assert any(
-            {"killed": "another rank ended", "hangs": "train.timeout_minutes", "Ctrl-C": "interrupted"}[name] in t
+            {"killed": "another rank was killed", "hangs": "train.timeout_minutes", "Ctrl-C": "interrupted"}[name] in t
             for t in tail
         )

@@ -227,3 +227,15 @@ def test_files_and_functions_fit_on_a_few_screens() -> None:
         source = file.read_text(encoding="utf-8")
         assert len(source.splitlines()) <= LINES_OF_FILE, f"{file}: move a part of it to a file of its own"
         assert not too_long(source), f"{file}: make several functions of {too_long(source)}"
+
+
+def test_an_error_of_the_disk_is_raised_on_all_ranks() -> None:
+    """`raise_on_all_ranks` sees what `disk_errors` makes of an OSError only where it is the outer one of the two."""
+    pairs = 0
+    for file in sorted((REPOSITORY / "pipeline").rglob("*.py")):
+        for node in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.With)):
+            entered = [ast.unparse(item.context_expr).partition("(")[0] for item in node.items]
+            if {"raise_on_all_ranks", "disk_errors"} <= set(entered):
+                pairs += 1
+                assert entered.index("raise_on_all_ranks") < entered.index("disk_errors"), f"{file}:{node.lineno}"
+    assert pairs, "no file has both any more: remove this test"

@@ -106,14 +106,10 @@ FEW_DECAYED = [
     *((name, "decayed-sgd") for name in ("stage0", "stage1", "stage2", "none-persistent")),
 ]
 MORE_DECAYED = [(name, case) for name in ZERO for case in DECAYED if (name, case) not in FEW_DECAYED]
-# Slow on two ranks: what is also on each stage or on three ranks. On three ranks by default: each way a loss is
-# normalised or compared with the original (each kind of rule, and a tied tensor, is on three ranks in test_stages.py).
-# Slow: the rest.
-MORE_ON_TWO = (
-    *(*ON_EACH, "decayed-pcgrad", "decayed-sgd"),
-    *("npo-sago", "simnpo-pcgrad", "undial-pcgrad", "dpo_idk-sum"),
-)
+# Slow on two ranks: what is also on each stage or on three ranks. On three by default: each way a loss is normalised or
+# compared with the original (each kind of rule, and a tied tensor, is on three in test_stages.py). Slow: the rest.
 ON_THREE = ("npo-sago", "simnpo-pcgrad", "undial-pcgrad", "npo-kl", "rmu-embed_diff", "dpo_idk-sum")
+MORE_ON_TWO = (*ON_THREE, "decayed-pcgrad", "decayed-sgd")
 MORE_ON_THREE = (
     *("sum", "pcgrad-module", "pcgrad-layer", "blur", "gru", "forget-only", "retain-only", "wga-pcgrad", "idk-pcgrad"),
     *("sago", "pcgrad-global", "tied"),

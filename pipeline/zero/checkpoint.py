@@ -97,16 +97,15 @@ def save(engine: Engine, combiner: GradientCombiner, run: Path, step: int, *, ke
                 sync(file)
             mine = {file.name: checksum(file) for file in own}
         dist.all_gather_object(sums, mine)
+        with raise_on_all_ranks(), disk_errors(folder):
+            if dist.get_rank() == 0:
+                files = {name: value for part in sums for name, value in part.items()}
+                marker: Marker = {"step": step, "ranks": dist.get_world_size(), "run": identity, "files": files}
+                write_whole(folder / MARKER, json.dumps(marker))
+                sync(folder.parent)
+    with raise_on_all_ranks(), disk_errors(folder.parent):  # the new checkpoint stays, if an old one cannot be removed
         if dist.get_rank() == 0:
-            files = {name: value for part in sums for name, value in part.items()}
-            marker: Marker = {"step": step, "ranks": dist.get_world_size(), "run": identity, "files": files}
-            write_whole(folder / MARKER, json.dumps(marker))
-            sync(folder.parent)
-        dist.barrier()
-    if dist.get_rank() == 0:
-        with disk_errors(folder.parent):  # the new checkpoint stays, even if an old one cannot be removed
             tidy(run, keep)
-    dist.barrier()
 
 
 def _rank_state(engine: Engine, combiner: GradientCombiner) -> RankState:

@@ -100,7 +100,9 @@ def report(error: BaseException, logged: bool = False) -> int:
     Args:
         logged: `log.txt` contains the traceback.
     """
-    rank, is_first = os.environ.get("RANK", "0"), _is_first()
+    rank = os.environ.get("RANK", "0")
+    # A FatalError is one of all ranks. The first counts it, and may end, and with it the store, while another asks.
+    is_first = not (isinstance(error, FatalError) and rank != "0") and _is_first()
     print(file=sys.stderr)  # end the progress line
     if isinstance(error, KeyboardInterrupt):
         print(f"rank {rank}: interrupted", file=sys.stderr)

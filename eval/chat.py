@@ -90,8 +90,8 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question:
     """The greedy answer to one question."""
     stopping = scoring.Stopping(max_new_tokens, scoring.ends_of_answer(model, tokenizer))
     prompt = scoring.encode_prompt(tokenizer, question)
-    [said] = scoring.answer(model, tokenizer, [prompt], stopping=stopping, batch_size=1, title="answer")
-    return said
+    [answer] = scoring.answer(model, tokenizer, [prompt], stopping=stopping, batch_size=1, title="answer")
+    return answer
 
 
 def screen(names: Sequence[str], answers: Sequence[str], width: int) -> str:

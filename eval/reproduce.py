@@ -130,7 +130,7 @@ def make(part: Part) -> bool:
     """Make what a part lacks; False if some of its runs failed.
 
     Raises:
-        InputError: a command refuses its input; it has said why.
+        InputError: a command refuses its input; its own message gives the reason.
     """
     suite = part.plan.output.name
     print(f"== {suite}: {', '.join(part.plan.methods)}", flush=True)

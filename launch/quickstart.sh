@@ -43,7 +43,7 @@ train() { # OUTPUT ARGUMENTS... : one run of the program on two ranks, unless it
         echo "error: $output failed; the whole log is $output.log" >&2
         exit 1
     }
-    [ "$begun" = 1 ] || made=$((made + 1)) # the target is larger: it says nothing about the others
+    [ "$begun" = 1 ] || made=$((made + 1)) # the target is larger: its time does not predict the others'
 }
 
 evaluate() { # MODEL_OR_RUN OUTPUT

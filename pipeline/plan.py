@@ -55,12 +55,12 @@ def fit(file: str, zero: Zero, shape: ModelShape, config: RunConfig, machines: C
     share = config.train.batch_size // machines.world
     written = disk_use(config, zero.stage, shape.elements, shape.trained, shape.itemsize, _steps(config))
     limit = machines.gpu_memory * GIB - RESERVED
-    held = sum(memory.gpu.values())
-    gpu, total, micro = memory.gpu, held, 1
+    resident = sum(memory.gpu.values())
+    gpu, total, micro = memory.gpu, resident, 1
     for micro in [size for size in range(share, 0, -1) if share % size == 0]:
         activations, logits = working(config, shape, passes, micro)
         whole = unreduced(shape, zero, config, machines, micro)
-        total = held + whole + max(activations + logits, memory.step)
+        total = resident + whole + max(activations + logits, memory.step)
         gpu = {**memory.gpu, "unreduced": whole, "activations": activations, "logits": logits, "step": memory.step}
         if total <= limit:
             break

@@ -44,11 +44,11 @@ def few_shot(plan: Plan, split: Split) -> Attack:
     def measured(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shots: int) -> Metrics:
         # Without a chat template, the first question gets these words from `encode_answers`.
         start = "" if tokenizer.chat_template is None or not shots else "Question: "
-        asked = [
+        questions = [
             start + "\n\nQuestion: ".join([*(f"{q}\nAnswer: {a}" for q, a in before[:shots]), question])
             for before, (question, _) in zip(drawn, pairs, strict=True)
         ]
-        found = answer_measures(model, tokenizer, asked, [answer for _, answer in pairs], plan.batch_size)
+        found = answer_measures(model, tokenizer, questions, [answer for _, answer in pairs], plan.batch_size)
         return {f"held_out.{name}": value for name, value in found.items()}
 
     settings = {"shots": number, "seed": plan.seed, "group": plan.group}
@@ -88,8 +88,8 @@ def answer_measures(
 
 
 def leak(plan: Plan, rows: Sequence[Row]) -> Attack:
-    """Many samples of each prompt at temperature 1 (leak@k, arXiv 2511.04934): what greedy decoding never says may be
-    among them. A prompt is the question, or the first half of a document, as in suite `corpus`."""
+    """Many samples of each prompt at temperature 1 (leak@k, arXiv 2511.04934): greedy decoding may never produce
+    what is among them. A prompt is the question, or the first half of a document, as in suite `corpus`."""
     data, chosen = plan.config["data"], corpus.sample(rows, plan.seed)
     documents = [document_of(row, data["forget"]) for row in chosen]
 

@@ -17,7 +17,7 @@ MOST_PROMPT, MOST_ANSWER = 400, 1200  # characters that are shown; evaluation.js
 @dataclass(frozen=True)
 class Answers:
     """Prompts with the right answer and those of the models `names`. If `before`, the first model is the one before
-    unlearning, in which the words are marked that none of the others says, and in the others the words that it lacks.
+    unlearning, in which the words are marked that no other answer contains, and in the others the words that it lacks.
     The first `shown` are visible, and the others unfold.
     """
 
@@ -42,12 +42,12 @@ def changed(one: str, other: str) -> tuple[list[tuple[str, bool]], list[tuple[st
     places = [[at for at, piece in enumerate(text) if piece.strip()] for text in texts]
     words = [[text[at] for at in of] for text, of in zip(texts, places, strict=True)]
     found = difflib.SequenceMatcher(None, *words, autojunk=False).get_matching_blocks()
-    kept = [
+    unchanged = [
         {places[side][at] for block in found for at in range(block[side], block[side] + block.size)} for side in (0, 1)
     ]
     before, after = (
         [(piece, bool(piece.strip()) and at not in same) for at, piece in enumerate(text)]
-        for text, same in zip(texts, kept, strict=True)
+        for text, same in zip(texts, unchanged, strict=True)
     )
     return before, after
 
@@ -95,7 +95,7 @@ def answer_html(sides: Sides, answers: Answers) -> str:
     for at, (name, parts) in enumerate(zip(answers.names, marked(sides, answers.before), strict=True)):
         cells.append((name, joined(parts, "del" if answers.before and at == 0 else "ins") or "<i>(nothing)</i>"))
     body = "".join(f"<div><small>{html.escape(name)}</small><span>{text}</span></div>" for name, text in cells)
-    return f'<div class="answer"><h4>{html.escape(ending(sides.prompt))}</h4><div class="said">{body}</div></div>'
+    return f'<div class="answer"><h4>{html.escape(ending(sides.prompt))}</h4><div class="answers">{body}</div></div>'
 
 
 def answers_html(answers: Answers) -> str:

@@ -41,7 +41,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Mark:
-    """A straight line across the panel, with a legend entry that says what it is."""
+    """A straight line across the panel, with a legend entry."""
 
     at: float
     vertical: bool
@@ -63,7 +63,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure: its title says what was compared."""
+    """A figure: its title names what was compared."""
 
     title: str
     panels: list[Panel]

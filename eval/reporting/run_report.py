@@ -30,14 +30,14 @@ def compose(
 ) -> list[Block]:
     """The report in order, before it becomes Markdown or HTML; `before`: the texts of the target model."""
     runs = [run for members in groups.values() for run in members]
-    said = what_it_says(groups, measure, before or {})
-    has_text = any(isinstance(block, Answers) for block in said)
+    texts = answer_blocks(groups, measure, before or {})
+    has_text = any(isinstance(block, Answers) for block in texts)
     reached = any(at_level(run.trajectory, measure) for run in runs)  # else tables at the level would be dashes
     return [
         Verdict(verdict(groups, measure, target)),
-        *(said if has_text else []),
+        *(texts if has_text else []),
         *results(groups, measure, target),
-        *(said if not has_text else []),
+        *(texts if not has_text else []),
         *beside_the_paper(groups, measure),
         *(outside(groups, measure, target) if reached else []),
         *general(groups, measure, target),
@@ -58,7 +58,7 @@ def compose(
 SHOWN = 3  # prompts of a set that the page shows unfolded, of the forget set; of another one
 
 
-def what_it_says(groups: dict[str, list[Run]], measure: ForgetRetainMetric, before: Texts) -> list[Block]:
+def answer_blocks(groups: dict[str, list[Run]], measure: ForgetRetainMetric, before: Texts) -> list[Block]:
     """What the models answer, before and after, side by side."""
     found = compare_texts(groups, measure, before)
     if not found.sets:
@@ -67,7 +67,9 @@ def what_it_says(groups: dict[str, list[Run]], measure: ForgetRetainMetric, befo
             Text("No text to show: some run has no evaluation with texts (none at all, an older one, or one of "
                  "multiple choice), or they share no prompt. `python -m eval.run` writes it."),
         ]  # fmt: skip
-    marks = "marked: words of the answer before that no method says, and words that are new." if found.before else ""
+    marks = (
+        "marked: words of the answer before that no other answer has, and words that are new." if found.before else ""
+    )
     reached = "the first export at or below the level, else its last, of its first seed"
     missing = "" if found.before else " Give --target, evaluated with this version, to see the answers before."
     blocks: list[Block] = [
@@ -187,7 +189,7 @@ def outside(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: S
     return [
         Heading("What neither corpus mentions"),
         Warn("Nothing in the training protects what the retain corpus does not cover, and the rule that retains that "
-             "corpus best may damage the rest most: a high retain score says nothing about it. Put everything that "
+             "corpus best may damage the rest most: a high retain score does not show it. Put everything that "
              "must be retained into the retain corpus."),
         Text(" ".join(dict.fromkeys(f"{what[0].upper()}{what[1:]}." for what in found.values()))
              + "".join(f" For comparison: {IN_RETAIN[score]}." for score in in_retain)),

@@ -31,8 +31,8 @@ gap:2em;align-items:start}}
 pre{background:var(--soft);padding:.8em;overflow-x:auto;font-size:.85em;overflow-wrap:normal;max-height:30em}
 .answers{display:grid;gap:.8em;margin:1em 0}.answer{border:1px solid var(--line);border-radius:6px;overflow:hidden}
 .answer h4{margin:0;padding:.45em .8em;background:var(--soft);font-weight:600;font-size:.95em}
-.said{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(13em,100%),1fr))}
-.said>div{padding:.45em .8em;border-top:1px solid var(--line)}.said small{display:block;color:var(--faint)}
-.said span{white-space:pre-line}del,ins{border-radius:3px;padding:0 .15em}del{background:var(--gone)}
+.answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(13em,100%),1fr))}
+.answers>div{padding:.45em .8em;border-top:1px solid var(--line)}.answers small{display:block;color:var(--faint)}
+.answers span{white-space:pre-line}del,ins{border-radius:3px;padding:0 .15em}del{background:var(--gone)}
 ins{background:var(--new);text-decoration:none}
 """

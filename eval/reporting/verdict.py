@@ -17,7 +17,7 @@ Points = Mapping[str, Sequence[Scores]]  # label -> its points at the level, one
 
 
 def verdict(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) -> list[str]:
-    """A sentence or two for each pair of objectives; what never reached the level is said, and is not compared.
+    """A sentence or two for each pair of objectives; what never reached the level is named, and is not compared.
 
     One sentence alone if the target model has nothing to forget: a comparison would say how unneeded runs differ.
     """
@@ -83,7 +83,7 @@ def shares(points: Points, score: str, whole: float) -> list[tuple[str, str]]:
 
 
 def likewise(points: Points, measure: ForgetRetainMetric, target: Scores | None) -> str:
-    """What is kept by the kind of score that measures forgetting, if retention is compared by another kind.
+    """What is retained by the kind of score that measures forgetting, if retention is compared by another kind.
 
     A probability falls much later than a text that is known by heart is lost, so one alone would flatter.
     """

@@ -44,7 +44,7 @@ def suite_of(score: str) -> str:
 # extraction strength, because ROUGE-L is the least robust of 20 measures in arXiv 2605.24614. Its level 0.1, and 0.40
 # for ROUGE-L, are choices of this repository: answers of a model that never saw the authors still share about 0.40 of
 # the words of the right ones; measure a retain-only model and give --level. A user's own corpus: a tenth of the way
-# from what a model that never saw it says to what the target says by heart; if it says nothing by heart, half of its
+# from what a model that never saw it answers to what the target recites; if it recites nothing, half of its
 # probability, which depends on the text. Probes, 0.1: the last tenth of an answer is little more than its end. MUSE:
 # what the benchmark's retrained model has.
 MEASURES = (
@@ -130,7 +130,7 @@ SUITE_WORDS |= {"rwku_utility": "RWKU utility"}
 SUITE_WORDS |= {"muse_news": "MUSE News", "muse_books": "MUSE Books"}
 
 
-PLAIN = ("bios", "corpus", "probes", "lm_eval")  # suites whose name says nothing more about a score
+PLAIN = ("bios", "corpus", "probes", "lm_eval")  # suites whose name adds nothing to a score's
 
 
 SCORE_WORDS = {
@@ -271,7 +271,7 @@ def at_share_of_target(
         return at_share_of_target(replace(instead, reason=why), None, target)
     reason = (
         f"The level is about what a model has that never saw the texts ({printed(chance)}: what the most similar "
-        f"other document says in that place) and {measure.level:g} of what the target model has above that "
+        f"other document has in that place) and {measure.level:g} of what the target model has above that "
         f"({printed(start)})."
     )
     return replace(

@@ -1,4 +1,4 @@
-"""The answers that evaluations kept as text, paired by their prompts: the model before beside those after."""
+"""The answers that evaluations stored as text, paired by their prompts: the model before beside those after."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def compare_texts(groups: Mapping[str, Sequence[Run]], measure: ForgetRetainMetr
     """The target model and the first seed of each method at `shown_step`, on the prompts that all of them answered.
 
     The forget set of the compared suite comes first, then its other sets, then those of other suites. `sets` is empty
-    if some evaluation kept no text.
+    if some evaluation stored no text.
     """
     columns: list[tuple[str, Texts]] = [("before", target)] if target else []
     for name, runs in groups.items():

@@ -145,7 +145,7 @@ def evaluate(
         means["all"] = fmean(means.values())
     counts = {split: {kind: len(values) for kind, values in kinds.items()} for split, kinds in recalls.items()}
     texts = choose_texts(
-        (probe["split"], Answered(prompt=probe["prompt"], expected=probe["answer"], answer=said))
-        for probe, said in zip(probes, answers, strict=True)
+        (probe["split"], Answered(prompt=probe["prompt"], expected=probe["answer"], answer=answer))
+        for probe, answer in zip(probes, answers, strict=True)
     )
     return {"metrics": metrics, "counts": counts, "protocol": PROTOCOL, "texts": texts}

@@ -18,7 +18,7 @@ MOST_TOKENS or the model's positions:
   Shi et al. 2024, there as F1), or of the answer; as many tokens as that has, at most MOST_NEW_TOKENS. It compares
   words, or characters where a script has no spaces between words (Chinese, Japanese, Thai, ...);
 - `rouge_unseen`: about what `rouge` is for a model that never saw these documents but knows their kind: the recall of
-  what the most similar other document of the split says in that place. It depends on no model.
+  what the most similar other document of the split has in that place. It depends on no model.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ PROTOCOL = (
     f"documents cut at {MOST_TOKENS} tokens, or the model's positions; probability: exp of the mean log-probability of "
     "a token; rouge: ROUGE-L recall (PyPI rouge) of what is decoded greedily after the first half, or after the "
     f"question, as many tokens as the document has there, at most {MOST_NEW_TOKENS}; {SCRIPT_WORDS}; rouge_unseen: "
-    "what the most similar other document says there"
+    "what the most similar other document has there"
 )
 
 
@@ -217,7 +217,7 @@ def evaluate(
 
 
 def unseen_recalls(splits: Sequence[str], prompts: Sequence[str], references: Sequence[str]) -> dict[int, float]:
-    """{index of a document: recall of what the document of its split with the most similar prompt says instead}.
+    """{index of a document: recall of what the document of its split with the most similar prompt has instead}.
 
     Similar: the share of words (as sets) that two prompts have in common; of equally similar ones the first. Documents
     with the same reference do not count, and one without any other document is left out.

@@ -207,8 +207,8 @@ def evaluate(
         expected = [expected_of(tokenizer, probe) for probe in sets[name]]
         metrics.setdefault(side, {})[measure] = fmean(f1_rouge_score(expected, answers))
         texts += [
-            (f"{side}_{measure}", Answered(prompt=probe["question"], expected=right, answer=said))
-            for probe, right, said in zip(sets[name], expected, answers, strict=True)
+            (f"{side}_{measure}", Answered(prompt=probe["question"], expected=right, answer=answer))
+            for probe, right, answer in zip(sets[name], expected, answers, strict=True)
         ]
     notes: dict[str, str] = {}
     forgotten, held_out = (

@@ -265,8 +265,8 @@ def evaluate(
     results, answers = score(model, tokenizer, probes, batch_size=batch_size, title=title)
     questions = [probe for probe in probes if probe["set"] in QUESTIONS]
     texts = choose_texts(
-        (probe["set"], Answered(prompt=probe["query"], expected=probe["answer"], answer=said))
-        for probe, said in zip(questions, answers["sago"], strict=True)
+        (probe["set"], Answered(prompt=probe["query"], expected=probe["answer"], answer=answer))
+        for probe, answer in zip(questions, answers["sago"], strict=True)
     )
     notes = script_note([probe["answer"] for probe in questions])
     return {**summarise(probes, results), "notes": notes, "texts": texts}

@@ -105,8 +105,8 @@ def fluency(row: Json) -> Json:
 def match_reason(doc: Json, results: Sequence[str]) -> dict[str, float]:
     """Whether the words behind "the answer is", up to a full stop, are a reference; without these, the whole text."""
     found = re.search(r"[t|T]he answer is (.*?)\.", results[0])
-    said = (found[1] if found else results[0]).strip() or "NOANSWER"
-    return {"exact_match": float(any(plain(said) == plain(one) for one in doc["references"]))}
+    response = (found[1] if found else results[0]).strip() or "NOANSWER"
+    return {"exact_match": float(any(plain(response) == plain(one) for one in doc["references"]))}
 
 
 def match_fact(doc: Json, results: Sequence[str]) -> dict[str, float]:
@@ -121,9 +121,9 @@ def plain(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
 
-def word_f1(said: str, reference: str) -> float:
+def word_f1(response: str, reference: str) -> float:
     """F1 of the words of two texts; of an empty one, whether both are."""
-    one, other = plain(said), plain(reference)
+    one, other = plain(response), plain(reference)
     common = sum((Counter(one) & Counter(other)).values())
     if not one or not other:
         return float(one == other)

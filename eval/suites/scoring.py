@@ -178,7 +178,7 @@ def restore_order(order: list[list[int]], found: list[list[T]]) -> list[T]:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stops: Sequence[int], stopping: Stopping) -> str:
-    """The text of an answer's tokens before the first of `stops`, cut as `stopping` says."""
+    """The text of an answer's tokens before the first of `stops`, cut by the rules of `stopping`."""
     end = next((at for at, token in enumerate(tokens) if token in stops), len(tokens))
     return stopping.cut(str(tokenizer.decode(list(tokens[:end]), skip_special_tokens=True)))
 
@@ -207,7 +207,7 @@ def answer(
     batch_size: int,
     title: str,
 ) -> list[str]:
-    """The greedy (or drawn) answer to each prompt of token ids, ended as `stopping` says and stripped.
+    """The greedy (or drawn) answer to each prompt of token ids, ended by the rules of `stopping` and stripped.
 
     It also ends where the model's positions do. Settings that come with the model change nothing.
 

@@ -13,7 +13,7 @@ probability.
   the better, of what is no longer memorised, of privacy (membership inference as for the retain-only model) and of
   utility (model utility by that of the model before unlearning, which may exceed 1), and of the three.
 
-`eval/suites/tofu_data.py` says where the questions and the answers of the two other models come from, and
+`eval/suites/tofu_data.py` describes where the questions and the answers of the two other models come from, and
 `tofu_answers.py` makes the forward passes.
 """
 
@@ -213,7 +213,7 @@ def evaluate(
     results = score(model, tokenizer, probes, batch_size=batch_size, title=title)
     answer = summarise(probes, results)
     answer["texts"] = choose_texts(
-        (probe["set"], Answered(prompt=probe["question"], expected=probe["answer"], answer=result.said))
+        (probe["set"], Answered(prompt=probe["question"], expected=probe["answer"], answer=result.generated))
         for probe, result in zip(probes, results, strict=True)
         if probe["set"] != HELD_OUT
     )

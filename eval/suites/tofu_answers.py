@@ -40,7 +40,7 @@ class Result(NamedTuple):
     paraphrase: float
     perturbed: list[float]
     rouge: float
-    said: str = ""
+    generated: str = ""
     right: Scored = Scored(math.nan, math.nan, math.nan, dict.fromkeys(MEMBERSHIP, math.nan))
 
     def log_truth_ratio(self) -> float:
@@ -100,8 +100,8 @@ def score(
         model, [ids for ids, _ in encoded], of_pair, batch_size=batch_size, title=f"{title} likelihoods"
     )
     scored, spans = dict(zip(pairs, found, strict=True)), dict(zip(pairs, encoded, strict=True))
-    asked = [probe for probe in probes if probe["set"] != HELD_OUT]
-    starts = [spans[probe["question"], probe["answer"]] for probe in asked]
+    questions = [probe for probe in probes if probe["set"] != HELD_OUT]
+    starts = [spans[probe["question"], probe["answer"]] for probe in questions]
     answers = scoring.answer(
         model,
         tokenizer,
@@ -110,12 +110,12 @@ def score(
         batch_size=batch_size,
         title=f"{title} answers",
     )
-    recalls = recall_rouge_score([probe["answer"] for probe in asked], answers)
-    said = {id(probe): words for probe, words in zip(asked, zip(recalls, answers, strict=True), strict=True)}
+    recalls = recall_rouge_score([probe["answer"] for probe in questions], answers)
+    generated = {id(probe): words for probe, words in zip(questions, zip(recalls, answers, strict=True), strict=True)}
     results = []
     for probe, row in zip(probes, texts, strict=True):
         right, paraphrase, *perturbed = (scored[probe["question"], text] for text in row)
-        recall, answer = said.get(id(probe), (math.nan, ""))
+        recall, answer = generated.get(id(probe), (math.nan, ""))
         wrong = [one.loss for one in perturbed] or [math.nan]
         results.append(Result(right.loss, paraphrase.loss, wrong, recall, answer, right))
     return results

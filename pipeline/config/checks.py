@@ -1,4 +1,4 @@
-"""What a resolved configuration says of corpora, objectives, probes and schedule, checked before anything is read."""
+"""Corpora, objectives, probes and schedule of a resolved configuration, checked before anything is read."""
 
 from __future__ import annotations
 

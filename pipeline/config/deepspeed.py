@@ -167,7 +167,7 @@ def _refuse_contradictions(given: Json, decided: Json, path: Path) -> None:
 
 
 def _check_offload(zero: Json, stage: int, config: RunConfig, path: Path) -> None:
-    """Check the sections of offload in `zero_optimization`, and pin their memory unless the file says otherwise.
+    """Check the sections of offload in `zero_optimization`, and pin their memory unless the file sets it otherwise.
 
     Raises:
         InputError: an offload that DeepSpeed does not do correctly, or that the run's configuration excludes.

@@ -166,7 +166,7 @@ def resolve(
         on_gpu: see `automatic.fit_machine`.
 
     Raises:
-        InputError: the configuration cannot be run; one line says why.
+        InputError: the configuration cannot be run; one line gives the reason.
     """
     path = find_file(file, "--config", RECIPES)
     where = str(path)

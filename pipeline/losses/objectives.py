@@ -58,7 +58,7 @@ def ga(inputs: LossInputs) -> Tensor:
 
 
 def wga(inputs: LossInputs) -> Tensor:
-    """Weighted gradient ascent: -p^beta NLL per token, the weight held fixed (Wang et al., ICLR 2025, WGA).
+    """Weighted gradient ascent: -p^beta NLL per token, the weight without gradient (Wang et al., ICLR 2025, WGA).
 
     A token that is already forgotten has p near 0 and hardly changes any more.
     """
@@ -67,7 +67,7 @@ def wga(inputs: LossInputs) -> Tensor:
 
 
 def satimp(inputs: LossInputs) -> Tensor:
-    """-p^beta1 (1 - p)^beta2 NLL per token, the weight held fixed (Yang et al., 2025, SatImp).
+    """-p^beta1 (1 - p)^beta2 NLL per token, the weight without gradient (Yang et al., 2025, SatImp).
 
     Neither what is forgotten (p near 0) nor what the model is sure of (p near 1) moves much.
     """

@@ -27,7 +27,7 @@ REMEDY = "set train.schedule: sequential"
 
 
 def install_rules(model: nn.Module, rows: TaskRows) -> None:
-    """Give each module that owns trained parameters the rule of its kind. `rows` says when and how it applies.
+    """Give each module that owns trained parameters the rule of its kind. `rows` describes when and how it applies.
 
     To be called before anything else replaces the `forward` of a module.
 

@@ -108,7 +108,7 @@ class Shards:
         return {name: tensor.contiguous() for name, tensor in made.items()}
 
     def write_index(self, folder: Path) -> None:
-        """`model.safetensors.index.json`, which says where each tensor is, if there is more than one file."""
+        """`model.safetensors.index.json`, which maps each tensor to its file, if there is more than one file."""
         if len(self.files) < 2:
             return
         parameters = [tensor for tensor in self.tensors.values() if isinstance(tensor, torch.nn.Parameter)]

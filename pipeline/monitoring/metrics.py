@@ -238,9 +238,9 @@ def _keep_rows(file: Path, start: int) -> tuple[Json, list[Json]]:
         return {}, []
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if start else []
     has_zero = bool(lines) and json.loads(lines[0])["step"] == 0
-    kept = lines[: start + has_zero]  # the line after these may be cut short
-    write_whole(file, "".join(kept))
-    rows = [json.loads(line) for line in kept]
+    earlier = lines[: start + has_zero]  # the line after these may be cut short
+    write_whole(file, "".join(earlier))
+    rows = [json.loads(line) for line in earlier]
     return (rows[0], rows[1:]) if has_zero else ({}, rows)
 
 

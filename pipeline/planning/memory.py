@@ -1,7 +1,7 @@
 """The memory of a run, by arithmetic on the shapes of its model and its cluster.
 
 `states` is the memory of model, gradients and optimizer in DeepSpeed 0.19.8 by stage, `working` what a micro-batch
-needs beside it. docs/results/plan.md says how far to trust the figures.
+needs beside it. docs/results/plan.md shows how far to trust the figures.
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ def states(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster) 
         at["optimizer"] = optimizer
     references = {NEEDS[getattr(config.objective, task)].reference for task in config.tasks}
     if references & {"logits", "hidden"}:
-        held = mine if zero.stage == 3 else shape.trained
-        (host if zero.parameters_on == "cpu" else gpu)["reference"] = b * held
+        copied = mine if zero.stage == 3 else shape.trained
+        (host if zero.parameters_on == "cpu" else gpu)["reference"] = b * copied
     gpu["buffers"] = buffers(shape, zero) + b * max(shape.packed, default=0)  # unpacked for its product
     updated = min(zero.sub_group, mine) if zero.stage == 3 else mine
     if not offloaded:  # the gradient as one fp32 tensor, and what AdamW computes before it writes
@@ -239,7 +239,7 @@ def working(config: RunConfig, shape: ModelShape, passes: dict[str, Pass], micro
         size = micro * objective.num_answers
         asks = objective.reference == "logits"
         head = 0.0 if objective.hidden else head_bytes(shape, size * config.data.max_length, asks)
-        found.append((max(one.kept(size), one.peak(size) - head), head))
+        found.append((max(one.saved(size), one.peak(size) - head), head))
     if config.train.schedule == "joint":
         heads = [logits for _, logits in found]
         return sum(activations for activations, _ in found), max(heads) if shape.plain_head else sum(heads)

@@ -42,7 +42,7 @@ class Linear:
 class Pass:
     """Forward and backward of one task's micro-batch on one GPU, up to the hidden states that the loss reads."""
 
-    kept: Linear  # bytes alive between forward and backward
+    saved: Linear  # bytes alive between forward and backward
     peak: Linear  # most bytes alive at a time, with those of backward and one tensor's whole gradient
     flops: Linear  # of both
     forward_flops: Linear
@@ -198,7 +198,7 @@ def _rehearse(model: PreTrainedModel, size: int, length: int, layer: int | None)
     try:
         with ledger:
             states = base(**inputs).last_hidden_state if layer is None else hidden_after(base, layer, inputs)
-            kept, forward_flops, num_used, num_needed = ledger.alive, ledger.flops, len(used), len(needed)
+            saved, forward_flops, num_used, num_needed = ledger.alive, ledger.flops, len(used), len(needed)
             if states.requires_grad:
                 states.backward(torch.empty_like(states))
     except (RuntimeError, NotImplementedError) as error:
@@ -209,7 +209,7 @@ def _rehearse(model: PreTrainedModel, size: int, length: int, layer: int | None)
             hook.remove()
     last = [number[id(parameter)] for parameter in head.parameters()] if layer is None else []
     return _Trace(
-        {"kept": kept, "peak": ledger.peak, "flops": ledger.flops, "forward_flops": forward_flops},
+        {"saved": saved, "peak": ledger.peak, "flops": ledger.flops, "forward_flops": forward_flops},
         used=used[:num_used] + last,
         backward_gathers=needed[:num_needed] + used[num_used:] + last,
         reached=sorted({*reached, *(row for row in last if parameters[row].requires_grad)}),
@@ -219,14 +219,14 @@ def _rehearse(model: PreTrainedModel, size: int, length: int, layer: int | None)
 class LiveBytes(TorchDispatchMode):
     """While entered, counts the bytes of the storages that operations allocate, as long as they live, and their FLOPs.
 
-    `held`: tensors that exist already; neither they nor their views count.
+    `existing`: tensors that exist already; neither they nor their views count.
     """
 
-    def __init__(self, held: Iterable[Tensor]) -> None:
+    def __init__(self, existing: Iterable[Tensor]) -> None:
         super().__init__()
         self.alive = self.peak = self.flops = 0
         self.known: dict[int, tuple[int, weakref.ref[torch.UntypedStorage] | None]] = {}
-        for tensor in held:
+        for tensor in existing:
             self.known[tensor.untyped_storage()._cdata] = (0, None)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

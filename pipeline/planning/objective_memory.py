@@ -54,33 +54,33 @@ LAYER = 7  # whose output RMU reads
 RMU_TRAINS = r"layers\.[567]\.mlp\.down_proj"  # as in launch/recipes
 
 
-Kept = TypeVar("Kept")
+Persistent = TypeVar("Persistent")
 
 
 @dataclass(frozen=True)
 class Bytes:
-    kept: int  # between steps
-    peak: int  # in a step, beyond `kept` and the model
+    persistent: int  # between steps
+    peak: int  # in a step, beyond `persistent` and the model
 
 
 def measure(
-    keep: Callable[[], Kept], step: Callable[[Kept], None], held: Iterable[Tensor], device: torch.device
+    keep: Callable[[], Persistent], step: Callable[[Persistent], None], existing: Iterable[Tensor], device: torch.device
 ) -> Bytes:
     """The bytes of what `keep()` returns, and the peak bytes that `step` of it adds.
 
-    `held`: tensors that exist before; they do not count.
+    `existing`: tensors that exist before; they do not count.
     """
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
-        kept = keep()
+        persistent = keep()
         after = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step(kept)
+        step(persistent)
         return Bytes(after - before, torch.cuda.max_memory_allocated() - after)
-    with LiveBytes(held) as ledger:
-        kept = keep()
+    with LiveBytes(existing) as ledger:
+        persistent = keep()
         after = ledger.peak = ledger.alive
-        step(kept)
+        step(persistent)
     return Bytes(after, ledger.peak - after)
 
 
@@ -174,15 +174,17 @@ def references(sizes: dict[str, int], layer: int, batch: Batch, device: torch.de
     found = {}
     for name, (trains, keep, step) in variants.items():
         engine = make_engine(sizes, trains, device)
-        held = [*engine.parameters(), *engine.buffers(), batch.input_ids, batch.attention_mask, batch.labels]
-        found[name] = measure(partial(keep, engine), partial(step, engine), held, device)
+        existing = [*engine.parameters(), *engine.buffers(), batch.input_ids, batch.attention_mask, batch.labels]
+        found[name] = measure(partial(keep, engine), partial(step, engine), existing, device)
     return found
 
 
 def table(rows: dict[str, Bytes]) -> str:
-    lines = ["| variant | kept, MiB | peak | both |", "|---|---|---|---|"]
+    lines = ["| variant | persistent, MiB | peak | both |", "|---|---|---|---|"]
     for name, row in rows.items():
-        lines.append(f"| {name} | {row.kept / MIB:.0f} | {row.peak / MIB:.0f} | {(row.kept + row.peak) / MIB:.0f} |")
+        lines.append(
+            f"| {name} | {row.persistent / MIB:.0f} | {row.peak / MIB:.0f} | {(row.persistent + row.peak) / MIB:.0f} |"
+        )
     return "\n".join(lines)
 
 

@@ -100,8 +100,8 @@ def traffic(
             if not shares:
                 gather(one.used)
                 gather(one.backward_gathers)
-    kept = shape.itemsize * sum(size for size in shape.sizes if size <= zero.persistent)  # updated after the step
-    sent += [CommVolume("all_gather", gathered[False] + kept), CommVolume("reduce_scatter", reduced)]
+    persistent = shape.itemsize * sum(size for size in shape.sizes if size <= zero.persistent)  # updated after the step
+    sent += [CommVolume("all_gather", gathered[False] + persistent), CommVolume("reduce_scatter", reduced)]
     return [*sent, CommVolume("all_gather", gathered[True], within_machine=True)] if hpz else sent
 
 
@@ -116,7 +116,7 @@ def _bytes_of_checks(shape: ModelShape, zero: Zero, config: RunConfig, machines:
     if zero.stage == 3:
         sub_groups = max(groups, -(-shape.trained // (machines.world * zero.sub_group)))
         return sub_groups * (4 if offloaded else 8) + (config.model.dtype == "float16")
-    finite = 0 if keeps_stash(config) else 4  # else the table of products says it
+    finite = 0 if keeps_stash(config) else 4  # else the table of products shows it
     if zero.stage == 0 or (zero.stage == 1 and low and not offloaded):  # each rank has the whole gradient
         return finite
     return finite + 4 * groups + low

@@ -90,7 +90,7 @@ def bloop(gramian: Gramian, alpha: float, gamma: float) -> Weights:
 
 
 class Options(NamedTuple):
-    """What some rules read beside alpha and gamma; `Rule.options` says which."""
+    """What some rules read beside alpha and gamma; `Rule.options` lists them."""
 
     preference: float = 0.5  # p_r, the share of retention; p_f = 1 - p_r
     c: float = 0.5  # of cagrad: radius of its ball, in norms of the centre

@@ -1,4 +1,4 @@
-"""Save and resume: DeepSpeed shards a checkpoint, and a marker says that it is complete.
+"""Save and resume: DeepSpeed shards a checkpoint, and a marker shows that it is complete.
 
 A checkpoint counts once its marker exists, which is written last, when all else is on the disk: a kill or a power cut
 while saving leaves the one before it. The marker has a checksum of each file, and what identifies the run. What

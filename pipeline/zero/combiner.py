@@ -282,7 +282,7 @@ class GradientCombiner:
         counts.copy_(total // dist.get_world_size() if self.store.replicated else total)
 
     def _all_finite(self, slices: list[Tensor]) -> bool:
-        """Whether `engine.step()` may read this gradient, where no table of sums says so (no forget buffer)."""
+        """Whether `engine.step()` may read this gradient, where no table of sums shows it (no forget buffer)."""
         if self.store.optimizer_checks_overflow:
             return True  # engine.step() checks by itself
         bad = torch.zeros((), device=self.engine.device)

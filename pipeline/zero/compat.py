@@ -40,7 +40,7 @@ INTERNALS: dict[str, dict[str, str]] = {
         "partition_gradients": "tells ZeRO-2, which reduces after every backward, from ZeRO-1, which reduces on demand",
         "reduce_ready_partitions_and_remove_grads": "what ZeRO-2 does with a gradient; replaced to reduce once a task",
         "overlap_comm": "ZeRO-1 would lose gradients of tensors that the last micro-batch does not touch; turned off",
-        "cpu_offload": "says where the gradient lies",
+        "cpu_offload": "where the gradient lies",
         "finalize_gradient_accumulation_boundary": "completes the reduction of ZeRO-2 without another backward",
         "round_robin_bit16_groups": "the parameters in the order of the flat partition; a checkpoint records where",
         "grad_partition_insertion_offset": "where a parameter starts in this rank's partition",
@@ -50,7 +50,7 @@ INTERNALS: dict[str, dict[str, str]] = {
         "get_param_id": "the key of the three tables above and of the norms",
         "single_partition_of_fp32_groups": "the master weights; under offload step() reads their gradient",
         "gradient_accumulation_dtype": "dtype of the gradient, and so of the stash",
-        "use_grad_accum_attribute": "says whether a parameter's gradient is `.grad` or `.grad_accum`",
+        "use_grad_accum_attribute": "whether a parameter's gradient is `.grad` or `.grad_accum`",
         "update_lp_params": "after a change of the number of ranks: copies the master weights into the model",
     },
     "optimizer of ZeRO 1 and 2 under offload": {
@@ -77,7 +77,7 @@ INTERNALS: dict[str, dict[str, str]] = {
     "optimizer of ZeRO 3": {
         "grad_partitions_flat_buffer": "the reduced gradient, which step() reads; cleared and combined in place",
         "fp16_groups": "the parameters in the order of that buffer",
-        "offload_optimizer": "says whether step() reads a copy of the gradient",
+        "offload_optimizer": "whether step() reads a copy of the gradient",
         "reduce_ready_partitions_and_remove_grads": "what it does with a gradient; replaced to reduce once a task",
         "fp32_partitioned_groups_flat": "the master weights of each sub-group: under offload to nvme, and Adam's state",
         "sub_group_to_group_id": "the parameter group of a sub-group, with its learning rate",
@@ -90,7 +90,7 @@ INTERNALS: dict[str, dict[str, str]] = {
         "finalize_gradient_accumulation_boundary": "copies the combined gradient to the optimizer",
         "norm_for_param_grads": "step() takes the norm from this table",
         "get_param_id": "the key of that table",
-        "_swappable_optimizer_subgroup": "says which sub-groups lie on nvme",
+        "_swappable_optimizer_subgroup": "which sub-groups lie on nvme",
         "optimizer_swapper": "what moves sub-groups between memory and nvme",
     },
     "swapper of ZeRO 3 on nvme": {
@@ -104,7 +104,7 @@ INTERNALS: dict[str, dict[str, str]] = {
         "ds_numel": "elements of the whole parameter",
         "ds_process_group": "the ranks that share it",
         "ds_shape": "shape of the whole parameter, by which the files of an export are planned",
-        "ds_status": "says whether it is gathered at the moment",
+        "ds_status": "whether it is gathered at the moment",
         "ds_tensor": "this rank's share, swapped while the reference model runs",
         "partition_numel": "elements of a share, with padding",
     },
@@ -115,7 +115,7 @@ INTERNALS: dict[str, dict[str, str]] = {
         "param_coordinator": "holds one recorded order of modules; replaced by one for each kind of forward pass",
     },
     "coordinator of ZeRO 3": {
-        "is_invalid_trace": "says whether an order is recorded",
+        "is_invalid_trace": "whether an order is recorded",
         "_invalidate_trace": "begins a new recording",
         "_clear_trace_structures": "empties the recording",
     },
@@ -139,7 +139,7 @@ def require(thing: object, owner: str) -> None:
     """Check that `thing` has every attribute that `INTERNALS` lists for `owner`.
 
     Raises:
-        RuntimeError: one is missing; the message names it and says what to install.
+        RuntimeError: one is missing; the message names it and what to install.
     """
     for name in INTERNALS[owner]:
         if not hasattr(thing, name):

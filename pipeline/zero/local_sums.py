@@ -2,7 +2,7 @@
 
 ZeRO-2 and 3 reduce the gradient of every micro-batch, so that no rank ever has a whole one. Where few elements train
 (adapters, some tensors of a large model) a whole gradient is small: then each rank adds up its micro-batches in a
-`LocalSum`, and there is one reduction a task. `sizes.sums_locally` says where.
+`LocalSum`, and there is one reduction a task. `sizes.sums_locally` decides where.
 """
 
 from __future__ import annotations

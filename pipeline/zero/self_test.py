@@ -56,7 +56,8 @@ def self_test(zero: DeepSpeedDict) -> None:
 
     Raises:
         InputError: DeepSpeed is too old.
-        RuntimeError: DeepSpeed keeps its gradients elsewhere, or the step gives other numbers; says what to install.
+        RuntimeError: DeepSpeed keeps its gradients elsewhere, or the step gives other numbers; the message
+            names what to install.
         AssertionError, ValueError, NotImplementedError: DeepSpeed's own, if it refuses the dictionary.
     """
     check_version()

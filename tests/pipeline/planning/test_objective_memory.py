@@ -35,7 +35,7 @@ def test_the_measure_is_the_bytes_of_live_storages() -> None:
         del second, third
 
     found = memory.measure(lambda: torch.ones(500), step, [there], CPU)
-    assert found == memory.Bytes(kept=2000, peak=31920 + 8 + 31920)
+    assert found == memory.Bytes(persistent=2000, peak=31920 + 8 + 31920)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -56,9 +56,9 @@ def test_the_bytes_of_each_source_of_the_reference() -> None:
     model = 4 * (2 * 300 * 32 + 9 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32)
     for name, row in found.items():
         if "second" in name:
-            assert model <= row.kept < model + 1000, name  # and a few buffers
-    assert found["NPO: ours"].kept == 2 * 8
-    assert found["RMU's retain term: ours"].kept == 3 * 32 * 48 * 4
+            assert model <= row.persistent < model + 1000, name  # and a few buffers
+    assert found["NPO: ours"].persistent == 2 * 8
+    assert found["RMU's retain term: ours"].persistent == 3 * 32 * 48 * 4
     assert found["NPO: ours"].peak > model  # the gradient
     for term in ("NPO", "RMU's retain term"):
         (second,) = (row for name, row in found.items() if name.startswith(f"{term}: a second"))

@@ -67,9 +67,7 @@ def answer_blocks(groups: dict[str, list[Run]], measure: ForgetRetainMetric, bef
             Text("No text to show: some run has no evaluation with texts (none at all, an older one, or one of "
                  "multiple choice), or they share no prompt. `python -m eval.run` writes it."),
         ]  # fmt: skip
-    marks = (
-        "marked: words of the answer before that no other answer has, and words that are new." if found.before else ""
-    )
+    marks = "marked: words of the answer before that no method uses, and words that are new." if found.before else ""
     reached = "the first export at or below the level, else its last, of its first seed"
     missing = "" if found.before else " Give --target, evaluated with this version, to see the answers before."
     blocks: list[Block] = [

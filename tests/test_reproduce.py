@@ -72,6 +72,7 @@ def scores_of(evaluation: Path, names: Sequence[str]) -> list[str]:
     return [f"{scores[name]:.2g}" if 0 < scores[name] < 0.01 else f"{scores[name]:.3f}" for name in names]
 
 
+@pytest.mark.slow  # a minute of two idle cores
 def test_a_row_is_trained_evaluated_and_put_above_the_papers(world: World, tmp_path: Path) -> None:
     """By the command of the documentation, with engines and suites as they are, on two questions of each kind."""
     data = tmp_path / "data" / "rwku" / "Batch" / "1-50"

@@ -130,22 +130,19 @@ class Attacked(NamedTuple):
 
 @pytest.fixture(scope="module")
 def attacked(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Attacked:
-    """By the command, on two ranks."""
+    """By the command, whose trainings have two ranks of the pool; one is launched as it is by a slow test."""
     run = copy_of_run(finished, tmp_path_factory.mktemp("attacked"))
-    launch, launched = training.call, list[str]()
+    launched = list[str]()
 
-    def launch_one(line: list[str], log: Path) -> int:
-        """The first training as it is; the other on ranks of the pool."""
+    def run_in_pool(line: list[str], log: Path) -> int:
         launched.append(log.name)
-        if len(launched) == 1:
-            return launch(line, log)
         given = line[line.index("pipeline.train") + 1 :]
         run_distributed(run_in_process, int(line[line.index("--num_gpus") + 1]), given)
         return 0
 
     arguments = ("--run", run, "--suite", "bios", "--data", run.parent, "--steps", 3, "--lr", 0.003)
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
-        patch.setattr(training, "call", launch_one)
+        patch.setattr(training, "call", run_in_pool)
         assert run_command(patch, *arguments) == 0
     return Attacked(run, arguments, launched, printed.getvalue(), json.loads((run / "robustness.json").read_text()))
 
@@ -165,6 +162,15 @@ def test_all_attacks_on_two_ranks(attacked: Attacked) -> None:
     assert entries["retain"]["after"]["forget_nll"] < entries["retain"]["before"]["forget_nll"] - 0.1
     assert {"forget.QA", "forget.all", "retain.QA", "retain.all"} == set(entries["probes"]["before"])
     assert {"forget.case", "retain.in_context"} < set(entries["probes"]["after"])
+
+
+@pytest.mark.slow  # two ranks that import everything anew
+def test_an_attack_launches_its_training(run_folder: Path, command: Callable[..., int]) -> None:
+    arguments = ("--run", run_folder, "--suite", "bios", "--data", run_folder.parent, "--steps", 2, "--lr", 0.003)
+    assert command(*arguments, "--attacks", "relearn") == 0
+    found = json.loads((run_folder / "robustness.json").read_text())
+    assert [entry["name"] for entry in found["attacks"]] == ["relearn"]
+    assert (run_folder / "robustness" / "relearn" / "final" / "config.json").exists()
 
 
 def test_trainings_of_attacks_start_from_the_export_on_their_own_texts(attacked: Attacked) -> None:

@@ -35,8 +35,8 @@ def bound(rule: str) -> float:
     return 2e-4 if rule == "sago" else 2e-5
 
 
-# Slow. Each rule on adapters in every store is in test_stages.py, and so is sago on experts that no token reaches; through
-# the program, each rule and two stages are enough by default. Compilation under ZeRO-3 takes half a minute of two cores.
+# Slow. Each rule on adapters in every store is in test_stages.py, and so is sago on experts that no token reaches;
+# through the program, each rule and two stages are enough by default. Compilation under ZeRO-3 takes half a minute.
 MORE = (
     *("lora-zero0-sago", "lora-zero1-sago", "lora-zero2-sum", "lora-zero2-pcgrad", "lora-zero3-sago"),
     *("qwen3_moe-sago", "mixtral-lora", "compiled-3"),

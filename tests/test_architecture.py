@@ -229,6 +229,33 @@ def test_files_and_functions_fit_on_a_few_screens() -> None:
         assert not too_long(source), f"{file}: make several functions of {too_long(source)}"
 
 
+PARAMETERS_OF_FUNCTION = 6
+MORE_PARAMETERS = {
+    "synthesize": "the public function: a call names only what its rule needs",
+    "_attention": "the signature that transformers calls",
+    "_metric_products": "a compiled kernel, whose arguments are tensors and numbers",
+}
+
+
+def parameters_of(source: str) -> dict[str, int]:
+    """How many parameters each function of a file has, `self` and `cls` not counted."""
+    found = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            found[node.name] = sum(parameter.arg not in ("self", "cls") for parameter in given)
+    return found
+
+
+def test_functions_have_at_most_six_parameters() -> None:
+    assert parameters_of("def f(self, a, /, b, *, c): ...") == {"f": 3}
+    many = set[str]()
+    for file in chain(files("pipeline"), files("eval")):
+        numbers = parameters_of(file.read_text(encoding="utf-8"))
+        many |= {name for name, number in numbers.items() if number > PARAMETERS_OF_FUNCTION}
+    assert many == set(MORE_PARAMETERS)
+
+
 def test_an_error_of_the_disk_is_raised_on_all_ranks() -> None:
     """`raise_on_all_ranks` sees what `disk_errors` makes of an OSError only where it is the outer one of the two."""
     pairs = 0

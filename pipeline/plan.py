@@ -244,12 +244,12 @@ def schedule_lines(best: Row, other: Row | None) -> list[str]:
     """What a step takes under the other `train.schedule`, if it is not the same."""
     if other is None:
         return []
+    where = f"under train.schedule: {other.schedule}"
     if not other.fits:
-        return [f"under train.schedule: {other.schedule} it lacks {other.lacks / GIB:.1f} GiB"]
-    there, here = f"{other.seconds.step:.1f} s a step", f"{best.seconds.step:.1f} s a step"
-    if there == here:
-        return []
-    return [f"under train.schedule: {other.schedule} {there} in micro-batches of {other.micro_batch_size}, not {here}"]
+        return [f"{where} it lacks {other.lacks / GIB:.1f} GiB"]
+    there, here = f"{other.seconds.step:.1f} s", f"{best.seconds.step:.1f} s"
+    size = other.micro_batch_size
+    return [] if there == here else [f"{where} a step takes {there} in micro-batches of {size}, not {here}"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

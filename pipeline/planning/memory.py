@@ -185,15 +185,14 @@ def whole_weights(shape: ModelShape) -> float:
 def flattened(shape: ModelShape, zero: Zero, machines: Cluster) -> float:
     """Bytes in main memory of one rank while DeepSpeed makes one tensor of the weights that it trains.
 
-    Under ZeRO-3 they leave the GPU and return in one piece (`defragment`). Below, they leave it only where it has no
-    room for a second copy, and are copied in main memory.
+    Under ZeRO-3 they leave the GPU and return in one piece (`defragment`). Below, they leave it only where it has room
+    for them and not for a second copy, and are copied in main memory.
     """
     size = shape.itemsize * trained_share(shape, zero, machines.world)
     if zero.stage == 3:
         return size if zero.parameters_on == "device" else 0
-    size = shape.itemsize * shape.trained
-    fits = whole_weights(shape) + size <= machines.gpu_memory * GIB - RESERVED
-    return 0 if fits or zero.stage == 0 else 2 * size
+    size, weights, limit = shape.itemsize * shape.trained, whole_weights(shape), machines.gpu_memory * GIB - RESERVED
+    return 2 * size if zero.stage and weights <= limit < weights + size else 0
 
 
 def main_memory(shape: ModelShape, zero: Zero, memory: Memory, machines: Cluster, exported: float) -> float:

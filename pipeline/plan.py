@@ -24,7 +24,7 @@ from pipeline.config.objectives import NEEDS
 from pipeline.config.schema import DEFAULT_STEPS, RunConfig
 from pipeline.errors import InputError
 from pipeline.planning.memory import GIB, RESERVED, Cluster, Zero, keeps_stash, main_memory, states, unreduced, working
-from pipeline.planning.stages import Stage, stage_table, stages
+from pipeline.planning.run_stages import Stage, stage_table, stages
 from pipeline.planning.traffic import CommVolume, Seconds, seconds, traffic
 from pipeline.zero.sizes import DiskUse, disk_use
 
@@ -304,9 +304,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if wants_json:
-        best = plan.cheapest
+        best, other = plan.cheapest, plan.other_schedule
         rows = [asdict(row) for row in plan.rows]
         answer = {"configurations": rows, "refused": plan.refused, "cheapest": best and best.deepspeed}
+        answer["other_schedule"] = other and asdict(other)
         print(json.dumps({**answer, "launch": best and launch_line(best, machines, given)}, indent=2))
     else:
         print(report(plan, machines, given))

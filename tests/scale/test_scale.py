@@ -23,8 +23,9 @@ RANKS = 4
 NOISE = 24 * 2**20  # bytes: buffers of gloo, the allocator
 LARGEST = 2 * max(512 * 1536, VOCABULARY * 512)  # bytes of the largest tensor
 # Bytes of an element of a rank's share: bf16 weights; in fp32 weights, two moments, gradient, forget buffer, and the
-# step's own gradient. A whole model in bf16 on a rank would be 2 * RANKS more.
-STATE, MOMENTS = 2 + 4 + 8 + 4 + 4 + 4, 8
+# step's own gradient. With what the engine copies while it starts this test has measured 35; a whole model in bf16 on a
+# rank would be 2 * RANKS more.
+STATE, MEASURED, MOMENTS = 2 + 4 + 8 + 4 + 4 + 4, 35, 8
 
 
 @pytest.mark.slow
@@ -44,7 +45,7 @@ def test_no_stage_has_a_whole_model_on_a_rank(tmp_path: Path) -> None:
     grown = {name: after[name] - before[name] for name in after}
     for name, peak in after.items():
         print(f"{name:20}{peak / 2**20:8.1f} MiB, {grown[name] / share:6.2f} bytes an element of the share")
-    assert grown["load"] + grown["train"] < 1.5 * STATE * share < (STATE + 2 * RANKS * 2) * share
+    assert grown["load"] + grown["train"] < 1.5 * STATE * share < (MEASURED + 2 * RANKS) * share
     assert grown["resume, resumed"] < MOMENTS * share + LARGEST
     for name in ("export", "export, resumed"):
         assert after[name] < 1.5 * (FILE_BYTES + 2 * LARGEST) + NOISE < 2 * size

@@ -85,7 +85,7 @@ def test_the_launch_line_is_a_run(world: World, tmp_path: Path, capsys: pytest.C
     from pipeline.config.load import parse_command_line
 
     file = world.write(tmp_path / "run.yaml", tmp_path / "run", train={"batch_size": 32})
-    where = ["--gpus", "2", "--nodes", "4", "--bandwidth", "25", "--gpu-memory", "80"]
+    where = ["--gpus", "2", "--nodes", "4", "--bandwidth", "25", "--gpu-memory", "80", "--disk-bandwidth", "2"]
     assert plan.main(["--config", str(file), *where, "--optimizer.lr", "1e-4", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     launcher, _, arguments = answer["launch"].partition(" --module pipeline.train ")
@@ -94,6 +94,8 @@ def test_the_launch_line_is_a_run(world: World, tmp_path: Path, capsys: pytest.C
     best = next(row for row in answer["configurations"] if row["deepspeed"] == answer["cheapest"])
     assert config.train.deepspeed == answer["cheapest"] and config.optimizer.lr == 1e-4
     assert best["fits"] and accumulation(config, 8) * best["micro_batch_size"] * 8 == 32
+    assert (best["schedule"], answer["other_schedule"]["schedule"]) == ("sequential", "joint")
+    assert all(stage["seconds"] == stage["bytes"] / 2e9 for stage in best["stages"] if stage["on_disk"])
     assert best["seconds"]["step"] == min(row["seconds"]["step"] for row in answer["configurations"] if row["fits"])
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.planning.memory import Cluster, Zero
 from pipeline.planning.meta_trace import ModelShape
-from pipeline.planning.stages import Stage, stage_table, stages
+from pipeline.planning.run_stages import Stage, stage_table, stages
 from pipeline.zero.sizes import disk_use
 from tests.pipeline.planning.base import configuration_of
 

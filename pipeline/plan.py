@@ -12,10 +12,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from pipeline.config.checks import check_schedule
 from pipeline.config.deepspeed import deepspeed_config, refuse_uneven_groups, refuse_what_deepspeed_refuses
 from pipeline.config.files import DEEPSPEED_FILES
 from pipeline.config.load import Parser, add_config_options, resolve
@@ -23,10 +24,13 @@ from pipeline.config.objectives import NEEDS
 from pipeline.config.schema import DEFAULT_STEPS, RunConfig
 from pipeline.errors import InputError
 from pipeline.planning.memory import GIB, RESERVED, Cluster, Zero, keeps_stash, main_memory, states, unreduced, working
+from pipeline.planning.run_stages import Stage, stage_table, stages
 from pipeline.planning.traffic import CommVolume, Seconds, seconds, traffic
 from pipeline.zero.sizes import DiskUse, disk_use
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from pipeline.planning.meta_trace import ModelShape, Pass
 
 SHIPPED = ("zero1", "zero2", "zero3", "zero3_hpz", "zero3_offload", "zero3_nvme")  # files in ds_configs
@@ -37,6 +41,7 @@ class Row:
     """One DeepSpeed configuration at its largest micro-batch that fits (or at 1, which does not). Bytes, seconds."""
 
     deepspeed: str
+    schedule: str  # of the tasks
     fits: bool
     micro_batch_size: int
     gpu: dict[str, float]  # by kind, of one GPU
@@ -45,6 +50,7 @@ class Row:
     host: float  # of one machine
     disk: float  # of one machine
     written: DiskUse  # in the run's folder
+    stages: list[Stage]  # beside the steps
     sent: list[CommVolume]
     seconds: Seconds
 
@@ -66,6 +72,7 @@ def fit(file: str, zero: Zero, shape: ModelShape, config: RunConfig, machines: C
             break
     return Row(
         deepspeed=file,
+        schedule=config.train.schedule,
         fits=total <= limit,
         micro_batch_size=micro,
         gpu=gpu,
@@ -74,6 +81,7 @@ def fit(file: str, zero: Zero, shape: ModelShape, config: RunConfig, machines: C
         host=main_memory(shape, zero, memory, machines, written.export),
         disk=machines.gpus * memory.disk,
         written=written,
+        stages=stages(shape, zero, config, machines, written),
         sent=traffic(shape, zero, config, machines, passes, micro),
         seconds=seconds(shape, zero, config, machines, passes, micro),
     )
@@ -89,6 +97,7 @@ class Plan:
     shape: ModelShape
     rows: list[Row]
     refused: dict[str, str]  # by configuration: the reason
+    other_schedule: Row | None = None  # of the cheapest; None where the run would refuse that schedule
 
     @property
     def cheapest(self) -> Row | None:
@@ -142,7 +151,38 @@ def make_plan(config: RunConfig, machines: Cluster) -> Plan:
             refused[file] = str(error)
             continue
         rows.append(fit(file, Zero.of(given, shape), shape, config, machines, passes))
-    return Plan(shape, rows, refused)
+    plan = Plan(shape, rows, refused)
+    if plan.cheapest is None:
+        return plan
+    other = _in_other_schedule(plan.cheapest.deepspeed, model, shape, config, machines, passes)
+    return replace(plan, other_schedule=other)
+
+
+def other_schedule(config: RunConfig) -> Literal["sequential", "joint"]:
+    return "sequential" if config.train.schedule == "joint" else "joint"
+
+
+def _in_other_schedule(
+    file: str,
+    model: PreTrainedModel,
+    shape: ModelShape,
+    config: RunConfig,
+    machines: Cluster,
+    passes: dict[str, Pass],
+) -> Row | None:
+    """The row of the DeepSpeed file under the other `train.schedule`, or None. Nothing may trace `model` afterwards."""
+    from pipeline.modeling.row_rules import install_rules
+    from pipeline.zero.joint import TaskRows
+
+    train = config.train.model_copy(update={"deepspeed": file, "schedule": other_schedule(config)})
+    candidate = config.model_copy(update={"train": train})
+    try:
+        check_schedule(candidate, file)
+        if train.schedule == "joint" and keeps_stash(candidate):
+            install_rules(model, TaskRows())
+    except InputError:
+        return None
+    return fit(file, Zero.of(deepspeed_config(candidate), shape), shape, candidate, machines, passes)
 
 
 def launch_line(row: Row, machines: Cluster, arguments: Sequence[str]) -> str:
@@ -193,14 +233,29 @@ def report(plan: Plan, machines: Cluster, arguments: Sequence[str]) -> str:
             ]
         )
     lines += ["", f"cheapest that fits: {best.deepspeed}, micro-batches of {best.micro_batch_size}"]
-    lines += [f"it writes, at most: {best.written}", ""]
+    lines.append(f"it writes, at most: {best.written}")
+    lines += [*schedule_lines(best, plan.other_schedule), "", *stage_table(best.stages, machines), ""]
     if machines.nodes > 1:
         lines.append(f"# hosts: {machines.nodes} lines like `NAME slots={machines.gpus}`, one a machine")
     return "\n".join([*lines, launch_line(best, machines, arguments)])
 
 
+def schedule_lines(best: Row, other: Row | None) -> list[str]:
+    """What a step takes under the other `train.schedule`, if it is not the same."""
+    if other is None:
+        return []
+    where = f"under train.schedule: {other.schedule}"
+    if not other.fits:
+        return [f"{where} it lacks {other.lacks / GIB:.1f} GiB"]
+    there, here = f"{other.seconds.step:.1f} s", f"{best.seconds.step:.1f} s"
+    size = other.micro_batch_size
+    return [] if there == here else [f"{where} a step takes {there} in micro-batches of {size}, not {here}"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
+
+DISK_HELP = "what a machine reads and writes on the disk of model and run, as you have measured it"
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[RunConfig, Cluster, bool, list[str]]:
@@ -221,18 +276,20 @@ def parse(arguments: Sequence[str] | None) -> tuple[RunConfig, Cluster, bool, li
     option("--gpu-memory", type=float, required=True, metavar="GIB", help="memory of a GPU")
     option("--nodes", type=int, default=1, metavar="M", help="machines [1]")
     option("--bandwidth", type=float, metavar="GB/S", help="into and out of a machine; required with --nodes")
+    option("--disk-bandwidth", type=float, metavar="GB/S", help=DISK_HELP)
     sustained = "sustained TFLOP/s of a GPU [400: 40 %% of an H100's 989 in bf16]"
     option("--tflops", type=float, default=400.0, metavar="T", help=sustained)
     option("--json", action="store_true", help="print JSON, in bytes and seconds")
     known, rest = parser.parse_known_args(arguments)
-    for name in ("gpus", "nodes", "gpu_memory", "tflops", "bandwidth"):
+    for name in ("gpus", "nodes", "gpu_memory", "tflops", "bandwidth", "disk_bandwidth"):
         value = getattr(known, name)
         if value is not None and not 0 < value < float("inf"):
             raise InputError(f"command line: --{name.replace('_', '-')} must be above 0, not {value}")
     if known.nodes > 1 and known.bandwidth is None:
         raise InputError("command line: --nodes needs --bandwidth, GB/s into a machine (400 for 8 x 400 Gb/s)")
     method = [] if known.method is None else ["--method", known.method]
-    machines = Cluster(known.gpus, known.nodes, known.gpu_memory, known.bandwidth or 0.0, known.tflops)
+    speeds = (known.bandwidth or 0.0, known.tflops, known.disk_bandwidth)
+    machines = Cluster(known.gpus, known.nodes, known.gpu_memory, *speeds)
     config = resolve(known.config, known.method, rest, reads_data=False, on_gpu=True)
     return config, machines, known.json, ["--config", known.config, *method, *rest]
 
@@ -247,9 +304,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if wants_json:
-        best = plan.cheapest
+        best, other = plan.cheapest, plan.other_schedule
         rows = [asdict(row) for row in plan.rows]
         answer = {"configurations": rows, "refused": plan.refused, "cheapest": best and best.deepspeed}
+        answer["other_schedule"] = other and asdict(other)
         print(json.dumps({**answer, "launch": best and launch_line(best, machines, given)}, indent=2))
     else:
         print(report(plan, machines, given))

@@ -37,6 +37,7 @@ class Cluster:
     gpu_memory: float  # GiB
     bandwidth: float  # GB/s into and out of a machine
     tflops: float  # sustained, of a GPU
+    disk_bandwidth: float | None = None  # GB/s that a machine reads or writes, if it was measured
 
     @property
     def world(self) -> int:
@@ -51,7 +52,7 @@ class Memory:
     host: dict[str, float] = field(default_factory=dict)  # of one rank
     disk: float = 0  # of one rank
     step: float = 0  # on the GPU, during engine.step() only
-    saving: float = 0  # in main memory, of one rank, while it writes a checkpoint
+    saving: float = 0  # in main memory, of one rank, while it writes its part of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,7 @@ def keeps_stash(config: RunConfig) -> int:
 def states(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster) -> Memory:
     """Memory that does not depend on the micro-batch, in bytes of one rank."""
     world, b = machines.world, shape.itemsize
-    share = [-(-size // world) for size in shape.sizes]  # every tensor is padded to a multiple of the ranks
-    mine = sum(part for part, trains in zip(share, shape.trains, strict=True) if trains)
-    if zero.stage in (1, 2):
-        mine = -(-shape.trained // world)
-    elif zero.stage == 0:
-        mine = shape.trained
+    mine = trained_share(shape, zero, world)
     moments = 2 if config.optimizer.name == "adamw" else 0
     master = 0 if b == 4 and zero.stage == 0 else 1  # ZeRO copies fp32 weights as well
     gradient = shape.trained if zero.stage == 0 or (zero.stage == 1 and zero.optimizer_on == "device") else mine
@@ -129,7 +125,7 @@ def states(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster) 
     gpu, host = memory.gpu, memory.host
     offloaded = zero.optimizer_on != "device"
     at = host if offloaded else gpu
-    weights = b * sum(share) if zero.stage == 3 else whole_weights(shape)
+    weights = b * sum(_shares(shape, world)) if zero.stage == 3 else whole_weights(shape)
     (host if zero.parameters_on == "cpu" else gpu)["parameters"] = weights
     if zero.stage == 3:
         kept_whole = b * sum(size for size in shape.sizes if size <= zero.persistent)
@@ -161,9 +157,23 @@ def states(shape: ModelShape, zero: Zero, config: RunConfig, machines: Cluster) 
     if not offloaded:  # the gradient as one fp32 tensor, and what AdamW computes before it writes
         memory.step = updated * 4 * (2 if moments else 1)
         memory.saving = updated * 4  # torch.save copies one tensor after the other from the GPU
+    if waits is gpu and keeps_stash(config) > 1:  # the averages
+        memory.saving = max(memory.saving, combined * 4)
     if zero.stage in (1, 2) and offloaded:
         memory.step = 0
     return memory
+
+
+def _shares(shape: ModelShape, world: int) -> list[int]:
+    """Elements of each tensor on a rank under ZeRO-3, which pads every one to a multiple of the ranks."""
+    return [-(-size // world) for size in shape.sizes]
+
+
+def trained_share(shape: ModelShape, zero: Zero, world: int) -> int:
+    """Elements that the optimizer of a rank updates."""
+    if zero.stage == 3:
+        return sum(part for part, trains in zip(_shares(shape, world), shape.trains, strict=True) if trains)
+    return -(-shape.trained // world) if zero.stage else shape.trained
 
 
 def whole_weights(shape: ModelShape) -> float:
@@ -172,19 +182,34 @@ def whole_weights(shape: ModelShape) -> float:
     return (shape.elements - packed) * shape.itemsize + packed * PACKED_BYTES
 
 
+def flattened(shape: ModelShape, zero: Zero, machines: Cluster) -> float:
+    """Bytes in main memory of one rank while DeepSpeed makes one tensor of the weights that it trains.
+
+    Under ZeRO-3 they leave the GPU and return in one piece (`defragment`). Below, they leave it only where it has room
+    for them and not for a second copy, and are copied in main memory.
+    """
+    size = shape.itemsize * trained_share(shape, zero, machines.world)
+    if zero.stage == 3:
+        return size if zero.parameters_on == "device" else 0
+    size, weights, limit = shape.itemsize * shape.trained, whole_weights(shape), machines.gpu_memory * GIB - RESERVED
+    return 2 * size if zero.stage and weights <= limit < weights + size else 0
+
+
 def main_memory(shape: ModelShape, zero: Zero, memory: Memory, machines: Cluster, exported: float) -> float:
-    """Peak bytes of main memory of one machine: while the model loads, a checkpoint or an export is written, or always.
+    """Peak bytes of main memory of one machine: at the start, while a checkpoint or an export is written, or always.
 
     To resume takes none beside what is offloaded, because files are mapped and the state is copied from there.
 
     Args:
         exported: bytes of an export.
     """
-    whole = shape.elements * shape.itemsize
-    loading = 0 if zero.stage == 3 else machines.gpus * whole  # from_pretrained reads into main memory
+    whole = 0 if zero.stage == 3 else shape.elements * shape.itemsize  # from_pretrained reads into main memory
+    start = machines.gpus * max(whole, flattened(shape, zero, machines))
     file = max(EXPORT_FILE, max(shape.sizes) * shape.itemsize)
     export = min(machines.gpus * file, exported)  # every rank writes a file at a time
-    return max(loading, machines.gpus * sum(memory.host.values()) + max(export, machines.gpus * memory.saving))
+    weights = 0 if zero.stage == 3 else shape.trained * shape.itemsize  # in a checkpoint, by the first rank
+    saving = max(memory.saving, weights) + (machines.gpus - 1) * memory.saving
+    return max(start, machines.gpus * sum(memory.host.values()) + max(export, saving))
 
 
 def buffers(shape: ModelShape, zero: Zero) -> float:

@@ -44,7 +44,7 @@ Identity = Json  # what decides the weights of a run, by name, as JSON has it
 class RankState(TypedDict):
     """What each rank saves beside DeepSpeed's files."""
 
-    average: Tensor | None  # of the combiner, as is the next
+    average: Tensor | None  # of the combiner, as is the next; None too where the first rank saves all of it
     mean_square: Tensor | None
     average_layout: list[Json]  # the fragments of both, as dictionaries
     combinations: int  # of the combiner so far
@@ -109,9 +109,11 @@ def save(engine: Engine, combiner: GradientCombiner, run: Path, step: int, *, ke
 
 
 def _rank_state(engine: Engine, combiner: GradientCombiner) -> RankState:
+    # Where every rank has the whole gradient, its averages are the same: one file has them.
+    elsewhere = combiner.store.replicated and combiner.group == 1 and dist.get_rank() != 0
     return {
-        "average": combiner.average,
-        "mean_square": combiner.mean_square,
+        "average": None if elsewhere else combiner.average,
+        "mean_square": None if elsewhere else combiner.mean_square,
         "average_layout": [asdict(fragment) for fragment in combiner.average_layout()],
         "combinations": combiner.state.step,
         "cosines": combiner.cosines(),
@@ -162,7 +164,7 @@ def load(engine: Engine, combiner: GradientCombiner, checkpoint: Path, identity:
     # Memory-mapped: of what other ranks wrote, only the parts are read that are this rank's now.
     before: list[RankState] = [
         torch.load(_rank_file(checkpoint, writer), map_location="cpu", mmap=True, weights_only=True)
-        for writer in ([rank] if same else range(marker["ranks"]))
+        for writer in (dict.fromkeys([rank, 0]) if same else range(marker["ranks"]))
     ]
     if same or not engine.zero_optimization_stage():
         with own_storage(engine):

@@ -17,6 +17,7 @@ class DiskUse:
     """Of a run's folder: bytes of one checkpoint and of one export, and how many of each there are at once, at most."""
 
     checkpoint: int
+    by_first_rank: int  # of a checkpoint: what no other rank has a part of
     checkpoints: int
     export: int
     exports: int
@@ -44,11 +45,14 @@ def disk_use(config: RunConfig, stage: int, elements: int, trained: int, itemsiz
     train, moments = config.train, 2 if config.optimizer.name == "adamw" else 0
     master = 0 if itemsize == 4 and stage == 0 else 1
     averages = num_averages(config.synthesis) if len(config.tasks) == 2 else 0
-    checkpoint = trained * (4 * (master + moments + averages) + (itemsize if stage < 3 else 0))
+    weights = itemsize * trained if stage < 3 else 0
+    checkpoint = 4 * trained * (master + moments + averages) + weights
+    replicated = stage == 1 and config.model.dtype == "bfloat16"  # the gradient, and so its averages
     adapter = config.model.lora is not None and not config.model.lora.merge
     export = trained if adapter else elements - (trained if config.model.lora is not None else 0)
     return DiskUse(
         checkpoint=checkpoint,
+        by_first_rank=weights + 4 * trained * averages * replicated if stage else checkpoint,
         checkpoints=train.keep_checkpoints + 1 if train.checkpoint_every else 1,  # 1: SIGTERM saves
         export=export * itemsize,
         exports=1 + (steps // train.export_every if train.export_every else 0),

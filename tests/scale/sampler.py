@@ -1,7 +1,8 @@
 """Anonymous memory of the ranks of a run, by stage, as the kernel counts it: no rank takes part in the measurement.
 
 `python -m tests.scale.sampler FOLDER PARAMETERS_IN_MILLIONS RANKS` makes a random model of that size, runs it, and
-prints a line for each stage: how far it rose, at most, above what a rank had when it began, and its CPU seconds.
+prints a line for each stage: how far it rose, at most, above what a rank had when it began, its CPU seconds, and its
+seconds.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from pipeline.config.schema import REPOSITORY
 from pipeline.distributed.environment import free_port
+from tests.scale.stages import PAUSE
 
 LAYER = 4 * 512 * 512 + 3 * 512 * 1536 + 2 * 512  # parameters of a block of `make_model`
 VOCABULARY = 2048
@@ -36,10 +38,11 @@ ZERO3: dict[str, Any] = {
 
 @dataclass
 class Stage:
-    """Bytes of the rank that took most, above what it had at the beginning; CPU seconds of all ranks."""
+    """Bytes and seconds of the ranks that took most, above what they had at the beginning; CPU seconds of all ranks."""
 
     peak: int = 0
     cpu: float = 0.0
+    seconds: float = 0.0
 
 
 def make_model(folder: Path, millions: float, texts: list[str]) -> int:
@@ -150,11 +153,12 @@ def by_stage(samples: list[list[tuple[float, int]]], marks: Path) -> dict[str, S
         for (began, cpu, name), end in zip(lines, ends, strict=True):
             if end is None:
                 continue
-            inside = [bytes for at, bytes in own if float(began) - 0.05 <= at < float(end[0]) - 0.1]
+            inside = [bytes for at, bytes in own if float(began) - 0.05 <= at < float(end[0]) - PAUSE]
             before = [bytes for at, bytes in own if at < float(began)][-1:]
             stage = found.setdefault(name, Stage())
             stage.peak = max(stage.peak, max(inside, default=0) - (before or [0])[0])
             stage.cpu += float(end[1]) - float(cpu)
+            stage.seconds = max(stage.seconds, float(end[0]) - float(began) - PAUSE)
     return found
 
 
@@ -177,6 +181,7 @@ def main(folder: Path, millions: float, ranks: int) -> None:
     for options in ([], ["--resume"]):
         for name, stage in run_stages(config, ranks, *options).items():
             row = f"{name:12}{stage.peak / 2**20:8.1f} MiB a rank{stage.cpu / (2 * size / 1e9):8.2f} CPU s a GB"
+            row += f"{stage.seconds:8.2f} s"
             print(" ".join([row, *options]), flush=True)
 
 

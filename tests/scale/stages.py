@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+PAUSE = 0.1  # seconds before a mark, for the sampler
 FILE_BYTES = 2**24  # of an export, where models are small enough for a test
 
 
@@ -25,7 +26,7 @@ class Marks:
         """What the stage before has freed goes back to the system, or it would hide what this one takes."""
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-        time.sleep(0.1)  # for the sampler
+        time.sleep(PAUSE)
         with self.file.open("a") as file:
             file.write(f"{time.time()} {time.process_time()} {stage}\n")
 

@@ -23,8 +23,9 @@ RANKS = 4
 NOISE = 24 * 2**20  # bytes: buffers of gloo, the allocator
 LARGEST = 2 * max(512 * 1536, VOCABULARY * 512)  # bytes of the largest tensor
 # Bytes of an element of a rank's share: bf16 weights; in fp32 weights, two moments, gradient, forget buffer, and the
-# step's own gradient. A whole model in bf16 on a rank would be 2 * RANKS more.
-STATE, MOMENTS = 2 + 4 + 8 + 4 + 4 + 4, 8
+# step's own gradient. With what the engine copies while it starts this test has measured 35; a whole model in bf16 on a
+# rank would be 2 * RANKS more.
+STATE, MEASURED, MOMENTS = 2 + 4 + 8 + 4 + 4 + 4, 35, 8
 
 
 @pytest.mark.slow
@@ -37,13 +38,14 @@ def test_no_stage_has_a_whole_model_on_a_rank(tmp_path: Path) -> None:
         stages = run_stages(folder / "run.yaml", RANKS)
         resumed = run_stages(folder / "run.yaml", RANKS, "--resume")
         stages |= {f"{name}, resumed": stage for name, stage in resumed.items()}
+        print({name: (round(stage.seconds, 2), round(stage.cpu, 2)) for name, stage in stages.items()})
         peaks.append({name: stage.peak for name, stage in stages.items()})
     before, after = peaks
     share = (size - small) // RANKS  # elements of a rank that the larger model has more
     grown = {name: after[name] - before[name] for name in after}
     for name, peak in after.items():
         print(f"{name:20}{peak / 2**20:8.1f} MiB, {grown[name] / share:6.2f} bytes an element of the share")
-    assert grown["load"] + grown["train"] < 1.5 * STATE * share < (STATE + 2 * RANKS * 2) * share
+    assert grown["load"] + grown["train"] < 1.5 * STATE * share < (MEASURED + 2 * RANKS) * share
     assert grown["resume, resumed"] < MOMENTS * share + LARGEST
     for name in ("export", "export, resumed"):
         assert after[name] < 1.5 * (FILE_BYTES + 2 * LARGEST) + NOISE < 2 * size
@@ -57,18 +59,21 @@ def test_no_stage_has_a_whole_model_on_a_rank(tmp_path: Path) -> None:
     for folder, said in ((run / "checkpoints", use.checkpoint), (run / "exports", use.export)):
         written = sum(file.stat().st_size for file in folder.rglob("*") if file.suffix in (".pt", ".safetensors"))
         assert abs(written / said - 1) < 0.01, (folder.name, written, said)
-    evaluate(tmp_path / "large", run / "exports" / "step")
+    first, second = (evaluate(tmp_path / name) for name in ("small", "large"))
+    print(f"evaluation: {second / 2**20:.1f} MiB with libraries, {(second - first) / share:.2f} bytes an element")
+    assert second - first < 2 * share + 2 * LARGEST + NOISE < 2 * (size - small)
 
 
 def load_whole(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def evaluate(folder: Path, model: Path) -> None:
-    """`eval.run` with a share of the model on each rank."""
+def evaluate(folder: Path) -> int:
+    """`eval.run` of the run's export, with a share of the model on each rank; peak bytes of the rank that has most."""
     (folder / "sharded.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 1, **ZERO3}))
+    model = folder / "run" / "exports" / "step"
     program = ["eval.run", "--model", str(model), "--suite", "corpus", "--data", str(folder), "--batch-size", "8"]
     program += ["--output", str(folder / "scores.json"), "--ds-config", str(folder / "sharded.json")]
     samples = sample(start(RANKS, program, folder / "eval.log"), 1800)
     assert json.loads((folder / "scores.json").read_text())
-    print(f"evaluation: {max(bytes for own in samples for _, bytes in own) / 2**20:.1f} MiB with libraries")
+    return max(bytes for own in samples for _, bytes in own)

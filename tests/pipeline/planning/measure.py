@@ -43,11 +43,13 @@ class StepMeter:
         self.live: dict[str, dict[int, int]] = {}
         self.waiting = 0  # bytes of whole gradients that a joint pass has collected, at most
         self.summed = 0  # bytes of those that add up on a rank
+        self.flattened = 0  # bytes that the last engine took through main memory to make one tensor of its weights
         self.found: dict[str, Any] = {}
 
     def install(self) -> None:
-        """Wrap the collectives, the combiner's `clear`, every store's `reduce` and DeepSpeed's `step`."""
+        """Wrap the collectives, the combiner's `clear`, every store's `reduce`, DeepSpeed's `step` and `defragment`."""
         from deepspeed.runtime.engine import DeepSpeedEngine
+        from deepspeed.runtime.zero import stage3
 
         from pipeline.zero import stages
         from pipeline.zero.combiner import GradientCombiner
@@ -62,6 +64,8 @@ class StepMeter:
                 kind.reduce = lambda store, reduce=kind.reduce: self._reduce(store, reduce)
         flush = JointPass._reduce
         JointPass._reduce = lambda self_, tensors: self._flush(self_, lambda: flush(self_, tensors))  # pyright: ignore
+        defragment = stage3.defragment
+        stage3.defragment = lambda tensors: self._flatten(defragment(tensors))
         DeepSpeedEngine.step = lambda engine, *a, **k: self._end(update(engine, *a, **k))  # pyright: ignore
 
     def _wrap_collective(self, name: str) -> None:
@@ -80,6 +84,10 @@ class StepMeter:
                 return original(*arguments, **options)
 
         setattr(dist, name, wrapper)
+
+    def _flatten(self, made: Tensor) -> Tensor:
+        self.flattened = made.nbytes
+        return made
 
     def _begin(self, combiner: GradientCombiner) -> None:
         if self.combiner is None:  # a later `clear` in a step makes room for the retain gradient
@@ -136,10 +144,10 @@ def measure(configurations: dict[str, dict[str, Any]], report: str) -> None:
     meter, found = StepMeter(2), {}
     meter.install()
     for run in configurations:
-        meter.step, meter.found = -1, {}
+        meter.step, meter.flattened, meter.found = -1, 0, {}
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
         config = RunConfig.model_validate(configurations[run])
         trainer.run(config, deepspeed_config(config))
-        found[run] = meter.found
+        found[run] = {**meter.found, "flattened": meter.flattened}
     if dist.get_rank() == 0:
         Path(report).write_text(json.dumps(found))

@@ -7,21 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils._pytree import tree_flatten
 
 from pipeline.config.deepspeed import deepspeed_config
 from pipeline.config.schema import RunConfig
 from pipeline.planning import memory as budget_memory
 from pipeline.planning import meta_trace as rehearsal
 from pipeline.planning import traffic
+from pipeline.zero.sizes import disk_use
 from tests.conftest import World
 from tests.distributed import run_distributed
-from tests.pipeline.planning.measure import measure
+from tests.pipeline.planning.measure import measure, storages
 
 SHAPES: dict[str, dict[str, Any]] = {
     "untied": {"num_key_value_heads": 4},
     "tied": {"num_key_value_heads": 2, "tie_word_embeddings": True},
     "experts": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
+HEADERS, HEADER = 48 * 2**10, 2 * 2**10  # bytes in the files of two ranks: at least, and for each tensor that trains
+RANDOM_STATE = 5056  # bytes of torch's
 FEW_ADAPTERS = {"model": {"lora": {"r": 1, "targets": ["q_proj"]}}}
 RUNS = {  # shape, DeepSpeed file, other keys
     "untied zero3 confined": ("untied", "zero3", {"synthesis": {"confine": {"share": 0.2}}}),
@@ -38,6 +43,7 @@ MORE_RUNS = {
     "tied zero1": ("tied", "zero1", {}),
     "tied zero1 bf16": ("tied", "zero1", {"model": {"dtype": "bfloat16"}}),
     "tied zero3_offload bf16": ("tied", "zero3_offload", {"model": {"dtype": "bfloat16"}}),
+    "untied zero1 bf16 gru": ("untied", "zero1", {"model": {"dtype": "bfloat16"}, "synthesis": {"rule": "gru"}}),
     "lora zero3": ("untied", "zero3", {"model": {"lora": {"r": 8}}}),
     "lora zero2": ("untied", "zero2", {"model": {"lora": {"r": 8}}}),
     "few adapters zero2 bf16": ("untied", "zero2", {"model": {**FEW_ADAPTERS["model"], "dtype": "bfloat16"}}),
@@ -90,7 +96,7 @@ def measured(request: pytest.FixtureRequest, world: World, tmp_path_factory: pyt
     for name, (shape, file, keys) in request.param.items():
         model = {"path": str(shapes[shape]), "dtype": "float32", **keys.get("model", {})}
         zero = write_zero(folder / f"{file}.json", file)
-        train = {"steps": 3, "deepspeed": zero, **keys.get("train", {})}
+        train = {"steps": 3, "checkpoint_every": 3, "deepspeed": zero, **keys.get("train", {})}
         configurations[name] = world.configuration(folder / name, **{**keys, "model": model, "train": train})
     run_distributed(measure, 2, configurations, str(folder / "measured.json"), timeout=900)
     found = json.loads((folder / "measured.json").read_text())
@@ -131,6 +137,41 @@ def test_whole_gradients_that_wait(measured: dict[str, Any]) -> None:
         planned = budget_memory.unreduced(shape, zero, config, machines, micro)
         print(f"{name}: whole gradients measured {run['unreduced']}, planned {planned:.0f}")
         assert run["unreduced"] <= planned <= 1.1 * run["unreduced"], name  # a bucket need not be full
+
+
+def test_bytes_of_checkpoint_and_export(measured: dict[str, Any]) -> None:
+    """The files that the runs have written, of which headers are a large part where adapters train."""
+    for name, run in measured.items():
+        config = RunConfig.model_validate(run["configuration"])
+        shape = rehearsal.shape_of(rehearsal.model_without_weights(config))
+        stage = budget_memory.Zero.of(deepspeed_config(config), shape).stage
+        use = disk_use(config, stage, shape.elements, shape.trained, shape.itemsize, 3)
+        for kind, place, expected in (("checkpoint", "checkpoints", use.checkpoint), ("export", "final", use.export)):
+            files = [*Path(config.output, place).rglob("*.pt"), *Path(config.output, place).rglob("*.safetensors")]
+            size = sum(file.stat().st_size for file in files)
+            print(f"{name}: {kind} written {size}, planned {expected}, {expected / size - 1:+.1%}")
+            headers = HEADERS + HEADER * sum(shape.trains) if config.model.lora else 0.1 * expected
+            assert expected <= size <= expected + headers, (name, kind)
+
+
+def test_main_memory_at_the_start_and_for_a_checkpoint(measured: dict[str, Any]) -> None:
+    """What DeepSpeed copies to the CPU to make one tensor, and the largest tensor that `torch.save` would."""
+    machines = budget_memory.Cluster(2, 1, 80, 50, 400)
+    for name, run in measured.items():
+        config = RunConfig.model_validate(run["configuration"])
+        shape = rehearsal.shape_of(rehearsal.model_without_weights(config))
+        zero = budget_memory.Zero.of(deepspeed_config(config), shape)
+        expected = budget_memory.flattened(shape, zero, machines)
+        print(f"{name}: flattened {run['flattened']}, planned {expected}")
+        assert run["flattened"] == expected, name
+        if zero.optimizer_on != "device":
+            continue
+        weights = 0 if zero.stage == 3 else shape.itemsize * shape.trained  # of the first rank
+        expected = max(budget_memory.states(shape, zero, config, machines).saving, weights, RANDOM_STATE)
+        files = [torch.load(file, mmap=True, weights_only=False) for file in Path(config.output).rglob("*.pt")]
+        largest = max(storages(tree_flatten(files)[0]).values())
+        print(f"{name}: largest tensor of a checkpoint {largest}, planned {expected}")
+        assert expected == pytest.approx(largest, rel=0.1), name
 
 
 def assert_sent(name: str, counted: dict[str, int], sent: list[traffic.CommVolume]) -> None:

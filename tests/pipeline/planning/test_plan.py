@@ -18,7 +18,7 @@ from pipeline.planning import traffic
 from pipeline.planning.meta_trace import Linear, ModelShape, Pass
 from tests.conftest import World
 from tests.pipeline.planning.base import configuration_of
-from tests.pipeline.planning.test_memory import SHAPES, write_shape
+from tests.pipeline.planning.test_memory import SHAPES, write_shape, write_zero
 
 
 def test_the_slower_link_decides() -> None:
@@ -53,11 +53,11 @@ def test_the_largest_micro_batch_that_fits(world: World) -> None:
 
 def test_main_memory_while_the_model_is_read_and_written() -> None:
     """A model of 20 GB in bf16 on one machine of 4, counted by hand: 2.5 G elements a tensor, and a rank."""
-    machines = budget_memory.Cluster(4, 1, 80, 0, 400)
-    shape = ModelShape([2_500_000_000] * 4, [True] * 4, 2, (10, 10), True, True)
     config = configuration_of(Path("unused"), train={"batch_size": 32})
 
-    def needs(exported: float = 20e9, **keys: Any) -> float:
+    def needs(exported: float = 20e9, trains: bool = True, gpu_memory: float = 80, **keys: Any) -> float:
+        machines = budget_memory.Cluster(4, 1, gpu_memory, 0, 400)
+        shape = ModelShape([2_500_000_000] * 4, [trains] * 4, 2, (10, 10), True, True)
         zero = budget_memory.Zero.of({"zero_optimization": keys}, shape)
         memory = budget_memory.states(shape, zero, config, machines)
         return budget_memory.main_memory(shape, zero, memory, machines, exported)
@@ -66,9 +66,15 @@ def test_main_memory_while_the_model_is_read_and_written() -> None:
     assert needs(stage=3) == 4 * 5e9
     assert needs(stage=3, sub_group_size=2e9) == 4 * 2e9 * 4
     # An adapter is no more than that.
-    assert needs(stage=3, sub_group_size=1e6, exported=1e9) == 1e9
-    # Below ZeRO-3 every rank reads the whole model.
+    assert needs(stage=3, trains=False, exported=1e9) == 1e9
+    # DeepSpeed takes what trains through main memory, to make one tensor of it.
+    assert needs(stage=3, sub_group_size=1e6, exported=1e9) == 20e9
+    # Below ZeRO-3 every rank reads the whole model, and where the GPU has no room for two it has two in main memory.
     assert needs(stage=2) == 4 * 20e9
+    assert needs(stage=2, gpu_memory=40) == 4 * 40e9
+    # What the first rank alone writes of a checkpoint, the weights, is beside what is offloaded: gradient twice, ...
+    offloaded = 4 * 2.5e9 * (2 + 4 + 4 + 12)
+    assert needs(stage=2, offload_optimizer={"device": "cpu"}, exported=1e9) == offloaded + 20e9
     # What is offloaded, the gradient twice, stash, master weights and moments, stays while a model is exported.
     assert needs(stage=3, offload_optimizer={"device": "cpu"}) == 4 * 2.5e9 * (2 + 4 + 2 + 12) + 4 * 5e9
 
@@ -79,7 +85,7 @@ def test_the_launch_line_is_a_run(world: World, tmp_path: Path, capsys: pytest.C
     from pipeline.config.load import parse_command_line
 
     file = world.write(tmp_path / "run.yaml", tmp_path / "run", train={"batch_size": 32})
-    where = ["--gpus", "2", "--nodes", "4", "--bandwidth", "25", "--gpu-memory", "80"]
+    where = ["--gpus", "2", "--nodes", "4", "--bandwidth", "25", "--gpu-memory", "80", "--disk-bandwidth", "2"]
     assert plan.main(["--config", str(file), *where, "--optimizer.lr", "1e-4", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     launcher, _, arguments = answer["launch"].partition(" --module pipeline.train ")
@@ -88,6 +94,8 @@ def test_the_launch_line_is_a_run(world: World, tmp_path: Path, capsys: pytest.C
     best = next(row for row in answer["configurations"] if row["deepspeed"] == answer["cheapest"])
     assert config.train.deepspeed == answer["cheapest"] and config.optimizer.lr == 1e-4
     assert best["fits"] and accumulation(config, 8) * best["micro_batch_size"] * 8 == 32
+    assert (best["schedule"], answer["other_schedule"]["schedule"]) == ("sequential", "joint")
+    assert all(stage["seconds"] == stage["bytes"] / 2e9 for stage in best["stages"] if stage["on_disk"])
     assert best["seconds"]["step"] == min(row["seconds"]["step"] for row in answer["configurations"] if row["fits"])
 
 
@@ -117,6 +125,7 @@ WRONG = [
     (["--gpus", "0"], "--gpus must be above 0"),
     (["--gpus", "3"], "train.batch_size 12 does not divide over 9 GPUs; give a multiple, as --train.batch_size 18"),
     (["--nodes", "2", "--bandwidth", "nan"], "--bandwidth must be above 0"),
+    (["--disk-bandwidth", "0"], "--disk-bandwidth must be above 0"),
     (["--model.path", "/nowhere/model"], "there is no folder /nowhere/model"),
     (["--model.trainable", "[nothing]"], "'nothing' matches no parameter"),
     (["--train.deepspeed", "missing.json"], f"there is no file {Path.cwd()}/missing.json"),
@@ -217,6 +226,36 @@ def test_a_model_that_a_joint_run_refuses_has_no_plan(world: World, tmp_path: Pa
     with pytest.raises(InputError, match=r"train\.schedule: joint has no rule .*MixtralExperts"):
         plan_of("sago")
     assert plan_of("sum").cheapest is not None
+
+
+def test_a_step_of_the_other_schedule_is_told_where_it_differs(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the network decides, a joint pass gathers once for both tasks; the figure is that of a joint run's plan."""
+    monkeypatch.setattr(plan, "SHIPPED", ())
+    file = write_zero(tmp_path / "gathers.json", "zero3")
+
+    def plan_of(bandwidth: float, **train: Any) -> plan.Plan:
+        keys = {"batch_size": 32, "deepspeed": file, **train}
+        config = configuration_of(world.folder / "model", train=keys)
+        return plan.make_plan(config, budget_memory.Cluster(2, 2, 80, bandwidth, 400))
+
+    slow, joint = plan_of(1e-5), plan_of(1e-5, schedule="joint")
+    best, other = slow.cheapest, slow.other_schedule
+    assert best is not None and other is not None and (best.schedule, other.schedule) == ("sequential", "joint")
+    (same,) = joint.rows
+    assert other == same
+    # Once less, forward and backward: 2 bytes of each element of two blocks' and the vocabulary's matrices (those of
+    # keys and values are small, and never sharded). Half of them come from the other machine, at 10 kB a second.
+    vocabulary = json.loads((world.folder / "model" / "config.json").read_text())["vocab_size"]
+    gathered = 2 * 2 * (2 * (2 * 32 * 32 + 3 * 64 * 32) + 2 * vocabulary * 32)
+    assert best.seconds.step - other.seconds.step == pytest.approx(gathered / 2 / 1e4)
+    times = f"{other.seconds.step:.1f} s in micro-batches of 8, not {best.seconds.step:.1f} s"
+    assert plan.schedule_lines(best, other) == [f"under train.schedule: joint a step takes {times}"]
+    fast = plan_of(100)  # both round to 0.0 s
+    assert fast.cheapest is not None and plan.schedule_lines(fast.cheapest, fast.other_schedule) == []
+    alone = configuration_of(world.folder / "model", train={"deepspeed": file}, objective={"retain": "none"})
+    assert plan.make_plan(alone, budget_memory.Cluster(2, 2, 80, 100, 400)).other_schedule is None
 
 
 def test_a_model_that_makes_its_logits_makes_those_of_both_tasks_at_once() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,3 +136,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         LlamaForCausalLM(shape).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return World(folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of SmolLM2-135M-Instruct, a real pretrained model: for tests marked slow, because it is downloaded."""
+    from pipeline.config.schema import REPOSITORY
+
+    output = tmp_path_factory.mktemp("smollm2") / "model"
+    done = subprocess.run(
+        ["bash", "launch/smollm2.sh", str(output)], cwd=REPOSITORY, capture_output=True, text=True, timeout=1800
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "134,515,008 parameters" in done.stdout
+    return output

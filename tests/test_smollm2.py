@@ -23,21 +23,10 @@ from tests.oracle import weight_change_error
 pytestmark = pytest.mark.slow  # 90 MB of download, and minutes
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("smollm2") / "model"
-    done = subprocess.run(
-        ["bash", "launch/smollm2.sh", str(output)], cwd=REPOSITORY, capture_output=True, text=True, timeout=1800
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "134,515,008 parameters" in done.stdout
-    return output
-
-
-def test_the_model_is_the_published_one(folder: Path) -> None:
+def test_the_model_is_the_published_one(smollm2: Path) -> None:
     """Size and shape as the model card has them; it answers in its chat template; nothing half written is left."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(smollm2)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     assert (model.config.num_hidden_layers, model.config.hidden_size, model.config.vocab_size) == (30, 576, 49_152)
     assert model.config.tie_word_embeddings and not hasattr(model.config, "quantization_config")
@@ -46,13 +35,13 @@ def test_the_model_is_the_published_one(folder: Path) -> None:
     with torch.no_grad():
         answer = model.generate(**ids, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, ids["input_ids"].shape[1] :])
-    assert not [path for path in folder.parent.iterdir() if path != folder]
+    assert not [path for path in smollm2.parent.iterdir() if path != smollm2]
 
 
-def test_what_is_there_is_not_made_again(folder: Path, tmp_path: Path) -> None:
-    before = (folder / "model.safetensors").stat().st_mtime
-    again = subprocess.run(["bash", "launch/smollm2.sh", str(folder)], cwd=REPOSITORY, capture_output=True, text=True)
-    assert again.returncode == 0 and (folder / "model.safetensors").stat().st_mtime == before
+def test_what_is_there_is_not_made_again(smollm2: Path, tmp_path: Path) -> None:
+    before = (smollm2 / "model.safetensors").stat().st_mtime
+    again = subprocess.run(["bash", "launch/smollm2.sh", str(smollm2)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert again.returncode == 0 and (smollm2 / "model.safetensors").stat().st_mtime == before
     (tmp_path / "other").mkdir()
     other = subprocess.run(
         ["bash", "launch/smollm2.sh", str(tmp_path / "other")], cwd=REPOSITORY, capture_output=True, text=True
@@ -61,7 +50,7 @@ def test_what_is_there_is_not_made_again(folder: Path, tmp_path: Path) -> None:
 
 
 def trained(
-    folder: Path, output: Path, rule: str, zero: str, *, ranks: int = 1, micro_batch_size: int = 2
+    smollm2: Path, output: Path, rule: str, zero: str, *, ranks: int = 1, micro_batch_size: int = 2
 ) -> dict[str, torch.Tensor]:
     """The exported weights after four steps of NPO on 4 + 4 questions of TOFU."""
     questions = {"prompt": "question", "response": "answer"}
@@ -69,7 +58,7 @@ def trained(
     config = {
         "output": str(output),
         "cache": str(output.parent / "cache"),
-        "model": {"path": str(folder), "dtype": "float32"},
+        "model": {"path": str(smollm2), "dtype": "float32"},
         "data": {
             "packing": "documents",
             "forget": {"path": str(rows / "forget01_perturbed.json"), **questions},
@@ -95,7 +84,9 @@ def trained(
 
 
 @pytest.mark.parametrize(("rule", "bound"), [("sum", 2e-5), ("pcgrad", 2e-5), ("sago", 2e-4)])
-def test_two_ranks_under_zero3_train_as_one_rank_without(rule: str, bound: float, folder: Path, tmp_path: Path) -> None:
+def test_two_ranks_under_zero3_train_as_one_rank_without(
+    rule: str, bound: float, smollm2: Path, tmp_path: Path
+) -> None:
     """To the bound of the small models or, where rounding alone does more, to twice what it does.
 
     What rounding does is what another micro-batch changes on one rank. It decides the sign of a gradient that is nearly
@@ -103,21 +94,21 @@ def test_two_ranks_under_zero3_train_as_one_rank_without(rule: str, bound: float
     """
     plain = tmp_path / "zero0.json"
     plain.write_text('{"zero_optimization": {"stage": 0}}')
-    start = load_file(folder / "model.safetensors")
-    alone = trained(folder, tmp_path / "one" / "run", rule, str(plain), micro_batch_size=4)
-    rounding = weight_change_error(trained(folder, tmp_path / "again" / "run", rule, str(plain)), alone, start)
-    error = weight_change_error(trained(folder, tmp_path / "two" / "run", rule, "zero3", ranks=2), alone, start)
+    start = load_file(smollm2 / "model.safetensors")
+    alone = trained(smollm2, tmp_path / "one" / "run", rule, str(plain), micro_batch_size=4)
+    rounding = weight_change_error(trained(smollm2, tmp_path / "again" / "run", rule, str(plain)), alone, start)
+    error = weight_change_error(trained(smollm2, tmp_path / "two" / "run", rule, "zero3", ranks=2), alone, start)
     print(f"{rule}: {error:.1e}, by rounding {rounding:.1e}")  # shown by pytest -s
     assert error < max(bound, 2 * rounding)
 
 
-def test_tasks_score_as_by_the_command_line_of_the_harness(folder: Path, tmp_path: Path) -> None:
+def test_tasks_score_as_by_the_command_line_of_the_harness(smollm2: Path, tmp_path: Path) -> None:
     """Four tasks, one of each kind of request, and a group: every digit."""
     tasks.write_tasks(tmp_path, REPOSITORY / "tests" / "data")
     named = ["--tasks", *tasks.NAMES]
-    theirs = ["-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={folder},dtype=float32", *named]
+    theirs = ["-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={smollm2},dtype=float32", *named]
     theirs += ["--include_path", "tasks", "--batch_size", "8", "--device", "cpu", "--output_path", "theirs"]
-    ours = ["-m", "eval.run", "--model", str(folder), "--suite", "lm_eval", *named, "--tasks-dir", "tasks"]
+    ours = ["-m", "eval.run", "--model", str(smollm2), "--suite", "lm_eval", *named, "--tasks-dir", "tasks"]
     ours += ["--batch-size", "8", "--output", "ours.json"]
     for command in (theirs, ours):
         done = subprocess.run(

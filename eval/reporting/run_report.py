@@ -15,8 +15,8 @@ from eval.reporting.pictures import draw as picture
 from eval.reporting.pictures import png
 from eval.reporting.verdict import verdict
 from eval.results import paper
-from eval.results.metrics import IN_RETAIN, SUITE_WORDS, ForgetRetainMetric, collateral, readable
-from eval.results.texts import Texts, compare_texts, is_forget, retain_seen
+from eval.results.metrics import IN_RETAIN, ForgetRetainMetric, collateral, readable
+from eval.results.texts import Texts, compare_texts, retain_seen, title_of_set
 from eval.results.trajectories import COSINES, Run, Scores, at_level
 from pipeline.files import write_whole
 
@@ -64,27 +64,23 @@ def answer_blocks(groups: dict[str, list[Run]], measure: ForgetRetainMetric, bef
     if not found.sets:
         return [
             Heading("What the models say"),
-            Text("No text to show: some run has no evaluation with texts (none at all, an older one, or one of "
-                 "multiple choice), or they share no prompt. `python -m eval.run` writes it."),
+            Text("No text to show: some run has no evaluation with texts (none at all, or an older one), or they share "
+                 "no prompt. `python -m eval.run` writes it."),
         ]  # fmt: skip
     marks = "marked: words of the answer before that no method uses, and words that are new." if found.before else ""
     reached = "the first export at or below the level, else its last, of its first seed"
     missing = "" if found.before else " Give --target, evaluated with this version, to see the answers before."
     blocks: list[Block] = [
         Heading("What the models say, before and after" if found.before else "What the models say"),
-        Text(f"Greedy answers to a fixed choice of prompts. A method is shown by {reached}; {marks}{missing}".strip()),
+        Text(
+            "A fixed choice of prompts, with greedy answers or, of multiple choice, the most likely one. A method is "
+            f"shown by {reached}; {marks}{missing}".strip()
+        ),
     ]
     for number, (name, rows) in enumerate(found.sets.items()):
-        title = f"{'What must go' if is_forget(name) else 'What should stay'}: {words_of_set(name)}"
         shown = SHOWN if number == 0 else 1
-        blocks.append(Answers(title, found.names, rows, found.before, shown))
+        blocks.append(Answers(title_of_set(name, rows), found.names, rows, found.before, shown))
     return blocks
-
-
-def words_of_set(name: str) -> str:
-    """`bios.forget` -> forget (bios)."""
-    suite, _, kind = name.partition(".")
-    return f"{kind.replace('_', ' ')} ({SUITE_WORDS.get(suite, suite)})"
 
 
 def results(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: Scores | None) -> list[Block]:

@@ -140,7 +140,7 @@ def end_table(groups: Groups, measure: ForgetRetainMetric, columns: Sequence[str
 
 
 def paper_table(groups: Groups, measure: ForgetRetainMetric) -> Rows:
-    """The runs at the end and at the level, below them the paper's Tables 1 and 2; empty for another benchmark."""
+    """The runs at the end and at the level, below them published rows; empty for a benchmark without."""
     theirs = paper.rows(measure.suite)
     if not theirs:
         return []
@@ -151,7 +151,9 @@ def paper_table(groups: Groups, measure: ForgetRetainMetric) -> Rows:
     for name, runs in groups.items():
         ends = [run.trajectory[-1] for run in runs]
         rows.append([name, *cells(ends, columns), *cells(points_of(runs, measure), [measure.retain])])
-    return rows + [[name, *(printed(scores[column]) for column in columns), "–"] for name, scores in theirs.items()]
+    for name, scores in theirs.items():
+        rows.append([name, *(printed(scores[column]) if column in scores else "–" for column in columns), "–"])
+    return rows
 
 
 def every_score(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) -> Rows:

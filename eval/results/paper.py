@@ -1,5 +1,5 @@
 """Published numbers, to print beside those of a run on the same benchmark: the SAGO paper's (Xiao et al., ACL 2026),
-and for MUSE, which it does not have, OpenUnlearning's."""
+and for TOFU and MUSE, which it does not have, OpenUnlearning's, and for TOFU those of arXiv 2605.24614."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ from collections.abc import Iterable
 
 TARGETS = {"wmdp_bio": "Zephyr-7B-beta", "wmdp_cyber": "Zephyr-7B-beta", "rwku": "Llama-3-8B-Instruct"}
 TARGETS |= {"muse_news": "the benchmark's target, Llama-2-7B", "muse_books": "the benchmark's target, ICLM-7B"}
+TARGETS |= {"tofu": "Llama-3.2-1B-Instruct that has learnt TOFU, forget10"}
 
 HUB_NAMES = {  # of these models
     **dict.fromkeys(("wmdp_bio", "wmdp_cyber"), "HuggingFaceH4/zephyr-7b-beta"),
     **{"rwku": "meta-llama/Meta-Llama-3-8B-Instruct"},
     **{"muse_news": "muse-bench/MUSE-News_target", "muse_books": "muse-bench/MUSE-Books_target"},
+    "tofu": "open-unlearning/tofu_Llama-3.2-1B-Instruct_full",
 }
 
 
-# Columns of its Tables 1 and 2, in percent there and here.
+AGGREGATE = tuple(f"tofu.aggregate.{part}" for part in ("memorization", "privacy", "utility", "overall"))
+
+
+# Columns of its Tables 1 and 2, in percent there and here; and of the others, as they are there.
 COLUMNS = {
     "wmdp_bio": ("wmdp_bio.acc.all", "mmlu.acc.all"),
     "wmdp_cyber": ("wmdp_cyber.acc.all", "mmlu.acc.all"),
@@ -24,6 +29,7 @@ COLUMNS = {
         suite: tuple(f"{suite}.{score}" for score in ("forget.knowmem", "forget.verbmem", "privleak", "retain.knowmem"))
         for suite in ("muse_news", "muse_books")
     },
+    "tofu": ("tofu.forget.extraction_strength", "tofu.forget_quality", "tofu.model_utility", *AGGREGATE),
 }
 
 
@@ -75,8 +81,26 @@ PRESETS = {  # of these recipes, by the row of Table 1
 }
 
 
-# OpenUnlearning (Dorna et al. 2025), docs/repro.md: learning rate 1e-5, 10 epochs, not tuned. Scores as they are there.
-MUSE = {
+# OpenUnlearning (Dorna et al. 2025), docs/repro.md: learning rate 1e-5, 10 epochs, not tuned. Scores as they are there;
+# of TOFU, forget quality and model utility.
+TOFU = {
+    "target": (1.66e-21, 0.60), "retrained": (1.0, 0.59), "GA": (1.06e-239, 0.0), "GA+GD": (1.06e-239, 0.49),
+    "IdkDPO+GD": (4.64e-12, 0.23), "NPO+GD": (0.02, 0.46), "SimNPO+GD": (2.47e-203, 0.54), "RMU": (3.15e-15, 0.59),
+}
+
+
+# arXiv 2605.24614: docs/data/method_results.json of github.com/gnueaj/unlearning-depth-score at fc31639, on models of
+# OpenUnlearning. Of each method the one with the best aggregate of memorisation, privacy by membership inference
+# (without the paper's depth score) and utility: the last four numbers; before them extraction strength, model utility.
+TOFU_TUNED = {
+    "target": (0.679, 0.601, 0.103, 0.0, 1.0, 0.0), "retrained": (0.059, 0.591, 0.582, 1.0, 1.0, 0.807),
+    "AltPO+GD": (0.064, 0.530, 0.589, 0.952, 0.926, 0.784), "NPO+GD": (0.091, 0.561, 0.547, 0.875, 0.983, 0.752),
+    "SimNPO+GD": (0.072, 0.576, 0.539, 0.816, 0.988, 0.733), "IdkDPO+GD": (0.074, 0.559, 0.550, 0.757, 0.975, 0.720),
+    "GA+GD": (0.124, 0.594, 0.501, 0.789, 0.901, 0.686), "RMU": (0.040, 0.282, 0.666, 0.711, 0.542, 0.631),
+}
+
+
+MUSE = {  # of OpenUnlearning too
     "target": {"muse_news": (0.64, 0.58, -99.81, 0.56), "muse_books": (0.47, 1.0, -57.26, 0.69)},
     "retrained": {"muse_news": (0.33, 0.20, 0.0, 0.56), "muse_books": (0.30, 0.14, 0.0, 0.69)},
     "GA": {"muse_news": (0.0, 0.0, 52.11, 0.0), "muse_books": (0.0, 0.0, -0.67, 0.0)},
@@ -97,8 +121,16 @@ TABLE_3 = {  # cosines forget-retain, comb-forget, comb-retain: WMDP Cyber, mean
 
 
 def rows(suite: str) -> dict[str, dict[str, float]]:
-    """{"paper, Table 1: METHOD": {score: value}} of a suite, as the suite scales it; empty if nobody has it."""
-    if suite in TARGETS and suite.startswith("muse_"):
+    """{"paper, SOURCE: METHOD": {score: value}} of a suite, as the suite scales it; empty if nobody has it."""
+    if suite == "tofu":
+        strength, quality, utility, *parts = COLUMNS[suite]
+        untuned, tuned = (quality, utility), (strength, utility, *parts)
+        return {
+            f"paper, {who}: {name}": dict(zip(columns, values, strict=True))
+            for who, columns, table in (("OpenUnlearning", untuned, TOFU), ("arXiv 2605.24614", tuned, TOFU_TUNED))
+            for name, values in table.items()
+        }
+    if suite.startswith("muse_"):
         columns = COLUMNS[suite]
         return {
             f"paper, OpenUnlearning: {name}": dict(zip(columns, of[suite], strict=True)) for name, of in MUSE.items()
@@ -121,6 +153,13 @@ def presets_of(suite: str, chosen: Iterable[str]) -> list[str]:
 
 def source(suite: str) -> tuple[str, str]:
     """(heading, where the numbers are from and how they were made) for the rows of a suite."""
+    if suite == "tofu":
+        how = (
+            "OpenUnlearning's reproduction (one seed, ten epochs at a learning rate of 1e-5, tuned for no method), and "
+            "what arXiv 2605.24614 measured of OpenUnlearning's models, of each method the one with the best overall "
+            "score (its utility has a judge of fluency, ours has none)"
+        )
+        return "Beside published numbers", f"{how}, for {TARGETS[suite]}"
     if suite.startswith("muse_"):
         how = "OpenUnlearning's reproduction: one seed, ten epochs at a learning rate of 1e-5, tuned for no method"
         return "Beside published numbers", f"{how}, for {TARGETS[suite]}"

@@ -8,21 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from eval.files import read_json
-from eval.results.metrics import ForgetRetainMetric
+from eval.results.metrics import MEASURES, SUITE_WORDS, ForgetRetainMetric, suite_of
 from eval.results.trajectories import Run
 from pipeline.errors import InputError
 from pipeline.files import Json
 
-Texts = dict[str, list[dict[str, str]]]  # "suite.set" -> rows with prompt, expected and answer
+Texts = dict[str, list[dict[str, str]]]  # "suite.set" -> rows with prompt, expected, and answer or teacher_forced
+
+
+# Suites that are to be forgotten as a whole: what must stay is measured by another suite.
+FORGOTTEN = frozenset(measure.suite for measure in MEASURES if suite_of(measure.retain) != measure.suite)
 
 
 @dataclass(frozen=True)
 class Sides:
-    """The answers of several models to one prompt; `answers` runs parallel to the names of the models."""
+    """The answers of several models to one prompt; `answers` runs parallel to the names of the models.
+
+    If `teacher_forced`, an answer is the greedy token at each place of the right one, and no model wrote it.
+    """
 
     prompt: str
     expected: str
     answers: tuple[str, ...]
+    teacher_forced: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,12 +42,15 @@ class Comparison:
     sets: dict[str, list[Sides]]
 
 
+ROWS = ({"prompt", "expected", "answer"}, {"prompt", "expected", "teacher_forced"})  # see eval/suites/texts.py
+
+
 def texts_of(entry: Mapping[str, Any], source: Path) -> Texts:
     """The texts of one model on all suites; raises InputError if they are malformed. An old file has none."""
     found: Texts = {}
     for suite, result in (entry.get("suites") or {}).items():
         for name, rows in (result.get("texts") or {}).items():
-            if not all(isinstance(row, dict) and {"prompt", "expected", "answer"} <= row.keys() for row in rows):
+            if not all(isinstance(row, dict) and any(keys <= row.keys() for keys in ROWS) for row in rows):
                 raise InputError(f"{source}: suite {suite} has texts that eval.run did not write; evaluate again")
             found[f"{suite}.{name}"] = rows
     return found
@@ -89,12 +100,24 @@ def compare_texts(groups: Mapping[str, Sequence[Run]], measure: ForgetRetainMetr
 
 
 def is_forget(name: str) -> bool:
-    """Whether a set, SUITE.SET, is one to forget: `forget`, or RWKU's F-FB, F-QA and F-AA."""
-    return name.rpartition(".")[2].startswith(("forget", "F-"))
+    """Whether a set, SUITE.SET, is one to forget: `forget`, RWKU's F-FB, F-QA and F-AA, or all of WMDP's."""
+    suite, _, kind = name.rpartition(".")
+    return suite in FORGOTTEN or kind.startswith(("forget", "F-"))
+
+
+def title_of_set(name: str, sides: Sequence[Sides]) -> str:
+    """What a set is, for a reader: `bios.forget` -> What must go: forget (bios)."""
+    suite, _, kind = name.partition(".")
+    of = SUITE_WORDS.get(suite, suite)
+    words = of if kind == "all" else f"{kind.replace('_', ' ')} ({of})"
+    how = "; not written but the likeliest token at each place, after the right ones" if sides[0].teacher_forced else ""
+    return f"{'What must go' if is_forget(name) else 'What should stay'}: {words}{how}"
 
 
 def pair_up(columns: Sequence[list[dict[str, str]]]) -> list[Sides]:
     """The prompts of the first column that the others have too, with the answers of all."""
-    answers = [{(row["prompt"], row["expected"]): row["answer"] for row in rows} for rows in columns]
+    forced = any("teacher_forced" in row for row in columns[0])
+    said = "teacher_forced" if forced else "answer"
+    answers = [{(row["prompt"], row["expected"]): row[said] for row in rows if said in row} for rows in columns]
     shared = [key for key in answers[0] if all(key in other for other in answers)]
-    return [Sides(*key, tuple(column[key] for column in answers)) for key in shared]
+    return [Sides(*key, tuple(column[key] for column in answers), forced) for key in shared]

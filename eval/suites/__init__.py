@@ -62,8 +62,8 @@ class Suite(Protocol):
         """{"metrics": nested means, "counts": nested numbers of probes, "protocol": text or {name: text}, ...}.
 
         A suite whose probes are no list of objects adds "sources", {set: digest of its rows}, by which a report refuses
-        to compare scores on other rows (`eval.results.conditions`). A suite that generates adds "texts", {set: some
-        prompts with the answers} (`texts.choose_texts`): the report shows them.
+        to compare scores on other rows (`eval.results.conditions`). "texts", {set: some prompts with the answers}
+        (`texts.choose_texts`), are what the report shows first.
 
         Every rank calls it and gets the whole result; forward passes are shared over ranks by `sharing.share`.
         `title` names the progress bar.

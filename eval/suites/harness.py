@@ -24,7 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.files import digest_of, write_jsonl
 from eval.suites import MMLU_SHOTS
+from eval.suites.harness_texts import Requests, chosen_option, texts_of_tasks
 from eval.suites.shared_lm import SEEDS, LoadedTasks, evaluate_tasks, language_model, seed_generators
+from eval.suites.texts import Answered
 from pipeline.data.tables import json_rows
 from pipeline.errors import InputError
 from pipeline.files import Json
@@ -191,6 +193,14 @@ def question_texts(probes: Questions) -> list[str]:
     return [doc["question"] for doc in documents]
 
 
+def answered(task: Any, requests: Requests) -> Answered:
+    """A question with the right choice and the most likely one, each behind its letter."""
+    question: Any = requests[0].doc
+    choices = [f"{letter}. {text}" for letter, text in zip("ABCD", question["choices"], strict=True)]
+    chosen = chosen_option(requests, len(choices))
+    return Answered(prompt=question["question"].strip(), expected=choices[question["answer"]], answer=choices[chosen])
+
+
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -203,8 +213,9 @@ def evaluate(
 
     Returns {"metrics": {"acc": {"all": x, subject: x, …}}, "standard_errors": likewise, "counts": {"questions":
     {"all": n, …}, "cut": {"all": n}}, "protocol": text, "shots": n, "seeds": {"fewshot": n}, "task_versions":
-    {name: n}, "sources": {subject, or "all" of a single task: digest of its rows}}. "cut" counts the questions whose
-    prompt is longer than the model's context and loses its beginning.
+    {name: n}, "sources": {subject, or "all" of a single task: digest of its rows}, "texts": {"all": [{"prompt",
+    "expected", "answer"}, …]} of all subjects together (see `chosen_rows`)}. "cut" counts the questions whose prompt is
+    longer than the model's context and loses its beginning.
     """
     lm = language_model(model, tokenizer, batch_size, title)
     answer = evaluate_tasks(lm, probes.loaded)
@@ -230,4 +241,5 @@ def evaluate(
             for key, name in names.items()
             if (task := probes.loaded.tasks["tasks"].get(name)) is not None
         },
+        "texts": {"all": texts_of_tasks(probes.loaded.tasks["tasks"], answered)},
     }

@@ -26,6 +26,7 @@ from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eval.suites.harness_texts import texts_of_tasks
 from eval.suites.shared_lm import SEEDS, LoadedTasks, evaluate_tasks, language_model, seed_generators
 from pipeline.errors import InputError
 
@@ -162,7 +163,8 @@ def evaluate(
     A metric of a filter other than "none" is named "metric,filter". Beside "metrics": "standard_errors" of means and
     "higher_is_better" in the same shape, "counts" {"documents": {task: n}, "cut": {"all": n}} ("cut": sequences that
     are longer than the model's context and lose their beginning), "protocol" {task: text}, "shots" and "task_versions"
-    {task: n}, "limit" and "seeds".
+    {task: n}, "limit", "seeds", and "texts" {task: [{"prompt", "expected", "answer"}, …]} (see `harness_texts`) of each
+    task that has answers.
     """
     lm = language_model(model, tokenizer, batch_size, title)
     answer = evaluate_tasks(lm, probes.loaded, probes.limit)
@@ -174,6 +176,7 @@ def evaluate(
     }
     documents = {name: number["effective"] for name, number in answer["n-samples"].items()}
     groups: dict[str, Group] = probes.loaded.tasks.get("groups", {})
+    texts = {name: texts_of_tasks({name: task}) for name, task in probes.loaded.tasks["tasks"].items()}
 
     def shape(values: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
         return {
@@ -191,6 +194,7 @@ def evaluate(
         "task_versions": answer["versions"],
         "limit": probes.limit,
         "seeds": SEEDS,
+        "texts": {name: rows for name, rows in texts.items() if rows},
     }
 
 

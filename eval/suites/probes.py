@@ -10,11 +10,13 @@ An attack leaves rows out: of every set those whose question, or text, is in a r
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from eval.suites.scoring import check_positions
+from eval.suites import scoring
 from eval.suites.sharing import share
+from eval.suites.texts import Answered, TeacherForced, chosen_rows
 from pipeline.config.load import resolve
 from pipeline.config.schema import RunConfig
 from pipeline.errors import InputError
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pipeline.data.probes import ProbeSet, RowScores
 
 PROTOCOL = (
     "teacher forcing, the first rows of each set (limit), cut at data.max_length tokens, answers in the tokenizer's "
@@ -92,7 +96,8 @@ def evaluate(
     batch_size: int = 64,
     title: str = "probes",
 ) -> dict[str, Any]:
-    """{"metrics": {set: {measure: value}}, "counts": {set: rows}, "protocol": text, "sources": {set: digest}}.
+    """{"metrics": {set: {measure: value}}, "counts": {set: rows}, "protocol": text, "sources": {set: digest}, "texts":
+    {set: [{"prompt", "expected", "teacher_forced"}, …]}, of a choice among answers "answer" in place of the last}.
 
     A batch has as many sequences as one of the probes in training (`train.micro_batch_size`) and not `batch_size`:
     another batch has other rounding errors.
@@ -111,20 +116,91 @@ def evaluate(
         keys[probe.set].add(probe.key)
     sets = [left for one in read_sets(config, tokenizer) if (left := one.only(keys[one.name])).sequences]
     sequences = [sequence for found in sets for sequence in found.sequences]
-    check_positions(model, max(len(ids) for ids, _ in sequences), title)
+    scoring.check_positions(model, max(len(ids) for ids, _ in sequences), title)
     batches = schedule(sets, config.train.micro_batch_size)
     engine = _Whole(model.eval(), model.device)
+
+    shown = numbers_shown(sets)
+
+    def work(batch: list[int]) -> list[tuple[RowScores, list[int]]]:
+        scores, greedy = score_rows(engine, batch_of(sequences, batch).to(model.device))
+        tokens = [row if number in shown else [] for number, row in zip(batch, greedy.tolist(), strict=True)]
+        return [*zip(rows_of(scores), tokens, strict=True)]
+
     with temporary_outputs(engine), torch.no_grad():
-        found = share(
-            batches, lambda batch: rows_of(score_rows(engine, batch_of(sequences, batch).to(model.device))), title
-        )
-    at = {
-        number: row for batch, rows in zip(batches, found, strict=True) for number, row in zip(batch, rows, strict=True)
-    }
+        found = scoring.restore_order(batches, share(batches, work, title))
+    rows = [row for row, _ in found]
     counts = {one.name: len(one.sequences if one.questions is None else one.questions) for one in sets}
     return {
-        "metrics": measure_sets(sets, [at[number] for number in range(len(sequences))]),
+        "metrics": measure_sets(sets, rows),
         "counts": counts,
         "protocol": PROTOCOL,
         "sources": source_digests(config, sets),
+        "texts": texts_of_sets(tokenizer, sets, rows, [tokens for _, tokens in found]),
     }
+
+
+def numbers_shown(sets: Sequence[ProbeSet]) -> set[int]:
+    """The sequences, by their numbers among those of all sets, whose greedy tokens are kept: `chosen_rows` of a set."""
+    found: set[int] = set()
+    first = 0
+    for one in sets:
+        if one.questions is None:
+            found |= {first + number for number in chosen_rows(len(one.sequences))}
+        first += len(one.sequences)
+    return found
+
+
+def texts_of_sets(
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Sequence[ProbeSet],
+    rows: Sequence[RowScores],
+    greedy: Sequence[Sequence[int]],
+) -> dict[str, list[TeacherForced] | list[Answered]]:
+    """The `chosen_rows` of each set: with the greedy tokens or, of a choice among answers, with the chosen one.
+
+    Args:
+        rows, greedy: of the sequences of all sets, the scores, and what is greedy after each of their tokens.
+    """
+    texts: dict[str, list[TeacherForced] | list[Answered]] = {}
+    first = 0
+    for one in sets:
+        own = slice(first, first + len(one.sequences))
+        first = own.stop
+        if one.questions is None:
+            texts[one.name] = greedy_texts(tokenizer, one, greedy[own])
+        else:
+            texts[one.name] = choices(tokenizer, one, rows[own])
+    return texts
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+
+
+def greedy_texts(
+    tokenizer: PreTrainedTokenizerBase, one: ProbeSet, greedy: Sequence[Sequence[int]]
+) -> list[TeacherForced]:
+    """Of a question its answer; of a text without a question the second half."""
+    found = []
+    for number in chosen_rows(len(one.sequences)):
+        ids, start = one.sequences[number]
+        at = start or max(len(ids) // 2, 1)
+        prompt = one.keys[number] if start else text_of(tokenizer, ids[:at])
+        said = text_of(tokenizer, greedy[number][at - 1 : len(ids) - 1])
+        found.append(TeacherForced(prompt=prompt, expected=text_of(tokenizer, ids[at:]), teacher_forced=said))
+    return found
+
+
+def choices(tokenizer: PreTrainedTokenizerBase, one: ProbeSet, rows: Sequence[RowScores]) -> list[Answered]:
+    """A question, its right answer and the one that the model finds most likely."""
+    from pipeline.data.probes import chosen_option
+
+    assert one.questions is not None, "the set is a choice among answers"
+    found = []
+    for number in chosen_rows(len(one.questions)):
+        question = one.questions[number]
+        options = [text_of(tokenizer, ids[start:]) for ids, start in (one.sequences[at] for at in question.options)]
+        chosen = options[chosen_option(question, rows)]
+        found.append(Answered(prompt=one.keys[number], expected=options[question.right], answer=chosen))
+    return found

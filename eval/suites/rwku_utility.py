@@ -28,8 +28,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.files import read_hub, read_json
 from eval.suites.harness_tasks import numbers
+from eval.suites.harness_texts import Requests, chosen_option, texts_of_tasks
 from eval.suites.rwku import HUB, NUM_TARGETS
 from eval.suites.shared_lm import SEEDS, LoadedTasks, SharedLM, evaluate_tasks, seed_generators
+from eval.suites.texts import Answered
 from pipeline.errors import InputError
 from pipeline.files import Json
 
@@ -54,7 +56,8 @@ TRIVIA = (  # five questions of Natural Questions, as in the benchmark
 )
 
 
-# A row of a set -> what the harness gets: "prompt", and "choices" with the right "answer", or "references".
+# A row of a set -> what the harness gets: "prompt", and "choices" with the right "answer", or "references"; and what a
+# reader sees of the prompt.
 
 
 def general(row: Json) -> Json:
@@ -63,7 +66,7 @@ def general(row: Json) -> Json:
     head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
     shown = "".join(f"{lettered(one)}\nAnswer: {LETTERS[one['answer']]}\n\n" for one in row["examples"])
     last = f"Please following the previous examples and answer the given question.\n{lettered(row)}"
-    return {"prompt": head + shown + last, "choices": [*LETTERS], "answer": row["answer"]}
+    return {"prompt": head + shown + last, "shown": lettered(row), "choices": [*LETTERS], "answer": row["answer"]}
 
 
 def lettered(row: Json) -> str:
@@ -76,7 +79,8 @@ def reason(row: Json) -> Json:
     """A question of BBH after its chains of thought."""
     request = "Following previous examples, answer the following questions and end with 'so the answer is'"
     references = [row["answer"]] if isinstance(row["answer"], str) else row["answer"]
-    return {"prompt": f"{row['cot'].strip()}\n\n{request}\nQ: {row['question']}", "references": references}
+    prompt = f"{row['cot'].strip()}\n\n{request}\nQ: {row['question']}"
+    return {"prompt": prompt, "shown": row["question"], "references": references}
 
 
 def truthfulness(row: Json) -> Json:
@@ -84,19 +88,20 @@ def truthfulness(row: Json) -> Json:
     head = "\n\n".join(f"Q: {question}\nA: {answer}" for question, answer in TRUTHFUL)
     targets = row["mc1_targets"]
     prompt = f"{head}\n\nQ: {row['question']}"
-    return {"prompt": prompt, "choices": targets["choices"], "answer": targets["labels"].index(1)}
+    right = targets["labels"].index(1)
+    return {"prompt": prompt, "shown": row["question"], "choices": targets["choices"], "answer": right}
 
 
 def factuality(row: Json) -> Json:
     """A question of TriviaQA after five others."""
     head = "".join(f"Q: {question}\nA: {answer}\n" for question, answer in TRIVIA)
     prompt = f"\n{head}Please briefly answer the following question:\nQ: {row['question']}\n"
-    return {"prompt": prompt, "references": row["answers"]}
+    return {"prompt": prompt, "shown": row["question"], "references": row["answers"]}
 
 
 def fluency(row: Json) -> Json:
     """An instruction."""
-    return {"prompt": f"Instruction: {row['instruction']}\n", "references": []}
+    return {"prompt": f"Instruction: {row['instruction']}\n", "shown": row["instruction"], "references": []}
 
 
 # What the harness calls with a row and the model's text: {metric: value}.
@@ -212,7 +217,7 @@ def put(one: UtilitySet, row: Any, place: str) -> Json:
     """The row as the harness gets it; raises InputError, which names the place, if it is not as the set's rows are."""
     try:
         made = one.put(row)
-        texts = [made["prompt"], *made.get("choices", ()), *made.get("references", ())]
+        texts = [made["prompt"], made["shown"], *made.get("choices", ()), *made.get("references", ())]
         sound = all(isinstance(text, str) for text in texts)
         sound &= "choices" not in made or made["answer"] in range(len(made["choices"]))
         sound &= one.score not in (match_fact, match_reason) or len(made["references"]) > 0
@@ -244,6 +249,17 @@ def task_of(name: str, one: UtilitySet, docs: list[Json]) -> ConfigurableTask:
     return ConfigurableTask(config=config)
 
 
+def answered(task: ConfigurableTask, requests: Requests) -> Answered:
+    """A question without its examples, the right answer (of several, all; of an instruction none), and the model's."""
+    document: Any = requests[0].doc
+    if "choices" in document:
+        choices = document["choices"]
+        expected, said = choices[document["answer"]], choices[chosen_option(requests, len(choices))]
+    else:
+        expected, said = " / ".join(document["references"]), str(requests[0].resps[0]).strip()
+    return Answered(prompt=document["shown"].strip(), expected=expected, answer=said)
+
+
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -253,9 +269,17 @@ def evaluate(
     title: str = "rwku_utility",
 ) -> Json:
     """{"metrics": {set: {metric: mean}}, "standard_errors": likewise, "counts": {set: n, "cut": prompts that lost their
-    beginning}, "protocol": text, "seeds"}; all but the entropy in [0, 1]."""
+    beginning}, "protocol": text, "seeds", "texts": {set: [{"prompt", "expected", "answer"}, …]} (see `chosen_rows`)};
+    all but the entropy in [0, 1]."""
     lm = SharedLM(model, tokenizer, batch_size, title)
     found = evaluate_tasks(lm, probes.loaded, chat=tokenizer.chat_template is not None)["results"]
     scores, errors = ({name: numbers(found[name], part) for name in probes.counts} for part in (False, True))
-    counts = {**probes.counts, "cut": lm.too_long}
-    return {"metrics": scores, "standard_errors": errors, "counts": counts, "protocol": PROTOCOL, "seeds": SEEDS}
+    tasks: Any = probes.loaded.tasks["tasks"]
+    return {
+        "metrics": scores,
+        "standard_errors": errors,
+        "counts": {**probes.counts, "cut": lm.too_long},
+        "protocol": PROTOCOL,
+        "seeds": SEEDS,
+        "texts": {name: texts_of_tasks({name: tasks[name]}, answered) for name in probes.counts},
+    }

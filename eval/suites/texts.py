@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 MOST_TEXTS = 20  # of a set
 
@@ -18,13 +18,31 @@ class Answered(TypedDict):
     answer: str
 
 
-def choose_texts(rows: Iterable[tuple[str, Answered]]) -> dict[str, list[Answered]]:
-    """At most MOST_TEXTS rows of each set, by (set, row).
+class TeacherForced(TypedDict):
+    """A prompt, the right answer, and the greedy token at each place of it, given the right tokens before that.
+
+    The model did not write this text: after a wrong token it sees the right one.
+    """
+
+    prompt: str
+    expected: str
+    teacher_forced: str
+
+
+Kept = TypeVar("Kept", Answered, TeacherForced)
+
+
+def chosen_rows(number: int) -> list[int]:
+    """At most MOST_TEXTS of `number` rows, in their order.
 
     The choice depends on the number of rows alone, so that two models with the same probes have the same prompts.
     """
-    sets: dict[str, list[Answered]] = defaultdict(list)
+    return sorted(random.Random(0).sample(range(number), min(MOST_TEXTS, number)))
+
+
+def choose_texts(rows: Iterable[tuple[str, Kept]]) -> dict[str, list[Kept]]:
+    """The `chosen_rows` of each set, by (set, row)."""
+    sets: dict[str, list[Kept]] = defaultdict(list)
     for name, row in rows:
         sets[name].append(row)
-    chosen = {name: random.Random(0).sample(range(len(of)), min(MOST_TEXTS, len(of))) for name, of in sets.items()}
-    return {name: [sets[name][number] for number in sorted(numbers)] for name, numbers in chosen.items()}
+    return {name: [of[number] for number in chosen_rows(len(of))] for name, of in sets.items()}

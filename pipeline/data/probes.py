@@ -274,10 +274,7 @@ def measures_of(found: ProbeSet, rows: Sequence[RowScores]) -> dict[str, float]:
     if any(math.isnan(row.loss) for row in rows):  # the model is broken, and has no largest logit
         return dict.fromkeys(TEXT_MEASURES if found.questions is None else CHOICE_MEASURES, math.nan)
     if found.questions is not None:
-        hits = [
-            min(range(len(options)), key=lambda number: rows[options[number]].loss) == right
-            for options, right in found.questions
-        ]
+        hits = [chosen_option(question, rows) == question.right for question in found.questions]
         return {"accuracy": sum(hits) / len(hits)}
     return {
         "extraction_strength": _mean(row.suffix / row.tokens for row in rows),
@@ -285,6 +282,11 @@ def measures_of(found: ProbeSet, rows: Sequence[RowScores]) -> dict[str, float]:
         "probability": _mean(math.exp(-row.loss / row.tokens) for row in rows),
         "loss": math.fsum(row.loss for row in rows) / sum(row.tokens for row in rows),
     }
+
+
+def chosen_option(question: Question, rows: Sequence[RowScores]) -> int:
+    """The option with the least summed loss; `rows`: the scores of all sequences of the set."""
+    return min(range(len(question.options)), key=lambda number: rows[question.options[number]].loss)
 
 
 def _mean(values: Iterable[float]) -> float:

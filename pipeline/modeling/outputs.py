@@ -47,7 +47,7 @@ class HiddenStates:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """[2, B, T] in fp32, without gradient: the loss of each prediction, and 1 where the token has the largest logit."""
+    """[3, B, T] in fp32, without gradient; of each prediction: its loss, whether it has the largest logit, what has."""
 
 
 @dataclass(frozen=True)

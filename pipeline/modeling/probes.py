@@ -46,7 +46,7 @@ class Prober:
         with torch.no_grad():
             for number in range(rank, -(-len(batches) // world) * world, world):
                 batch = batch_of(sequences, batches[min(number, len(batches) - 1)]).to(device)
-                found = score_rows(self.engine, batch)
+                found, _ = score_rows(self.engine, batch)
                 if number < len(batches):
                     scores[batch.index] = found
         self.engine.train()
@@ -111,16 +111,19 @@ def batch_of(sequences: Sequence[Encoded], numbers: Sequence[int]) -> Batch:
     return pad_rows(rows, prompts, np.array(numbers, dtype=np.int64), pad=0)
 
 
-def score_rows(engine: ModelForward, batch: Batch) -> Tensor:
-    """[B, 4] float64: the `RowScores` of each sequence of the batch. Every rank must call, without autograd."""
-    losses, correct = forward(engine, batch, TokenScores())
+def score_rows(engine: ModelForward, batch: Batch) -> tuple[Tensor, Tensor]:
+    """[B, 4] float64: the `RowScores` of each sequence of the batch; [B, T] int64: the greedy token of each prediction.
+
+    Every rank must call, without autograd.
+    """
+    losses, correct, greedy = forward(engine, batch, TokenScores())
     predicted = shifted(batch.labels) != IGNORED
     place = torch.arange(predicted.shape[1], device=predicted.device).expand_as(predicted)
     last_miss = place.masked_fill(~predicted | correct.bool(), -1).amax(1, keepdim=True)
     suffix = predicted & (place > last_miss)
-    return torch.stack([of.double().sum(1) for of in (losses, predicted, correct, suffix)], dim=1)
+    return torch.stack([of.double().sum(1) for of in (losses, predicted, correct, suffix)], dim=1), greedy.long()
 
 
 def rows_of(scores: Tensor) -> list[RowScores]:
-    """The rows of [N, 4] float64 as `score_rows` returns them."""
+    """The rows of [N, 4] float64, the scores that `score_rows` returns."""
     return [RowScores(loss, int(tokens), int(hits), int(suffix)) for loss, tokens, hits, suffix in scores.tolist()]

@@ -272,24 +272,27 @@ def token_losses(
 
 
 def token_scores(states: Tensor, labels: Tensor, layer: OutputLayer | None = None) -> Tensor:
-    """The loss of each prediction, and whether it has the largest logit; no gradient flows.
+    """The loss of each prediction, whether it has the largest logit, and the token that has; no gradient flows.
 
     Args:
         states, labels, layer: as in `token_losses`, whose losses these are.
 
     Returns:
-        [2, B, T] in fp32 (float64 for float64 states): the losses, and 1 where the token at t+1 has the largest logit
-        (of equal logits the first one counts), else 0; both are 0 where nothing is predicted.
+        [3, B, T] in fp32 (float64 for float64 states), exact for ids up to 2^24: the losses; 1 where the token at t+1
+        has the largest logit (of equal logits the first one counts), else 0; the id of the token that has. All are 0
+        where nothing is predicted.
     """
     targets, flat = shifted(labels), states.detach().flatten(0, 1)
     index = (targets.flatten() != IGNORED).nonzero().squeeze(1)
-    wanted, found = targets.flatten()[index], flat.new_zeros(2, targets.numel(), dtype=_wide_dtype(flat))
+    wanted, found = targets.flatten()[index], flat.new_zeros(3, targets.numel(), dtype=_wide_dtype(flat))
     for rows in _chunks(len(index), flat.shape[1] if layer is None else len(layer.weight)):
         z = flat[index[rows]] if layer is None else _logits(flat[index[rows]], layer.weight, layer.bias)
         z = at_least_fp32(z)
         found[0, index[rows]] = _cross_entropy(z, wanted[rows], None)
-        found[1, index[rows]] = (z.argmax(-1) == wanted[rows]).to(found.dtype)
-    return found.view(2, *targets.shape)
+        greedy = z.argmax(-1)
+        found[1, index[rows]] = (greedy == wanted[rows]).to(found.dtype)
+        found[2, index[rows]] = greedy.to(found.dtype)
+    return found.view(3, *targets.shape)
 
 
 def entropies(logits: Tensor, labels: Tensor) -> Tensor:

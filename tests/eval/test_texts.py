@@ -17,6 +17,7 @@ from eval.results.metrics import MEASURES
 from eval.suites import bios, corpus, rwku, scoring, tofu
 from eval.suites.rouge import recall_rouge
 from eval.suites.texts import MOST_TEXTS, Answered, choose_texts
+from pipeline.errors import InputError
 from tests.conftest import World
 from tests.eval.runs import make_run
 
@@ -171,6 +172,23 @@ def test_the_page_shows_them_first_after_the_verdict(groups: dict[str, list[traj
     assert "| a | right | **old** sago | sago **20** | **sum 20** |" in markdown
     for line in re.findall(r"(?m)^\| [ab] \|.*", markdown):
         assert len(re.findall(r"(?<!\\)\|", line)) == 6
+
+
+def test_what_no_model_wrote_is_called_so_and_wmdp_must_go() -> None:
+    rows = [{"prompt": "a", "expected": "right", "teacher_forced": said} for said in ("old", "new")]
+    forced = texts.pair_up([rows[:1], rows[1:]])
+    assert forced == [texts.Sides("a", "right", ("old", "new"), teacher_forced=True)]
+    assert texts.pair_up([rows[:1], [row("a", "written")]]) == [], "of two kinds"
+    title = texts.title_of_set("probes.forget", forced)
+    assert title.startswith("What must go: forget (probes); not written but the likeliest token at each place")
+    plain = [texts.Sides("a", "right", ("old", "new"))]
+    titles = [texts.title_of_set(name, plain) for name in ("wmdp_bio.all", "mmlu.all", "bios.forget", "lm_eval.arc")]
+    kept = ["What must go: WMDP Bio", "What should stay: MMLU", "What must go: forget (bios)"]
+    assert titles == [*kept, "What should stay: arc (lm_eval)"]
+    entry = {"suites": {"probes": {"texts": {"forget": rows}}}}
+    assert texts.texts_of(entry, Path("here")) == {"probes.forget": rows}
+    with pytest.raises(InputError, match=r"suite probes has texts that eval\.run did not write"):
+        texts.texts_of({"suites": {"probes": {"texts": {"forget": [{"prompt": "a"}]}}}}, Path("here"))
 
 
 def test_old_evaluations_have_no_text_and_the_report_says_so(tmp_path: Path) -> None:

@@ -28,14 +28,24 @@ class Reader:
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
 
-    def tokens(self, question: str, answer: str) -> list[Token]:
-        """The tokens of an answer, and its end."""
+    def table(self, question: str, answer: str) -> tuple[list[int], int, torch.Tensor]:
+        """Ids, which of them begins the answer, and [T, V] log-probabilities after each."""
         head = self.tokenizer(f"Question: {question}\nAnswer: ").input_ids
         whole = self.tokenizer(f"Question: {question}\nAnswer: {answer}").input_ids
         ids = [*whole, self.tokenizer.eos_token_id]
         start = next(n for n in range(len(ids)) if ids[: n + 1] != head[: n + 1])
         with torch.no_grad():
-            table = self.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            return ids, start, self.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+
+    def greedy(self, question: str, answer: str) -> str:
+        """The most likely token at each place of an answer and of its end, as text."""
+        ids, start, table = self.table(question, answer)
+        tokens = [int(table[n - 1].argmax()) for n in range(start, len(ids))]
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+    def tokens(self, question: str, answer: str) -> list[Token]:
+        """The tokens of an answer, and its end."""
+        ids, start, table = self.table(question, answer)
         return [
             Token(-table[n - 1, ids[n]].item(), int(table[n - 1].argmax()) == ids[n]) for n in range(start, len(ids))
         ]

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from eval import robustness
+from eval import loading, robustness
 from eval.attacks import training
+from eval.evaluation import load_suites
 from eval.files import read_jsonl, write_jsonl
+from eval.results.metrics import flatten
 from tests.conftest import World
 from tests.eval.attacks.lamps import CHOICE, FORGET, RETAIN, Reader
 
@@ -28,6 +30,36 @@ def by_hand(folder: Path, asked: list[str]) -> dict[str, float]:
             sums = [sum(token.loss for token in reader.tokens(row["q"], option)) for option in row["c"]]
             hits.append(sums.index(min(sums)) == row["right"])
     return {**found, "choice.accuracy": sum(hits) / len(hits)}
+
+
+def test_texts_are_the_greedy_tokens_of_a_plain_loop(run: Path, world: World, tmp_path: Path) -> None:
+    """Questions, texts without questions, and choices; at most 20 of a set."""
+    documents = [{"text": text} for text in world.documents("retain")[:25]]
+    write_jsonl(tmp_path / "texts.jsonl", documents)
+    config = (run / "config.yaml").read_text()
+    named = f"  probes:\n    texts: {{path: {tmp_path / 'texts.jsonl'}}}\n"
+    (run / "config.yaml").write_text(config.replace("  probes:\n", named))
+    model, tokenizer = loading.load(run / "final")
+    suite = load_suites(["probes"], None, {"probes": {"run": run / "config.yaml"}})[0]
+    found = suite.module.evaluate(model, tokenizer, suite.probes, batch_size=4, title="")
+    expected = by_hand(run / "final", [row["q"] for row in (*FORGET, *RETAIN)])
+    scores = flatten(found["metrics"])
+    assert {name: scores[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    kept, reader = found["texts"], Reader(run / "final")
+
+    for name, rows in (("forget", FORGET), ("retain", RETAIN)):
+        assert kept[name] == [
+            {"prompt": row["q"], "expected": row["a"], "teacher_forced": reader.greedy(row["q"], row["a"])}
+            for row in rows
+        ]
+    for row, shown in zip(CHOICE, kept["choice"], strict=True):
+        sums = [sum(token.loss for token in reader.tokens(row["q"], option)) for option in row["c"]]
+        chosen = row["c"][sums.index(min(sums))]
+        assert shown == {"prompt": row["q"], "expected": row["c"][row["right"]], "answer": chosen}
+    assert len(kept["texts"]) == 20
+    whole = {"".join(row["text"].split()) for row in documents}
+    for shown in kept["texts"]:
+        assert "".join((shown["prompt"] + shown["expected"]).split()) in whole
 
 
 def test_sets_of_the_run_are_relearned_and_measured(run: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:

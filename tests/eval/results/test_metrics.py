@@ -133,7 +133,7 @@ def test_runs_must_share_a_suite(tmp_path: Path) -> None:
 
 
 def test_the_papers_rows_are_beneath_ours(tmp_path: Path) -> None:
-    """Three rows of Tables 1 and 2 by hand; nothing for a benchmark that the paper does not have."""
+    """Rows of Tables 1 and 2 by hand, and of what others published; nothing for a benchmark that nobody has."""
     groups, measure = read(make_run(tmp_path / "run", [wmdp(0.4, 0.6), wmdp(0.2, 0.5)]))
     header, ours, *theirs = tables.paper_table(groups, measure)
     assert header[:3] == ["method", "WMDP Cyber accuracy, at the end", "MMLU accuracy, at the end"]
@@ -157,8 +157,27 @@ def test_the_papers_rows_are_beneath_ours(tmp_path: Path) -> None:
     assert tables.best_cells([rows[0], *privacy], columns) == {(2, 3)}, "neither the greatest nor the least"
     text = as_markdown(run_report.compose(groups, measure, None))
     assert "Beside published numbers" in text and "OpenUnlearning's reproduction" in text
-    groups, measure = read(make_run(tmp_path / "tofu", [tofu(0.3, 0.5)]))
+    groups, measure = read(make_run(tmp_path / "bios", [{"bios": {"forget": {"all": 0.1}, "retain": {"all": 0.5}}}]))
     assert tables.paper_table(groups, measure) == []
+
+
+def test_published_numbers_of_tofu(tmp_path: Path) -> None:
+    """Untuned ones have forget quality and model utility, tuned ones the aggregate: the harmonic mean of its parts."""
+    scores = {"forget": {"extraction_strength": 0.05}, "model_utility": 0.5, "forget_quality": 0.25}
+    aggregate = {"memorization": 0.6, "privacy": 0.7, "utility": 0.8, "overall": 0.69}
+    groups, measure = read(make_run(tmp_path / "run", [{"tofu": {**scores, "aggregate": aggregate}}]))
+    header, ours, *theirs = tables.paper_table(groups, measure)
+    assert header[2] == "forget quality, at the end" and header[-2] == "aggregate overall, at the end"
+    assert ours[1:] == ["0.050", "0.250", "0.500", "0.600", "0.700", "0.800", "0.690", "0.500"]
+    assert ["paper, OpenUnlearning: NPO+GD", "–", "0.020", "0.460", *["–"] * 5] in theirs
+    assert ["paper, OpenUnlearning: target", "–", "1.7e-21", "0.600", *["–"] * 5] in theirs
+    tuned = ["0.091", "–", "0.561", "0.547", "0.875", "0.983", "0.752", "–"]
+    assert ["paper, arXiv 2605.24614: NPO+GD", *tuned] in theirs and len(theirs) == 8 + 8
+    for *_, memorization, privacy, utility, overall in paper.TOFU_TUNED.values():
+        if overall:
+            assert overall == pytest.approx(3 / (1 / memorization + 1 / privacy + 1 / utility), abs=1e-3)
+    text = as_markdown(run_report.compose(groups, measure, None))
+    assert "Beside published numbers" in text and "what arXiv 2605.24614 measured of OpenUnlearning's models" in text
 
 
 def test_cost_is_the_median_after_the_first_steps(tmp_path: Path) -> None:

@@ -74,6 +74,29 @@ def test_scores_are_those_of_a_computation_by_hand(folder: Path, one_rank: dict[
         assert len(set(chosen)) > 1  # else the test would show little
 
 
+def test_texts_are_the_questions_with_the_choices_of_a_computation_by_hand(
+    folder: Path, one_rank: dict[str, Any]
+) -> None:
+    blank = folder / "run" / "exports" / "step-000001"
+    model: Any = AutoModelForCausalLM.from_pretrained(blank)
+    tokenizer = AutoTokenizer.from_pretrained(blank)
+    suites = one_rank["trajectory"][0]["suites"]
+
+    def rows_of(rows: list[dict[str, Any]], chosen: list[int]) -> list[dict[str, str]]:
+        shown = [[f"{'ABCD'[at]}. {text}" for at, text in enumerate(row["choices"])] for row in rows]
+        return [
+            {"prompt": row["question"].strip(), "expected": texts[row["answer"]], "answer": texts[choice]}
+            for row, texts, choice in zip(rows, shown, chosen, strict=True)
+        ]
+
+    assert suites["wmdp_bio"]["texts"] == {"all": rows_of(QUIZ, by_hand(model, tokenizer, "biology", [], QUIZ))}
+    mmlu = []
+    for subject in SUBJECTS:
+        dev, test = (read_rows(folder / "data" / "mmlu" / split / f"{subject}.jsonl") for split in ("dev", "test"))
+        mmlu += rows_of(test, by_hand(model, tokenizer, subject, dev, test))
+    assert suites["mmlu"]["texts"] == {"all": mmlu}, "20 of 20, of all subjects together"
+
+
 @pytest.mark.parametrize(("suite", "subject"), [("wmdp_chem", "chemistry"), ("wmdp_cyber", "cybersecurity")])
 def test_the_other_parts_of_wmdp(folder: Path, tmp_path: Path, suite: str, subject: str) -> None:
     write_rows(tmp_path / "wmdp" / f"{suite}.jsonl", QUIZ)

@@ -52,6 +52,13 @@ GROUP = {
     **{"group": "both", "task": ["arc_easy", "wikidata"], "metadata": {"version": 3}},
     "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
 }
+BEFORE = {  # choices of what comes before one ending
+    **ROWS,
+    **{"task": "before", "dataset_kwargs": WIKIDATA, "output_type": "multiple_choice"},
+    **{"doc_to_text": 1, "doc_to_target": "{{continuation}}"},
+    "doc_to_choice": "{{['The end of it all is', context]}}",
+    "metric_list": [{"metric": "acc"}],
+}
 NAMES = ["both", "written", "texts", "real_authors", "wikitext_lines"]
 
 
@@ -207,6 +214,59 @@ def test_a_limit_takes_the_first_documents(folder: Path, monkeypatch: pytest.Mon
     assert answer["metrics"]["wikidata"]["perplexity"] == pytest.approx(perplexity, rel=1e-5)
     assert answer["counts"]["documents"] == {"wikidata": 7} and answer["limit"] == 7
     assert "the first 7 documents" in answer["protocol"]["wikidata"]
+
+
+def plain_score(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
+    """The log-likelihood of an answer in one forward pass; the beginning of what does not fit is cut."""
+    start = len(tokenizer(prompt).input_ids)
+    ids = tokenizer(prompt + answer).input_ids
+    cut = max(len(ids) - CONTEXT - 1, 0)  # nothing reads the last token
+    with torch.no_grad():
+        log_p = model(input_ids=torch.tensor([ids[cut:-1]])).logits[0].log_softmax(-1)
+    return sum(float(log_p[at - cut - 1, ids[at]]) for at in range(start, len(ids)))
+
+
+def test_texts_of_each_kind_of_task(folder: Path, one_rank: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a plain loop chooses; a text that is only scored has no answer."""
+    monkeypatch.chdir(folder)
+    model: Any = loading.load(folder / "model")[0]
+    tokenizer = loading.load(folder / "model")[1]
+    kept = one_rank["suites"]["lm_eval"]["texts"]
+    assert {name: len(rows) for name, rows in kept.items()} == {
+        **{"arc_easy": 20, "wikidata": 20, "written": 20, "real_authors": 5}
+    }
+    rows = [json.loads(line) for line in (folder / "data/general/arc_easy.jsonl").read_text().splitlines()]
+    for row, shown in zip(rows, kept["arc_easy"], strict=True):
+        scores = [plain_score(model, tokenizer, f"{row['query']}\nAnswer:", f" {one}") for one in row["choices"]]
+        chosen = row["choices"][scores.index(max(scores))]
+        assert (shown["prompt"], shown["expected"]) == (f"{row['query']}\nAnswer:", row["choices"][row["gold"]])
+        assert shown["answer"] == chosen
+    rows = [json.loads(line) for line in (folder / "data/general/wikidata.jsonl").read_text().splitlines()]
+    known = []
+    for row, shown in zip(rows, kept["wikidata"], strict=True):
+        ids = tokenizer(f"{row['context']} {row['continuation']}").input_ids
+        start = len(tokenizer(row["context"]).input_ids)
+        with torch.no_grad():
+            greedy = model(input_ids=torch.tensor([ids])).logits[0].argmax(-1).tolist()
+        known.append(greedy[start - 1 : -1] == ids[start:])
+        said = row["continuation"] if known[-1] else "(another text)"
+        assert shown == {"prompt": row["context"], "expected": row["continuation"], "answer": said}
+    assert 0 < sum(known) < 20
+    assert [row["prompt"] for row in kept["written"]] == [row["context"] for row in rows], "without the examples"
+    assert all("\n" not in row["answer"] for row in kept["written"]) and any(row["answer"] for row in kept["written"])
+
+
+def test_texts_of_choices_before_an_ending(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (tmp_path / "before.yaml").write_text(yaml.safe_dump(BEFORE))
+    model, tokenizer = loading.load(folder / "model")
+    probes = harness_tasks.load_probes(None, tasks=["before"], tasks_dir=tmp_path, limit=6)
+    found = harness_tasks.evaluate(model, tokenizer, probes, batch_size=8)
+    right = [shown["answer"] == shown["expected"] for shown in found["texts"]["before"]]
+    rows = [json.loads(line) for line in (folder / "data/general/wikidata.jsonl").read_text().splitlines()][:6]
+    assert [row["expected"] for row in found["texts"]["before"]] == [row["context"] for row in rows]
+    assert found["texts"]["before"][0]["prompt"] == f"… {rows[0]['continuation']}"
+    assert sum(right) / 6 == found["metrics"]["before"]["acc"]
 
 
 def evaluate_sharded(folder: Path, output: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from eval.suites import muse
 from pipeline.errors import InputError
+from tests.eval.plain_loops import f1
 
 TOWNS = ("Lyon", "Graz", "Brno", "Lima", "Kyoto", "Oslo", "Bari", "Cork", "Turku", "Ghent")
 THINGS = ("red lamp", "blue boat", "old mill", "tall oak", "grey horse", "new bell")
@@ -83,17 +84,6 @@ def written(model: Any, tokenizer: Any, prompt: str, length: int) -> str:
     while len(new) < length and new[-1:] != [tokenizer.eos_token_id]:
         new.append(int(model(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax()))
     return tokenizer.decode(new, skip_special_tokens=True)
-
-
-def f1(reference: str, answer: str) -> float:
-    """ROUGE-L: the longest common subsequence of lower-case words, by the table of the textbook."""
-    one, other = (re.findall("[a-z0-9]+", text.lower()) for text in (reference, answer))
-    table = [[0] * (len(other) + 1) for _ in range(len(one) + 1)]
-    for i, word in enumerate(one):
-        for j, second in enumerate(other):
-            table[i + 1][j + 1] = table[i][j] + 1 if word == second else max(table[i][j + 1], table[i + 1][j])
-    common = table[-1][-1]
-    return 2 * common / (len(one) + len(other)) if common else 0.0
 
 
 def test_knowledge_and_verbatim_memory_by_their_definitions(

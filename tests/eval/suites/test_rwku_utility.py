@@ -49,6 +49,10 @@ TEMPLATE = (
 )
 
 
+def text(prompt: str, expected: str, answer: str) -> dict[str, str]:
+    return {"prompt": prompt, "expected": expected, "answer": answer}
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     place = tmp_path / "rwku" / "Batch" / "1-50"
@@ -93,6 +97,16 @@ def test_prompts_are_the_benchmarks_and_scores_those_by_hand(
         "fluency": {"entropy": pytest.approx((2 / 3 * one + 4 / 3 * two) / 2)},
     }
     assert answer["counts"] == {"general": 2, "reason": 1, "truthfulness": 2, "factuality": 1, "fluency": 1, "cut": 0}
+    assert answer["texts"] == {
+        "general": [
+            text(f"Question: {question}\nA. 4\nB. 3\nC. 2\nD. 1", right, "B")
+            for question, right in (("One and one?", "C"), ("One and two?", "B"))
+        ],
+        "reason": [text("y", "(B)", SAID["y"])],
+        "truthfulness": [text("Is it so?", "Yes.", "Yes."), text("Why?", "So.", "Why.")],
+        "factuality": [text("Who?", "a Red Fox / the fox", SAID["Who?"])],
+        "fluency": [text("Say it.", "", SAID["Say"])],
+    }
     columns = general_ability({"rwku_utility": answer}).columns
     assert "rwku_utility.general.acc" in columns and "rwku_utility.factuality.f1" in columns
 

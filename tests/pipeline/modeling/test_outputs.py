@@ -124,9 +124,10 @@ def check_losses(engine: Any, plain: Any) -> None:
     assert_same_gradients(engine, plain, (want * weights).sum())
     reset(engine)
     with torch.no_grad():
-        scores, correct = forward(engine, BATCH, TokenScores())
+        scores, correct, greedy = forward(engine, BATCH, TokenScores())
     torch.testing.assert_close(scores, want, rtol=1e-5, atol=1e-5)
     assert torch.equal(correct.bool(), (logits.argmax(-1) == targets) & (targets != -100))
+    assert torch.equal(greedy.long(), logits.argmax(-1) * (targets != -100))
     q = torch.randn(2, 8, VOCABULARY, generator=torch.Generator().manual_seed(1))
     want = -(q.softmax(-1) * plain(**INPUTS).logits.log_softmax(-1)).sum(-1) * (targets != -100)
     losses = forward(engine, BATCH, TokenLosses(q))
@@ -274,6 +275,6 @@ def test_a_model_is_as_it_was_after_temporary_outputs(name: str) -> None:
     with torch.no_grad():
         before = model(**INPUTS).logits
         with outputs.temporary_outputs(_Whole(model, model.device)) as _:
-            assert forward(model, BATCH, TokenScores()).shape == (2, 2, 8)
+            assert forward(model, BATCH, TokenScores()).shape == (3, 2, 8)
         assert torch.equal(model(**INPUTS).logits, before) and not model.training
     assert not {"forward"} & (vars(model).keys() | vars(model.get_output_embeddings()).keys())

@@ -21,14 +21,17 @@ def test_strength_and_memorization_of_a_row_counted_by_hand() -> None:
     labels = torch.tensor([[7, 1, 2, 3, 4], [7, 1, 2, -100, -100]])
     greedy = torch.tensor([[1, 0, 3, 4, 9], [0, 2, 5, 5, 5]])  # what position t predicts
     logits = 3.0 * F.one_hot(greedy, 10).float()
-    losses, correct = token_scores(logits, labels)
+    losses, correct, largest = token_scores(logits, labels)
+    assert largest.tolist() == [[1, 0, 3, 4, 0], [0, 2, 0, 0, 0]]  # of the predictions alone
     assert correct.tolist() == [[1, 0, 1, 1, 0], [0, 1, 0, 0, 0]]
     hit, miss = math.log(math.exp(3) + 9) - 3, math.log(math.exp(3) + 9)
     expected = [[hit, miss, hit, hit, 0], [miss, hit, 0, 0, 0]]
     assert torch.allclose(losses, torch.tensor(expected))
     batch = Batch(torch.arange(2), labels.clamp(min=0), (labels >= 0).long(), labels)
     engine: Any = lambda output, **inputs: token_scores(logits, inputs["labels"])  # noqa: E731
-    rows_ = rows_of(score_rows(engine, batch))
+    scores, tokens = score_rows(engine, batch)
+    rows_ = rows_of(scores)
+    assert tokens.dtype == torch.int64 and tokens.tolist() == largest.tolist()
     assert [row[1:] for row in rows_] == [(4, 3, 2), (2, 1, 1)]
     found = measures_of(ProbeSet("two", [([7, 1, 2, 3, 4], 1), ([7, 1, 2], 1)], ""), rows_)
     assert found == pytest.approx(

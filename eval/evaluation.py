@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeGuard
 
 from eval.batch_size import BatchSize
-from eval.files import digest_of, read_config, read_jsonl
+from eval.files import digest_of, read_config, read_log
 from eval.loading import is_model
 from eval.suites import SUITES, Probes, Suite, load_suite, sharing
 from eval.suites.corpus import seen_in_training
@@ -78,9 +78,9 @@ def find_models(folder: Path) -> list[tuple[int | None, Path]]:
         for path in (exports.iterdir() if exports.is_dir() else ())
         if (match := re.fullmatch(r"step-(\d+)", path.name)) and is_model(path)
     }
-    steps = [int(row["step"]) for row in read_jsonl(folder / "metrics.jsonl", required=("step",))]
+    steps = read_log(folder).steps
     if steps and is_model(final):
-        models[steps[-1]] = final  # the same weights as an export of that step
+        models[steps[-1]["step"]] = final  # the same weights as an export of that step
     if not models:
         raise InputError(f"{folder} holds no exported model yet; set train.export_every or let the run finish")
     return sorted(models.items())

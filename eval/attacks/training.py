@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from eval.attacks.spec import Attack, Plan
-from eval.files import read_jsonl, write_jsonl
+from eval.files import read_log, write_jsonl
 from eval.loading import is_model
 from eval.sweep.launch import call, last_error, launcher, rank_options
 from pipeline.config.schema import Model
@@ -122,12 +122,11 @@ def read_curve(output: Path) -> list[Json]:
     `relearned` is the set of what the training learned, which is its retain corpus.
     """
     curve = []
-    for row in read_jsonl(output / "metrics.jsonl", required=("step",)):
+    for row in read_log(output).probed:
         sets: dict[str, Json] = {}
         for key, value in row.items():
             if key.startswith("probe/"):
                 _, name, measure = key.split("/")
                 sets.setdefault({"retain": "relearned"}.get(name, name), {})[measure] = value
-        if sets:
-            curve.append({"step": row["step"], **sets})
+        curve.append({"step": row["step"], **sets})
     return curve

@@ -105,6 +105,7 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, Json]:
         axes=tuple(axes),
         ranks=options.ranks,
         trials=options.trials or DEFAULT_TRIALS,
+        target_file=options.target,
         tasks=task_options(options, suites),
     )
     return plan, presets

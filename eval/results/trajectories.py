@@ -196,6 +196,11 @@ def read_robustness(path: Path) -> Json | None:
     return content
 
 
+def known_before(runs: Sequence[Run]) -> set[str]:
+    """`probes`, if all runs were probed before their first step: these scores are of the target model."""
+    return {"probes"} if all(run.probes and run.probes[0]["step"] == 0 for run in runs) else set()
+
+
 def common_suites(runs: Sequence[Run], target: Scores | None, of_target: Measured | None = None) -> list[str]:
     """The suites on which all runs and the target model were evaluated; `of_target`: what its scores measure.
 
@@ -204,7 +209,7 @@ def common_suites(runs: Sequence[Run], target: Scores | None, of_target: Measure
     Raises:
         InputError: there is none, or scores of one suite do not measure the same (`refuse_different`).
     """
-    known = {"probes"} if all(run.probes and run.probes[0]["step"] == 0 for run in runs) else set[str]()
+    known = known_before(runs)
     refuse_different([one for run in runs for one in run.measured], of_target, unused=known)
     suites = [suite for suite in runs[0].suites if all(suite in run.suites for run in runs)]
     if target is not None:

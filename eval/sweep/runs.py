@@ -57,6 +57,7 @@ class Plan:
     axes: tuple[Axis, ...]
     ranks: int
     trials: int
+    target_file: Path | None = None  # of `target`
     tasks: Json = field(default_factory=dict)  # the options of suite lm_eval, as `task_options` returns them
 
     @property

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeGuard
 
 from eval.batch_size import BatchSize
-from eval.files import digest_of, read_config, read_jsonl
+from eval.files import digest_of, read_config, read_log
 from eval.loading import is_model
-from eval.suites import SUITES, Probes, Suite, load_suite, sharing
+from eval.suites import SUITES, WITHOUT_DATA, NoData, Probes, Suite, load_suite, sharing
 from eval.suites.corpus import seen_in_training
 from pipeline.errors import InputError
 from pipeline.files import Json
@@ -43,13 +43,42 @@ def load_suites(names: list[str], folder: Path | None, options: dict[str, Json])
     """The suites with their probes; `options` are further arguments of `load_probes`, by the suite's name.
 
     Raises:
-        InputError: see `Suite.load_probes`.
+        InputError: see `suites_in` and `Suite.load_probes`.
     """
-    loaded = []
+    there = suites_in(folder, names, options) if folder is not None else {}
+    return [there.get(name) or load_one(name, None, options) for name in names]
+
+
+def load_one(name: str, folder: Path | None, options: dict[str, Json]) -> LoadedSuite:
+    """One suite with its probes; raises InputError as its `load_probes` does."""
+    module = load_suite(name)
+    return LoadedSuite(name, module, module.load_probes(folder, name, **options.get(name, {})))
+
+
+def suites_in(folder: Path, names: list[str], options: dict[str, Json]) -> dict[str, LoadedSuite]:
+    """The suites with their probes, of `folder`. One that has nothing there is absent if it has data of its own.
+
+    Raises:
+        InputError: a suite needs data and has none there, or no suite has any; names each and what to put there. See
+            also `Suite.load_probes`.
+    """
+    there: dict[str, LoadedSuite] = {}
+    missing: dict[str, NoData] = {}
     for name in names:
-        module = load_suite(name)
-        loaded.append(LoadedSuite(name, module, module.load_probes(folder, name, **options.get(name, {}))))
-    return loaded
+        try:
+            there[name] = load_one(name, folder, options)
+        except NoData as error:
+            missing[name] = error
+    takers = [name for name in there if name not in WITHOUT_DATA]
+    refused = {name: error for name, error in missing.items() if not (error.has_own and takers)}
+    if refused:
+        reasons = [f"suite {name}: {error}" for name, error in refused.items()]
+        if takers:
+            reasons.append(f"or leave {' '.join(refused)} out of --suite; of {' '.join(takers)} the data are there")
+        raise InputError("; ".join(reasons))
+    for name in missing if sharing.rank_and_size()[0] == 0 else ():
+        sharing.announce(f"suite {name} takes data of its own, because --data {folder} has none of it", always=True)
+    return there
 
 
 def find_models(folder: Path) -> list[tuple[int | None, Path]]:
@@ -78,9 +107,9 @@ def find_models(folder: Path) -> list[tuple[int | None, Path]]:
         for path in (exports.iterdir() if exports.is_dir() else ())
         if (match := re.fullmatch(r"step-(\d+)", path.name)) and is_model(path)
     }
-    steps = [int(row["step"]) for row in read_jsonl(folder / "metrics.jsonl", required=("step",))]
+    steps = read_log(folder).steps
     if steps and is_model(final):
-        models[steps[-1]] = final  # the same weights as an export of that step
+        models[steps[-1]["step"]] = final  # the same weights as an export of that step
     if not models:
         raise InputError(f"{folder} holds no exported model yet; set train.export_every or let the run finish")
     return sorted(models.items())

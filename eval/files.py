@@ -17,6 +17,7 @@ from pipeline.config.explain import refuse_renamed
 from pipeline.data.tables import json_rows
 from pipeline.errors import InputError
 from pipeline.files import Json
+from pipeline.monitoring.rows import Rows, read_rows
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
@@ -65,6 +66,11 @@ def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[Json]:
             raise InputError(f"{where}: needs an object with {', '.join(required) or 'keys'}; repair or remove it")
         rows.append(row)
     return rows
+
+
+def read_log(run: Path) -> Rows:
+    """The rows of a run's `metrics.jsonl`, by what they are; raises InputError if it is missing or malformed."""
+    return read_rows(json_rows(run / "metrics.jsonl"))
 
 
 def read_hub(path: str, name: str, split: str | None = None) -> list[Json]:

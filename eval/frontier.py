@@ -29,7 +29,7 @@ from eval.suites import check_suites
 from eval.suites.task_options import add_task_options, task_options
 from eval.sweep.axes import OWN_KEYS, Axis, parse_sweep
 from eval.sweep.check import check_runs
-from eval.sweep.launch import end_on_terminate, exclusive_lock, rank_options, refuse_overrides, split_overrides
+from eval.sweep.launch import end_on_terminate, exclusive_lock, rank_launcher, refuse_overrides, split_overrides
 from eval.sweep.runs import (
     DEFAULT_TRIALS,
     Plan,
@@ -74,7 +74,7 @@ def check(options: argparse.Namespace, axes: Sequence[Axis], overrides: Sequence
     if min(options.seeds) < 0:
         raise InputError(f"--seeds {min(options.seeds)}: a seed is 0 or more")
     check_output(options.output, "folder")
-    rank_options(options.ranks)  # refuses more than there are GPUs
+    rank_launcher(options.ranks)  # refuses more than there are GPUs
 
 
 def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, Json]:
@@ -105,6 +105,7 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, Json]:
         axes=tuple(axes),
         ranks=options.ranks,
         trials=options.trials or DEFAULT_TRIALS,
+        target_file=options.target,
         tasks=task_options(options, suites),
     )
     return plan, presets

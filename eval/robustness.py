@@ -53,7 +53,7 @@ from eval.loading import add_trust_options, check_trust, is_model, trust_of
 from eval.results.general import GENERAL
 from eval.results.metrics import nearest
 from eval.suites import SUITES, check_suites, load_suite
-from eval.sweep.launch import end_on_terminate, exclusive_lock, rank_options, refuse_overrides, split_overrides
+from eval.sweep.launch import end_on_terminate, exclusive_lock, rank_launcher, refuse_overrides, split_overrides
 from pipeline.errors import InputError
 from pipeline.files import Json, write_whole
 
@@ -161,7 +161,7 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Plan, list[str], Path 
         check_trust(folder, plan.trust)  # now, and not after hours of fine-tuning
     names = [name for name, reason in reasons.items() if reason is None]
     if any(name in TRAINING for name in names):
-        rank_options(plan.ranks)  # refuses more than there are GPUs
+        rank_launcher(plan.ranks)  # refuses more than there are GPUs
         plan = replace(plan, lr=learning_rate(plan))
     return plan, names, options.data, output
 

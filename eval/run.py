@@ -31,7 +31,7 @@ from pathlib import Path
 
 from eval.batch_size import AUTO, DEFAULT, rows_or_auto
 from eval.evaluation import evaluate_all, find_models, load_suites, provenance
-from eval.files import check_output, exit_status, read_config, read_jsonl
+from eval.files import check_output, exit_status, read_config, read_log
 from eval.loading import add_trust_options
 from eval.placement import add_placement_options, loader_of
 from eval.reporting.card import write_scores
@@ -118,9 +118,10 @@ def before_unlearning(folder: Path, entries: list[Json]) -> tuple[str, Scores]:
     """A single model and its scores; the model that a run began with and those of its first probe, if there was one."""
     if entries[0]["step"] is None:
         return "this model", read_scores(entries[0], folder, step=0)
-    first = read_jsonl(folder / "metrics.jsonl", required=("step",))[0]
-    unlearns = not first["step"] and read_config(folder, ["objective"])["objective"].get("forget") != "none"
-    return "the model before the first step", probes_of(first) if unlearns else {}
+    before = read_log(folder).before
+    if before is None or read_config(folder, ["objective"])["objective"].get("forget") == "none":
+        return "the model before the first step", {}
+    return "the model before the first step", probes_of(before)
 
 
 def main() -> None:

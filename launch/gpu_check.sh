@@ -8,6 +8,7 @@ set -euo pipefail
 output="$(realpath -m "${1:-runs/gpu_check}")"
 cd "$(dirname "$0")/.."
 . launch/environment.sh requirements.txt
+. launch/ranks.sh
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 KINETO_LOG_LEVEL=99 # the profiler's own lines are left out
 mkdir -p "$output"
 
@@ -19,14 +20,13 @@ else
     check=() pairs=7
     hidden=2048 layers=18 vocabulary=32000 tokens=512 dtype=bfloat16 tensors="100 1000 2000 10000" elements=134217728
 fi
-where=() # the launcher's default: all GPUs, or those of CUDA_VISIBLE_DEVICES
+where=()
 if [ -n "${SMALL:-}" ] && { [ "${DS_ACCELERATOR:-}" = cpu ] || ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; }; then
     where=(--num_gpus 2)
 fi
 part() { # MODULE ARGUMENTS... : a part on all ranks
-    local port
-    port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
-    deepspeed -q "${where[@]}" --master_port "$port" --module "$@"
+    choose_launcher "${where[@]}"
+    "${launcher[@]}" --module "$@"
 }
 
 echo "== is every step exact?"

@@ -7,12 +7,11 @@ root="$(cd "$(dirname "$0")/.." && pwd)"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # finds `pipeline` from any folder
 command -v deepspeed >/dev/null || { cd "$root" && . launch/environment.sh requirements.txt && cd "$OLDPWD"; }
 
-ranks=() # the launcher's default: all GPUs, or those of CUDA_VISIBLE_DEVICES
+ranks=()
 if [ "${DS_ACCELERATOR:-}" = cpu ] || ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     ranks=(--num_gpus 2)
 fi
-# A free port, so that two jobs on a machine do not use the same one.
-port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
-# -q: the launcher reports every process; the program's own lines are enough.
-exec deepspeed -q "${ranks[@]}" --master_port "$port" --module pipeline.train "$@"
+. "$root/launch/ranks.sh"
+choose_launcher "${ranks[@]}"
+exec "${launcher[@]}" --module pipeline.train "$@"

@@ -236,7 +236,7 @@ class Trainer(TrainStep):
         card = model_card(*made) if dist.get_rank() == 0 else ""
         self.metrics.finish(card)
         run.export(run.folder / "final", card)
-        losses = [row["forget_loss"] for row in self.metrics.history if row.get("forget_loss") is not None]
+        losses = [row["forget_loss"] for row in self.metrics.rows.steps if row.get("forget_loss") is not None]
         if warning := forgetting_failed(run.config.objective.forget, losses):
             console.logger.warning(warning)
         self.metrics.summarise(time.perf_counter() - run.began)

@@ -38,6 +38,7 @@ SHARED = {
     "pipeline.modeling.weights",
     *("pipeline.modeling.checks", "pipeline.optim"),  # the learning rate that fits a model's size
     *("pipeline.modeling.outputs", "pipeline.modeling.probes"),  # one code of a probe, so that its numbers are the same
+    "pipeline.monitoring.rows",  # what a row of the log is
     "pipeline.monitoring.verdicts",  # what a model never knew, by one threshold in warnings and verdicts
 }
 LIGHT = ("errors", "files", "config", "distributed/environment")  # imported before a bad configuration is refused

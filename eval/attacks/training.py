@@ -9,9 +9,9 @@ from pathlib import Path
 import yaml
 
 from eval.attacks.spec import Attack, Plan
-from eval.files import read_jsonl, write_jsonl
+from eval.files import read_log, write_jsonl
 from eval.loading import is_model
-from eval.sweep.launch import call, last_error, launcher, rank_options
+from eval.sweep.launch import call, last_error, rank_launcher, startable
 from pipeline.config.schema import Model
 from pipeline.errors import InputError
 from pipeline.files import Json, write_whole
@@ -92,13 +92,13 @@ def train(plan: Plan, attack: Attack) -> tuple[Path, str]:
         }
         config["train"]["probe_every"] = max(1, plan.steps // NUM_PROBES)
     write_whole(file, yaml.safe_dump(config, sort_keys=False))
-    line = [*rank_options(plan.ranks), "--module", "pipeline.train", "--config", str(file), *plan.overrides]
+    line = [*rank_launcher(plan.ranks), "--module", "pipeline.train", "--config", str(file), *plan.overrides]
     print(f"training   {attack.name}", flush=True)
-    status = call([*launcher(), *line], output.with_suffix(".training"))
+    status = call(startable(line), output.with_suffix(".training"))
     if status or not is_model(output / "final"):
         log = output.with_suffix(".training.err")
         raise InputError(f"training {attack.name} failed: {last_error(log)}; the log is {log}")
-    return output / "final", shlex.join(["deepspeed", *line])
+    return output / "final", shlex.join(line)
 
 
 NUM_PROBES = 10  # of a training that measures itself, after the one before its first step
@@ -122,12 +122,11 @@ def read_curve(output: Path) -> list[Json]:
     `relearned` is the set of what the training learned, which is its retain corpus.
     """
     curve = []
-    for row in read_jsonl(output / "metrics.jsonl", required=("step",)):
+    for row in read_log(output).probed:
         sets: dict[str, Json] = {}
         for key, value in row.items():
             if key.startswith("probe/"):
                 _, name, measure = key.split("/")
                 sets.setdefault({"retain": "relearned"}.get(name, name), {})[measure] = value
-        if sets:
-            curve.append({"step": row["step"], **sets})
+        curve.append({"step": row["step"], **sets})
     return curve

@@ -10,7 +10,7 @@ from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAt
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from eval.files import read_config, read_jsonl
+from eval.files import read_config, read_log
 from eval.results.general import GENERAL
 from eval.results.metrics import MEASURES, flatten, headlines, suite_of
 from pipeline.files import Json, whole
@@ -36,8 +36,8 @@ def write_to_board(models: Sequence[tuple[int | None, Path]], entries: Sequence[
     run = run_of(models[-1][1].resolve())
     if run is None:
         return
-    rows = read_jsonl(run / "metrics.jsonl", required=("step",))
-    last = int(rows[-1]["step"]) if rows else 0
+    steps = read_log(run).steps
+    last = steps[-1]["step"] if steps else 0
     # The prefix that training gives its tags too: the axes of a run that does not unlearn are its own.
     prefix = "training/" if read_config(run, ["objective"])["objective"].get("forget") == "none" else ""
     for suite in entries[0]["suites"]:

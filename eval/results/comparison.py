@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from eval.results.conditions import of_target, refuse_different
 from eval.results.metrics import ForgetRetainMetric
 from eval.results.numbers import printed, with_spread
 from eval.results.stats import correlate, summarise
-from eval.results.trajectories import COMB_RETAIN, Run, Scores, at_level, lowest, mean_of
+from eval.results.trajectories import COMB_RETAIN, Run, Scores, at_level, known_before, lowest, mean_of
 from eval.sweep.axes import Setting, by_number, parse_setting
 from eval.sweep.runs import Plan, finished_runs, read_seeds
 from pipeline.files import Json
@@ -73,15 +74,19 @@ def collect(plan: Plan) -> list[Group]:
     """All finished runs of the plan's methods and seeds in its folder, those of earlier sweeps included.
 
     Raises:
-        InputError: see `read_seeds`.
+        InputError: see `read_seeds`; or scores of one suite, in two of the runs or in the target's, do not measure the
+            same (`refuse_different`).
     """
-    groups = []
+    groups = list[Group]()
     for method in plan.methods:
         found = [(parse_setting(folder), seeds) for folder, seeds in finished_runs(plan, method).items()]
         for setting, seeds in sorted(found, key=lambda one: by_number(one[0])):
             runs = read_seeds(plan, method, setting, seeds)
             members = [Trained(method, setting, run.seed, run, plan.measure) for run in runs]
             groups.append(Group(method, setting, members))
+    runs = [member.run for group in groups for member in group.members]
+    measured = [one for run in runs for one in run.measured]
+    refuse_different(measured, of_target(plan.target_file), unused=known_before(runs))
     return groups
 
 

@@ -112,8 +112,12 @@ def refuse_different(measured: Sequence[Measured], target: Measured | None, unus
 
     unused: suites of the target whose scores nobody reads.
     """
-    with_target = [(target, one) for one in measured] if target else []
-    for one, other in (*combinations(measured, 2), *with_target):
+    distinct = list[Measured]()
+    for one in measured:  # of a sweep's hundreds of runs most are alike
+        if not any(one.suites == other.suites for other in distinct):
+            distinct.append(one)
+    with_target = [(target, one) for one in distinct] if target else []
+    for one, other in (*combinations(distinct, 2), *with_target):
         for suite in sorted(one.suites.keys() & other.suites.keys()):
             found = _differences(one.suites[suite], other.suites[suite])
             if found and not (one is target and suite in unused):

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
-from eval.files import read_config, read_json, read_jsonl
+from eval.files import read_config, read_json, read_log
 from eval.results.conditions import Measured, of_evaluation, of_training, refuse_different
 from eval.results.general import GeneralAbility, general_ability
 from eval.results.method import dotted, method_of, read_digests
@@ -106,7 +106,7 @@ def read_run(folder: Path) -> Run:
     if "seed" not in config:
         raise InputError(f"{folder / 'config.yaml'} has no seed; name the folder of a run")
     seed, model = config["seed"], (config.get("model") or {}).get("path", "unknown")
-    steps, probes = read_steps(folder / "metrics.jsonl")
+    steps, probes = read_steps(folder)
     path = folder / "evaluation.json"
     if not path.is_file() and not probes:
         raise InputError(
@@ -150,22 +150,20 @@ def with_evaluation(run: Run, path: Path) -> Run:
     )
 
 
-def read_steps(path: Path) -> tuple[list[Json], list[Scores]]:
-    """The rows of the steps in `metrics.jsonl`, and the scores of its probes, which may begin before the first step.
+def read_steps(folder: Path) -> tuple[list[Json], list[Scores]]:
+    """The rows of a run's steps in `metrics.jsonl`, and the scores of its probes, which may begin before its first.
 
     Raises:
         InputError: no such file, or a row that training does not write.
     """
-    rows = read_jsonl(path, required=("step",))
-    needed = ("forget_loss", "retain_loss", *COSINES)
-    steps = [row for row in rows if row["step"]]
-    for row in steps:
+    log, needed = read_log(folder), ("forget_loss", "retain_loss", *COSINES)
+    for row in log.steps:
         if any(key not in row for key in needed):
             raise InputError(
-                f"{path}, step {row['step']}: needs an object with {', '.join(needed)}; repair or remove it"
+                f"{folder / 'metrics.jsonl'}, step {row['step']}: needs an object with {', '.join(needed)}; repair or "
+                "remove it"
             )
-    probes = [probes_of(row) for row in rows if any(key.startswith("probe/") for key in row)]
-    return steps, probes
+    return log.steps, [probes_of(row) for row in log.probed]
 
 
 def probes_of(row: Json) -> Scores:
@@ -198,6 +196,11 @@ def read_robustness(path: Path) -> Json | None:
     return content
 
 
+def known_before(runs: Sequence[Run]) -> set[str]:
+    """`probes`, if all runs were probed before their first step: these scores are of the target model."""
+    return {"probes"} if all(run.probes and run.probes[0]["step"] == 0 for run in runs) else set()
+
+
 def common_suites(runs: Sequence[Run], target: Scores | None, of_target: Measured | None = None) -> list[str]:
     """The suites on which all runs and the target model were evaluated; `of_target`: what its scores measure.
 
@@ -206,7 +209,7 @@ def common_suites(runs: Sequence[Run], target: Scores | None, of_target: Measure
     Raises:
         InputError: there is none, or scores of one suite do not measure the same (`refuse_different`).
     """
-    known = {"probes"} if all(run.probes and run.probes[0]["step"] == 0 for run in runs) else set[str]()
+    known = known_before(runs)
     refuse_different([one for run in runs for one in run.measured], of_target, unused=known)
     suites = [suite for suite in runs[0].suites if all(suite in run.suites for run in runs)]
     if target is not None:

@@ -37,6 +37,21 @@ MMLU_SHOTS = 5  # as in the paper; WMDP has no examples before a question
 Probes = Any  # what `load_probes` of a suite returns and its other functions take: each suite has a type of its own
 
 
+WITHOUT_DATA = ("lm_eval", "probes")  # suites that read nothing of --data
+
+
+class NoData(InputError):
+    """The folder of --data has nothing of a suite; the text says what to put there.
+
+    Args:
+        has_own: the suite has other data where no folder is given, which are not those of the hub.
+    """
+
+    def __init__(self, text: str, *, has_own: bool = False) -> None:
+        super().__init__(text)
+        self.has_own = has_own
+
+
 class Suite(Protocol):
     """What every suite offers."""
 
@@ -46,6 +61,7 @@ class Suite(Protocol):
         A suite may take further arguments with defaults (`shots`, `forget_set`, `run`).
 
         Raises:
+            NoData: `folder` has nothing of the suite.
             InputError: a file is missing or malformed; the message names the file, the row and the remedy.
         """
         ...

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from eval.files import read_jsonl
-from eval.suites import scoring
+from eval.suites import NoData, scoring
 from eval.suites.biographies import ATTRIBUTES, PARAPHRASES, PERSON, Probe, generate
 from eval.suites.rouge import SCRIPT_WORDS, recall_by_script, recall_rouge_score
 from eval.suites.texts import Answered, choose_texts
@@ -46,7 +46,8 @@ def load_probes(folder: Path | None, suite: str = "bios", seed: int = 0) -> list
             if not probes:
                 raise InputError(f"{path} holds no probe; write it again with python -m eval.bios")
             return probes
-    raise InputError(f"no bios/probes.jsonl or probes.jsonl in {folder}; write them with python -m eval.bios")
+    text = f"no bios/probes.jsonl or probes.jsonl in {folder}; write them with python -m eval.bios"
+    raise NoData(text, has_own=True)
 
 
 def group_of(row: Mapping[str, object]) -> str | None:

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
-from eval.suites import scoring
+from eval.suites import NoData, scoring
 from eval.suites.rouge import SCRIPT_WORDS, recall_by_script, recall_rouge, words
 from eval.suites.texts import Answered, choose_texts
 from pipeline.config.load import resolve
@@ -120,16 +120,18 @@ def load_probes(folder: Path | None, suite: str = "corpus", run: Path | None = N
         return probes_of_run(own)
     where = folder / "corpus" if (folder / "corpus").is_dir() else folder
     there = sorted(where.iterdir()) if where.is_dir() else []
+    of_splits = {split: [path for path in there if path.name.split(".")[0] == split] for split in SPLITS}
+    found = {split: [path for path in paths if is_corpus(path)] for split, paths in of_splits.items()}
     probes = []
-    for split in SPLITS:
-        files = [path for path in there if path.name.split(".")[0] == split and is_corpus(path)]
+    for split, files in found.items():
         if len(files) > 1:
             raise InputError(f"{where} has {files[0].name} and {files[1].name}; leave one")
         if not files and split != "other":
-            raise InputError(
+            text = (
                 f"{where} has no {split}.txt or {split}.jsonl, which suite corpus reads (nor {split} in another of the "
                 "formats that training reads)"
             )
+            raise InputError(text) if any(found.values()) else NoData(text, has_own=run is not None)
         probes += [{"split": split, **row} for file in files for row in sample(read_split(file), seed=0)]
     return probes
 

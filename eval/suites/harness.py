@@ -23,7 +23,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.files import digest_of, write_jsonl
-from eval.suites import MMLU_SHOTS
+from eval.suites import MMLU_SHOTS, NoData
 from eval.suites.harness_texts import Requests, chosen_option, texts_of_tasks
 from eval.suites.shared_lm import SEEDS, LoadedTasks, evaluate_tasks, language_model, seed_generators
 from eval.suites.texts import Answered
@@ -65,7 +65,7 @@ def read_questions(path: Path) -> list[Row]:
         InputError: no such file, no question in it, or a line that is not a question; names the line.
     """
     if not path.is_file():
-        raise InputError(f"there is no {path}; --data needs it (keys question, choices, answer), or leave --data out")
+        raise NoData(f"there is no {path}; --data needs it (keys question, choices, answer), or leave --data out")
     rows = [question_of(where, row) for where, row in json_rows(path)]
     if not rows:
         raise InputError(f"{path} holds no question; fill or remove it")
@@ -93,7 +93,7 @@ def read_mmlu(folder: Path, shots: int) -> dict[str, tuple[list[Row], list[Row]]
     """
     files = sorted((folder / "mmlu" / "test").glob("*.jsonl"))
     if not files:
-        raise InputError(f"there is no mmlu/test/SUBJECT.jsonl in {folder}; --data needs one, or leave --data out")
+        raise NoData(f"there is no mmlu/test/SUBJECT.jsonl in {folder}; --data needs one, or leave --data out")
     subjects = {}
     for path in files:
         if not (MMLU / f"mmlu_{path.stem}.yaml").is_file():

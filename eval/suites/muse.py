@@ -23,7 +23,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from eval.files import check_texts, read_hub, read_json
-from eval.suites import scoring
+from eval.suites import NoData, scoring
 from eval.suites.membership import auc, membership
 from eval.suites.rouge import f1_rouge_score
 from eval.suites.texts import Answered, choose_texts
@@ -90,7 +90,7 @@ def load_probes(folder: Path | None, suite: str = "muse_news") -> list[Probe]:
             probes += [{"suite": suite, "set": name, "text": row["text"]} for row in rows]
     if not probes:
         assert folder is not None
-        raise InputError(f"{folder} has no {suite}/knowmem_forget_qa.json or its like; copy them there")
+        raise NoData(f"{folder} has no {suite}/knowmem_forget_qa.json or its like; copy them there")
     if folder is not None and (path := folder / suite / "retrain_model.json").is_file():
         area = area_of(path, suite)
         for probe in probes:

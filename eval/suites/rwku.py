@@ -21,11 +21,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from eval.files import check_texts, read_hub, read_json
-from eval.suites import scoring
+from eval.suites import NoData, scoring
 from eval.suites.membership import MEMBERSHIP, auc, membership
 from eval.suites.rouge import recall_rouge, recall_rouge_score, script_note
 from eval.suites.texts import Answered, choose_texts
-from pipeline.errors import InputError
 from pipeline.files import Json
 
 if TYPE_CHECKING:
@@ -125,7 +124,7 @@ def load_probes(folder: Path | None, suite: str = "rwku") -> list[Probe]:
             rows = check_texts(read_json(file), wanted, str(file)) if file.is_file() else []
         probes += [{"set": name, "subject": row.get("subject"), **{key: row[key] for key in wanted}} for row in rows]
     if not any(probe["set"] in QUESTIONS for probe in probes):
-        raise InputError(f"{folder} has no rwku/Batch/1-50/forget_level1.json or its like; copy them there")
+        raise NoData(f"{folder} has no rwku/Batch/1-50/forget_level1.json or its like; copy them there")
     return probes
 
 

@@ -27,6 +27,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.files import read_hub, read_json
+from eval.suites import NoData
 from eval.suites.harness_tasks import numbers
 from eval.suites.harness_texts import Requests, chosen_option, texts_of_tasks
 from eval.suites.rwku import HUB, NUM_TARGETS
@@ -208,7 +209,7 @@ def load_probes(folder: Path | None, suite: str = "rwku_utility") -> Utility:
         tasks.append(task_of(name, one, [put(one, row, f"{place}, row {n}") for n, row in enumerate(rows, 1)]))
         counts[name] = len(rows)
     if not tasks:
-        raise InputError(f"{folder} has no rwku/Batch/1-50/retain_mmlu.json or its like; copy them there")
+        raise NoData(f"{folder} has no rwku/Batch/1-50/retain_mmlu.json or its like; copy them there")
     seed_generators()
     return Utility(LoadedTasks.now(TaskManager(include_defaults=False).load(tasks)), counts)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from eval.files import check_texts, read_hub, read_json, read_jsonl
+from eval.suites import NoData
 from eval.suites.membership import MEMBERSHIP
 from pipeline.errors import InputError
 from pipeline.files import Json
@@ -51,7 +52,7 @@ def load_probes(folder: Path | None, suite: str = "tofu", forget_set: str = "for
             probe = {"set": name, "file": stem, "question": row["question"], "answer": row["answer"]}
             probes.append(probe if name == HELD_OUT else {**probe, **options_of(row, f"{where}, row {number}")})
     if not any(probe["set"] != HELD_OUT for probe in probes):
-        raise InputError(f"{folder} has no tofu/forgetNN_perturbed.json or its like; copy them there")
+        raise NoData(f"{folder} has no tofu/forgetNN_perturbed.json or its like; copy them there")
     if folder is not None:
         add_references(folder / "tofu", probes)
     return probes

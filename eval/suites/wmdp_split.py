@@ -19,6 +19,7 @@ from pathlib import Path
 import datasets
 
 from eval.files import read_hub
+from eval.suites import NoData
 from eval.suites.harness import (
     BUILT_IN,
     Questions,
@@ -53,7 +54,7 @@ def read_part(folder: Path | None, name: str) -> tuple[str, Sequence[Located]]:
         return place, [(f"{place}, row {n}", row) for n, row in enumerate(read_hub(place, "default", "train"), 1)]
     file = folder / "wmdp" / f"{name}.jsonl"
     if not file.is_file():
-        raise InputError(f"there is no {file}; --data needs it (keys question, choices, answer), or leave --data out")
+        raise NoData(f"there is no {file}; --data needs it (keys question, choices, answer), or leave --data out")
     return str(file), list(json_rows(file))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from eval.evaluation import load_suites
+from eval.evaluation import load_suites, suites_in
 from eval.suites.task_options import SUITE
 from eval.sweep.axes import Setting, run_folder
 from eval.sweep.runs import Plan
@@ -37,9 +37,12 @@ def check_runs(plan: Plan) -> None:
                 for _ in read(corpus, task)[0]:
                     pass
                 read_already.add(repr(corpus))
-    of_each_run = {"probes"} if plan.data is not None else {"probes", "corpus"}  # of its configuration, checked above
-    needed = [name for name in plan.suites if name not in of_each_run]
-    load_suites(needed, plan.data, {SUITE: plan.tasks})
+    # The sets of `probes` and, without --data, of `corpus` are of each run's own configuration, checked above.
+    if plan.data is None:
+        load_suites([name for name in plan.suites if name not in ("probes", "corpus")], None, {SUITE: plan.tasks})
+    else:
+        needed = [name for name in plan.suites if name != "probes"]
+        suites_in(plan.data, needed, {SUITE: plan.tasks, "corpus": {"run": plan.output}})
 
 
 def settings(plan: Plan) -> Iterator[Setting]:

@@ -31,43 +31,45 @@ def refuse_overrides(overrides: Sequence[str], keys: Collection[str], reason: st
             raise InputError(f"override {token}: {key} is decided {reason}; take it out from behind --")
 
 
-def launcher() -> list[str]:
-    """`deepspeed --master_port N` from this Python's environment or else from the PATH, with a free port."""
-    beside = Path(sys.executable).with_name("deepspeed")
-    found = str(beside) if beside.is_file() else shutil.which("deepspeed")
-    if found is None:
-        raise InputError("there is no command deepspeed; install requirements.txt into this environment")
-    return [found, "--master_port", str(free_port())]
-
-
-def rank_options(ranks: int) -> list[str]:
-    """The launcher's options for this many ranks on this machine, a visible GPU for each if there are GPUs.
+def rank_launcher(ranks: int) -> list[str]:
+    """The launcher, with its options, of this many ranks on this machine: a visible GPU for each if there are GPUs.
 
     `--num_gpus N` would take GPUs 0 to N - 1 whatever CUDA_VISIBLE_DEVICES names: the launcher then deletes the
-    variable. On a CPU its devices are the sockets of the machine, and only their number may be given.
+    variable. On a CPU its devices are the sockets of the machine, and only their number may be given. It knows GPUs by
+    their numbers alone; `torchrun` leaves the variable as it is, so it starts ranks on GPUs named by UUID or MIG id.
 
     Raises:
-        InputError: fewer visible GPUs than ranks, or some that are not named by number, as the launcher needs it.
+        InputError: fewer visible GPUs than ranks. Of several MIG instances CUDA sees the first alone.
     """
     import torch  # takes seconds
 
     count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
     if not (has_gpu() and count):
-        return ["--num_gpus", str(ranks)]
+        return ["deepspeed", "--num_gpus", str(ranks)]
     if ranks > count:
         seen = f"{count} GPU{'s' * (count > 1)}" + (f" (CUDA_VISIBLE_DEVICES={visible})" if visible else "")
         raise InputError(
             f"--ranks {ranks}: each rank trains on a GPU of its own, and there is {seen}; give --ranks {count}"
         )
     if visible is None:
-        return ["--num_gpus", str(ranks)]
+        return ["deepspeed", "--num_gpus", str(ranks)]
     names = [name.strip() for name in visible.split(",")][:ranks]
-    if wrong := [name for name in names if not name.isdecimal()]:
-        raise InputError(
-            f"CUDA_VISIBLE_DEVICES={visible}: DeepSpeed's launcher does not know {wrong[0]}; name GPUs by "
-            "their numbers (nvidia-smi -L)"
-        )
-    return ["--include", f"localhost:{','.join(names)}"]
+    if not all(name.isdecimal() for name in names):
+        return ["torchrun", "--nproc_per_node", str(ranks)]
+    return ["deepspeed", "--include", f"localhost:{','.join(names)}"]
+
+
+def startable(line: Sequence[str]) -> list[str]:
+    """The line of a launcher with its program, from this Python's environment or else from the PATH, and a free port.
+
+    Raises:
+        InputError: there is no such program.
+    """
+    beside = Path(sys.executable).with_name(line[0])
+    found = str(beside) if beside.is_file() else shutil.which(line[0])
+    if found is None:
+        raise InputError(f"there is no command {line[0]}; install requirements.txt into this environment")
+    return [found, "--master_port", str(free_port()), *line[1:]]
 
 
 def call(line: Sequence[str], log: Path) -> int:

@@ -23,7 +23,7 @@ from eval.results.metrics import ForgetRetainMetric, nearest
 from eval.results.trajectories import Run, Scores, prepare, read_run
 from eval.suites.task_options import task_arguments
 from eval.sweep.axes import Axis, Setting, name_of, run_folder
-from eval.sweep.launch import call, last_error, launcher, rank_options
+from eval.sweep.launch import call, last_error, rank_launcher, startable
 from pipeline.config.explain import refuse_renamed
 from pipeline.config.load import resolve
 from pipeline.errors import InputError
@@ -57,6 +57,7 @@ class Plan:
     axes: tuple[Axis, ...]
     ranks: int
     trials: int
+    target_file: Path | None = None  # of `target`
     tasks: Json = field(default_factory=dict)  # the options of suite lm_eval, as `task_options` returns them
 
     @property
@@ -64,11 +65,12 @@ class Plan:
         """What a finished run has in its folder: probes are measured while it trains, other suites after it."""
         return "final" if self.suites == ("probes",) else "evaluation.json"
 
-    def training(self, method: str, setting: Setting, seed: int, devices: Sequence[str] = ()) -> list[str]:
-        """The command of one run, with the launcher's options for the `devices` of this machine, or for any machine."""
+    def training(self, method: str, setting: Setting, seed: int, launcher: Sequence[str] = ()) -> list[str]:
+        """The command of one run, by the `launcher` of this machine (`rank_launcher`), or else for any machine."""
         settings = [part for key, value in setting.items() for part in (f"--{key}", value)]
         return [
-            *("deepspeed", *(devices or ("--num_gpus", str(self.ranks))), "--module", "pipeline.train"),
+            *(launcher or ("deepspeed", "--num_gpus", str(self.ranks))),
+            *("--module", "pipeline.train"),
             *("--config", str(self.config), "--method", method, "--seed", str(seed)),
             *("--output", str(run_folder(self.output, method, setting, seed)), *self.overrides, *settings),
         ]
@@ -128,8 +130,8 @@ def run_if_missing(plan: Plan, method: str, setting: Setting, seed: int) -> bool
         if not resumable and folder.exists():
             shutil.rmtree(folder)
         print(f"training   {title}{' (resumed)' if resumable else ''}", flush=True)
-        line = plan.training(method, setting, seed, rank_options(plan.ranks)) + ["--resume"] * resumable
-        status = call([*launcher(), *line[1:]], folder.with_suffix(".training"))
+        line = plan.training(method, setting, seed, rank_launcher(plan.ranks)) + ["--resume"] * resumable
+        status = call(startable(line), folder.with_suffix(".training"))
         if status or not (folder / "final").exists():
             return fail("training", status, folder.with_suffix(".training.err"))
     if (folder / plan.last_file).exists():

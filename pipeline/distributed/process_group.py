@@ -68,6 +68,9 @@ def start(timeout: float = 30.0) -> torch.device:
     assert accelerator is not None
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    if accelerator.device_name() == "cuda":
+        # DeepSpeed asks NVML by the numbers in CUDA_VISIBLE_DEVICES, which may hold UUIDs: ZeRO 1 and 2 would fail.
+        accelerator.available_memory = lambda device_index=None: torch.cuda.mem_get_info(device_index)[0]
     return torch.device(accelerator.current_device_name())
 
 

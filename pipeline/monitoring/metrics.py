@@ -20,6 +20,7 @@ from pipeline.files import Json, sync, write_whole
 from pipeline.monitoring import console
 from pipeline.monitoring.console import Progress
 from pipeline.monitoring.levels import PREFIX, probes_in, short
+from pipeline.monitoring.rows import Rows, read_rows
 from pipeline.monitoring.tensorboard import COSINES, GIB, PROBED, UPDATE, TensorBoardWriter
 from pipeline.monitoring.trackers import ExternalTrackers, Monitored
 
@@ -39,13 +40,12 @@ class Monitor:
         self.pending: dict[str, dict[str, torch.Tensor]] = {}
         self.retain_norms: dict[str, float] = {}  # by what ends the names of an update that is recorded
         self.is_writer = dist.get_rank() == 0
-        self.history: list[Json] = []  # on rank 0 the rows of metrics.jsonl, one a step
-        self.before: Json = {}  # on rank 0 its row 0, if there is one: a probe before the first step
+        self.rows = Rows()  # on rank 0 those of metrics.jsonl
         self.probed: dict[str, float] = {}  # the numbers of the last probe
         if self.is_writer:
             self.log, self.events = folder / "metrics.jsonl", folder / "tensorboard"
             with disk_errors(self.log):
-                self.before, self.history = _keep_rows(self.log, start)
+                self.rows = _keep_rows(self.log, start)
                 self.lines = self.log.open("a", encoding="utf-8", buffering=1)
             with disk_errors(self.events):
                 self.board = TensorBoardWriter(self.events, start=start, has_probes=has_probes)
@@ -62,18 +62,17 @@ class Monitor:
     @property
     def last(self) -> Json:
         """The newest row of `metrics.jsonl`, on rank 0."""
-        return self.history[-1] if self.history else {}
+        return self.rows.steps[-1] if self.rows.steps else {}
 
     @property
     def skipped_in_a_row(self) -> int:
         """How many of the newest rows are steps without an update; 0 on other ranks, which have no rows."""
-        return sum(1 for _ in takewhile(lambda row: row["skipped"], reversed(self.history)))
+        return sum(1 for _ in takewhile(lambda row: row["skipped"], reversed(self.rows.steps)))
 
     @property
     def probes(self) -> list[tuple[int, dict[str, float]]]:
         """(step, numbers) of the probes so far, on rank 0."""
-        rows = [self.before, *self.history] if self.before else self.history
-        return [(row["step"], numbers) for row in rows if (numbers := probes_in(row))]
+        return [(row["step"], numbers) for row in self.rows.all if (numbers := probes_in(row))]
 
     def record(self, name: str, value: float | torch.Tensor | None, reduce: str = "none") -> None:
         """Record a metric of the present step. reduce: `none` (the same on every rank), `sum` or `max` over ranks.
@@ -126,14 +125,11 @@ class Monitor:
         if self.is_writer:
             written = {name: value for name, value in values.items() if not name.startswith("_")}
             row = {"step": step, **written}
-            if step:
-                self.history.append(row)
-            else:
-                self.before = row
+            self.rows.add(row)
             with disk_errors(self.log):
                 self.lines.write(json.dumps(row) + "\n")
             with disk_errors(self.events):
-                self.board.write(self.history or [row])
+                self.board.write(self.rows.all)
             self.trackers.write(step, written)
             self.show(step, written)
         return values
@@ -160,22 +156,22 @@ class Monitor:
         """Write the results and the model card (Markdown) after the last step, and close the log."""
         if self.is_writer:
             self.progress.close()
-            found = results(self.history)
+            found = results(self.rows.steps)
             with disk_errors(self.events):
-                self.board.end(self.history, found)
+                self.board.end(self.rows.steps, found)
                 self.board.writer.add_text("model_card", card)
                 self.board.writer.flush()  # closing alone reports no failure
                 self.board.writer.close()
-            self.trackers.finish(found, len(self.history))
+            self.trackers.finish(found, len(self.rows.steps))
             self.lines.close()
 
     def summarise(self, seconds: float) -> None:
         """Print a summary once the model is exported. seconds: wall time of this process."""
         if not self.is_writer:
             return
-        found = results(self.history)
+        found = results(self.rows.steps)
         took = timedelta(seconds=round(seconds))
-        rows = [("steps", f"{len(self.history)}, of which {found['skipped']:.0f} skipped; {took} this time")]
+        rows = [("steps", f"{len(self.rows.steps)}, of which {found['skipped']:.0f} skipped; {took} this time")]
         for task in ("forget", "retain"):
             if f"{task}_loss" in found:
                 rows.append((f"{task} loss", f"{found[f'{task}_loss_start']:.4g} -> {found[f'{task}_loss']:.4g}"))
@@ -193,7 +189,7 @@ class Monitor:
         rows += [("model", str(final)), ("log", str(self.folder / "log.txt"))]
         model = self.folder if exports.is_dir() else final  # every export on the way, if there are any
         forgets, retains = (
-            any(row.get(f"{task}_loss") is not None for row in self.history) for task in ("forget", "retain")
+            any(row.get(f"{task}_loss") is not None for row in self.rows.steps) for task in ("forget", "retain")
         )
         suite = "corpus" if forgets and retains else "SUITE"  # `corpus` scores the run's own corpora, and needs both
         found_in = ("--model", str(model), "--suite", suite, "--output", str(self.folder / "evaluation.json"))
@@ -229,19 +225,21 @@ def results(history: Sequence[Json]) -> dict[str, float]:
     return found
 
 
-def _keep_rows(file: Path, start: int) -> tuple[Json, list[Json]]:
-    """Truncate a log to its rows up to step `start`, atomically; returns row 0 ({} if there is none) and the others.
+def _keep_rows(file: Path, start: int) -> Rows:
+    """Truncate a log to its rows up to step `start`, atomically, and return them.
 
-    Without a step, row 0 is dropped too, because the probe is made again.
+    Without a step, the row before the first is dropped too, because the probe is made again.
     """
     if not file.exists():
-        return {}, []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if start else []
-    has_zero = bool(lines) and json.loads(lines[0])["step"] == 0
-    earlier = lines[: start + has_zero]  # the line after these may be cut short
+        return Rows()
+    earlier, rows = list[str](), list[tuple[str, Json]]()
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(keepends=True) if start else [], 1):
+        earlier.append(line)
+        rows.append((f"{file}, line {number}", json.loads(line)))
+        if rows[-1][1]["step"] == start:  # the next line may be cut short
+            break
     write_whole(file, "".join(earlier))
-    rows = [json.loads(line) for line in earlier]
-    return (rows[0], rows[1:]) if has_zero else ({}, rows)
+    return read_rows(rows)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

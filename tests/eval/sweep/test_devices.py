@@ -6,14 +6,16 @@ import base64
 import json
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from deepspeed.launcher import runner
+from torch.distributed.run import config_from_args, parse_args
 
-from eval.sweep.launch import rank_options
+from eval.sweep.launch import rank_launcher, startable
 from pipeline.errors import InputError
 from tests.eval.pretender import GRID, Pretender
 
@@ -65,7 +67,8 @@ def test_ranks_are_on_visible_gpus(
     visible: str | None, ranks: int, expected: list[int], machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(visible)
-    assert physical(rank_options(ranks), monkeypatch) == expected
+    launcher, *options = rank_launcher(ranks)
+    assert launcher == "deepspeed" and physical(options, monkeypatch) == expected
 
 
 def test_more_ranks_than_gpus_are_refused(machine: Callable[..., None]) -> None:
@@ -73,10 +76,30 @@ def test_more_ranks_than_gpus_are_refused(machine: Callable[..., None]) -> None:
     for visible, gpus, said in (("3", GPUS, "1 GPU"), ("3,5", GPUS, "2 GPUs"), (None, 1, "1 GPU")):
         machine(visible, gpus)
         with pytest.raises(InputError, match=f"--ranks 4: .* {said}.*; give --ranks {said[0]}"):
-            rank_options(4)
-    machine("GPU-5f1c,GPU-77aa")
-    with pytest.raises(InputError, match=r"CUDA_VISIBLE_DEVICES=.* know GPU-5f1c; .* numbers"):
-        rank_options(2)
+            rank_launcher(4)
+
+
+@pytest.mark.parametrize("visible", ["GPU-5f1c", "GPU-5f1c, GPU-77aa", "MIG-5f1c", "MIG-GPU-5f1c/1/0", "1,GPU-77aa"])
+def test_gpus_without_numbers_keep_their_names(
+    visible: str, machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed's launcher, which knows numbers alone, is not called; torchrun passes the variable on as it is."""
+    machine(visible)
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        physical([], monkeypatch)
+    ranks = len(visible.split(","))
+    program, *options = startable(rank_launcher(ranks))
+    assert Path(program).name == "torchrun" and options[0] == "--master_port"
+    settings, command, arguments = config_from_args(
+        parse_args([*options[2:], "--module", "pipeline.train", "--seed", "3"])
+    )
+    assert (settings.min_nodes, settings.nproc_per_node) == (1, ranks)
+    assert isinstance(command, str) and arguments[-4:] == ["-m", "pipeline.train", "--seed", "3"]
+
+
+def test_ranks_on_the_first_of_several_gpus_by_number_need_no_other_launcher(machine: Callable[..., None]) -> None:
+    machine("6,GPU-77aa")
+    assert rank_launcher(1) == ["deepspeed", "--include", "localhost:6"]
 
 
 @pytest.mark.parametrize("visible", ["", "2,3"])
@@ -87,7 +110,7 @@ def test_a_cpu_has_as_many_ranks_as_are_named(
     machine(visible)
     if visible:
         monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert rank_options(3) == ["--num_gpus", "3"]
+    assert rank_launcher(3) == ["deepspeed", "--num_gpus", "3"]
 
 
 def test_a_sweep_trains_on_visible_gpus(

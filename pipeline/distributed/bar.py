@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, MutableMapping
 
 from tqdm import tqdm
 
@@ -45,7 +45,7 @@ class Bar(tqdm):
         )
 
     @property
-    def format_dict(self) -> Mapping[str, object]:
+    def format_dict(self) -> MutableMapping[str, object]:
         """What tqdm formats its line from, here with the layout and the pace."""
         known = dict(super().format_dict)
         done, elapsed = self.n - known["initial"], known["elapsed"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, MutableMapping
+from typing import Any
 
 from tqdm import tqdm
 
@@ -45,12 +46,13 @@ class Bar(tqdm):
         )
 
     @property
-    def format_dict(self) -> MutableMapping[str, object]:
+    def format_dict(self) -> MutableMapping[str, Any]:
         """What tqdm formats its line from, here with the layout and the pace."""
-        known = dict(super().format_dict)
-        done, elapsed = self.n - known["initial"], known["elapsed"]
-        rate = known["rate"] or (done / elapsed if elapsed else 0)
-        return known | {"bar_format": WITHOUT_TOTAL if self.total is None else LAYOUT, "pace": pace(rate)}
+        fields = super().format_dict
+        done, elapsed = self.n - fields["initial"], fields["elapsed"]
+        fields["pace"] = pace(fields["rate"] or (done / elapsed if elapsed else 0))
+        fields["bar_format"] = WITHOUT_TOTAL if self.total is None else LAYOUT
+        return fields
 
 
 def pace(rate: float) -> str:

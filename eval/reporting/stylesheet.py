@@ -1,10 +1,13 @@
 """How a report looks: wide and narrow, by day and by night."""
 
+# `.wide`: a phone shows no scroll bar, so a shade at the right edge tells that a table goes on. What covers the shade
+# scrolls with the table, and lies over it where the table ends.
+
 STYLESHEET = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#1c1f23;--faint:#5b6470;--line:#d5d9de;--soft:#f3f5f7;--warn:#fff4d6;
---edge:#c98a00;--link:#0b5cad;--gone:#ffe1dc;--new:#d9f2dd;--good:#1a7f37}
+--edge:#c98a00;--link:#0b5cad;--gone:#ffe1dc;--new:#d9f2dd;--good:#1a7f37;--shade:#1c1f2366}
 @media(prefers-color-scheme:dark){:root{--paper:#15181c;--ink:#e4e7eb;--faint:#9aa4b0;--line:#353b43;--soft:#1f242a;
---warn:#3a2f10;--edge:#d9a441;--link:#7db7f2;--gone:#572a26;--new:#1d4427;--good:#5fd07e}}
+--warn:#3a2f10;--edge:#d9a441;--link:#7db7f2;--gone:#572a26;--new:#1d4427;--good:#5fd07e;--shade:#e4e7eb66}}
 body{font:16px/1.5 system-ui,sans-serif;max-width:88em;margin:2em auto;padding:0 1em;color:var(--ink);
 background:var(--paper);overflow-wrap:anywhere}
 h1{line-height:1.2;font-size:1.7em}p{max-width:52em}
@@ -12,7 +15,9 @@ a{color:var(--link)}nav{margin:1.2em 0}summary{cursor:pointer}nav ol{columns:20e
 h2{margin-top:2.2em;border-top:1px solid var(--line);padding-top:.6em;line-height:1.25}
 .verdict{list-style:none;padding:.7em 1.1em;margin:1em 0;background:var(--soft);border-left:4px solid var(--good);
 font-size:1.08em}.verdict li+li{margin-top:.4em}
-.wide{overflow-x:auto;margin:1em 0;overflow-wrap:normal}table{border-collapse:collapse;font-size:.92em;
+.wide{overflow-x:auto;margin:1em 0;overflow-wrap:normal;
+background:linear-gradient(to left,var(--paper) 40%,transparent) right/3em 100% no-repeat local,
+linear-gradient(to left,var(--shade),transparent) right/1em 100% no-repeat scroll}table{border-collapse:collapse;font-size:.92em;
 font-variant-numeric:tabular-nums}
 td,th{padding:.3em .8em;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}td b{color:var(--good)}
 th{vertical-align:bottom}td.words,th.words{text-align:left}td:first-child,th:first-child{text-align:left;position:sticky;

@@ -69,11 +69,12 @@ def share(batches: Sequence[Batch], work: Callable[[Batch], Result], title: str)
             because the others wait for it inside a forward pass.
     """
     import torch
-    from tqdm import tqdm
+
+    from pipeline.distributed.bar import Bar
 
     rank, size = rank_and_size()
     rounds = range(rank, -(-len(batches) // size) * size, size)
-    bar = tqdm(rounds, desc=title, unit="batch", leave=False, disable=rank != 0 or not can_redraw(sys.stderr))
+    bar = Bar(rounds, title=f"{title}, batch", is_shown=rank == 0 and can_redraw(sys.stderr))
     shown = with_lines(rounds, title) if rank == 0 and bar.disable else bar
     own, lacks = [], None
     try:

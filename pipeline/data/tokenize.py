@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.sources import Corpus
 from pipeline.data.corpus import read
 from pipeline.data.encode import FORMAT_VERSION, TokenOptions, Usage, minimum_content
 from pipeline.data.stripes import Recipe, stored_table
+from pipeline.distributed.bar import Bar
 from pipeline.errors import FatalError, InputError, disk_errors
 from pipeline.monitoring.console import is_live
 
@@ -119,9 +119,9 @@ def tokenize(
     columns = COLUMNS[: 1 if options.pairing is None else 2]
     recipe = [FORMAT_VERSION, digest, tokenizer_digest(tokenizer), options.packing]
     recipe += [options.max_length, options.splits] if options.packing == "documents" else []
-    progress = tqdm(rows, f"tokenising {key}", disable=not (show_progress and is_live()), unit=" documents")
+    progress = Bar(rows, title=f"tokenising {key}, document", is_shown=show_progress and is_live())
     try:
-        with disk_errors(cache / "tokens"):
+        with progress, disk_errors(cache / "tokens"):
             folder = cache / "tokens" / hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
             stored, counts = stored_table(progress, Recipe(tokenizer, options, columns), folder)
     except InputError as error:

@@ -21,10 +21,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from pipeline.data.batches import Batch, collate
 from pipeline.data.tokenize import Sequences
+from pipeline.distributed.bar import Bar
 from pipeline.files import whole
 from pipeline.modeling.outputs import HiddenStates, Logits, ModelForward, TokenLosses, forward
 from pipeline.monitoring.console import is_live
@@ -73,7 +73,7 @@ def sequence_nll(
     padded = np.resize(missing, -(-len(missing) // size) * size).reshape(-1, world, micro_batch_size)
     engine.eval()
     with torch.no_grad():
-        for own in tqdm(padded[:, rank], "reference log-probabilities", disable=not is_live(), unit=" batches"):
+        for own in Bar(padded[:, rank], title="reference log-probabilities, batch", is_shown=is_live()):
             batch = collate(sequences, own, pad).to(device)
             computed[batch.index] = forward(engine, batch, TokenLosses()).double().sum(1)
     engine.train()

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from pipeline.distributed.bar import Bar
 from pipeline.distributed.terminal import can_redraw
 
 PROGRESS_EVERY_S = 10.0  # between two lines of progress where stderr is no terminal
@@ -160,15 +161,7 @@ class Progress:
     def __init__(self, start: int, steps: int) -> None:
         self.start, self.steps = start, steps
         self.began, self.printed = time.monotonic(), float("-inf")
-        self.bar = tqdm(
-            total=steps,
-            initial=start,
-            desc="training",
-            unit=" steps",
-            mininterval=0.5,
-            dynamic_ncols=True,
-            disable=not is_live(),
-        )
+        self.bar = Bar(title="step", total=steps, initial=start, is_shown=is_live(), leave=True)
 
     def update(self, step: int, numbers: Mapping[str, float | None]) -> None:
         """Show the numbers, by label, after `step` steps; None is left out."""

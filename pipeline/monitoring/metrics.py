@@ -193,6 +193,7 @@ class Monitor:
         )
         suite = "corpus" if forgets and retains else "SUITE"  # `corpus` scores the run's own corpora, and needs both
         found_in = ("--model", str(model), "--suite", suite, "--output", str(self.folder / "evaluation.json"))
+        rows.append(("chat", f"python -m eval.chat --model {shlex.quote(str(self.folder))}"))
         rows.append(("next", f"python -m eval.run {shlex.join(found_in)}"))
         console.logger.info("%s\n%s", "unlearned" if forgets else "trained", console.table(rows))
 

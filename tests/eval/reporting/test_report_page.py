@@ -40,7 +40,8 @@ const seen = frames.map(frame => {
     links: page.querySelectorAll('nav a').length,
     tables: [...page.querySelectorAll('table')].map(table => {
       const box = table.parentElement;
-      return [table.scrollWidth, box.clientWidth, getComputedStyle(box).overflowX];
+      const style = getComputedStyle(box);
+      return [table.scrollWidth, box.clientWidth, style.overflowX, style.backgroundAttachment];
     }),
     text: getComputedStyle(page.body).color, paper: getComputedStyle(page.body).backgroundColor,
     loaded: frame.contentWindow.performance.getEntriesByType('resource').map(one => one.name)
@@ -107,9 +108,11 @@ def test_wide_and_narrow(browser: str, page: str, tmp_path: Path) -> None:
         assert not wrong, f"[width of the place, of the drawing, lines] at {one['width']} px: {wrong}"
         assert {"sago: at the level", "the level, 0.3", "chance, 0.25"} <= {*one["legends"]}
         assert one["links"] >= 10 and one["broken"] == 0 and one["loaded"] == []
-        assert all(width <= box or scroll == "auto" for width, box, scroll in one["tables"])
+        assert all(width <= box or scroll == "auto" for width, box, scroll, _ in one["tables"])
+        # A shade at the edge shows that a table goes on; its cover scrolls with the table and ends where that ends.
+        assert {shade for *_, shade in one["tables"]} == {"local, scroll"}
         assert one["text"] == "rgb(28, 31, 35)" and one["paper"] == "rgb(255, 255, 255)"
-    assert any(width > box for width, box, _ in seen[1]["tables"])  # or the line above proves nothing
+    assert any(width > box for width, box, *_ in seen[1]["tables"])  # or the line above proves nothing
 
 
 def test_dark(browser: str, page: str, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def test_without_a_terminal_plain_lines_and_a_summary(told: dict[str, Any]) -> N
     assert any(re.match(rf"  model +{re.escape(str(run / 'final'))}$", line) for line in lines)
     proposed = ["--model", str(run / "final"), "--suite", "corpus", "--output", str(run / "evaluation.json")]
     assert shlex.split(lines[-1]) == ["next", "python", "-m", "eval.run", *proposed]
+    assert shlex.split(lines[-2]) == ["chat", "python", "-m", "eval.chat", "--model", str(run)]
 
 
 def test_quiet_says_nothing(told: dict[str, Any]) -> None:

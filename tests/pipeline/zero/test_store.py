@@ -35,12 +35,13 @@ def watch_memory(seen: list[tuple[int, ...]], engine: Any, combiner: Any) -> Non
     What was alive before is held: a thread of gloo lets go of an earlier run's tensor when it pleases, and nothing that
     is born may begin where that one stood.
     """
-    stash = 0 if combiner.stash is None else combiner.stash.numel()
+    buffer = combiner.stash
+    stash = 0 if buffer is None else buffer.numel()
     parts = 1 if combiner.store.replicated else engine.world_size
     seen.append((stash, sum(combiner.sizes) // parts))
     before = live_storages()
-    if stash:
-        del before[combiner.stash.untyped_storage().data_ptr()]
+    if buffer is not None:
+        del before[buffer.untyped_storage().data_ptr()]
     combine = combiner.combine
 
     def combined() -> Any:

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import disk_errors
+from pipeline.distributed.errors import raise_on_all_ranks
+from pipeline.errors import FatalError, disk_errors
 from pipeline.files import Json, sync, write_whole
 from pipeline.monitoring import console
 from pipeline.monitoring.console import Progress
@@ -31,6 +32,8 @@ class Monitor:
     """Collects the metrics of a step with `record` and writes them with `flush`, on rank 0 alone.
 
     A run that is resumed after `start` steps drops what it logged beyond them: each step is logged once, in order.
+    Every rank calls every method: a disk that refuses what rank 0 writes is an error of all. They learn it without a
+    collective of its own, from what the next step reduces; so a step later, and before a checkpoint.
     """
 
     def __init__(self, folder: Path, engine: Monitored, *, start: int, steps: int, has_probes: bool = False) -> None:
@@ -42,21 +45,24 @@ class Monitor:
         self.is_writer = dist.get_rank() == 0
         self.rows = Rows()  # on rank 0 those of metrics.jsonl
         self.probed: dict[str, float] = {}  # the numbers of the last probe
-        if self.is_writer:
-            self.log, self.events = folder / "metrics.jsonl", folder / "tensorboard"
-            with disk_errors(self.log):
-                self.rows = _keep_rows(self.log, start)
-                self.lines = self.log.open("a", encoding="utf-8", buffering=1)
-            with disk_errors(self.events):
-                self.board = TensorBoardWriter(self.events, start=start, has_probes=has_probes)
-            self.progress = Progress(start, steps)
+        self.log, self.events = folder / "metrics.jsonl", folder / "tensorboard"
+        self.refusal: FatalError | None = None  # on rank 0: why the newest row could not be written
+        with raise_on_all_ranks():
+            if self.is_writer:
+                with disk_errors(self.log):
+                    self.rows = _keep_rows(self.log, start)
+                    self.lines = self.log.open("a", encoding="utf-8", buffering=1)
+                with disk_errors(self.events):
+                    self.board = TensorBoardWriter(self.events, start=start, has_probes=has_probes)
+                self.progress = Progress(start, steps)
 
     def describe(self, configuration: str, hyperparameters: dict[str, str | float]) -> None:
         """Log the configuration (YAML) and the hyper-parameters by which trackers list the run beside others."""
-        if self.is_writer:
-            with disk_errors(self.events):
+        with raise_on_all_ranks(), disk_errors(self.events):
+            if self.is_writer:
                 self.board.writer.add_text("configuration", f"```yaml\n{configuration}```")
                 self.board.begin(hyperparameters)
+        if self.is_writer:
             self.trackers.begin(hyperparameters)
 
     @property
@@ -112,11 +118,18 @@ class Monitor:
         self.retain_norms = {}
 
     def flush(self, step: int) -> Json:
-        """Reduce and write the recorded metrics, and return them; a value that is not finite becomes None."""
+        """Reduce and write the recorded metrics, and return them; a value that is not finite becomes None.
+
+        Raises:
+            FatalError: on all ranks, if the row before this one could not be written.
+        """
+        self.record("_refused", float(self.refusal is not None), reduce="max")
         for reduce, tensors in self.pending.items():
             stacked = torch.stack(list(tensors.values()))
             dist.all_reduce(stacked, _REDUCTIONS[reduce])
             self.values.update(zip(tensors, stacked.tolist(), strict=True))
+        if self.values["_refused"]:
+            self.raise_refusal()
         self._finish_updates()
         values = {
             name: None if value is None or not math.isfinite(value) else value for name, value in self.values.items()
@@ -126,10 +139,13 @@ class Monitor:
             written = {name: value for name, value in values.items() if not name.startswith("_")}
             row = {"step": step, **written}
             self.rows.add(row)
-            with disk_errors(self.log):
-                self.lines.write(json.dumps(row) + "\n")
-            with disk_errors(self.events):
-                self.board.write(self.rows.all)
+            try:
+                with disk_errors(self.log):
+                    self.lines.write(json.dumps(row) + "\n")
+                with disk_errors(self.events):
+                    self.board.write(self.rows.all)
+            except FatalError as error:
+                self.refusal = error
             self.trackers.write(step, written)
             self.show(step, written)
         return values
@@ -144,26 +160,37 @@ class Monitor:
             text = ", ".join(f"{label} {value:.3g}" for label, value in short(self.probed).items())
             console.logger.info("before training: %s", text)
 
+    def raise_refusal(self) -> None:
+        """Raise on all ranks why the newest row could not be written on rank 0, if it could not."""
+        with raise_on_all_ranks():
+            if self.refusal is not None:
+                raise self.refusal
+
     def sync(self) -> None:
         """Flush the log to disk, before a checkpoint: a run that is killed later does not log these steps again."""
-        if self.is_writer:
-            with disk_errors(self.log):
+        self.raise_refusal()
+        with raise_on_all_ranks(), disk_errors(self.log):
+            if self.is_writer:
                 sync(self.log)
-            with disk_errors(self.events):
+        with raise_on_all_ranks(), disk_errors(self.events):
+            if self.is_writer:
                 self.board.writer.flush()
 
     def finish(self, card: str) -> None:
         """Write the results and the model card (Markdown) after the last step, and close the log."""
-        if self.is_writer:
-            self.progress.close()
-            found = results(self.rows.steps)
-            with disk_errors(self.events):
-                self.board.end(self.rows.steps, found)
+        self.raise_refusal()
+        with raise_on_all_ranks(), disk_errors(self.events):
+            if self.is_writer:
+                self.progress.close()
+                self.board.end(self.rows.steps, results(self.rows.steps))
                 self.board.writer.add_text("model_card", card)
                 self.board.writer.flush()  # closing alone reports no failure
                 self.board.writer.close()
-            self.trackers.finish(found, len(self.rows.steps))
-            self.lines.close()
+        with raise_on_all_ranks(), disk_errors(self.log):
+            if self.is_writer:
+                self.lines.close()
+        if self.is_writer:
+            self.trackers.finish(results(self.rows.steps), len(self.rows.steps))
 
     def summarise(self, seconds: float) -> None:
         """Print a summary once the model is exported. seconds: wall time of this process."""

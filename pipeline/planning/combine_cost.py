@@ -1,9 +1,10 @@
-"""The cost of the combination alone: kernels and nanoseconds an element, for few tensors and for many.
+"""The cost of the combination alone: kernels, nanoseconds and bytes an element, for few tensors and for many.
 
     OMP_NUM_THREADS=1 python -m pipeline.planning.combine_cost [--rule sago --scope element] [--compiled]
 
 Both gradients of one rank are one vector each, as under ZeRO-3, cut in tensors of equal sizes. Time is that of the
-processor (of all threads), which other programs on the machine hardly change; on a GPU it is the time of a clock.
+processor (of all threads), which other programs on the machine hardly change; on a GPU it is the time of a clock. Bytes
+are those that kernels read and write (`bytes_moved.py`), an element of the partition.
 """
 
 from __future__ import annotations
@@ -20,18 +21,17 @@ from torch._C._autograd import DeviceType
 from torch.profiler import profile
 
 from pipeline.files import write_whole
+from pipeline.planning.bytes_moved import NO_KERNEL, BytesMoved
 from pipeline.synthesis import combine
 from pipeline.synthesis.combine import Synthesis, units_of
 from pipeline.synthesis.partition import Piece
-
-VIEWS = "as_strided view _unsafe_view alias detach slice select narrow unbind split t transpose expand unsqueeze empty"
-NO_KERNEL = {f"aten::{name}" for name in (*VIEWS.split(), "empty_strided", "resize_", "lift_fresh", "resolve_conj")}
 
 
 class Cost(NamedTuple):
     kernels: int
     syncs: int | None  # waits of the host for the device; None where there is no device
     nanoseconds: float  # an element; the least of several runs
+    bytes_an_element: float | None = None  # None: from a file that does not have it
 
 
 def measure(synthesis: Synthesis, tensors: int, elements: int, repeats: int) -> Cost:
@@ -55,15 +55,22 @@ def measure(synthesis: Synthesis, tensors: int, elements: int, repeats: int) -> 
     else:
         leaves = [event.name for event in events if not event.cpu_children]
         kernels, syncs = sum(name not in NO_KERNEL for name in leaves), None
-    return Cost(kernels, syncs, min(seconds[1:]) / elements * 1e9)
+    moved = BytesMoved()
+    with moved.through_compiled():
+        synthesis.combine_(pieces, units)
+    return Cost(kernels, syncs, min(seconds[1:]) / elements * 1e9, moved.total / elements)
 
 
-HEADER = "| tensors | kernels | waits for the device | ns an element |\n|---|---|---|---|"
+HEADER = "| tensors | kernels | waits for the device | ns an element | bytes an element |\n|---|---|---|---|---|"
 
 
 def row(tensors: int, cost: Cost) -> str:
     syncs = "–" if cost.syncs is None else cost.syncs
-    return f"| {tensors:,} | {cost.kernels:,} | {syncs} | {cost.nanoseconds:.1f} |"
+    return f"| {tensors:,} | {cost.kernels:,} | {syncs} | {cost.nanoseconds:.1f} | {amount(cost.bytes_an_element)} |"
+
+
+def amount(bytes_an_element: float | None) -> str:
+    return "–" if bytes_an_element is None else f"{bytes_an_element:.1f}"
 
 
 def main() -> int:

@@ -27,6 +27,7 @@ from pipeline.planning.meters import Traffic, peak, restart_peak
 if TYPE_CHECKING:
     from pipeline.planning.random_run import RandomRun
     from pipeline.trainer import TrainStep
+    from pipeline.zero.combiner import Combined
 
 
 def llama(shape: Json) -> Json:
@@ -73,6 +74,7 @@ class Cost:
     gathered: int = 0  # bytes of weights, among them
     kernels: int = 0
     waits: int = 0  # of the host for the device; on a CPU, the reads that would be such
+    bytes_an_element: float | None = None  # of the partition, by `GradientCombiner.combine`: reads and writes
 
     def ratio(self, other: Cost) -> float:
         return median(mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True))
@@ -116,7 +118,7 @@ class Bench:
     def count_kernels(self, cost: Cost, number: int) -> None:
         from torch.profiler import profile
 
-        from pipeline.planning.combine_cost import NO_KERNEL
+        from pipeline.planning.bytes_moved import NO_KERNEL
 
         step = self.step_of(cost)
         with profile() as profiler:
@@ -127,6 +129,20 @@ class Bench:
         else:
             cost.kernels = sum(event.name not in NO_KERNEL for event in events if not event.cpu_children)
         cost.waits = sum(event.name in WAITS["cuda" if self.cuda else "cpu"] for event in events)
+
+    def count_bytes(self, cost: Cost, number: int) -> None:
+        from pipeline.planning.bytes_moved import BytesMoved
+
+        step, moved = self.step_of(cost), BytesMoved()
+        combine = step.combiner.combine
+
+        def counted() -> Combined:
+            with moved.through_compiled():
+                return combine()
+
+        step.combiner.combine = counted
+        step.train_step(number)
+        cost.bytes_an_element = moved.total / sum(size for _, size in step.combiner.store.layout)
 
     def synchronize(self) -> None:
         import torch
@@ -150,6 +166,7 @@ def measure(options: argparse.Namespace, traffic: Traffic) -> tuple[list[Cost], 
             bench.time(cost, pair % 4, pair >= options.warm_up)
     for cost in costs:
         bench.count_kernels(cost, 0)
+        bench.count_bytes(cost, 0)
     store = bench.step_of(costs[0]).combiner.store
     return costs, sum(size for _, size in store.layout) * store.dtype.itemsize
 
@@ -184,8 +201,8 @@ def table(costs: list[Cost], partition: int) -> str:
     cheapest = min((cost for cost in costs if cost.rule == "sum"), key=lambda cost: median(cost.seconds))
     lines = [
         "| rule | schedule | seconds a step | of the cheapest `sum` | of its sequential step | extra peak, partitions "
-        "| collectives | MB moved | MB gathered | kernels | waits |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| collectives | MB moved | MB gathered | kernels | waits | bytes an element, `combine()` |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cost in costs:
         two_passes = next(other for other in costs if (other.rule, other.schedule) == (cost.rule, "sequential"))
@@ -195,6 +212,7 @@ def table(costs: list[Cost], partition: int) -> str:
             *(f"{cost.ratio(cheapest):.3f}", f"{cost.ratio(two_passes):.3f}"),
             *(f"{median(extra):.2f}" if extra else "–", str(cost.collectives)),
             *(f"{cost.moved / 1e6:.2f}", f"{cost.gathered / 1e6:.2f}", f"{cost.kernels:,}", f"{cost.waits:,}"),
+            "–" if cost.bytes_an_element is None else f"{cost.bytes_an_element:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -17,7 +17,8 @@ h2{margin-top:2.2em;border-top:1px solid var(--line);padding-top:.6em;line-heigh
 font-size:1.08em}.verdict li+li{margin-top:.4em}
 .wide{overflow-x:auto;margin:1em 0;overflow-wrap:normal;
 background:linear-gradient(to left,var(--paper) 40%,transparent) right/3em 100% no-repeat local,
-linear-gradient(to left,var(--shade),transparent) right/1em 100% no-repeat scroll}table{border-collapse:collapse;font-size:.92em;
+linear-gradient(to left,var(--shade),transparent) right/1em 100% no-repeat scroll}
+table{border-collapse:collapse;font-size:.92em;
 font-variant-numeric:tabular-nums}
 td,th{padding:.3em .8em;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}td b{color:var(--good)}
 th{vertical-align:bottom}td.words,th.words{text-align:left}td:first-child,th:first-child{text-align:left;position:sticky;

@@ -18,7 +18,8 @@ from pipeline.errors import InputError
 from tests import oracle
 from tests.conftest import World
 from tests.distributed import run_distributed
-from tests.pipeline.zero.test_sharded import CASES, train_cases
+from tests.pipeline.zero.cases import CASES
+from tests.pipeline.zero.test_sharded import train_cases
 
 OF_THRESHOLD = {0: ("sago", "npo-kl", "rmu-embed_diff"), 10**6: ("npo-kl",)}  # the frozen original in all but sago
 

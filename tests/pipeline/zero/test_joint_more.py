@@ -14,10 +14,11 @@ import pytest
 from tests import oracle
 from tests.conftest import World
 from tests.distributed import run_distributed
+from tests.pipeline.zero.cases import CASES as SHARDED
+from tests.pipeline.zero.cases import SUM
 from tests.pipeline.zero.test_joint import SGD, assert_equal_to_the_plain_loop, final_weights, initial_weights
 from tests.pipeline.zero.test_more_objectives import CASES, PDU
-from tests.pipeline.zero.test_sharded import CASES as SHARDED
-from tests.pipeline.zero.test_sharded import SUM, train_cases
+from tests.pipeline.zero.test_sharded import train_cases
 
 ZERO: dict[str, dict[str, Any]] = {
     "zero1": {"stage": 1},

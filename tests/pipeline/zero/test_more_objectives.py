@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from tests import oracle
 from tests.conftest import World
 from tests.distributed import run_distributed
+from tests.pipeline.zero.cases import SGD, SUM
 from tests.pipeline.zero.test_checkpoint import run_and_resume
-from tests.pipeline.zero.test_sharded import SGD, SUM, agree_with_the_plain_loop, pairs, train_cases
+from tests.pipeline.zero.test_sharded import agree_with_the_plain_loop, pairs, train_cases
 
 PCGRAD = {"rule": "pcgrad"}
 TARGET = "kara vi"

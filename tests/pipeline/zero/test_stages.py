@@ -38,8 +38,10 @@ from tests.toy import (
 # -- the table ---------------------------------------------------------------------------------------------------------
 def rules_of(name: str, world_size: int) -> tuple[str, ...]:
     """Two ranks: on each way a gradient is stored, each way a rule uses it; all rules on two of them; two rules on each
-    option. One and three, on each way: a rule without sums over ranks, one with, one with a state."""
-    if world_size != 2:
+    option. Three, on each way: a rule without sums over ranks, one with, one with a state. One: on a few ways."""
+    if world_size == 1:
+        return ("sago", "gru") if name in ("0", "2", "3", "3-offload-small") else ()
+    if world_size == 3:
         return ("sago", "pcgrad-global", "gru") if name in STORES else ()
     if name in ("2", "3"):
         return tuple(RULES)
@@ -79,8 +81,14 @@ def test_shipped_configurations_through_the_program(more: bool, world: World, tm
     (tmp_path / "zero0.json").write_text("{}")
     files = {"zero0": str(tmp_path / "zero0.json"), **{name: f"ds_configs/{name}.json" for name in PROGRAM}}
     rules = [*WAYS, "blur", "gru"]  # the other scopes and `zero_forget` through the program: test_sharded.py
-    few = {(file, rule) for file in PROGRAM for rule in ("sum", "sago", "pcgrad-module")}
-    few |= {("zero0", "pcgrad-global"), ("zero2", "pcgrad-global"), ("zero2", "blur"), ("zero1", "gru")}
+    few = {(file, "sago") for file in PROGRAM}
+    few |= {
+        ("zero3", "sum"),
+        ("zero3", "pcgrad-module"),
+        ("zero2", "pcgrad-global"),
+        ("zero2", "blur"),
+        ("zero1", "gru"),
+    }
     wanted = {(file, rule) for file in PROGRAM for rule in rules} - few if more else few
     settings = {
         (file, rule): world.configuration(

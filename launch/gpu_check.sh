@@ -14,7 +14,7 @@ mkdir -p "$output"
 
 if [ -n "${SMALL:-}" ]; then
     export OMP_NUM_THREADS=1
-    check=(--small) pairs=2
+    check=(--small) pairs=1
     hidden=32 layers=2 vocabulary=256 tokens=16 dtype=float32 tensors="10 100" elements=65536
 else
     check=() pairs=7

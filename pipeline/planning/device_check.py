@@ -57,12 +57,12 @@ def ways(cuda: bool, small: bool) -> list[Way]:
 
 
 def syntheses(small: bool) -> Iterator[Synthesis]:
-    """Every rule at its scope in the paper; PCGrad at all."""
+    """Every rule at its scope in the paper, PCGrad at all; small: two rules, PCGrad per module and per layer."""
     from pipeline.synthesis.combine import Synthesis
     from pipeline.synthesis.rules import RULES, SCOPES
 
     for rule in ("sago", "pcgrad") if small else RULES:
-        for scope in SCOPES if rule == "pcgrad" else (None,):
+        for scope in (("module", "layer") if small else SCOPES) if rule == "pcgrad" else (None,):
             yield Synthesis(rule, scope, alpha=0.75, gamma=1.25)
 
 

@@ -26,7 +26,7 @@ def test_the_script_finds_every_step_exact_and_writes_its_rows(tmp_path: Path) -
     assert found["exact"][0]["gradients"] < 2e-6 and found["exact"][0]["joint"] < 2e-6  # of ZeRO-2 in fp32
     costs = {(cost["rule"], cost["schedule"]): cost for cost in found["steps"]["costs"]}
     assert set(costs) == {(rule, way) for rule in ("sum", "sago", "pcgrad") for way in ("sequential", "joint")}
-    assert all(len(cost["seconds"]) == 2 and min(cost["seconds"]) > 0 and cost["kernels"] for cost in costs.values())
+    assert all(cost["seconds"] and min(cost["seconds"]) > 0 and cost["kernels"] for cost in costs.values())
     assert set(found["combination"]) == {"10", "100"}
     rows = (tmp_path / "benchmarks.md").read_text()
     assert "Exact on 2 of 2" in rows and rows.count("| joint |") == 3

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What only a GPU can show, in under 8 minutes on one: that every step is exact there, and what it costs.
 #   bash launch/gpu_check.sh [OUTPUT]      (default: runs/gpu_check)
-#   SMALL=1 bash launch/gpu_check.sh       the same on a small model and few cases, on two ranks of a CPU too
+#   SMALL=2 bash launch/gpu_check.sh       the same on a small model and few cases, also on 2 ranks of a CPU
 # It writes OUTPUT/gpu_check.json, and OUTPUT/benchmarks.md: rows for docs/results/benchmarks.md.
 set -euo pipefail
 [ $# -le 1 ] || { echo "usage: bash launch/gpu_check.sh [OUTPUT]" >&2; exit 2; }
@@ -22,7 +22,7 @@ else
 fi
 where=()
 if [ -n "${SMALL:-}" ] && { [ "${DS_ACCELERATOR:-}" = cpu ] || ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; }; then
-    where=(--num_gpus 2)
+    where=(--num_gpus "$SMALL")
 fi
 part() { # MODULE ARGUMENTS... : a part on all ranks
     choose_launcher "${where[@]}"

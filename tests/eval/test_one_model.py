@@ -78,7 +78,7 @@ def evaluate_watched(exports: Path, sharded: bool) -> None:
     assert growth[-1] - growth[1] < 0.3, growth
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_ranks_hold_one_model_at_a_time(sharded: bool, world: World, tmp_path: Path) -> None:
     make_exports(world, tmp_path, SHARDED_BYTES if sharded else WHOLE_BYTES)
     run_distributed(evaluate_watched, 2, tmp_path, sharded)

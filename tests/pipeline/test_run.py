@@ -149,10 +149,8 @@ def test_a_run_is_never_overwritten(finished: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("torchrun", "mpirun")]
-
-
-@pytest.mark.parametrize("launcher", ["alone", *SLOW])
+@pytest.mark.slow  # test_console.py and first_page.py start a run alone
+@pytest.mark.parametrize("launcher", ["alone", "torchrun", "mpirun"])
 def test_other_launchers_give_the_same_model(launcher: str, finished: Path, tmp_path: Path, world: World) -> None:
     """The resolved config.yaml of a run is itself a configuration, and says the same thing under every launcher."""
     program = ["-m", "pipeline.train", "--config", str(finished / "config.yaml"), "--output", str(tmp_path / "run")]

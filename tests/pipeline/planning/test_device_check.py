@@ -8,6 +8,7 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+import pytest
 from torch import Tensor
 
 from pipeline.config.schema import REPOSITORY
@@ -15,8 +16,9 @@ from pipeline.synthesis.combine import Synthesis
 from tests.distributed import run_distributed
 
 
-def test_the_script_finds_every_step_exact_and_writes_its_rows(tmp_path: Path) -> None:
-    environment = {**os.environ, "SMALL": "1", "DS_ACCELERATOR": "cpu"}
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_script_finds_every_step_exact_and_writes_its_rows(ranks: int, tmp_path: Path) -> None:
+    environment = {**os.environ, "SMALL": str(ranks), "DS_ACCELERATOR": "cpu"}
     line = ["bash", "launch/gpu_check.sh", str(tmp_path)]
     done = subprocess.run(line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

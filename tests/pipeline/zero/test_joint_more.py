@@ -121,6 +121,7 @@ def assert_overflows_are_skipped_alike(world: World, folder: Path, zero: str) ->
     assert error < 8 * 4 * 2**-11  # see test_half_precision.py
 
 
+@pytest.mark.slow
 def test_an_overflow_in_fp16_is_skipped_as_in_two_passes(world: World, tmp_path: Path) -> None:
     assert_overflows_are_skipped_alike(world, tmp_path, "zero3")
 

@@ -113,7 +113,7 @@ def test_adapters_and_experts(more: bool, tmp_path: Path) -> None:
     cases = {}
     for rule, options in WAYS.items():
         for name in STORES:
-            if (rule in ("sago", "pcgrad-global") or name == "3") == more:
+            if (rule == "pcgrad-global" or name == "3") == more:
                 continue
             leaves = ("MixtralSparseMoeBlock",) if name.startswith("3") else ()
             cases[f"adapters {name} {rule}"] = Case(model="adapters", zero=CONFIGURATIONS[name], **SGD, **options)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 
 MOST_TICKS = 16  # names of layers on an axis
+MOST_INSIDE = 6  # entries of a legend in the panel; a longer one stands below it, so that panels have their whole width
+LINE = 0.22  # inches of an entry
+BELOW, BELOW_NAMES = -0.15, -0.4  # of an axis' height: under its numbers, or under the names of layers
 
 
 def draw(chart: Chart) -> Figure:
@@ -23,6 +26,8 @@ def draw(chart: Chart) -> Figure:
     columns = min(chart.columns, len(chart.panels))
     rows = math.ceil(len(chart.panels) / columns)
     wide, high = (8.6, 5.2) if columns == 1 else (5.6, 4.0)
+    longest = max(sum(bool(one.label) for one in (*panel.marks, *panel.traces)) for panel in chart.panels)
+    high += LINE * longest if longest > MOST_INSIDE else 0
     figure = Figure(figsize=(wide * columns, high * rows), layout="constrained", dpi=110)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=chart.same_axes, sharey=chart.same_axes)
     for axis in axes.flat[len(chart.panels) :]:
@@ -49,7 +54,7 @@ def draw_panel(axis: Axes, panel: Panel) -> None:
         axis.set_xticks([*shown], [panel.ticks[i] for i in shown], rotation=60, fontsize="x-small")
     if not panel.traces:
         axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes, color="grey")
-    legend(axis)
+    legend(axis, bool(panel.ticks))
 
 
 def draw_trace(axis: Axes, trace: Trace) -> None:
@@ -69,11 +74,11 @@ def draw_trace(axis: Axes, trace: Trace) -> None:
         axis.fill_between(trace.x, *trace.band, color=look.colour, alpha=0.2, linewidth=0)
 
 
-def legend(axis: Axes) -> None:
-    """A legend in the panel, or beside it if it would cover the panel."""
+def legend(axis: Axes, named: bool) -> None:
+    """A legend in the panel, or below its axis, which may have `named` ticks, if it would cover the panel."""
     handles, _ = axis.get_legend_handles_labels()
-    if len(handles) > 6:
-        axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    if len(handles) > MOST_INSIDE:
+        axis.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(0.0, BELOW_NAMES if named else BELOW))
     elif handles:
         axis.legend(fontsize="small")
 

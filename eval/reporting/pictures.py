@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 MOST_TICKS = 16  # names of layers on an axis
 MOST_INSIDE = 6  # entries of a legend in the panel; a longer one stands below it, so that panels have their whole width
-LINE = 0.22  # inches of an entry
-BELOW, BELOW_NAMES = -0.15, -0.4  # of an axis' height: under its numbers, or under the names of layers
+LINE = 0.19  # inches of an entry
+BELOW, BELOW_NAMES = -0.6, -1.1  # inches: under the numbers of an axis, or under the names of layers
 
 
 def draw(chart: Chart) -> Figure:
@@ -33,12 +33,12 @@ def draw(chart: Chart) -> Figure:
     for axis in axes.flat[len(chart.panels) :]:
         axis.set_visible(False)
     for axis, panel in zip(axes.flat, chart.panels, strict=False):
-        draw_panel(axis, panel)
+        draw_panel(figure, axis, panel)
     figure.suptitle(chart.title, fontsize="large")
     return figure
 
 
-def draw_panel(axis: Axes, panel: Panel) -> None:
+def draw_panel(figure: Figure, axis: Axes, panel: Panel) -> None:
     axis.grid(alpha=0.3)
     for mark in panel.marks:
         line = axis.axvline if mark.vertical else axis.axhline
@@ -54,7 +54,7 @@ def draw_panel(axis: Axes, panel: Panel) -> None:
         axis.set_xticks([*shown], [panel.ticks[i] for i in shown], rotation=60, fontsize="x-small")
     if not panel.traces:
         axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes, color="grey")
-    legend(axis, bool(panel.ticks))
+    legend(figure, axis, bool(panel.ticks))
 
 
 def draw_trace(axis: Axes, trace: Trace) -> None:
@@ -74,11 +74,15 @@ def draw_trace(axis: Axes, trace: Trace) -> None:
         axis.fill_between(trace.x, *trace.band, color=look.colour, alpha=0.2, linewidth=0)
 
 
-def legend(axis: Axes, named: bool) -> None:
+def legend(figure: Figure, axis: Axes, named: bool) -> None:
     """A legend in the panel, or below its axis, which may have `named` ticks, if it would cover the panel."""
     handles, _ = axis.get_legend_handles_labels()
     if len(handles) > MOST_INSIDE:
-        axis.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(0.0, BELOW_NAMES if named else BELOW))
+        from matplotlib.transforms import ScaledTranslation
+
+        down = ScaledTranslation(0, BELOW_NAMES if named else BELOW, figure.dpi_scale_trans)
+        place = {"bbox_to_anchor": (0.0, 0.0), "bbox_transform": axis.transAxes + down}
+        axis.legend(fontsize="x-small", loc="upper left", **place)
     elif handles:
         axis.legend(fontsize="small")
 

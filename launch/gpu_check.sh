@@ -5,6 +5,7 @@
 # It writes OUTPUT/gpu_check.json, and OUTPUT/benchmarks.md: rows for docs/results/benchmarks.md.
 set -euo pipefail
 [ $# -le 1 ] || { echo "usage: bash launch/gpu_check.sh [OUTPUT]" >&2; exit 2; }
+[[ "${SMALL:-1}" =~ ^[1-9][0-9]*$ ]] || { echo "error: SMALL=$SMALL: give a number of ranks, 1 or more" >&2; exit 2; }
 output="$(realpath -m "${1:-runs/gpu_check}")"
 cd "$(dirname "$0")/.."
 . launch/environment.sh requirements.txt

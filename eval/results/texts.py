@@ -117,7 +117,7 @@ def title_of_set(name: str, sides: Sequence[Sides]) -> str:
 def pair_up(columns: Sequence[list[dict[str, str]]]) -> list[Sides]:
     """The prompts of the first column that the others have too, with the answers of all."""
     forced = any("teacher_forced" in row for row in columns[0])
-    said = "teacher_forced" if forced else "answer"
-    answers = [{(row["prompt"], row["expected"]): row[said] for row in rows if said in row} for rows in columns]
+    field = "teacher_forced" if forced else "answer"
+    answers = [{(row["prompt"], row["expected"]): row[field] for row in rows if field in row} for rows in columns]
     shared = [key for key in answers[0] if all(key in other for other in answers)]
     return [Sides(*key, tuple(column[key] for column in answers), forced) for key in shared]

@@ -58,14 +58,14 @@ def answer_of(task: Any, requests: Requests) -> Answered | None:
         choices = task.doc_to_choice(document)
         if task.multiple_input:  # the choices are what comes before one ending
             prompt, target = f"… {target}", prompt
-        said, expected = choices[chosen_option(requests, len(choices))], words_of(target, choices)
+        response, expected = choices[chosen_option(requests, len(choices))], words_of(target, choices)
     elif kind == "loglikelihood":
         expected = words_of(target, ())
-        said = expected if requests[0].resps[0][1] else OTHER_TEXT
+        response = expected if requests[0].resps[0][1] else OTHER_TEXT
     else:
         choices = () if task.config.doc_to_choice is None else task.doc_to_choice(document)
-        said, expected = requests[0].resps[0], words_of(target, choices)
-    return Answered(prompt=str(prompt).strip(), expected=expected.strip(), answer=str(said).strip())
+        response, expected = requests[0].resps[0], words_of(target, choices)
+    return Answered(prompt=str(prompt).strip(), expected=expected.strip(), answer=str(response).strip())
 
 
 def words_of(target: object, choices: Sequence[str]) -> str:

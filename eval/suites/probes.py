@@ -187,8 +187,8 @@ def greedy_texts(
         ids, start = one.sequences[number]
         at = start or max(len(ids) // 2, 1)
         prompt = one.keys[number] if start else text_of(tokenizer, ids[:at])
-        said = text_of(tokenizer, greedy[number][at - 1 : len(ids) - 1])
-        found.append(TeacherForced(prompt=prompt, expected=text_of(tokenizer, ids[at:]), teacher_forced=said))
+        shown = text_of(tokenizer, greedy[number][at - 1 : len(ids) - 1])
+        found.append(TeacherForced(prompt=prompt, expected=text_of(tokenizer, ids[at:]), teacher_forced=shown))
     return found
 
 

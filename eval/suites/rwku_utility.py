@@ -255,10 +255,10 @@ def answered(task: ConfigurableTask, requests: Requests) -> Answered:
     document: Any = requests[0].doc
     if "choices" in document:
         choices = document["choices"]
-        expected, said = choices[document["answer"]], choices[chosen_option(requests, len(choices))]
+        expected, response = choices[document["answer"]], choices[chosen_option(requests, len(choices))]
     else:
-        expected, said = " / ".join(document["references"]), str(requests[0].resps[0]).strip()
-    return Answered(prompt=document["shown"].strip(), expected=expected, answer=said)
+        expected, response = " / ".join(document["references"]), str(requests[0].resps[0]).strip()
+    return Answered(prompt=document["shown"].strip(), expected=expected, answer=response)
 
 
 def evaluate(

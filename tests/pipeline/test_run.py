@@ -149,7 +149,7 @@ def test_a_run_is_never_overwritten(finished: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 
-@pytest.mark.slow  # test_console.py and first_page.py start a run alone
+@pytest.mark.slow  # the tests of the console start a run alone
 @pytest.mark.parametrize("launcher", ["alone", "torchrun", "mpirun"])
 def test_other_launchers_give_the_same_model(launcher: str, finished: Path, tmp_path: Path, world: World) -> None:
     """The resolved config.yaml of a run is itself a configuration, and says the same thing under every launcher."""

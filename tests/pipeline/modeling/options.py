@@ -116,8 +116,12 @@ def resume(keys: dict[str, Any]) -> None:
     run(config, deepspeed_config(config), resume=True)
 
 
-def run_cases(cases: dict[str, dict[str, Any]]) -> None:
-    """On every rank: the program's own runs, and beside each what was called how often while it trained."""
+def run_cases(cases: dict[str, dict[str, Any]], backend: str = "eager") -> None:
+    """On every rank: the program's own runs, and beside each what was called how often while it trained.
+
+    `backend` of torch.compile: "eager" is Dynamo alone, "aot_eager" is all but the generation of C++, which takes
+    minutes.
+    """
     calls: Counter[str] = Counter()
     compile_with, mlp = torch.compile, LlamaMLP.forward
 
@@ -125,7 +129,7 @@ def run_cases(cases: dict[str, dict[str, Any]]) -> None:
         if not getattr(function, "__name__", "").startswith("forward"):  # libraries compile functions of their own
             return compile_with(function, *options, **more)
         calls["compiled"] += 1
-        return compile_with(function, backend="aot_eager")  # all but the generation of C++, which takes minutes
+        return compile_with(function, backend=backend)
 
     def counted_mlp(self: Any, x: Tensor) -> Tensor:
         calls["mlp"] += 1

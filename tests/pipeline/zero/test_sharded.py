@@ -41,25 +41,25 @@ DECAYED = ("retain-only", "decayed-pcgrad", "decayed-sgd")  # likewise: two grou
 # SGD where weights are stored otherwise. Slow: the rest.
 FEW_ON_EACH = [
     *((name, "npo-kl") for name in ("stage0", "stage2", "persistent", "none-persistent", "offload")),
-    *((name, "rmu-embed_diff") for name in ("stage0", "stage2", "none-persistent", "offload")),
+    *((name, "rmu-embed_diff") for name in ("stage2", "none-persistent")),
 ]
 MORE_ON_EACH = [(name, case) for name in ZERO for case in ON_EACH if (name, case) not in FEW_ON_EACH]
 FEW_DECAYED = [
-    *((name, "decayed-pcgrad") for name in ("stage0", "stage1", "stage2", "none-persistent", "offload")),
-    *((name, "decayed-sgd") for name in ("stage0", "none-persistent")),
+    *((name, "decayed-pcgrad") for name in ("stage0", "stage2", "none-persistent", "offload")),
+    *((name, "decayed-sgd") for name in ("stage1", "none-persistent")),
 ]
 MORE_DECAYED = [(name, case) for name in ZERO for case in DECAYED if (name, case) not in FEW_DECAYED]
 # Slow on two ranks: what is also on each stage or on three ranks, and the rules that test_stages.py has on every stage,
 # but for those with options of their own way through the program. On three by default: each way a loss is normalised or
 # compared with the original (each kind of rule, and a tied tensor, is on three in test_stages.py). Slow: the rest.
-ON_THREE = ("npo-sago", "simnpo-pcgrad", "undial-pcgrad", "npo-kl", "rmu-embed_diff", "dpo_idk-sum")
+ON_THREE = ("npo-sago", "simnpo-pcgrad", "undial-pcgrad", "npo-kl", "dpo_idk-sum")
 MORE_ON_TWO = (
-    *(*ON_THREE, "decayed-pcgrad", "decayed-sgd", "npo-kl-tied", "rmu-embed_diff-first"),
+    *(*ON_THREE, "rmu-embed_diff", "decayed-pcgrad", "decayed-sgd", "npo-kl-tied", "rmu-embed_diff-first"),
     *("sum-measured", "sago-retain", "pcgrad-element", "blur", "gru"),
 )
 MORE_ON_THREE = (
     *("sum", "pcgrad-module", "pcgrad-layer", "blur", "gru", "forget-only", "retain-only", "wga-pcgrad", "idk-pcgrad"),
-    *("sago", "pcgrad-global", "tied"),
+    *("sago", "pcgrad-global", "tied", "rmu-embed_diff"),
 )
 TOGETHER: list[tuple[int, tuple[str, ...]]] = [  # ranks, cases that one call trains
     (2, tuple(case for case in CASES if case not in MORE_ON_TWO)),

@@ -38,11 +38,11 @@ from tests.toy import (
 # -- the table ---------------------------------------------------------------------------------------------------------
 def rules_of(name: str, world_size: int) -> tuple[str, ...]:
     """Two ranks: on each way a gradient is stored, each way a rule uses it; all rules on two of them; two rules on each
-    option. Three, on each way: a rule without sums over ranks, one with, one with a state. One: on a few ways."""
+    option. Three, on each stage: a rule without sums over ranks, one with, one with a state. One: on a few ways."""
     if world_size == 1:
         return ("sago", "gru") if name in ("0", "2", "3", "3-offload-small") else ()
     if world_size == 3:
-        return ("sago", "pcgrad-global", "gru") if name in STORES else ()
+        return ("sago", "pcgrad-global", "gru") if name in ("0", "1", "2", "3") else ()
     if name in ("2", "3"):
         return tuple(RULES)
     return (*WAYS, "gru") if name in STORES else OF_OPTIONS
@@ -50,12 +50,15 @@ def rules_of(name: str, world_size: int) -> tuple[str, ...]:
 
 @pytest.mark.parametrize(
     ("world_size", "micro", "more"),
-    [(1, 4, False), (2, 2, False), (3, 1, False), pytest.param(2, 2, True, marks=pytest.mark.slow)],
+    [
+        *((1, 4, False), (2, 2, False), (3, 1, False)),
+        *(pytest.param(ranks, 4 // ranks, True, marks=pytest.mark.slow) for ranks in (2, 3)),
+    ],
 )
 def test_weights_equal_the_plain_loop(world_size: int, micro: int, more: bool, tmp_path: Path) -> None:
     """`python -m pytest tests/pipeline/zero/test_stages.py -rP -k plain_loop` prints the errors as a table.
 
-    more: two ranks, every rule on every option that has not been tried by then.
+    more: two or three ranks, every rule on every option that has not been tried by then.
     """
     cases = {
         f"{name} {rule}": Case(zero=zero, micro=micro, **options)

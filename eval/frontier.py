@@ -29,7 +29,7 @@ from eval.suites import check_suites
 from eval.suites.task_options import add_task_options, task_options
 from eval.sweep.axes import OWN_KEYS, Axis, parse_sweep
 from eval.sweep.check import check_runs
-from eval.sweep.launch import end_on_terminate, exclusive_lock, rank_launcher, refuse_overrides, split_overrides
+from eval.sweep.launch import end_on_terminate, exclusive_lock, refuse_overrides, split_overrides
 from eval.sweep.runs import (
     DEFAULT_TRIALS,
     Plan,
@@ -40,6 +40,7 @@ from eval.sweep.runs import (
 )
 from eval.sweep.search import run_sweep
 from pipeline.config.files import RECIPES, find_file
+from pipeline.distributed.launcher import rank_launcher
 from pipeline.errors import InputError
 from pipeline.files import Json
 

@@ -53,7 +53,8 @@ from eval.loading import add_trust_options, check_trust, is_model, trust_of
 from eval.results.general import GENERAL
 from eval.results.metrics import nearest
 from eval.suites import SUITES, check_suites, load_suite
-from eval.sweep.launch import end_on_terminate, exclusive_lock, rank_launcher, refuse_overrides, split_overrides
+from eval.sweep.launch import end_on_terminate, exclusive_lock, refuse_overrides, split_overrides
+from pipeline.distributed.launcher import rank_launcher
 from pipeline.errors import InputError
 from pipeline.files import Json, write_whole
 

@@ -21,9 +21,10 @@ else
     check=() pairs=7
     hidden=2048 layers=18 vocabulary=32000 tokens=512 dtype=bfloat16 tensors="100 1000 2000 10000" elements=134217728
 fi
-where=()
-if [ -n "${SMALL:-}" ] && { [ "${DS_ACCELERATOR:-}" = cpu ] || ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; }; then
-    where=(--num_gpus "$SMALL")
+[ -z "${SMALL:-}" ] || choose_device
+where=() # on the CPU; on GPUs, all of them
+if [ -n "${SMALL:-}" ] && [ "${DS_ACCELERATOR:-}" = cpu ]; then
+    where=("$SMALL")
 fi
 part() { # MODULE ARGUMENTS... : a part on all ranks
     choose_launcher "${where[@]}"

@@ -7,6 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -n "${SEEDS:-}" ] || echo "== three seeds, about 9 minutes on two idle cores; SEEDS=0 bash launch/quickstart.sh takes a third"
 . launch/environment.sh requirements.txt
+. launch/ranks.sh
 
 runs=runs/quickstart
 seeds="${SEEDS:-0 1 2}"
@@ -32,12 +33,11 @@ train() { # OUTPUT ARGUMENTS... : one run of the program on two ranks, unless it
     [ ! -e "$output/final" ] || return 0
     rm -rf "$output" # left over from a run that did not finish
     step "training $output ($begun of $total$(left)); log: $output.log"
-    local port
-    port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
+    choose_launcher 2
     mkdir -p "$(dirname "$output")"
     [ "$begun" = 1 ] || [ "$first_made" -gt 0 ] || first_made=$SECONDS
     # The log gets everything, the terminal the lines of progress and warnings.
-    deepspeed -q --num_gpus 2 --master_port "$port" --module pipeline.train --config launch/recipes/bios.yaml \
+    "${launcher[@]}" --module pipeline.train --config launch/recipes/bios.yaml \
         --output "$output" "$@" 2>&1 | tee "$output.log" | { grep --line-buffered -E '^(step [0-9]+ of|warning: )' || :; } || {
         tail -n 30 "$output.log" >&2
         echo "error: $output failed; the whole log is $output.log" >&2

@@ -1,15 +1,17 @@
-# Sourced by train.sh and gpu_check.sh:
-#   choose_launcher [--num_gpus N]
-# Sets the array `launcher`: what starts that many ranks, or else one for each GPU, of CUDA_VISIBLE_DEVICES where that is
-# set, at a free port, so that two jobs on a machine do not use the same one.
+# Sourced by the other scripts:
+#   choose_launcher [RANKS]
+# Sets the array `launcher`: what starts that many ranks on this machine, or else one for each visible GPU and two on a
+# CPU, at a free port, so that two jobs on a machine do not use the same one (pipeline/distributed/launcher.py).
 
 choose_launcher() {
-    local port
-    port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
-    # DeepSpeed's launcher knows GPUs by their numbers alone, not by UUID (GPU-...) or MIG id.
-    if [ $# -eq 0 ] && [[ "${CUDA_VISIBLE_DEVICES:-}" =~ [^0-9,[:space:]] ]]; then
-        launcher=(torchrun --nproc_per_node gpu --master_port "$port")
-    else # -q: it reports every process; the program's own lines are enough
-        launcher=(deepspeed -q "$@" --master_port "$port")
+    local words
+    words="$(python -m pipeline.distributed.launcher "$@")" || return
+    mapfile -t launcher <<<"$words"
+}
+
+# DeepSpeed and the program read these: on a machine without a GPU, one thread a rank on the CPU.
+choose_device() {
+    if [ "${DS_ACCELERATOR:-}" = cpu ] || ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+        export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     fi
 }

@@ -4,12 +4,15 @@
 # LOCAL is for a machine without the hub: a folder with tofu/{retain99,forget01,real_authors_perturbed,world_facts_perturbed}.json,
 # wikitext2/wiki.test.raw and general/{arc_easy,piqa,lambada_openai,bigbench_qa_wikidata}.jsonl (forms: docs/examples/tasks).
 # Started again, it does what is missing. A run takes 5 to 15 minutes on a core; THREADS (1) is for machines with more.
+# Where there is a GPU it takes the first that is visible.
 set -euo pipefail
 [ $# -ge 1 ] && [ $# -le 2 ] || { echo "usage: bash launch/smollm2_matrix.sh OUTPUT [LOCAL]" >&2; exit 2; }
 output="$(realpath -m "$1")" local="${2:+$(realpath "$2")}"
 cd "$(dirname "$0")/.."
 . launch/environment.sh requirements.txt
-export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${THREADS:-1}" TOKENIZERS_PARALLELISM=false
+. launch/ranks.sh
+export OMP_NUM_THREADS="${THREADS:-1}" TOKENIZERS_PARALLELISM=false
+choose_device
 mkdir -p "$output/tasks"
 
 data=() tofu=hf://datasets/locuslab/TOFU tasks=(arc_easy piqa lambada_openai real_authors world_facts wikitext_lines)
@@ -36,7 +39,8 @@ general=(lm_eval --tasks "${tasks[@]}" --tasks-dir "$output/tasks" --limit 80)
 bash launch/smollm2.sh "$output/model"
 if [ ! -e "$output/target/final" ]; then
     rm -rf "$output/target" # left over from a run that did not finish
-    deepspeed --num_gpus 1 --module pipeline.train --config tofu_smollm2 --method target \
+    choose_launcher 1
+    "${launcher[@]}" --module pipeline.train --config tofu_smollm2 --method target \
         --model.path "$output/model" --output "$output/target" ${data[@]:0:4}
 fi
 [ -e "$output/target.json" ] ||

@@ -7,11 +7,7 @@ root="$(cd "$(dirname "$0")/.." && pwd)"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # finds `pipeline` from any folder
 command -v deepspeed >/dev/null || { cd "$root" && . launch/environment.sh requirements.txt && cd "$OLDPWD"; }
 
-ranks=()
-if [ "${DS_ACCELERATOR:-}" = cpu ] || ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-    ranks=(--num_gpus 2)
-fi
 . "$root/launch/ranks.sh"
-choose_launcher "${ranks[@]}"
+choose_device
+choose_launcher
 exec "${launcher[@]}" --module pipeline.train "$@"

@@ -7,7 +7,7 @@ import os
 import random
 import resource
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,26 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+GPUS = 8  # of the pretended machine
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """visible -> a machine with GPUS GPUs, of which CUDA_VISIBLE_DEVICES names some; None: the variable is not set."""
+    import torch
+
+    def pretend(visible: str | None, gpus: int = GPUS) -> None:
+        monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        count = gpus if visible is None else len([name for name in visible.split(",") if name])
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+
+    return pretend
 
 
 @dataclass(frozen=True)

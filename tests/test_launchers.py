@@ -266,7 +266,7 @@ def test_slurm_job_without_a_repository_says_where_to_submit(stand_ins: Path, tm
 def test_train_starts_two_ranks_where_there_is_no_gpu(stand_ins: Path) -> None:
     assert script("launch/train.sh", "--config", "a b.yaml", DS_ACCELERATOR="cpu").returncode == 0
     assert re.fullmatch(
-        r"deepspeed\|-q\|--num_gpus\|2\|--master_port\|\d+\|--module\|pipeline.train\|--config\|a b.yaml\|\n",
+        r"deepspeed\|--master_port\|\d+\|-q\|--num_gpus\|2\|--module\|pipeline.train\|--config\|a b.yaml\|\n",
         stand_ins.read_text(),
     )
 

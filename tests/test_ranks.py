@@ -1,4 +1,4 @@
-"""`launch/ranks.sh`: which launcher a script calls for the GPUs of CUDA_VISIBLE_DEVICES."""
+"""`launch/ranks.sh`: what a script starts, where the machine has GPUs and where it has none."""
 
 from __future__ import annotations
 
@@ -10,35 +10,47 @@ import pytest
 
 from pipeline.config.schema import REPOSITORY
 
+SCRIPT = '. launch/ranks.sh; choose_device; choose_launcher {}; printf "%s|" "${{DS_ACCELERATOR:-}}" "${{launcher[@]}}"'
 
-def called(tmp_path: Path, lines: str, **environment: str) -> list[str]:
-    """The words with which a script of these lines calls a launcher, but for the free port."""
-    for name in ("deepspeed", "torchrun"):
-        (tmp_path / name).write_text(f'#!/bin/bash\nprintf "%s|" {name} "$@"\n')
-        (tmp_path / name).chmod(0o755)
-    visible = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+
+def chosen(tmp_path: Path, arguments: str, visible: str | None, gpus: int) -> tuple[int, list[str], str]:
+    """Exit status, the accelerator and the words of the launcher but for the free port, and what is on stderr."""
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import torch\ntorch.cuda.device_count = lambda: {gpus}\ntorch.cuda.is_available = lambda: {gpus > 0}\n"
+    )
+    kept = {name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")}
     done = subprocess.run(
-        ["bash", "-euc", lines],
+        ["bash", "-euc", SCRIPT.format(arguments)],
         cwd=REPOSITORY,
-        env={**visible, "PATH": f"{tmp_path}:{os.environ['PATH']}", **environment},
+        env={**kept, "PYTHONPATH": str(tmp_path), **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    words = done.stdout.strip("|").split("|")
-    port = words.index("--master_port")
-    assert words[port + 1].isdecimal()
-    return words[:port] + words[port + 2 :]
+    if done.returncode:
+        return done.returncode, [], done.stderr
+    accelerator, program, option, port, *words = done.stdout.removesuffix("|").split("|")
+    assert option == "--master_port" and port.isdecimal()
+    return 0, [accelerator, program, *words], done.stderr
 
 
-@pytest.mark.parametrize("visible", [None, "2,3", " 5 , 7", "GPU-5f1c,GPU-77aa", "MIG-5f1c", "1,GPU-77aa"])
-def test_ranks_start_on_gpus_that_have_no_numbers(visible: str | None, tmp_path: Path) -> None:
-    """DeepSpeed's launcher ends with a traceback at one that is no number; `--num_gpus` makes it ignore them."""
-    more = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    start = '. launch/ranks.sh; choose_launcher {}; "${{launcher[@]}}" --module pipeline.train --seed 3'
-    program = ["--module", "pipeline.train", "--seed", "3"]
-    expected = ["torchrun", "--nproc_per_node", "gpu"] if visible and "-" in visible else ["deepspeed", "-q"]
-    assert called(tmp_path, start.format(""), **more) == [*expected, *program]
-    assert called(tmp_path, start.format("--num_gpus 2"), **more) == ["deepspeed", "-q", "--num_gpus", "2", *program]
+@pytest.mark.parametrize(
+    ("visible", "gpus", "ranks", "expected"),
+    [
+        (None, 0, "", ["cpu", "deepspeed", "-q", "--num_gpus", "2"]),
+        (None, 0, "1", ["cpu", "deepspeed", "-q", "--num_gpus", "1"]),
+        ("6,4", 2, "1", ["", "deepspeed", "-q", "--include", "localhost:6"]),
+        ("GPU-5f1c,GPU-77aa", 2, "", ["", "torchrun", "--nproc_per_node", "2"]),
+    ],
+)
+def test_scripts_start_ranks_on_the_visible_gpus(
+    visible: str | None, gpus: int, ranks: str, expected: list[str], tmp_path: Path
+) -> None:
+    """DeepSpeed's `--num_gpus 1` would take GPU 0 whatever is visible, and knows GPUs by their numbers alone."""
+    assert chosen(tmp_path, ranks, visible, gpus) == (0, expected, "")
+
+
+def test_a_script_ends_where_there_are_fewer_gpus_than_ranks(tmp_path: Path) -> None:
+    status, _, error = chosen(tmp_path, "3", "5", 1)
+    assert status == 1 and error.startswith("error: ") and "CUDA_VISIBLE_DEVICES=5" in error

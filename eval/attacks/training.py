@@ -11,8 +11,9 @@ import yaml
 from eval.attacks.spec import Attack, Plan
 from eval.files import read_log, write_jsonl
 from eval.loading import is_model
-from eval.sweep.launch import call, last_error, rank_launcher, startable
+from eval.sweep.launch import call, last_error
 from pipeline.config.schema import Model
+from pipeline.distributed.launcher import rank_launcher, startable
 from pipeline.errors import InputError
 from pipeline.files import Json, write_whole
 from pipeline.optim import fitting_lr

@@ -1,10 +1,9 @@
-"""For commands that start other commands: overrides behind `--`, the launcher, its log, and the lock of a folder."""
+"""For commands that start other commands: overrides behind `--`, the log, and the lock of a folder."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +11,6 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.config.automatic import has_gpu
-from pipeline.distributed.environment import free_port
 from pipeline.errors import InputError
 
 
@@ -29,47 +26,6 @@ def refuse_overrides(overrides: Sequence[str], keys: Collection[str], reason: st
         key = token.removeprefix("--").partition("=")[0]
         if token.startswith("--") and key in keys:
             raise InputError(f"override {token}: {key} is decided {reason}; take it out from behind --")
-
-
-def rank_launcher(ranks: int) -> list[str]:
-    """The launcher, with its options, of this many ranks on this machine: a visible GPU for each if there are GPUs.
-
-    `--num_gpus N` would take GPUs 0 to N - 1 whatever CUDA_VISIBLE_DEVICES names: the launcher then deletes the
-    variable. On a CPU its devices are the sockets of the machine, and only their number may be given. It knows GPUs by
-    their numbers alone; `torchrun` leaves the variable as it is, so it starts ranks on GPUs named by UUID or MIG id.
-
-    Raises:
-        InputError: fewer visible GPUs than ranks. Of several MIG instances CUDA sees the first alone.
-    """
-    import torch  # takes seconds
-
-    count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not (has_gpu() and count):
-        return ["deepspeed", "--num_gpus", str(ranks)]
-    if ranks > count:
-        seen = f"{count} GPU{'s' * (count > 1)}" + (f" (CUDA_VISIBLE_DEVICES={visible})" if visible else "")
-        raise InputError(
-            f"--ranks {ranks}: each rank trains on a GPU of its own, and there is {seen}; give --ranks {count}"
-        )
-    if visible is None:
-        return ["deepspeed", "--num_gpus", str(ranks)]
-    names = [name.strip() for name in visible.split(",")][:ranks]
-    if not all(name.isdecimal() for name in names):
-        return ["torchrun", "--nproc_per_node", str(ranks)]
-    return ["deepspeed", "--include", f"localhost:{','.join(names)}"]
-
-
-def startable(line: Sequence[str]) -> list[str]:
-    """The line of a launcher with its program, from this Python's environment or else from the PATH, and a free port.
-
-    Raises:
-        InputError: there is no such program.
-    """
-    beside = Path(sys.executable).with_name(line[0])
-    found = str(beside) if beside.is_file() else shutil.which(line[0])
-    if found is None:
-        raise InputError(f"there is no command {line[0]}; install requirements.txt into this environment")
-    return [found, "--master_port", str(free_port()), *line[1:]]
 
 
 def call(line: Sequence[str], log: Path) -> int:

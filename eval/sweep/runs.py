@@ -23,9 +23,10 @@ from eval.results.metrics import ForgetRetainMetric, nearest
 from eval.results.trajectories import Run, Scores, prepare, read_run
 from eval.suites.task_options import task_arguments
 from eval.sweep.axes import Axis, Setting, name_of, run_folder
-from eval.sweep.launch import call, last_error, rank_launcher, startable
+from eval.sweep.launch import call, last_error
 from pipeline.config.explain import refuse_renamed
 from pipeline.config.load import resolve
+from pipeline.distributed.launcher import rank_launcher, startable
 from pipeline.errors import InputError
 from pipeline.files import Json, write_whole
 

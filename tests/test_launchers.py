@@ -308,6 +308,11 @@ def test_mpirun_counts_the_ranks_of_every_machine(stand_ins: Path, tmp_path: Pat
     stand_ins.unlink()
     for line in ("m2", "m2 max_slots=8", "m2 slots=two", "m2 slots=0", "m2 # slots=2", ""):
         hosts.write_text(f"m1 slots=2\n{line}\nm3 slots=4\n" if line else "# none\n")
-        done, said = script("launch/mpirun.sh", str(hosts), FLAVOUR="mpirun (Open MPI)"), line and "m2 has no slots=N"
-        assert done.returncode == 2 and done.stderr.startswith(f"error: {hosts}: {said or 'it names no machine'}"), line
+        done, message = (
+            script("launch/mpirun.sh", str(hosts), FLAVOUR="mpirun (Open MPI)"),
+            line and "m2 has no slots=N",
+        )
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {hosts}: {message or 'it names no machine'}"), (
+            line
+        )
         assert done.stderr.count("\n") == 1 and not stand_ins.exists()

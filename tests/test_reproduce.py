@@ -191,15 +191,15 @@ def test_what_cannot_be_made_is_refused_before_anything_runs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, world: World, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    said = refusal(capsys, monkeypatch, "--gpus", "2", "--rows", "NPO+GD, SAGA")
-    assert "--rows 'NPO+GD, SAGA': the nearest is 'NPO+GD, SAGO'" in said
+    message = refusal(capsys, monkeypatch, "--gpus", "2", "--rows", "NPO+GD, SAGA")
+    assert "--rows 'NPO+GD, SAGA': the nearest is 'NPO+GD, SAGO'" in message
     assert "the nearest is 'rwku'" in refusal(capsys, monkeypatch, "--gpus", "2", "--parts", "rwk")
     assert "none of them for rwku" in refusal(capsys, monkeypatch, "--gpus", "2", "--rows", "RMU", "--parts", "rwku")
-    said = refusal(capsys, monkeypatch, "--gpus", "2", "--", "--seed", "3")
-    assert "--seed: seed is decided by this command" in said
+    message = refusal(capsys, monkeypatch, "--gpus", "2", "--", "--seed", "3")
+    assert "--seed: seed is decided by this command" in message
     own = overrides(world.folder / "model", tmp_path, tmp_path / "no.json", world.folder / "retain.jsonl")
-    said = refusal(capsys, monkeypatch, "--gpus", "2", "--parts", "rwku", "--data", str(ROWS), "--", *own)
-    assert "no.json" in said
+    message = refusal(capsys, monkeypatch, "--gpus", "2", "--parts", "rwku", "--data", str(ROWS), "--", *own)
+    assert "no.json" in message
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert "--gpus 2: this machine has 1; give fewer" in refusal(capsys, monkeypatch, "--gpus", "2")

@@ -40,12 +40,12 @@ def run(tmp_path_factory: pytest.TempPathFactory, memorise: Callable[[list[str]]
 
 @torch.no_grad()
 def greedy(model: Any, tokenizer: Any, ids: list[int], most: int) -> str:
-    said: list[int] = []
-    while len(said) < most:
-        said.append(int(model(input_ids=torch.tensor([ids + said])).logits[0, -1].argmax()))
-        if said[-1] == tokenizer.eos_token_id:
+    written: list[int] = []
+    while len(written) < most:
+        written.append(int(model(input_ids=torch.tensor([ids + written])).logits[0, -1].argmax()))
+        if written[-1] == tokenizer.eos_token_id:
             break
-    return tokenizer.decode(said, skip_special_tokens=True).strip()
+    return tokenizer.decode(written, skip_special_tokens=True).strip()
 
 
 def ask(monkeypatch: pytest.MonkeyPatch, typed: str, *options: object) -> int:
@@ -76,10 +76,10 @@ def test_answers_are_greedy_in_the_chat_template(
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert ask(monkeypatch, "kara lo\\nsu\n", "--model", tmp_path, "--max-new-tokens", 6) == 0
-    said = capsys.readouterr().out.split("answer:\n")[-1]
+    shown = capsys.readouterr().out.split("answer:\n")[-1]
     ids = tokenizer("[user]\nkara lo\nsu<|endoftext|>[assistant]\n", add_special_tokens=False).input_ids
     expected = greedy(model, tokenizer, ids, 6) or "(nothing)"
-    assert " ".join(said.split()) == " ".join(expected.split())
+    assert " ".join(shown.split()) == " ".join(expected.split())
 
 
 def test_answers_stand_beside_each_other_or_below() -> None:
@@ -90,7 +90,7 @@ def test_answers_stand_beside_each_other_or_below() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--model", "RUN", "--max-new-tokens", "0"], "--max-new-tokens 0"),
         (["--model", "NOWHERE"], "there is no folder"),
@@ -98,11 +98,11 @@ def test_answers_stand_beside_each_other_or_below() -> None:
     ],
 )
 def test_bad_options(
-    options: list[str], said: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: list[str], message: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = {"RUN": str(run), "NOWHERE": str(run.parent / "nowhere")}
     assert ask(monkeypatch, "", *[places.get(option, option) for option in options]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_run_whose_first_model_is_gone_names_the_option(

@@ -34,10 +34,10 @@ def data(tmp_path: Path) -> Path:
 def test_a_suite_that_lacks_its_data_is_named_with_what_to_put_there(data: Path) -> None:
     with pytest.raises(InputError) as caught:
         load_suites(["tofu", "rwku", "muse_news"], data, {})
-    said = str(caught.value)
-    assert f"suite rwku: {data} has no rwku/Batch/1-50/forget_level1.json or its like; copy them there" in said
-    assert f"suite muse_news: {data} has no muse_news/knowmem_forget_qa.json" in said
-    assert "suite tofu" not in said and "leave rwku muse_news out of --suite; of tofu the data are there" in said
+    message = str(caught.value)
+    assert f"suite rwku: {data} has no rwku/Batch/1-50/forget_level1.json or its like; copy them there" in message
+    assert f"suite muse_news: {data} has no muse_news/knowmem_forget_qa.json" in message
+    assert "suite tofu" not in message and "leave rwku muse_news out of --suite; of tofu the data are there" in message
 
 
 def test_a_suite_that_needs_no_data_is_not_refused(

@@ -24,12 +24,12 @@ def test_an_old_name_of_a_key_is_refused_in_the_words_of_training(
     keys = yaml.safe_load(file.read_text())
     keys.setdefault(section, {})[key] = value
     file.write_text(yaml.safe_dump(keys))
-    said = []
+    messages = []
     for read in (lambda: resolve(file), lambda: read_config(tmp_path, ("model",))):
         with pytest.raises(InputError) as caught:
             read()
-        said.append(str(caught.value))
-    assert said == [f"{file}: the key {old!r} has a new name; write {new!r}"] * 2
+        messages.append(str(caught.value))
+    assert messages == [f"{file}: the key {old!r} has a new name; write {new!r}"] * 2
 
     del keys[section][key]
     for recipe, place in (

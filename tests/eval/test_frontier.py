@@ -124,7 +124,7 @@ def test_tasks_of_the_harness_are_evaluated_beside(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--methods", "sagoo"], "nearest is 'sago'"),
         (["--methods", "sago", "--sweep", "gamma=1:2:3"], "gamma=1:2:3"),
@@ -148,11 +148,11 @@ def test_unusable_input(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     arguments: list[object],
-    said: str,
+    message: str,
 ) -> None:
     assert command(*arguments) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and said in error
+    assert error.count("\n") == 1 and message in error
     assert pretender.lines == [] and not (tmp_path / "out").exists()
 
 

@@ -62,8 +62,8 @@ def rows_of(page: Path, heading: str) -> list[list[str]]:
 def test_seeds_of_a_method_are_one_row_above_the_published_ones(tmp_path: Path, add: Any) -> None:
     runs = [make(tmp_path / str(seed), acc, mmlu, seed=seed) for seed, acc, mmlu in ((0, 0.30, 0.5), (1, 0.26, 0.6))]
     other = make(tmp_path / "other", 0.25, 0.25, rule="sum", place="/some/where")
-    status, said = add(runs[0], other)
-    assert status == 0 and said.count(": added") == 2 and add(runs[1])[0] == 0
+    status, message = add(runs[0], other)
+    assert status == 0 and message.count(": added") == 2 and add(runs[1])[0] == 0
     header, *rows = rows_of(tmp_path / "board.md", f"WMDP Bio, {ZEPHYR}")
     assert header == ["method", "seeds", "WMDP Bio accuracy", "MMLU accuracy", "steps", "configuration"]
     two = next(row for row in rows if row[1] == "0, 1")
@@ -81,8 +81,8 @@ def test_a_run_added_again_changes_nothing(tmp_path: Path, add: Any) -> None:
     before = {name: (tmp_path / name).read_bytes() for name in ("board.md", "board.jsonl")}
     moved = tmp_path / "moved"
     run.rename(moved)
-    status, said = add(moved, moved)
-    assert status == 0 and said.count("there already") == 2
+    status, message = add(moved, moved)
+    assert status == 0 and message.count("there already") == 2
     assert before == {name: (tmp_path / name).read_bytes() for name in before}
 
 
@@ -91,12 +91,12 @@ def test_what_is_not_comparable_is_refused_and_nothing_is_written(tmp_path: Path
     before = (tmp_path / "board.jsonl").read_bytes()
 
     def refusal(run: Path) -> str:
-        status, said = add(make(tmp_path / "good", 0.2, 0.4, rule="pcgrad"), run)
+        status, message = add(make(tmp_path / "good", 0.2, 0.4, rule="pcgrad"), run)
         assert status == 2 and (tmp_path / "board.jsonl").read_bytes() == before
         for file in (tmp_path / "good").iterdir():
             file.unlink()
         (tmp_path / "good").rmdir()
-        return said
+        return message
 
     def change(name: str, file: str, old: str, new: str) -> Path:
         folder = make(tmp_path / name, 0.3, 0.5, seed=7)
@@ -107,16 +107,18 @@ def test_what_is_not_comparable_is_refused_and_nothing_is_written(tmp_path: Path
 
     fewer = make(tmp_path / "fewer", 0.3, 0.5, seed=1, questions=20)
     assert "another number of questions of wmdp_bio" in refusal(fewer)
-    said = refusal(change("shots", "evaluation.json", "task mmlu", "task mmlu, 0-shot"))
-    assert "another protocol of mmlu than the table of wmdp_bio" in said and "not comparable" in said
-    said = refusal(make(tmp_path / "repeated", 0.31, 0.5))
-    assert "are there with other scores (wmdp_bio.acc.all 0.3, here 0.31)" in said
+    message = refusal(change("shots", "evaluation.json", "task mmlu", "task mmlu, 0-shot"))
+    assert "another protocol of mmlu than the table of wmdp_bio" in message and "not comparable" in message
+    message = refusal(make(tmp_path / "repeated", 0.31, 0.5))
+    assert "are there with other scores (wmdp_bio.acc.all 0.3, here 0.31)" in message
     assert "ends at step 2, and the run at 3" in refusal(change("early", "evaluation.json", '"step": 3', '"step": 2'))
     assert "has 3 of 100 steps" in refusal(change("cut", "config.yaml", "steps: 3", "steps: 100"))
     assert "unlearned nothing" in refusal(change("target", "config.yaml", "forget: npo", "forget: none"))
     own = change("own", "evaluation.json", '"wmdp_bio"', '"corpus"')
-    said = refusal(own)
-    assert "evaluated on corpus, mmlu, which nobody can compare" in said and "wmdp_cyber mmlu, rwku, tofu, " in said
+    message = refusal(own)
+    assert (
+        "evaluated on corpus, mmlu, which nobody can compare" in message and "wmdp_cyber mmlu, rwku, tofu, " in message
+    )
     nan = change("nan", "evaluation.json", '"all": 0.3}', '"all": NaN, "part": 0.3}')
     assert "no finite wmdp_bio.acc.all" in refusal(nan)
 

@@ -132,7 +132,7 @@ def test_a_recipe_names_its_suites(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "arguments", "said"),
+    ("changed", "arguments", "message"),
     [
         ({}, ["--", "--train.stepss", "3"], "train.stepss"),
         ({}, ["--sweep", "synthesis.gama=1,2"], "synthesis.gama"),
@@ -145,7 +145,7 @@ def test_a_recipe_names_its_suites(tmp_path: Path) -> None:
 def test_a_sweep_is_refused_before_it_starts_anything(
     changed: dict[str, dict[str, object]],
     arguments: list[str],
-    said: str,
+    message: str,
     world: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -166,7 +166,7 @@ def test_a_sweep_is_refused_before_it_starts_anything(
     monkeypatch.setattr(sys, "argv", line)
     assert exit_status(frontier.main) == 2
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1 and not Path("out").exists()
+    assert message in error and error.count("\n") == 1 and not Path("out").exists()
 
 
 def test_progress_is_shown_where_there_is_no_terminal(

@@ -125,7 +125,7 @@ def test_the_option_reaches_the_loading_of_the_model(
 
 
 @pytest.mark.parametrize(
-    ("more", "ranks", "said"),
+    ("more", "ranks", "message"),
     [
         (["--batch-size", "auto", "--ds-config", "ds_configs/zero3.json"], 1, "--batch-size auto does not go with"),
         (["--device-map", "auto", "--ds-config", "ds_configs/zero3.json"], 1, "both place the weights; leave one out"),
@@ -134,11 +134,11 @@ def test_the_option_reaches_the_loading_of_the_model(
     ],
 )
 def test_options_that_contradict_each_other(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], ranks: int, said: str
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], ranks: int, message: str
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         command(monkeypatch, world, tmp_path, *more)
 
 

@@ -144,8 +144,8 @@ def test_prediction_needs_runs_that_differ(tmp_path: Path) -> None:
         (tmp_path / str(number) / "evaluation.json").write_text(json.dumps({"trajectory": [entry(1, 0.0, retain)]}))
         row = {"step": 1, "forget_loss": 0, "retain_loss": 0, "cos_forget_retain": 0, "cos_combined_forget": 0}
         (tmp_path / str(number) / "metrics.jsonl").write_text(json.dumps(row | {"cos_combined_retain": cosine}))
-    said = tables.prediction(read(*folders), BIOS)
-    assert "5 runs" in said and "r = 1.00" in said
+    message = tables.prediction(read(*folders), BIOS)
+    assert "5 runs" in message and "r = 1.00" in message
     assert "too few" in tables.prediction(read(*folders[:4]), BIOS), "four points lie near a line by chance"
 
 
@@ -175,12 +175,16 @@ def test_the_command_writes_a_report_that_stands_alone(tmp_path: Path) -> None:
     assert figures == set(re.findall(r"\]\((\w+\.png)\)", markdown))
     assert "| target model | 0.987 | 0.991 | 0 | reference |" in markdown
     assert "ga+nll sago seed 1" in markdown and "torch 9.9" in markdown
-    for said in ("--config " + str(runs[0] / "config.yaml"), "python -m eval.run --model it", "python -m eval.report"):
-        assert said in markdown
+    for message in (
+        "--config " + str(runs[0] / "config.yaml"),
+        "python -m eval.run --model it",
+        "python -m eval.report",
+    ):
+        assert message in markdown
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "said"),
+    ("file", "content", "message"),
     [
         ("evaluation.json", None, "python -m eval.run --model"),
         ("evaluation.json", '{"suites": {}}', "no trajectory"),
@@ -204,14 +208,14 @@ def test_unusable_runs(
     monkeypatch: pytest.MonkeyPatch,
     file: str,
     content: str | None,
-    said: str,
+    message: str,
 ) -> None:
     folder = make_run(tmp_path / "run", REACHES)
     spoil(folder / file, content)
     monkeypatch.setattr(sys, "argv", ["report.py", str(folder), "--output", str(tmp_path / "report")])
     assert exit_status(report.main) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and str(folder / file) in error and said in error
+    assert error.count("\n") == 1 and str(folder / file) in error and message in error
     assert not (tmp_path / "report").exists()
 
 

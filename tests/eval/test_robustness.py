@@ -212,14 +212,14 @@ def test_what_is_there_is_not_repeated_and_other_settings_are_refused(
     assert same == {name: entry for name, entry in entries.items() if name != "int4"}
     assert again["int4"]["after"] == entries["int4"]["after"] and list(again)[-1] == "int4"
     before = output.read_bytes()
-    for changed, said in (
+    for changed, message in (
         (("--steps", 4), "relearn with steps 3"),
         (("--seed", 1), "of other seed 0 instead of 1"),
     ):
         capsys.readouterr()
         assert command(*attacked.arguments, *changed) == 2
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and said in error and "--output" in error
+        assert error.count("\n") == 1 and message in error and "--output" in error
     shutil.copy(finished / "original" / "model.safetensors", attacked.run / "final")
     assert command(*attacked.arguments) == 2 and "of other weights" in capsys.readouterr().err
     assert output.read_bytes() == before
@@ -242,7 +242,7 @@ def test_a_failing_training_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--attacks", "relern"], "nearest is 'relearn'"),
         (["--suite", "bois"], "nearest is 'bios'"),
@@ -264,13 +264,13 @@ def test_unusable_input(
     command: Callable[..., int],
     capsys: pytest.CaptureFixture[str],
     arguments: list[object],
-    said: str,
+    message: str,
 ) -> None:
     before = sorted(run_folder.rglob("*"))
     given = ("--run", run_folder, "--suite", "bios", "--data", run_folder.parent)
     assert command(*given, *arguments) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and said in error
+    assert error.count("\n") == 1 and message in error
     assert sorted(run_folder.rglob("*")) == before
 
 

@@ -30,9 +30,9 @@ def row(prompt: str, answer: str, expected: str = "right") -> dict[str, str]:
 
 
 def test_at_most_twenty_of_a_set_and_always_the_same() -> None:
-    def ask(said: str) -> dict[str, list[Answered]]:
+    def ask(message: str) -> dict[str, list[Answered]]:
         sets = ["a"] * 70 + ["b"] * 3
-        rows = [Answered(prompt=str(at), expected="", answer=f"{said}{at}") for at in range(73)]
+        rows = [Answered(prompt=str(at), expected="", answer=f"{message}{at}") for at in range(73)]
         return choose_texts(zip(sets, rows, strict=True))
 
     one, other = ask("x"), ask("y")
@@ -175,7 +175,7 @@ def test_the_page_shows_them_first_after_the_verdict(groups: dict[str, list[traj
 
 
 def test_what_no_model_wrote_is_called_so_and_wmdp_must_go() -> None:
-    rows = [{"prompt": "a", "expected": "right", "teacher_forced": said} for said in ("old", "new")]
+    rows = [{"prompt": "a", "expected": "right", "teacher_forced": message} for message in ("old", "new")]
     forced = texts.pair_up([rows[:1], rows[1:]])
     assert forced == [texts.Sides("a", "right", ("old", "new"), teacher_forced=True)]
     assert texts.pair_up([rows[:1], [row("a", "written")]]) == [], "of two kinds"

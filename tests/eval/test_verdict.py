@@ -277,15 +277,15 @@ def test_the_slope_is_that_of_the_last_third(tmp_path: Path) -> None:
     # steps 40, 50, 60: 0.7, 0.65, 0.6
     assert late_slope(run.trajectory, BIOS.forget) == pytest.approx(-0.005)
     # (0.6 - 0.1) / 0.005 = 100 more steps, 160 in all
-    said = advise(run, BIOS)
-    assert "0.050 in 10 steps, so about 100 more would reach the level: train.steps 160" in said
-    assert "optimizer.lr 0.003" in said and "leaves room" in said
+    message = advise(run, BIOS)
+    assert "0.050 in 10 steps, so about 100 more would reach the level: train.steps 160" in message
+    assert "optimizer.lr 0.003" in message and "leaves room" in message
     falling = trajectory(tmp_path / "b", [0.95, 0.9, 0.8, 0.7, 0.65, 0.6], schedule="linear")
-    assert "fewer may do" in advise(falling, BIOS) and "fewer may do" not in said
+    assert "fewer may do" in advise(falling, BIOS) and "fewer may do" not in message
 
 
 @pytest.mark.parametrize(
-    ("forgets", "retain", "said"),
+    ("forgets", "retain", "message"),
     [
         ([0.99, 0.985, 0.98], 0.8, "hardly moved (1.000 to 0.980): try a learning rate ten times as large"),
         ([0.6, 0.3, 0.5, 0.55], 0.8, "fell to 0.300 at step 20 and rose again to 0.550"),
@@ -294,8 +294,8 @@ def test_the_slope_is_that_of_the_last_third(tmp_path: Path) -> None:
         ([0.8, 0.6, 0.5], 0.3, "down to 0.300 of 0.800"),
     ],
 )  # fmt: skip
-def test_advice_by_the_shape_of_the_run(tmp_path: Path, forgets: list[float], retain: float, said: str) -> None:
-    assert said in advise(trajectory(tmp_path / "run", forgets, retain), BIOS)
+def test_advice_by_the_shape_of_the_run(tmp_path: Path, forgets: list[float], retain: float, message: str) -> None:
+    assert message in advise(trajectory(tmp_path / "run", forgets, retain), BIOS)
 
 
 def test_where_no_run_reaches_the_level_the_first_table_says_where_each_stands(tmp_path: Path) -> None:

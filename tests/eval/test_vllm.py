@@ -114,7 +114,7 @@ def test_a_text_as_long_as_the_context_is_refused(world: World, vllm: list[dict[
 
 
 @pytest.mark.parametrize(
-    ("suites", "more", "ranks", "said"),
+    ("suites", "more", "ranks", "message"),
     [
         (["tofu"], [], 1, "suite tofu reads the distribution over all tokens"),
         (["bios"], ["--device-map", "auto"], 1, "places the weights itself"),
@@ -125,7 +125,7 @@ def test_what_does_not_go_with_it(
     suites: list[str],
     more: list[str],
     ranks: int,
-    said: str,
+    message: str,
     world: World,
     tmp_path: Path,
     vllm: list[dict[str, Any]],
@@ -133,7 +133,7 @@ def test_what_does_not_go_with_it(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         command(monkeypatch, world.folder / "model", tmp_path, "--suite", *suites, "--backend", "vllm", *more)
     assert not vllm
 

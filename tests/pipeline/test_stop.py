@@ -164,9 +164,9 @@ def test_statuses(launcher: str, end: str, world: World, tmp_path: Path) -> None
     status, stderr = started.ended()
     found = {int(file.name): int(file.read_text()) for file in own.iterdir()}
     saved = newest(folder)
-    said = [line for line in stderr.splitlines() if line.startswith(("error", "rank ", "stopped"))]
+    messages = [line for line in stderr.splitlines() if line.startswith(("error", "rank ", "stopped"))]
     seconds = time.monotonic() - began
-    print(f"| {launcher} | {end} | {status} | ranks {found} | {seconds:.0f} s | {saved and saved.name} | {said}")
+    print(f"| {launcher} | {end} | {status} | ranks {found} | {seconds:.0f} s | {saved and saved.name} | {messages}")
     if end in EXPECTED:
         is_failure = end in ("error", "bad input")  # after one rank's, launchers kill the other before it says its own
         assert set(found.values()) - ({KILLED} if is_failure else set()) == {EXPECTED[end]}

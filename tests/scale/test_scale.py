@@ -56,9 +56,9 @@ def test_no_stage_has_a_whole_model_on_a_rank(tmp_path: Path) -> None:
     assert all(torch.equal(exports[0][name], tensor) for name, tensor in exports[1].items())
     assert sum(tensor.numel() for tensor in exports[0].values()) == size
     use = disk_use(resolve(config), 3, size, size, 2, 2)
-    for folder, said in ((run / "checkpoints", use.checkpoint), (run / "exports", use.export)):
+    for folder, planned in ((run / "checkpoints", use.checkpoint), (run / "exports", use.export)):
         written = sum(file.stat().st_size for file in folder.rglob("*") if file.suffix in (".pt", ".safetensors"))
-        assert abs(written / said - 1) < 0.01, (folder.name, written, said)
+        assert abs(written / planned - 1) < 0.01, (folder.name, written, planned)
     first, second = (evaluate(tmp_path / name) for name in ("small", "large"))
     print(f"evaluation: {second / 2**20:.1f} MiB with libraries, {(second - first) / share:.2f} bytes an element")
     assert second - first < 2 * share + 2 * LARGEST + NOISE < 2 * (size - small)

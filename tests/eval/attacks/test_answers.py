@@ -82,11 +82,11 @@ def test_a_corpus_without_questions_has_no_examples(run: Path, capsys: pytest.Ca
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["data"]["forget"] |= {"field": "q", "prompt": None, "response": None}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    for name, said in (("few_shot", "has no questions"), ("kl", "name a file of them by --texts")):
+    for name, message in (("few_shot", "has no questions"), ("kl", "name a file of them by --texts")):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["robustness.py", "--run", str(run), "--suite", "probes", "--attacks", name])
             assert robustness.exit_status(robustness.main) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def test_the_first_open_question() -> None:
     (answer,) = comparison.sum_against_others([*settings, sago])
     assert answer["sum"]["ratio"] == pytest.approx(0.2) and answer["ratios_tried"] == 2
     assert answer["difference"] == pytest.approx(0.01)
-    assert "+0.010" in (said := comparison.answer_sum([answer], 0.1)) and "reaches the same frontier" in said
+    assert "+0.010" in (message := comparison.answer_sum([answer], 0.1)) and "reaches the same frontier" in message
     far = comparison.sum_against_others([settings[0], plain([0.5, 0.5], gamma=0.1), sago])
     assert "does not reach it" in comparison.answer_sum(far, 0.1)
     ahead = comparison.sum_against_others([settings[0], plain([0.99, 0.99], gamma=0.1), sago])

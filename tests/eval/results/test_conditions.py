@@ -40,7 +40,7 @@ def shared(*folders: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"shots": 0, "protocol": "task mmlu, 0-shot"}, r"shots \(5 and 0\);"),
         ({"protocol": "task mmlu, 5-shot; in a chat template"}, "protocol;"),
@@ -51,11 +51,13 @@ def shared(*folders: Path) -> list[str]:
         ({"forget_set": "forget01"}, r'forget_set \("forget10" and "forget01"\);'),
     ],
 )
-def test_what_is_measured_otherwise_is_refused(tmp_path: Path, changes: Result, said: str) -> None:
+def test_what_is_measured_otherwise_is_refused(tmp_path: Path, changes: Result, message: str) -> None:
     one = evaluated(tmp_path / "a", {"mmlu": suite(limit=None, forget_set="forget10")})
     other = evaluated(tmp_path / "b", {"mmlu": suite(limit=None, forget_set="forget10") | changes}, rule="sum")
     files = rf"{one}/evaluation.json and in {other}/evaluation.json"
-    with pytest.raises(InputError, match=rf"suite mmlu does not measure the same in {files}, which differ in {said}"):
+    with pytest.raises(
+        InputError, match=rf"suite mmlu does not measure the same in {files}, which differ in {message}"
+    ):
         shared(one, other)
 
 
@@ -136,10 +138,12 @@ def test_probes_of_other_rows_are_refused(tmp_path: Path) -> None:
     """64 rows of forget01 and 500 of world_facts are two measures, whatever both are named."""
     one, other = probed(tmp_path / "a", "forget01.jsonl"), probed(tmp_path / "b", "world.jsonl", limit=500, seed=1)
     files = rf"{one}/metrics.jsonl and in {other}/metrics.jsonl"
-    said = (
+    message = (
         r'the source of forget.limit \(64 and 500\), the source of forget.path \("forget01.jsonl" and "world.jsonl"\);'
     )
-    with pytest.raises(InputError, match=rf"suite probes does not measure the same in {files}, which differ in {said}"):
+    with pytest.raises(
+        InputError, match=rf"suite probes does not measure the same in {files}, which differ in {message}"
+    ):
         shared(one, other)
     with pytest.raises(InputError, match="limit"):
         shared(one, probed(tmp_path / "c", "forget01.jsonl", limit=32, seed=2))

@@ -69,7 +69,7 @@ def test_no_report_prints_a_small_score_as_zero(tmp_path: Path) -> None:
 
 # e^-5.9 = 0.0027 and e^-3.9 = 0.020 are what SmolLM2-135M gives to invented persons and to common facts.
 @pytest.mark.parametrize(
-    ("suites", "scores", "said"),
+    ("suites", "scores", "message"),
     [
         (["bios"], {"bios.forget.all": 0.05, "bios.retain.all": 0.9}, "forget ROUGE-L 0.050; one that knows nothing"),
         (["bios"], {"bios.forget.all": 0.095, "bios.retain.all": 0.9}, "0.095, no more than the level, 0.1"),
@@ -90,7 +90,7 @@ def test_no_report_prints_a_small_score_as_zero(tmp_path: Path) -> None:
     ],
 )
 def test_a_model_that_never_knew_has_nothing_to_forget(
-    tmp_path: Path, suites: list[str], scores: dict[str, float], said: str | None
+    tmp_path: Path, suites: list[str], scores: dict[str, float], message: str | None
 ) -> None:
     """The verdict is that sentence alone, in place of a comparison of runs that were not needed."""
     if suites == ["corpus"]:
@@ -103,11 +103,11 @@ def test_a_model_that_never_knew_has_nothing_to_forget(
     measure = choose(suites, target=target)
     read = trajectories.read_run(make_run(tmp_path / "run", [nested]))
     found = verdict(grouping.group_runs([trajectories.prepare(read, measure, target)]), measure, target)
-    if said is None:
+    if message is None:
         assert not any("Nothing to forget" in sentence for sentence in found)
     else:
         (sentence,) = found
-        assert sentence.startswith("Nothing to forget: the target model has") and said in sentence
+        assert sentence.startswith("Nothing to forget: the target model has") and message in sentence
         assert "Begin with a model that knows the forget corpus" in sentence
 
 

@@ -88,7 +88,7 @@ def test_options_override_the_measure() -> None:
 
 
 @pytest.mark.parametrize(
-    ("suites", "options", "said"),
+    ("suites", "options", "message"),
     [
         (["bios"], {"forget": "rwku.sago.F-All"}, "--forget rwku.sago.F-All"),
         (["bios"], {"retain": "retain.all"}, "SUITE.METRIC"),
@@ -100,8 +100,8 @@ def test_options_override_the_measure() -> None:
         (["wmdp_bio"], {"forget": "wmdp_bio.acc.all"}, "mmlu.acc.all"),
     ],
 )
-def test_measures_that_cannot_be(suites: list[str], options: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=said) as caught:
+def test_measures_that_cannot_be(suites: list[str], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
         choose(suites, **options)
     assert "\n" not in str(caught.value)
 

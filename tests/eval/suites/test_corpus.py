@@ -46,12 +46,12 @@ def by_hand(model: Any, tokenizer: Any, ids: list[int], scored: int, asked: int)
     """(mean probability, geometric, from token `scored` on; recall of what follows `asked` tokens, -1 for nothing)."""
     table = model(input_ids=torch.tensor([ids])).logits[0].double().softmax(-1)
     probability = geometric_mean(table[at - 1, ids[at]].item() for at in range(scored, len(ids)))
-    said = ids[:asked]
-    while len(said) < min(len(ids), asked + 64):
-        said.append(int(model(input_ids=torch.tensor([said])).logits[0, -1].argmax()))
-        if said[-1] == tokenizer.eos_token_id:
+    written = ids[:asked]
+    while len(written) < min(len(ids), asked + 64):
+        written.append(int(model(input_ids=torch.tensor([written])).logits[0, -1].argmax()))
+        if written[-1] == tokenizer.eos_token_id:
             break
-    answer = tokenizer.decode(said[asked:], skip_special_tokens=True).strip()
+    answer = tokenizer.decode(written[asked:], skip_special_tokens=True).strip()
     right = tokenizer.decode(ids[asked : asked + 64], skip_special_tokens=True).strip()
     if not right.strip("."):
         return probability, -1.0
@@ -233,7 +233,7 @@ def test_an_empty_thinking_block_is_not_scored(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "message"),
     [
         (None, "--data FOLDER"),
         ({"forget.txt": "a b\n"}, "no retain.txt or retain.jsonl"),
@@ -246,10 +246,10 @@ def test_an_empty_thinking_block_is_not_scored(world: World) -> None:
         ({"forget.jsonl": '{"prompt": "a"}\n', "retain.txt": "c\n"}, "line 1: no field 'response'"),
     ],
 )
-def test_what_cannot_be_used_is_named(files: dict[str, str] | None, said: str, tmp_path: Path) -> None:
+def test_what_cannot_be_used_is_named(files: dict[str, str] | None, message: str, tmp_path: Path) -> None:
     for name, text in (files or {}).items():
         (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         corpus.load_probes(tmp_path if files is not None else None)
 
 

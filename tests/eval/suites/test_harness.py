@@ -156,8 +156,8 @@ def evaluate_listened(folder: Path, output: Path) -> None:
 def test_two_ranks_are_one(folder: Path, one_rank: dict[str, Any], tmp_path: Path) -> None:
     """The quiz and the probes are one batch each, which the second rank can only repeat."""
     run_distributed(evaluate_listened, 2, folder, tmp_path / "two.json")
-    said = [(tmp_path / f"two.{rank}").read_text() for rank in (0, 1)]
-    assert [text.count("wrote") for text in said] == [1, 0]
+    outputs = [(tmp_path / f"two.{rank}").read_text() for rank in (0, 1)]
+    assert [text.count("wrote") for text in outputs] == [1, 0]
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["ranks"] == 2
     assert two["trajectory"] == one_rank["trajectory"]

@@ -249,8 +249,8 @@ def test_texts_of_each_kind_of_task(folder: Path, one_rank: dict[str, Any], monk
         with torch.no_grad():
             greedy = model(input_ids=torch.tensor([ids])).logits[0].argmax(-1).tolist()
         known.append(greedy[start - 1 : -1] == ids[start:])
-        said = row["continuation"] if known[-1] else "(another text)"
-        assert shown == {"prompt": row["context"], "expected": row["continuation"], "answer": said}
+        answer = row["continuation"] if known[-1] else "(another text)"
+        assert shown == {"prompt": row["context"], "expected": row["continuation"], "answer": answer}
     assert 0 < sum(known) < 20
     assert [row["prompt"] for row in kept["written"]] == [row["context"] for row in rows], "without the examples"
     assert all("\n" not in row["answer"] for row in kept["written"]) and any(row["answer"] for row in kept["written"])

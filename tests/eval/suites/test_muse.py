@@ -94,10 +94,10 @@ def test_knowledge_and_verbatim_memory_by_their_definitions(
     for side, rows, examples in (("forget", FORGET, EXAMPLES), ("retain", RETAIN, EXAMPLES[::-1])):
         scores = []
         for row in rows:
-            said = written(model, tokenizer, prompt_of(row, examples), 32)
+            answer = written(model, tokenizer, prompt_of(row, examples), 32)
             for stop in ("\n\n", "\nQuestion", "Question:"):
-                said = said.split(stop)[0]
-            scores.append(f1(row["answer"], said))
+                answer = answer.split(stop)[0]
+            scores.append(f1(row["answer"], answer))
         assert metrics[side]["knowmem"] == pytest.approx(fmean(scores)) and fmean(scores) > 0.2
     scores = []
     for row in PASSAGES:
@@ -150,7 +150,7 @@ def test_a_broken_model_has_no_leakage(folder: Path, learned: tuple[Any, Any], m
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "message"),
     [
         ({"other": []}, "has no muse_news/knowmem_forget_qa.json or its like"),
         ({"knowmem_forget_qa": FORGET}, "without knowmem_forget_qa_icl.json"),
@@ -159,8 +159,8 @@ def test_a_broken_model_has_no_leakage(folder: Path, learned: tuple[Any, Any], m
         ({"privleak_forget": {}}, "holds no list of rows"),
     ],
 )
-def test_unusable_files_are_named(tmp_path: Path, files: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=re.escape(said)):
+def test_unusable_files_are_named(tmp_path: Path, files: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
         muse.load_probes(write(tmp_path, **files))
 
 

@@ -147,11 +147,11 @@ def test_choices_of_a_model_are_those_by_hand(folder: Path, world: World) -> Non
 
 
 @pytest.mark.parametrize(
-    ("said", "found"), [("so the answer is (B).", 1.0), ("The answer is b", 0.0), (" B! ", 1.0), ("", 0.0)]
+    ("answer", "found"), [("so the answer is (B).", 1.0), ("The answer is b", 0.0), (" B! ", 1.0), ("", 0.0)]
 )
-def test_the_answer_of_a_chain_of_thought(said: str, found: float) -> None:
+def test_the_answer_of_a_chain_of_thought(answer: str, found: float) -> None:
     """Behind "the answer is" up to a full stop; else the whole text."""
-    assert rwku_utility.match_reason({"references": ["b"]}, [said]) == {"exact_match": found}
+    assert rwku_utility.match_reason({"references": ["b"]}, [answer]) == {"exact_match": found}
 
 
 def test_what_is_no_row_of_the_benchmark_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def test_lists_and_ranges() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sweep", "said"),
+    ("sweep", "message"),
     [
         (["gamma"], "KEY=A,B,C"),
         (["=1"], "KEY=A,B,C"),
@@ -35,8 +35,8 @@ def test_lists_and_ranges() -> None:
         (["gamma=1", "gamma=2"], "gamma twice"),
     ],
 )
-def test_bad_sweeps(sweep: list[str], said: str) -> None:
-    with pytest.raises(InputError, match=said) as caught:
+def test_bad_sweeps(sweep: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
         axes.parse_sweep(sweep)
     assert "\n" not in str(caught.value)
 

@@ -52,12 +52,12 @@ def test_runs_that_were_evaluated_on_other_rows_are_refused(
     rows_of["sago"] = "2b"
     folders = (run_folder(tmp_path / "out", method, {}, 0) for method in ("plain", "sago"))
     one, other = (folder / "evaluation.json" for folder in folders)
-    said = f"suite bios does not measure the same in {one} and in {other}, which differ in the rows of forget; "
+    message = f"suite bios does not measure the same in {one} and in {other}, which differ in the rows of forget; "
     assert command(*BOTH) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     pretender.lines.clear()
     assert command(*BOTH[:-1], 0, 1) == 2 and pretender.lines == [], "nothing more is trained"
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_target_that_was_evaluated_on_other_rows_is_refused_after_the_first_run(
@@ -74,8 +74,8 @@ def test_a_target_that_was_evaluated_on_other_rows_is_refused_after_the_first_ru
         pretender.lines.clear()
         assert command(*BOTH, "--target", target, "--output", tmp_path / digest) == status
         assert len(pretender.lines) == calls
-        said = f"suite bios does not measure the same in {target} and in {tmp_path / digest / 'runs' / 'plain'}/"
-        assert (said in capsys.readouterr().err) == (status == 2)
+        message = f"suite bios does not measure the same in {target} and in {tmp_path / digest / 'runs' / 'plain'}/"
+        assert (message in capsys.readouterr().err) == (status == 2)
 
 
 def test_probes_of_the_target_are_not_read_where_each_run_has_its_own(tmp_path: Path) -> None:

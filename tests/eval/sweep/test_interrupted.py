@@ -98,8 +98,8 @@ def test_a_failed_run_is_told_and_the_others_go_on(
 
     pretender.before = fail
     assert command("--methods", "plain", "sago", "--seeds", 0, 1) == 1
-    said = capsys.readouterr()
-    assert "2 of 4 runs failed" in said.err and said.err.count("\n") == 3
+    output = capsys.readouterr()
+    assert "2 of 4 runs failed" in output.err and output.err.count("\n") == 3
     answer = json.loads((tmp_path / "out" / "frontier.json").read_text())
     assert [(run["method"], run["seed"]) for run in answer["runs"]] == [("sago", 0), ("sago", 1)]
     first, second = answer["failures"]

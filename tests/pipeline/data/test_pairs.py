@@ -72,11 +72,11 @@ def test_a_row_that_is_dropped_is_dropped_on_both_sides(questions: bool, ask: An
     assert sequences.usage is not None and sequences.usage.dropped == 6 - len(kept)
     assert len(sequences) == len(preferred) == len(kept)
     for at, number in enumerate(kept):
-        said = words()(texts[number]).input_ids
+        answer = words()(texts[number]).input_ids
         start = plain(*words()(prompts[number]).input_ids) if questions else []
         end = [END] if questions else []
-        assert sequences[at].tolist() == start + said + end
-        assert preferred[at].tolist() == start + said + [UNKNOWN] + end
+        assert sequences[at].tolist() == start + answer + end
+        assert preferred[at].tolist() == start + answer + [UNKNOWN] + end
 
 
 def test_a_row_is_refused_by_its_number_alone(ask: Any, tmp_path: Path) -> None:

@@ -105,12 +105,12 @@ def test_the_share_of_the_tokens_that_are_used_is_said(
         (blocks, {"packing": "blocks", "max_length": 5, "long_documents": "split"}, "100 % of the tokens of 9"),
         (blocks, {"packing": "blocks", "max_length": 17, "long_documents": "split"}, "94.4 % of the tokens of 9"),
     ]
-    for file, keys, said in cases * 2:
+    for file, keys, expected in cases * 2:
         caplog.clear()
         with caplog.at_level(logging.INFO):
             log_usage("forget", read(file, **keys), keys["max_length"], keys.get("long_documents") != "split")
         (message,) = [record.getMessage() for record in caplog.records]
-        assert message.startswith(f"data.forget: {said}"), (message, said)
+        assert message.startswith(f"data.forget: {expected}"), (message, expected)
         assert ("data.long_documents: split" in message) is (keys.get("long_documents") is None)
 
 

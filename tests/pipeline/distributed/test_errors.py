@@ -110,9 +110,9 @@ def struck(how: str, culprit: int, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_the_other_ranks_print_one_line_and_the_culprit_its_traceback(culprit: int, tmp_path: Path) -> None:
-    said = struck("fails", culprit, tmp_path)
-    assert "ZeroDivisionError: the culprit's own error" in said[culprit] and "Traceback" in said[culprit]
-    other = said[1 - culprit]
+    messages = struck("fails", culprit, tmp_path)
+    assert "ZeroDivisionError: the culprit's own error" in messages[culprit] and "Traceback" in messages[culprit]
+    other = messages[1 - culprit]
     assert "Traceback" not in other and "frame #" not in other
     assert f"rank {1 - culprit}: ends because another rank ended" in other
     assert "pair.cc" in other  # its own error, in a line

@@ -61,9 +61,9 @@ def test_ranks_are_on_visible_gpus(
 
 def test_more_ranks_than_gpus_are_refused(machine: Callable[..., None]) -> None:
     """Rank 1 would ask for a device that is not there."""
-    for visible, gpus, said in (("3", GPUS, "1 GPU"), ("3,5", GPUS, "2 GPUs"), (None, 1, "1 GPU")):
+    for visible, gpus, message in (("3", GPUS, "1 GPU"), ("3,5", GPUS, "2 GPUs"), (None, 1, "1 GPU")):
         machine(visible, gpus)
-        with pytest.raises(InputError, match=f"--ranks 4: .* {said}.*; give --ranks {said[0]}"):
+        with pytest.raises(InputError, match=f"--ranks 4: .* {message}.*; give --ranks {message[0]}"):
             rank_launcher(4)
 
 

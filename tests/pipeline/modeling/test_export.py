@@ -143,12 +143,12 @@ def test_ranks_take_turns_and_the_name_comes_last(exported: Path) -> None:
         assert {file.name for file in (exported / name).glob("*.safetensors")} == set(mine)
 
 
-def fail_on_one_rank(folder: Path, said: Path) -> None:
+def fail_on_one_rank(folder: Path, work: Path) -> None:
     process_group.start()
     rank, save = dist.get_rank(), exporting.save_file
     tokenizer = AutoTokenizer.from_pretrained(folder / "llama")
     model = load_model(model_of(folder / "llama"), STAGES[3])
-    target = said / "export"
+    target = work / "export"
     exporting.export(model, tokenizer, target, max_bytes=BYTES)
     before = {file.name: file.stat().st_mtime_ns for file in target.iterdir()}
 
@@ -160,30 +160,29 @@ def fail_on_one_rank(folder: Path, said: Path) -> None:
     exporting.save_file = full
     with pytest.raises(FatalError) as caught:
         exporting.export(model, tokenizer, target, max_bytes=BYTES)
-    (said / f"said-{rank}").write_text(str(caught.value))
+    (work / f"error-{rank}").write_text(str(caught.value))
     dist.barrier()
     assert {file.name: file.stat().st_mtime_ns for file in target.iterdir()} == before
-    assert not list(said.glob(".*")), "something half written is left"
+    assert not list(work.glob(".*")), "something half written is left"
     dist.barrier()
     exporting.save_file = save
     exporting.export(model, tokenizer, target, max_bytes=BYTES)  # in place of the one before
     dist.barrier()
-    assert {file.name for file in target.iterdir()} == set(before) and not list(said.glob(".*"))
+    assert {file.name for file in target.iterdir()} == set(before) and not list(work.glob(".*"))
 
 
 def test_a_full_disk_of_one_rank_is_one_error_of_all(exported: Path, tmp_path: Path) -> None:
     run_distributed(fail_on_one_rank, 2, exported, tmp_path)
-    said = {(tmp_path / f"said-{rank}").read_text() for rank in (0, 1)}
-    (text,) = said
+    (text,) = {(tmp_path / f"error-{rank}").read_text() for rank in (0, 1)}
     assert text.startswith(f"cannot write {tmp_path / 'export'} (") and "Make room and give --resume" in text
     assert text.count("cannot write") == 1
 
 
-def no_folder(folder: Path, said: Path) -> None:
+def no_folder(folder: Path, work: Path) -> None:
     process_group.start()
     tokenizer = AutoTokenizer.from_pretrained(folder / "llama")
     model = load_model(model_of(folder / "llama"), STAGES[2])
-    for target in (said / "a file" / "export", said / "a file" / "exports" / "step"):
+    for target in (work / "a file" / "export", work / "a file" / "exports" / "step"):
         with pytest.raises(FatalError) as caught:
             exporting.export(model, tokenizer, target)
         assert str(caught.value).startswith(f"cannot write {target} ("), caught.value

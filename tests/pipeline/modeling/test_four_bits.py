@@ -29,7 +29,7 @@ FOUR_BITS: dict[str, Any] = {"lora": LORA, "load_in_4bit": True}
 
 
 @pytest.mark.parametrize(
-    ("model", "stage", "said"),
+    ("model", "stage", "message"),
     [
         ({"load_in_4bit": True}, 2, r"weights in 4 bits cannot train; set model\.lora"),
         ({**FOUR_BITS, "lora": {**LORA, "merge": True}}, 2, r"model\.lora\.merge: .*merge it by peft"),
@@ -39,12 +39,12 @@ FOUR_BITS: dict[str, Any] = {"lora": LORA, "load_in_4bit": True}
     ],
 )
 def test_what_does_not_go_with_it(
-    model: dict[str, Any], stage: int, said: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: dict[str, Any], stage: int, message: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    present = lambda name: None if "package" in said else find_spec("torch")  # noqa: E731
+    present = lambda name: None if "package" in message else find_spec("torch")  # noqa: E731
     monkeypatch.setattr(checks, "find_spec", present)
     train = {"deepspeed": f"ds_configs/zero{stage}.json"}
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         deepspeed_config(resolve(world.write(tmp_path / "run.yaml", tmp_path / "run", model=model, train=train)))
 
 

@@ -56,10 +56,10 @@ def test_what_cannot_be_pushed_is_refused_before_training(
 ) -> None:
     file = world.write(tmp_path / "run.yaml", tmp_path / "run")
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    for name, said in (("mine", "hf auth login"), ("a/b/c", "OWNER/NAME")):
+    for name, expected in (("mine", "hf auth login"), ("a/b/c", "OWNER/NAME")):
         assert train.main(["--config", str(file), "--push-to-hub", name]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("error: --push-to-hub") and said in error and error.count("\n") == 1
+        assert error.startswith("error: --push-to-hub") and expected in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
     check_push("owner/mine")

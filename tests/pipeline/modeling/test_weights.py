@@ -110,16 +110,16 @@ def rewritten(source: Path, folder: Path, change: Callable[[Tensors], Tensors]) 
 def load_broken(folder: Path, tied: Path, messages: Path) -> None:
     """On every rank: all under both stages; the refusals are written down."""
     process_group.start()
-    said = {}
+    found = {}
     for stage, zero in STAGES.items():
         for name in BROKEN:
             with pytest.raises(InputError) as refusal, rank_errors.raise_on_all_ranks():
                 load_model(named(folder / name), zero)
-            said[f"{name}-{stage}"] = str(refusal.value)
+            found[f"{name}-{stage}"] = str(refusal.value)
         for path in (*(folder / name for name in SOUND), tied):
             load_model(named(path), zero)
     if dist.get_rank() == 0:
-        messages.write_text(json.dumps(said))
+        messages.write_text(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +141,10 @@ def refusals(world: World, broken: Path) -> dict[str, str]:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", BROKEN)
 def test_weights_that_are_not_the_models_are_refused_by_name(name: str, stage: int, refusals: dict[str, str]) -> None:
-    said = refusals[f"{name}-{stage}"]
-    assert said.startswith("model.path: ") and "\n" not in said
+    message = refusals[f"{name}-{stage}"]
+    assert message.startswith("model.path: ") and "\n" not in message
     for part in BROKEN[name][1]:
-        assert part in said
+        assert part in message
 
 
 def test_an_evaluation_refuses_them_too(world: World, broken: Path, tmp_path: Path) -> None:

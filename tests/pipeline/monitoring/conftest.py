@@ -16,7 +16,7 @@ from tests.pipeline.monitoring.base import STEPS, train
 
 @pytest.fixture(scope="session")
 def told(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run, cut back to its checkpoint after 2 of 4 steps and resumed with --quiet: its folder, and what each said.
+    """A run, cut back to its checkpoint after 2 of 4 steps and resumed with --quiet: its folder, and what each wrote.
 
     DeepSpeed's csv_monitor and tensorboard are on in it; log.txt is that of the first, whole run.
     """

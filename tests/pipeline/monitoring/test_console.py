@@ -32,8 +32,8 @@ def test_without_a_terminal_plain_lines_and_a_summary(told: dict[str, Any]) -> N
     assert next(line for line in lines[2:] if not line.startswith("warning: ")).startswith("step 1 of 4: forget ")
     assert any(line.startswith("step 4 of 4: forget ") and "0:00:00 left" in line for line in lines)
     losses = [row["retain_loss"] for row in rows(run)]
-    said = next(line for line in lines if line.strip().startswith("retain loss"))
-    assert [float(number) for number in said.split()[2::2]] == pytest.approx([losses[0], losses[-1]], rel=1e-3)
+    line = next(line for line in lines if line.strip().startswith("retain loss"))
+    assert [float(number) for number in line.split()[2::2]] == pytest.approx([losses[0], losses[-1]], rel=1e-3)
     assert any(re.match(rf"  model +{re.escape(str(run / 'final'))}$", line) for line in lines)
     proposed = ["--model", str(run / "final"), "--suite", "corpus", "--output", str(run / "evaluation.json")]
     assert shlex.split(lines[-1]) == ["next", "python", "-m", "eval.run", *proposed]
@@ -79,11 +79,11 @@ if rank:
     line = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=100, check=True)
     assert done.stdout == ""
-    said = [(tmp_path / f"stderr-{rank}").read_text().splitlines() for rank in (0, 1)]
+    written = [(tmp_path / f"stderr-{rank}").read_text().splitlines() for rank in (0, 1)]
     logged = [(tmp_path / str(rank) / "log.txt").read_text() for rank in (0, 1)]
     errors = ["somebody: broken"] * 3
-    assert [line for line in said[0] if line in errors] == errors and said[1] == errors
-    others = [line for line in said[0] if line not in errors]
+    assert [line for line in written[0] if line in errors] == errors and written[1] == errors
+    others = [line for line in written[0] if line not in errors]
     assert others[:2] == ["warning: rows are left out", "warning: DeepSpeed: strange"]
     assert others[2].startswith("warning: python: look out (UserWarning, ") and len(others) == 3
     assert logged[0].count("INFO DeepSpeed: chatter") == 3 and "INFO DeepSpeed: compiling" in logged[0]

@@ -37,6 +37,7 @@ class Trace:
     band: tuple[Sequence[float], Sequence[float]] | None = None  # lower and upper edge of a shaded band
     faint: bool = False
     open: bool = False  # markers as outlines
+    name: str = ""  # written beside the last point, in place of a legend
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,9 @@ from statistics import fmean
 
 import numpy as np
 
-from eval.reporting.charts import GREY, Chart, Dashes, Look, Mark, Panel, Trace
-from eval.results import paper
-from eval.results.grouping import plain_of
+from eval.reporting.charts import Chart, Dashes, Look, Mark, Panel, Trace
 from eval.results.metrics import ForgetRetainMetric, readable
-from eval.results.numbers import printed, with_spread
-from eval.results.stats import summarise
+from eval.results.numbers import printed
 from eval.results.trajectories import Run, Scores, at_level, mean_of, step_means
 from pipeline.files import Json
 
@@ -170,47 +167,6 @@ def frontier(groups: Groups, measure: ForgetRetainMetric, target: Scores | None)
         panel.traces.extend(target_trace(measure, target))
         found.append(panel)
     return Chart(f"Forgetting against retention along each run: {compared(groups)}", found, 3, same_axes=True)
-
-
-def points(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) -> Chart:
-    """The paper's Figures 3 and 4: where each method ends, mean ± sd of seeds; the paper's own points as outlines."""
-    style, both = styles(groups), (measure.forget, measure.retain)
-    x_axis, y_axis = axes_of(measure)
-    panel = Panel("", f"{x_axis}, at the end", y_axis, marks=marks_of(measure, target))
-    ends = {name: [[run.trajectory[-1][key] for run in runs] for key in both] for name, runs in groups.items()}
-    centre = {name: (fmean(x), fmean(y)) for name, (x, y) in ends.items()}
-    joined = "to sum with the same settings"
-    for name in ends:
-        plain = plain_of(name, groups)
-        if plain:
-            x, y = zip(centre[plain], centre[name], strict=True)
-            panel.traces.append(Trace(x, y, GREY, joined, faint=True))
-            joined = ""
-    for name, (x, y) in ends.items():
-        spread = [summarise(values)["sd"] or 0.0 for values in (x, y)]
-        hover = [
-            f"{name}: forget {with_spread(centre[name][0], spread[0])}, "
-            f"retain {with_spread(centre[name][1], spread[1])}"
-        ]
-        errors = ([spread[0]], [spread[1]])
-        x, y = ([value] for value in centre[name])
-        panel.traces.append(Trace(x, y, style[name].look, name, lines=False, markers=True, hover=hover, errors=errors))
-    panel.traces.extend(papers_points(measure))
-    panel.traces.extend(target_trace(measure, target))
-    return Chart(f"Where each method ends, mean ± sd of its seeds: {compared(groups)}", [panel], same_axes=True)
-
-
-def papers_points(measure: ForgetRetainMetric) -> list[Trace]:
-    """The rows of the paper's tables, each with the marker of its rule."""
-    both, found = (measure.forget, measure.retain), []
-    for name, scores in paper.rows(measure.suite).items():
-        if all(key in scores for key in both) and not name.endswith("target"):
-            shape = next((shape for rule, (_, shape) in RULES.items() if name.lower().endswith(rule)), RULES["sum"][1])
-            x, y = ([scores[key]] for key in both)
-            label = "" if found else "the paper's, by the same markers"
-            look = Look("#888888", marker=shape)
-            found.append(Trace(x, y, look, label, lines=False, markers=True, hover=[name], open=True))
-    return found
 
 
 def running_mean(values: Sequence[float]) -> np.ndarray:

@@ -69,6 +69,9 @@ def parts_of(trace: Trace) -> list[Specification]:
     }
     if trace.hover:
         part |= {"text": [*trace.hover], "hovertemplate": "%{text}<extra></extra>"}
+    if trace.name:
+        part |= {"mode": f"{part['mode']}+text", "textposition": "top right", "textfont": {"size": 10}}
+        part["texttemplate"] = [""] * (len(trace.x) - 1) + [trace.name]
     if trace.errors is not None:
         for key, values in zip(("error_x", "error_y"), trace.errors, strict=True):
             part[key] = {"array": numbers(values), "color": look.colour, "thickness": 1}

@@ -70,6 +70,9 @@ def draw_trace(axis: Axes, trace: Trace) -> None:
         axis.plot(trace.x, trace.y, **options)
     else:
         axis.errorbar(trace.x, trace.y, xerr=trace.errors[0], yerr=trace.errors[1], elinewidth=0.8, **options)
+    if trace.name:
+        place = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": "x-small"}
+        axis.annotate(trace.name, (trace.x[-1], trace.y[-1]), **place)
     if trace.band is not None:
         axis.fill_between(trace.x, *trace.band, color=look.colour, alpha=0.2, linewidth=0)
 

@@ -6,16 +6,17 @@ import shlex
 import sys
 from pathlib import Path
 
-from eval.reporting import figures, sections, tables
+from eval.reporting import figures, scatters, sections, tables
 from eval.reporting.answers import Answers
 from eval.reporting.attacks import attack_chart, budget_note, direct_table
 from eval.reporting.charts import Chart
+from eval.reporting.outside import BESIDE, beside_retain, general, outside
 from eval.reporting.pages import Block, Figure, Heading, Table, Text, Verdict, Warn, as_html, as_markdown
 from eval.reporting.pictures import draw as picture
 from eval.reporting.pictures import png
 from eval.reporting.verdict import verdict
 from eval.results import paper
-from eval.results.metrics import IN_RETAIN, ForgetRetainMetric, collateral, readable
+from eval.results.metrics import ForgetRetainMetric, readable
 from eval.results.texts import Texts, compare_texts, retain_seen, title_of_set
 from eval.results.trajectories import COSINES, Run, Scores, at_level
 from pipeline.files import write_whole
@@ -170,43 +171,6 @@ def beside_the_paper(groups: dict[str, list[Run]], measure: ForgetRetainMetric) 
     ]  # fmt: skip
 
 
-def outside(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: Scores | None) -> list[Block]:
-    """What neither corpus mentions."""
-    scores = tables.score_columns(groups)
-    found = {score: what for score in scores if (what := collateral(score)) is not None}
-    columns = list(found)
-    if not columns:
-        return []
-    in_retain = [score for score in IN_RETAIN if score in scores]
-    shown = list(dict.fromkeys([*columns, *in_retain, measure.retain]))
-    matched = tables.matched_table(groups, measure, shown, target)
-    return [
-        Heading("What neither corpus mentions"),
-        Warn("Nothing in the training protects what the retain corpus does not cover, and the rule that retains that "
-             "corpus best may damage the rest most: a high retain score does not show it. Put everything that "
-             "must be retained into the retain corpus."),
-        Text(" ".join(dict.fromkeys(f"{what[0].upper()}{what[1:]}." for what in found.values()))
-             + "".join(f" For comparison: {IN_RETAIN[score]}." for score in in_retain)),
-        Text(" ".join(tables.most_hurt(groups, measure, columns))),
-        *([Table(matched, tables.best_cells(matched, shown))] if len(shown) > 1 else []),
-    ]  # fmt: skip
-
-
-def general(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: Scores | None) -> list[Block]:
-    """The tasks of lm-evaluation-harness, if some run was evaluated on them."""
-    columns = list(tables.general_of(groups).columns)
-    if not columns:
-        return []
-    return [
-        Heading("General ability"),
-        Text("Tasks of lm-evaluation-harness, scored by it: what the model could do before it learned either corpus, "
-             "which nothing in the training protects unless the retain corpus covers it. "
-             f"{tables.LOWER}: lower is better, and the score is not in [0, 1]."),
-        Text(" ".join(tables.most_hurt(groups, measure, columns))),
-        Table(tables.matched_table(groups, measure, [measure.retain, *columns], target)),
-    ]  # fmt: skip
-
-
 def geometry(groups: dict[str, list[Run]], measure: ForgetRetainMetric) -> list[Block]:
     """Cosines and conflict over the steps, and for each layer if that was logged."""
     runs = [run for members in groups.values() for run in members]
@@ -278,9 +242,10 @@ def charts_of(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target:
     """{file of its picture: chart} of all figures."""
     charts = {
         "frontier.png": figures.frontier(groups, measure, target),
-        "points.png": figures.points(groups, measure, target),
+        "points.png": scatters.points(groups, measure, target),
         "losses.png": figures.curves("Losses during training", groups, LOSSES),
         "geometry.png": figures.curves("Cosines of the gradients and their conflict", groups, GEOMETRY),
+        BESIDE: beside_retain(groups, measure),
     }
     runs = [run for members in groups.values() for run in members]
     if figures.layers_of(runs, next(iter(LAYERS))):

@@ -235,7 +235,7 @@ def test_the_legend_explains_every_mark(many: Groups) -> None:
     for file, chart in run_report.charts_of(many, BIOS, TARGET).items():
         for panel in chart.panels:
             assert all(mark.label for mark in panel.marks)
-            entries = {(t.look, t.lines, t.markers) for t in panel.traces if t.label}
+            entries = {(t.look, t.lines, t.markers) for t in panel.traces if t.label or t.name}
             drawn = {(t.look, t.lines, t.markers) for t in panel.traces}
             assert drawn == entries, (file, drawn - entries)
 

@@ -19,8 +19,8 @@ from tests.eval.runs import make_run
 BIOS = MEASURES[0]
 TARGET = {"step": 0.0, "bios.forget.all": 1.0, "bios.retain.all": 1.0, "bios.uncovered.all": 0.9}
 Groups = dict[str, list[trajectories.Run]]
-# Rule -> by seed, (forget, retain, uncovered) of the only export. Under sum the level is 9/10 of the way from the target,
-# whose scores are 1.0 and 0.9: retain 1 - 0.9 * 0.4 = 0.64, uncovered 0.9 - 0.9 * 0.3 = 0.63.
+# Rule -> by seed, (forget, retain, uncovered) of the only export. Under sum the level is 9/10 of the way from the
+# target, whose scores are 1.0 and 0.9: retain 1 - 0.9 * 0.4 = 0.64, uncovered 0.9 - 0.9 * 0.3 = 0.63.
 RUNS = {
     "sago": [(0.1, 0.9, 0.3), (0.1, 0.7, 0.2), (0.4, 1.0, 0.9)],  # the last does not reach the level
     "sum": [(0.0, 0.6, 0.6)],

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.slow  # a model of 540 MB, and minutes
 
 Row = dict[str, str]
 CLOSE = 2e-4  # relative: a batch with padding has other rounding errors than a row alone
+ROUNDING = 1e-3  # relative: a few weights lie between two values, and float32 decides otherwise than float64
 TRAINED = 2e-3  # relative, after some steps: where a gradient is nearly 0, rounding decides the sign that Adam follows
 SHOTS, SAMPLES, STEPS, LR = 2, 8, 3, 1e-4
 LEARNT = 2  # steps; after five the model knows every answer
@@ -111,6 +112,14 @@ def measured(reader: plain.Reader, rows: list[Row]) -> dict[str, float]:
     return plain.measures_of([reader.answered(row["question"], row["answer"]) for row in rows])
 
 
+def agree(found: dict[str, float], expected: dict[str, float], bound: float, what: str) -> None:
+    """Each score to `bound` of its value; prints the largest difference."""
+    assert found.keys() == expected.keys(), what
+    apart = {key: abs(found[key] - value) / max(abs(value), 1e-9) for key, value in expected.items()}
+    print(f"{what}: differs by at most {max(apart.values()):.1e}")
+    assert max(apart.values()) <= bound, apart
+
+
 def named(prefix: str, scores: dict[str, float]) -> dict[str, float]:
     return {f"{prefix}.{name}": value for name, value in scores.items()}
 
@@ -151,12 +160,12 @@ def test_rounded_weights(
                     count += weight.numel()
             own = {**named("forget", measured(reader, forget)), **named("retain", measured(reader, retain))}
         own["forget_nll"] = own["forget.loss"]
-        assert found[name]["after"] == pytest.approx(own, rel=2e-3, abs=1e-9), name
+        agree(found[name]["after"], own, ROUNDING, name)
         assert found[name]["rounded_share"] == count / 134_515_008
         scores.append(own["forget.loss"])
     reader = loaded(run / "final")
     before = {**named("forget", measured(reader, forget)), **named("retain", measured(reader, retain))}
-    assert found["int8"]["before"] == pytest.approx({**before, "forget_nll": before["forget.loss"]}, rel=CLOSE)
+    agree(found["int8"]["before"], {**before, "forget_nll": before["forget.loss"]}, CLOSE, "not rounded")
     assert len({round(score, 2) for score in [*scores[1:], before["forget.loss"]]}) == 3, "4 bits change the scores"
 
 
@@ -243,8 +252,8 @@ def test_few_shot(
         prompts.append({"question": put(chosen[0], row), "answer": row["answer"]})
     with plain.timed("plain loop, 3 answers without and with two examples"):
         without, after = measured(reader, held_out), measured(reader, prompts)
-    assert entry["before"] == pytest.approx(named("held_out", without), rel=CLOSE)
-    assert entry["after"] == pytest.approx(named("held_out", after), rel=CLOSE)
+    agree(entry["before"], named("held_out", without), CLOSE, "without examples")
+    agree(entry["after"], named("held_out", after), CLOSE, "with two examples")
     assert abs(after["probability"] - without["probability"]) > 0.01
 
 
@@ -274,13 +283,10 @@ def test_relearning(run: Path, forget: list[Row], tmp_path: Path, attack: Callab
 
 def compare(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     assert [row["step"] for row in found] == [row["step"] for row in expected]
-    pairs = [(one[name]["loss"], other[name]["loss"]) for one, other in zip(found, expected, strict=True)
-             for name in other.keys() - {"step"}]  # fmt: skip
-    print(f"relative difference of a loss: at most {max(abs(one / other - 1) for one, other in pairs):.1e}")
     for one, other in zip(found, expected, strict=True):
+        bound = TRAINED if other["step"] else CLOSE
         for name in other.keys() - {"step"}:
-            bound = TRAINED if other["step"] else CLOSE
-            assert one[name] == pytest.approx(other[name], rel=bound, abs=1e-9), (other["step"], name)
+            agree(one[name], other[name], bound, f"{name} after {other['step']} steps")
 
 
 def test_unrelated_fine_tuning(
@@ -298,6 +304,6 @@ def test_unrelated_fine_tuning(
             curve.append({"step": step, "forget": measured(reader, forget), "relearned": learned})
         after = {**named("forget", curve[-1]["forget"]), **named("retain", measured(reader, retain))}
     compare(entry["curve"], curve)
-    assert entry["after"] == pytest.approx({**after, "forget_nll": after["forget.loss"]}, rel=TRAINED, abs=1e-9)
+    agree(entry["after"], {**after, "forget_nll": after["forget.loss"]}, TRAINED, "the suite at the end")
     assert curve[-1]["relearned"]["loss"] < curve[0]["relearned"]["loss"] - 0.1
     assert abs(after["forget.loss"] - curve[0]["forget"]["loss"]) > 2e-3

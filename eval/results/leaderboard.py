@@ -79,7 +79,7 @@ def entry_of(run: Run, config: Json, measure: ForgetRetainMetric, last: Json) ->
     return {
         "benchmark": measure.suite,
         "model": model_of(run),
-        "method": config.get("method") or f"{run.objective} {run.rule or 'alone'}",
+        "method": name_of(run, config),
         "configuration": hashlib.sha256(json.dumps(run.method).encode()).hexdigest()[:DIGITS],
         "seed": run.seed,
         "steps": run.steps[-1]["step"],
@@ -88,6 +88,15 @@ def entry_of(run: Run, config: Json, measure: ForgetRetainMetric, last: Json) ->
         "counts": {suite: overall(last[suite].get("counts", {})) for suite in suites},
         "environment": run.environment,
     }
+
+
+def name_of(run: Run, config: Json) -> str:
+    """What the run computed, behind the name of its recipe's method, of which a sweep replaces rule and weights."""
+    own = run.settings
+    shown = [f"scope {own['synthesis.scope']}"] if "synthesis.scope" in own else []
+    shown += [f"{key} {value:g}" for key in ("alpha", "gamma") if (value := own.get(f"synthesis.{key}", 1)) != 1]
+    computed = ", ".join([f"{run.objective} {run.rule or 'alone'}", *(shown if run.rule else ())])
+    return f"{config['method']}: {computed}" if config.get("method") else computed
 
 
 def overall(counts: Json) -> dict[str, float]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
-import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -53,6 +53,17 @@ def mean_of_lowest(values: Sequence[float], share: float) -> float:
     return fmean(sorted(values)[: max(1, int(share * len(values)))])
 
 
+def measures_of(answers: Sequence[Answer]) -> dict[str, float]:
+    """What a training measures of a set of answers: the end of the turn counts as a token of each."""
+    whole = [replace(one, closing=0) for one in answers]
+    return {
+        "extraction_strength": fmean(one.strength() for one in whole),
+        "exact_memorization": fmean(one.memorized() for one in whole),
+        "probability": fmean(math.exp(-one.loss()) for one in whole),
+        "loss": -sum(sum(one.log_p) for one in whole) / sum(len(one.log_p) for one in whole),
+    }
+
+
 @dataclass(frozen=True)
 class Reader:
     """A model of transformers with its tokenizer."""
@@ -82,11 +93,15 @@ class Reader:
         text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def answered(self, question: str, answer: str) -> Answer:
+    def pair(self, question: str, answer: str) -> tuple[list[int], int, int]:
+        """The ids of a question with its answer, which of them begins the answer, how many follow it."""
         head = self.question(question)
         tail = self.tokenizer("<|im_end|>\n", add_special_tokens=False).input_ids
         own = self.tokenizer(answer, add_special_tokens=False).input_ids
-        return self.scored(answer, head + own + tail, len(head), len(tail))
+        return head + own + tail, len(head), len(tail)
+
+    def answered(self, question: str, answer: str) -> Answer:
+        return self.scored(answer, *self.pair(question, answer))
 
     def text(self, text: str) -> Answer:
         """A text without a question: its first token is predicted by nothing."""
@@ -157,9 +172,36 @@ def kolmogorov_smirnov(one: Sequence[float], other: Sequence[float]) -> float:
     return apart / len(ways)
 
 
+def learn(model: Any, sequences: Sequence[tuple[list[int], int]], *, lr: float, steps: int) -> Iterator[int]:
+    """Train on all sequences in every step, each alone: the step's number, before the first step and after each.
+
+    The loss is the mean over the predicted tokens of all sequences, those from a sequence's number on. AdamW at a
+    constant rate, without decay; the gradient is clipped to norm 1.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    tokens = sum(len(ids) - start for ids, start in sequences)
+    for step in range(steps + 1):
+        yield step
+        if step == steps:
+            return
+        for ids, start in sequences:
+            table = model(input_ids=torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(-1)
+            (-table.gather(1, torch.tensor(ids[start:])[:, None]).sum() / tokens).backward()
+        with torch.no_grad():
+            norm = math.sqrt(sum(float(one.grad.double().square().sum()) for one in model.parameters()))
+            for one in model.parameters():
+                one.grad /= max(norm, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 @contextmanager
 def timed(what: str) -> Iterator[None]:
-    """Print the time of the processor that a block takes; `pytest -s` shows it."""
-    before = time.process_time()
+    """Print the time of the processor that a block and its commands take; `pytest -s` shows it."""
+
+    def used() -> float:
+        return sum(os.times()[:4])  # of this process and of the children that have ended
+
+    before = used()
     yield
-    print(f"{what}: {time.process_time() - before:.1f} s of a core")
+    print(f"{what}: {used() - before:.1f} s of a core")

@@ -67,12 +67,28 @@ def test_seeds_of_a_method_are_one_row_above_the_published_ones(tmp_path: Path, 
     header, *rows = rows_of(tmp_path / "board.md", f"WMDP Bio, {ZEPHYR}")
     assert header == ["method", "seeds", "WMDP Bio accuracy", "MMLU accuracy", "steps", "configuration"]
     two = next(row for row in rows if row[1] == "0, 1")
-    assert two[:5] == ["npo_x", "0, 1", "0.280 ± 0.028", "0.550 ± 0.071", "3 ± 0"]
+    assert two[:5] == ["npo_x: npo+nll sago", "0, 1", "0.280 ± 0.028", "0.550 ± 0.071", "3 ± 0"]
     assert len({row[5] for row in rows[:2]}) == 2 and all(len(row[5]) == 14 for row in rows[:2])  # with its marks
     assert ["paper, Table 1: NPO+GD, SAGO", "–", "0.300", "0.560", "–", "–"] in rows
     text = (tmp_path / "board.md").read_text()
     assert "task wmdp_bio, most likely answer; mean over questions. Numbers: questions.all 1273, cut.all 0." in text
     assert "/some/where" not in text + (tmp_path / "board.jsonl").read_text(), "a path of somebody's machine"
+
+
+def test_a_row_names_what_the_run_computed(tmp_path: Path, add: Any) -> None:
+    """A sweep starts every rule and weight from one method of a recipe, whose name is then that of another rule."""
+    settings = [{"rule": "barrier"}, {"rule": "pcgrad", "scope": "element"}, {"rule": "sum", "alpha": 1, "gamma": 0.1}]
+    for number, synthesis in enumerate(settings):
+        run = make(tmp_path / str(number), 0.3, 0.5)
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        (run / "config.yaml").write_text(yaml.safe_dump({**config, "method": "npo_sum", "synthesis": synthesis}))
+        assert add(run)[0] == 0
+    names = [row[0] for row in rows_of(tmp_path / "board.md", f"WMDP Bio, {ZEPHYR}")[1:4]]
+    assert names == [
+        "npo_sum: npo+nll barrier",
+        "npo_sum: npo+nll pcgrad, scope element",
+        "npo_sum: npo+nll sum, gamma 0.1",
+    ]
 
 
 def test_a_run_added_again_changes_nothing(tmp_path: Path, add: Any) -> None:

@@ -177,14 +177,7 @@ def test_probes(learnt: plain.Reader, smollm2: Path, rows: dict[str, Rows], tmp_
     with plain.timed("suite probes, 8 + 8 answers"):
         found = probes.evaluate(learnt.model, learnt.tokenizer, probes.load_probes(None, run=tmp_path / "config.yaml"))
     for task, name in names.items():
-        scored = [learnt.answered(row["question"], row["answer"]) for row in rows[name]]
-        scored = [plain.Answer(one.text, one.log_p, one.standardised, one.greedy, closing=0) for one in scored]
-        expected = {
-            "extraction_strength": fmean(one.strength() for one in scored),
-            "exact_memorization": fmean(one.memorized() for one in scored),
-            "probability": fmean(math.exp(-one.loss()) for one in scored),
-            "loss": -sum(sum(one.log_p) for one in scored) / sum(len(one.log_p) for one in scored),
-        }
+        expected = plain.measures_of([learnt.answered(row["question"], row["answer"]) for row in rows[name]])
         assert found["metrics"][task] == pytest.approx(expected, rel=CLOSE), task
 
 

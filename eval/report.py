@@ -39,7 +39,7 @@ def main() -> None:
     prepared = [prepare(run, measure, target) for run in runs]
     groups, target = group_runs(prepared), common_start(prepared, target)
     table = write_report(output, groups, measure, target, read_target_texts(arguments.target))
-    print("\n".join([*verdict(groups, measure, target), "", as_text(table)]))
+    print("\n".join([*(finding.text for finding in verdict(groups, measure, target)), "", as_text(table)]))
     print(f"\nopen {output / 'index.html'} (or read {output / 'report.md'})")
 
 

@@ -102,7 +102,8 @@ def test_a_model_that_never_knew_has_nothing_to_forget(
         nested[suite].setdefault(part, {})[rest] = value / 2
     measure = choose(suites, target=target)
     read = trajectories.read_run(make_run(tmp_path / "run", [nested]))
-    found = verdict(grouping.group_runs([trajectories.prepare(read, measure, target)]), measure, target)
+    groups = grouping.group_runs([trajectories.prepare(read, measure, target)])
+    found = [finding.text for finding in verdict(groups, measure, target)]
     if said is None:
         assert not any("Nothing to forget" in sentence for sentence in found)
     else:

@@ -19,6 +19,7 @@ from eval.files import digest_of, read_config, read_log
 from eval.loading import is_model
 from eval.suites import SUITES, WITHOUT_DATA, NoData, Probes, Suite, load_suite, sharing
 from eval.suites.corpus import seen_in_training
+from eval.suites.progress import announce
 from pipeline.errors import InputError
 from pipeline.files import Json
 
@@ -77,7 +78,7 @@ def suites_in(folder: Path, names: list[str], options: dict[str, Json]) -> dict[
             reasons.append(f"or leave {' '.join(refused)} out of --suite; of {' '.join(takers)} the data are there")
         raise InputError("; ".join(reasons))
     for name in missing if sharing.rank_and_size()[0] == 0 else ():
-        sharing.announce(f"suite {name} takes data of its own, because --data {folder} has none of it", always=True)
+        announce(f"suite {name} takes data of its own, because --data {folder} has none of it", always=True)
     return there
 
 
@@ -157,7 +158,7 @@ def evaluate_all(
     for number, (step, folder) in enumerate(models, 1):
         if is_first:
             names = ", ".join(suite.name for suite in suites)
-            sharing.announce(f"evaluating {folder} on {names} (model {number} of {len(models)})", always=number == 1)
+            announce(f"evaluating {folder} on {names} (model {number} of {len(models)})", always=number == 1)
         entries.append({"step": step, "model": str(folder), "suites": {}})
         dtype = evaluate(folder, entries[-1]["suites"])
     return entries, dtype

@@ -1,6 +1,8 @@
 """The evaluation command on real model folders and on a run folder, and every way to refuse."""
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -97,6 +99,34 @@ def test_a_run_folder_gives_its_trajectory(world: Path, run_folder: Path, monkey
         (10, "final"),
     ]
     assert [entry["suites"]["bios"]["metrics"]["retain"]["all"] for entry in trajectory] == [0.0, 1.0, 1.0]
+
+
+def test_the_table_and_the_card_begin_with_the_model_before(
+    world: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If it was evaluated; else one line says how, and following it brings the row."""
+    sections = {"model": {"path": str(world / "taught")}, "objective": {"forget": "ga"}, "synthesis": {"rule": "sum"}}
+    (run_folder / "config.yaml").write_text(json.dumps({**sections, "optimizer": {}, "seed": 0}))
+    (run_folder / "final" / "README.md").write_text("tags: [unlearning]\n## How to use it\n")
+    arguments = ["--suite", "bios", "--data", world / "data", "--output"]
+    evaluate(monkeypatch, "--model", run_folder, *arguments, run_folder / "evaluation.json")
+    printed = capsys.readouterr().out
+    assert "before " not in printed.partition("wrote ")[0].partition("no evaluation")[0]
+    (said,) = re.findall(r"`python -m eval.run (.*?)`", printed)
+    evaluate(monkeypatch, *shlex.split(said))
+    capsys.readouterr()
+    evaluate(monkeypatch, "--model", run_folder, *arguments, run_folder / "evaluation.json")
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines()]
+    assert rows[2:6] == [
+        ["before", "1.000", "1.000"],
+        ["2", "0.000", "0.000"],
+        ["9", "1.000", "1.000"],
+        ["10", "1.000", "1.000"],
+    ]
+    assert "python -m eval.run" not in printed
+    card = (run_folder / "final" / "README.md").read_text()
+    assert "| before | 1.000 | 1.000 |\n| 10 | 1.000 | 1.000 |" in card
 
 
 def test_an_unfinished_run_is_evaluated_as_far_as_it_got(run_folder: Path) -> None:

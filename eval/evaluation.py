@@ -82,10 +82,13 @@ def suites_in(folder: Path, names: list[str], options: dict[str, Json]) -> dict[
     return there
 
 
-def find_models(folder: Path) -> list[tuple[int | None, Path]]:
+def find_models(folder: Path, option: str = "--model") -> list[tuple[int | None, Path]]:
     """(step, model folder) of each model to evaluate: those of a run by step, or one model with step None.
 
     A path that is not a folder and could be a name on the hub counts as one.
+
+    Args:
+        option: which gave the folder, for messages.
 
     Raises:
         InputError: `folder` is neither a run with a model, nor a model, nor a name on the hub.
@@ -94,12 +97,12 @@ def find_models(folder: Path) -> list[tuple[int | None, Path]]:
     if not (folder / "metrics.jsonl").is_file() or not (exports.is_dir() or final.is_dir()):
         if not folder.exists() and not HUB_NAME.fullmatch(str(folder)):
             raise InputError(
-                f"--model: there is no folder {folder.absolute()}, and that is no name of the hub; name the folder of "
+                f"{option}: there is no folder {folder.absolute()}, and that is no name of the hub; name the folder of "
                 "a model or of a run, or a model of the hub as owner/name"
             )
         if folder.exists() and not is_model(folder):
             raise InputError(
-                f"--model {folder} is no Hugging Face model folder (no config.json, no adapter_config.json), "
+                f"{option} {folder} is no Hugging Face model folder (no config.json, no adapter_config.json), "
                 "and no run folder (metrics.jsonl, and exports/ or final/); name one of these"
             )
         return [(None, folder)]

@@ -42,6 +42,8 @@ class Progress:
         self.bar = Bar(title=f"{title}, {unit.singular}", total=total, is_shown=is_shown and can_redraw(sys.stderr))
         self.has_lines = is_shown and self.bar.disable
         self.began = time.monotonic()
+        if _last_line[0] == float("-inf"):  # what takes no ten seconds needs no line
+            _last_line[0] = self.began
 
     def advance(self, units: int = 1) -> None:
         self.done += units

@@ -143,7 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(exit_status(main))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(exit_status(main))

@@ -15,22 +15,28 @@ import yaml
 
 from pipeline.config.explain import refuse_renamed
 from pipeline.data.tables import json_rows
+from pipeline.distributed.signals import INTERRUPTED
 from pipeline.errors import InputError
 from pipeline.files import Json
 from pipeline.monitoring.rows import Rows, read_rows
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
-    """Run a command. Returns its value or 0, or 2 for unusable input, which gets one line on stderr.
+    """Run a command. Returns its value or 0; 2 for unusable input or 130 after Ctrl-C, with one line on stderr.
 
     Any other error keeps its traceback. Of several ranks, which all get the same InputError, the first prints the line.
     """
+    first = os.environ.get("RANK", "0") == "0"
     try:
         return command() or 0
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if first:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if first:
+            print("\ninterrupted", file=sys.stderr)  # below a bar
+        return INTERRUPTED
 
 
 def check_output(path: Path, kind: Literal["file", "folder"] = "file") -> None:

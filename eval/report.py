@@ -16,11 +16,12 @@ from eval.files import check_output, exit_status
 from eval.reporting.pages import as_text
 from eval.reporting.run_report import write_report
 from eval.reporting.verdict import verdict
+from eval.results.common import common_start, common_suites
 from eval.results.conditions import of_target
 from eval.results.grouping import group_runs
 from eval.results.metrics import add_metric_options, choose
 from eval.results.texts import read_target_texts
-from eval.results.trajectories import common_start, common_suites, prepare, read_run, read_target
+from eval.results.trajectories import prepare, read_run, read_target
 
 
 def main() -> None:

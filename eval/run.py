@@ -27,8 +27,10 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -156,6 +158,15 @@ def how_to_see_before(arguments: argparse.Namespace, base: Path, suites: list[st
     )
 
 
+@contextmanager
+def noting(what: str, output: Path) -> Iterator[None]:
+    """A block that writes beside the output, which has the scores already: what may not be written is named alone."""
+    try:
+        yield
+    except OSError as error:
+        print(f"note: {what} gets no scores ({error.strerror or error}); {output} has them", file=sys.stderr)
+
+
 def main() -> None:
     arguments = make_parser().parse_args()
     started = time.perf_counter()
@@ -188,7 +199,8 @@ def main() -> None:
     before = {} if single else scores_before(arguments.model, entries)
     for name, rows in score_tables(entries, before).items():
         print(f"{name}\n{as_text(rows)}\n")
-        write_scores(models[-1][1], name, rows)
+        with noting(f"the card of {models[-1][1]}", arguments.output):
+            write_scores(models[-1][1], name, rows)
     for sentence in unknown_to(*before_unlearning(arguments.model, entries, before)):
         print(f"{sentence}\n")
     base, lacking = None if single else base_of(arguments.model), [name for name in names if name not in before]
@@ -196,7 +208,8 @@ def main() -> None:
         print(f"{how_to_see_before(arguments, base, lacking)}\n")
     from eval.reporting.board import write_to_board  # TensorBoard, which --help does without
 
-    write_to_board(models, entries)
+    with noting(f"the TensorBoard log of {arguments.model}", arguments.output):
+        write_to_board(models, entries)
     print(f"wrote {arguments.output}")
 
 

@@ -185,6 +185,12 @@ def test_the_command_writes_a_report_that_stands_alone(tmp_path: Path) -> None:
         ("evaluation.json", None, "python -m eval.run --model"),
         ("evaluation.json", '{"suites": {}}', "no trajectory"),
         ("evaluation.json", '{"trajectory": [{"step": 1, "suites": {"other": {}}}]}', "as eval.run writes"),
+        ("evaluation.json", '{"trajectory": [{"step": "one", "suites": {}}]}', "as eval.run writes"),
+        (
+            "evaluation.json",
+            '{"trajectory": [{"step": 9, "suites": {}}, {"step": 2, "suites": {}}]}',
+            "step 2 after step 9",
+        ),
         (
             "evaluation.json",
             '{"trajectory": [{"step": 1, "suites": {"bios": {"metrics": {"retain": {"all": 1}}}}}]}',
@@ -224,6 +230,10 @@ def test_unusable_arguments(tmp_path: Path) -> None:
         ([folder, "--output", tmp_path / "report", "--retain", "bios.retain.fb"], "bios.retain.FB"),
         ([folder, "--output", folder / "config.yaml"], "name a folder"),
         ([tmp_path / "nowhere", "--output", tmp_path / "report"], "nowhere"),
+        (
+            [folder, "--output", tmp_path / "report", "--target", folder / "evaluation.json"],
+            f"--target {folder / 'evaluation.json'} is the evaluation of a run",
+        ),
     ):
         result = command(*arguments)
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and words in result.stderr

@@ -19,6 +19,9 @@ def test_a_picture_has_the_last_state_of_each_line_and_no_address(tmp_path: Path
     texts = [html.unescape(text).strip("\xa0 \n") for text in re.findall(r"<text[^>]*>(.*?)</text>", drawn, re.DOTALL)]
     rows = [text.replace("\xa0", " ") for text in texts if text][1:]  # below the title
     assert rows == ["first", "all of it", "118", "0" * 118, "0"]
-    assert set(re.findall(r"https?://[^\"'\s<)]+", drawn)) == {"http://www.w3.org/2000/svg", "https://www.textualize.io"}
+    assert set(re.findall(r"https?://[^\"'\s<)]+", drawn)) == {
+        "http://www.w3.org/2000/svg",
+        "https://www.textualize.io",
+    }
     failed = subprocess.run([*line, "exit 3"], timeout=60, capture_output=True, text=True, check=False)
     assert failed.returncode == 1 and "ended with 3; no picture was made" in failed.stderr

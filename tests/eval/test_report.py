@@ -221,6 +221,22 @@ def test_unusable_runs(
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.parametrize("log", ["", '{"step": 1, LOSSES}\n'], ids=["no step", "no finite loss"])
+def test_a_run_without_a_loss_to_draw_has_a_report_without_that_figure(
+    log: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a run that ended before its first step, or whose every step overflowed."""
+    folder = make_run(tmp_path / "run", REACHES)
+    losses = json.dumps(dict.fromkeys(("forget_loss", "retain_loss", *trajectories.COSINES)))[1:-1]
+    (folder / "metrics.jsonl").write_text(log.replace("LOSSES", losses))
+    monkeypatch.setattr(sys, "argv", ["report.py", str(folder), "--output", str(tmp_path / "report")])
+    assert exit_status(report.main) == 0
+    files = {path.name for path in (tmp_path / "report").iterdir()}
+    assert files == {"index.html", "report.md", "frontier.png", "points.png"}
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert set(re.findall(r"\w+\.png", page)) == {"frontier.png", "points.png"} and "no step logged a loss" in page
+
+
 def test_unusable_arguments(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", REACHES)
     for arguments, words in (

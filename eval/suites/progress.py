@@ -60,7 +60,7 @@ def after_each_token(call: Callable[[], None]) -> StoppingCriteriaList:
     from transformers import StoppingCriteria, StoppingCriteriaList
 
     class Calling(StoppingCriteria):
-        def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
+        def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> torch.BoolTensor:
             call()
             return cast(torch.BoolTensor, torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device))
 

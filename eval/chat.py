@@ -101,6 +101,8 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question:
     """The greedy answer to one question, or in brackets why there is none."""
     stopping = scoring.Stopping(max_new_tokens, scoring.ends_of_answer(model, tokenizer))
     prompt, positions = scoring.encode_prompt(tokenizer, question), scoring.positions_of(model)
+    if not prompt:
+        return "(the question has no token)"
     if positions is not None and len(prompt) > positions:
         return f"(the question has {len(prompt)} tokens, and this model reads {positions}: shorten it)"
     [answer] = scoring.answer(model, tokenizer, [prompt], stopping=stopping, batch_size=1, title="answer")

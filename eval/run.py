@@ -123,9 +123,14 @@ def score_tables(entries: list[Json], before: Mapping[str, Scores]) -> dict[str,
 
 
 def before_unlearning(folder: Path, entries: list[Json], before: Mapping[str, Scores]) -> tuple[str, Scores]:
-    """A single model and its scores; the model that a run began with and what is known of it."""
+    """A single model and its scores; the model that a run began with and what is known of it.
+
+    Of a model that a run has unlearned, which should know nothing, and of one with which a run learned, no scores.
+    """
     if entries[0]["step"] is None:
-        return "this model", read_scores(entries[0], folder, step=0)
+        run = folder.parent.parent if folder.parent.name == "exports" else folder.parent
+        unlearned = (run / "metrics.jsonl").is_file() and not is_learning(run)
+        return "this model", {} if unlearned else read_scores(entries[0], folder, step=0)
     row, known = read_log(folder).before, dict[str, float]()
     for scores in (*([probes_of(row)] if row else []), *before.values()):
         known |= scores

@@ -213,12 +213,14 @@ def answer(
     It also ends where the model's positions do. Settings that come with the model change nothing.
 
     Raises:
-        InputError: a prompt alone is longer than the model reads.
+        InputError: a prompt alone is longer than the model reads, or has no token.
     """
     import torch
     from transformers import GenerationConfig
 
     check_positions(model, max(map(len, prompts), default=0), title)
+    if not all(prompts):
+        raise InputError(f"{title}: a prompt has no token; repair or remove it")
     stops = [token for token in stopping.tokens if token is not None]
     limits, positions = stopping.limits(len(prompts)), positions_of(model)
     if positions is not None:  # nothing reads the last token

@@ -112,10 +112,13 @@ def test_a_model_that_never_knew_has_nothing_to_forget(
         assert "Begin with a model that knows the forget corpus" in sentence
 
 
+def bios_metrics(score: float) -> dict[str, dict[str, float]]:
+    return {"forget": {"all": score}, "retain": {"all": score}}
+
+
 def test_the_command_says_so_of_a_single_model_and_of_the_first_probe_of_a_run(tmp_path: Path) -> None:
     """A run that trains a target model (objective.forget none) begins with one that knows nothing: no fault."""
-    metrics = {"forget": {"all": 0.02}, "retain": {"all": 0.02}}
-    entry = {"step": None, "model": "m", "suites": {"bios": {"metrics": metrics}}}
+    entry = {"step": None, "model": "m", "suites": {"bios": {"metrics": bios_metrics(0.02)}}}
     (sentence,) = run.unknown_to(*run.before_unlearning(tmp_path, [entry], {}))
     assert sentence.startswith("Nothing to forget: this model has forget ROUGE-L 0.020")
     probe = {"probe/forget/extraction_strength": 0.01, "probe/retain/probability": 0.5}
@@ -125,3 +128,13 @@ def test_the_command_says_so_of_a_single_model_and_of_the_first_probe_of_a_run(t
         found = run.unknown_to(*run.before_unlearning(tmp_path, [{**entry, "step": 1}], {}))
         assert len(found) == sentences
         assert all("the model before the first step has forget extraction strength 0.01" in one for one in found)
+
+
+def test_a_model_that_a_run_has_unlearned_is_no_fault(tmp_path: Path) -> None:
+    """`final/` of a run, or one of its exports, should know nothing; that of a run that learned should."""
+    entry = {"step": None, "model": "m", "suites": {"bios": {"metrics": bios_metrics(0.02)}}}
+    (tmp_path / "metrics.jsonl").touch()
+    for objective, sentences in (("npo", 0), ("none", 1)):
+        (tmp_path / "config.yaml").write_text(f"objective: {{forget: {objective}}}\n")
+        for place in ("final", "exports/step-000010"):
+            assert len(run.unknown_to(*run.before_unlearning(tmp_path / place, [entry], {}))) == sentences, place

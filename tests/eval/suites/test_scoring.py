@@ -153,6 +153,12 @@ def test_a_text_of_more_tokens_than_the_model_has_positions_is_refused(build: Ca
         scoring.answer(model, tokenizer, [[*fits, 1]], stopping=stopping, batch_size=1, title="muse_news privleak")
 
 
+def test_a_prompt_without_a_token_is_refused() -> None:
+    """As an empty question is, where no template and no beginning-of-text token stands before it."""
+    with pytest.raises(InputError, match="suite: a prompt has no token; repair or remove it"):
+        answers(gpt2(), [[1, 2], []], 3)
+
+
 def test_an_answer_ends_where_the_positions_do() -> None:
     """14 tokens of a prompt leave room for three: the last one is not read again. A short prompt is not cut for it."""
     model, long = gpt2(), [n % WORDS for n in range(14)]

@@ -7,6 +7,7 @@ scores are those of `--batch-size` with the number that was found.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
@@ -20,8 +21,11 @@ MOST = 512  # where `auto` begins; without a GPU at DEFAULT, because there no er
 
 
 def rows_or_auto(text: str) -> int | Literal["auto"]:
-    """The value of `--batch-size`; raises ValueError if it is neither a number nor `auto`."""
-    return AUTO if text == AUTO else int(text)
+    """The value of `--batch-size`; raises ArgumentTypeError if it is neither a number nor `auto`."""
+    try:
+        return AUTO if text == AUTO else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {AUTO}") from None
 
 
 class BatchSize:

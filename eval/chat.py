@@ -56,7 +56,7 @@ def models_of(folder: Path, beside: Path | None) -> list[tuple[str, Path]]:
         if not is_model(beside) and (beside.exists() or not HUB_NAME.fullmatch(str(beside))):
             raise InputError(f"{folder} began with {beside}, which is no model folder here; name it by --beside")
     elif beside is not None:
-        beside = find_models(beside)[-1][1]
+        beside = find_models(beside, "--beside")[-1][1]
     return [*([("before", beside)] if beside else []), ("after" if beside else "answer", model)]
 
 
@@ -64,22 +64,33 @@ def load_models(
     models: Sequence[tuple[str, Path]], trust: Trust
 ) -> list[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
     """The models with their tokenizers; raises InputError, for the model before with the option that names another."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # `answer` itself says that a question is too long
     loaded = []
     for name, folder in models:
         try:
             loaded.append(load(folder, trust=trust))
         except InputError as error:
-            hint = "; name the model before unlearning by --beside" if name == "before" else ""
+            hint = "; --beside takes another model" if name == "before" else ""
             raise InputError(f"{error}{hint}") from error
     return loaded
 
 
 def questions(interactive: bool) -> Iterator[str]:
-    """The lines that are not empty, until the input ends; a terminal gets a prompt."""
+    """The lines that are not empty, until the input ends; a terminal gets a prompt.
+
+    Raises:
+        InputError: a line is not UTF-8.
+    """
     while True:
         if interactive:
             print(PROMPT, end="", flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+            line.encode()  # in a locale without UTF-8, a byte that is none becomes a character that has no encoding
+        except UnicodeError:
+            raise InputError("a question is not UTF-8 text; convert it (iconv -f LATIN1 -t UTF-8)") from None
         if not line:
             return
         if line.strip():
@@ -87,9 +98,13 @@ def questions(interactive: bool) -> Iterator[str]:
 
 
 def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, max_new_tokens: int) -> str:
-    """The greedy answer to one question."""
+    """The greedy answer to one question, or in brackets why there is none."""
     stopping = scoring.Stopping(max_new_tokens, scoring.ends_of_answer(model, tokenizer))
-    prompt = scoring.encode_prompt(tokenizer, question)
+    prompt, positions = scoring.encode_prompt(tokenizer, question), scoring.positions_of(model)
+    if not prompt:
+        return "(the question has no token)"
+    if positions is not None and len(prompt) > positions:
+        return f"(the question has {len(prompt)} tokens, and this model reads {positions}: shorten it)"
     [answer] = scoring.answer(model, tokenizer, [prompt], stopping=stopping, batch_size=1, title="answer")
     return answer
 
@@ -130,7 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(exit_status(main))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(exit_status(main))

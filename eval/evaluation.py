@@ -19,6 +19,7 @@ from eval.files import digest_of, read_config, read_log
 from eval.loading import is_model
 from eval.suites import SUITES, WITHOUT_DATA, NoData, Probes, Suite, load_suite, sharing
 from eval.suites.corpus import seen_in_training
+from eval.suites.progress import announce
 from pipeline.errors import InputError
 from pipeline.files import Json
 
@@ -77,14 +78,17 @@ def suites_in(folder: Path, names: list[str], options: dict[str, Json]) -> dict[
             reasons.append(f"or leave {' '.join(refused)} out of --suite; of {' '.join(takers)} the data are there")
         raise InputError("; ".join(reasons))
     for name in missing if sharing.rank_and_size()[0] == 0 else ():
-        sharing.announce(f"suite {name} takes data of its own, because --data {folder} has none of it", always=True)
+        announce(f"suite {name} takes data of its own, because --data {folder} has none of it", always=True)
     return there
 
 
-def find_models(folder: Path) -> list[tuple[int | None, Path]]:
+def find_models(folder: Path, option: str = "--model") -> list[tuple[int | None, Path]]:
     """(step, model folder) of each model to evaluate: those of a run by step, or one model with step None.
 
     A path that is not a folder and could be a name on the hub counts as one.
+
+    Args:
+        option: which gave the folder, for messages.
 
     Raises:
         InputError: `folder` is neither a run with a model, nor a model, nor a name on the hub.
@@ -93,12 +97,12 @@ def find_models(folder: Path) -> list[tuple[int | None, Path]]:
     if not (folder / "metrics.jsonl").is_file() or not (exports.is_dir() or final.is_dir()):
         if not folder.exists() and not HUB_NAME.fullmatch(str(folder)):
             raise InputError(
-                f"--model: there is no folder {folder.absolute()}, and that is no name of the hub; name the folder of "
+                f"{option}: there is no folder {folder.absolute()}, and that is no name of the hub; name the folder of "
                 "a model or of a run, or a model of the hub as owner/name"
             )
         if folder.exists() and not is_model(folder):
             raise InputError(
-                f"--model {folder} is no Hugging Face model folder (no config.json, no adapter_config.json), "
+                f"{option} {folder} is no Hugging Face model folder (no config.json, no adapter_config.json), "
                 "and no run folder (metrics.jsonl, and exports/ or final/); name one of these"
             )
         return [(None, folder)]
@@ -157,7 +161,7 @@ def evaluate_all(
     for number, (step, folder) in enumerate(models, 1):
         if is_first:
             names = ", ".join(suite.name for suite in suites)
-            sharing.announce(f"evaluating {folder} on {names} (model {number} of {len(models)})", always=number == 1)
+            announce(f"evaluating {folder} on {names} (model {number} of {len(models)})", always=number == 1)
         entries.append({"step": step, "model": str(folder), "suites": {}})
         dtype = evaluate(folder, entries[-1]["suites"])
     return entries, dtype

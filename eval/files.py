@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,22 +14,29 @@ import yaml
 
 from pipeline.config.explain import refuse_renamed
 from pipeline.data.tables import json_rows
-from pipeline.errors import InputError
-from pipeline.files import Json
+from pipeline.distributed.signals import INTERRUPTED
+from pipeline.errors import InputError, denied_files
+from pipeline.files import Json, unwritable
 from pipeline.monitoring.rows import Rows, read_rows
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
-    """Run a command. Returns its value or 0, or 2 for unusable input, which gets one line on stderr.
+    """Run a command. Returns its value or 0; 2 for unusable input or 130 after Ctrl-C, with one line on stderr.
 
     Any other error keeps its traceback. Of several ranks, which all get the same InputError, the first prints the line.
     """
+    first = os.environ.get("RANK", "0") == "0"
     try:
-        return command() or 0
+        with denied_files():
+            return command() or 0
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if first:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if first:
+            print("\ninterrupted", file=sys.stderr)  # below a bar
+        return INTERRUPTED
 
 
 def check_output(path: Path, kind: Literal["file", "folder"] = "file") -> None:
@@ -38,14 +44,10 @@ def check_output(path: Path, kind: Literal["file", "folder"] = "file") -> None:
     if path.exists() and not (path.is_file() if kind == "file" else path.is_dir()):
         found = "a folder" if path.is_dir() else "a file" if path.is_file() else "neither a file nor a folder"
         raise InputError(f"--output {path} is {found}; name a {kind}")
-    place = path.absolute()
-    folder = next(one for one in (place, *place.parents) if one.exists() and not (one == place and kind == "file"))
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
+    if found := unwritable(path):
+        place, error = found
         raise InputError(
-            f"--output {path} cannot be written, because of {folder} ({error.strerror}); name a {kind} elsewhere"
+            f"--output {path} cannot be written, because of {place} ({error.strerror}); name a {kind} elsewhere"
         ) from error
 
 

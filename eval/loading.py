@@ -128,7 +128,7 @@ def refusal(folder: Path, error: Exception, trust: Trust) -> InputError:
     if not trust.allow_pickle and "safetensors" in reason:
         reason += "; if you trust its other files, which can run code, give --allow-pickle"
     if not folder.exists():
-        return InputError(f"--model: there is no folder {folder.absolute()}, and the hub gives no {folder}: {reason}")
+        return InputError(f"there is no folder {folder.absolute()}, and the hub gives no {folder}: {reason}")
     return InputError(f"cannot load the model in {folder}: {reason}; else export it again")
 
 

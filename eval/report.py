@@ -16,11 +16,12 @@ from eval.files import check_output, exit_status
 from eval.reporting.pages import as_text
 from eval.reporting.run_report import write_report
 from eval.reporting.verdict import verdict
+from eval.results.common import common_start, common_suites
 from eval.results.conditions import of_target
 from eval.results.grouping import group_runs
 from eval.results.metrics import add_metric_options, choose
 from eval.results.texts import read_target_texts
-from eval.results.trajectories import common_start, common_suites, prepare, read_run, read_target
+from eval.results.trajectories import prepare, read_run, read_target
 
 
 def main() -> None:
@@ -39,7 +40,7 @@ def main() -> None:
     prepared = [prepare(run, measure, target) for run in runs]
     groups, target = group_runs(prepared), common_start(prepared, target)
     table = write_report(output, groups, measure, target, read_target_texts(arguments.target))
-    print("\n".join([*verdict(groups, measure, target), "", as_text(table)]))
+    print("\n".join([*(finding.text for finding in verdict(groups, measure, target)), "", as_text(table)]))
     print(f"\nopen {output / 'index.html'} (or read {output / 'report.md'})")
 
 

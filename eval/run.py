@@ -15,8 +15,9 @@ token that it generates.
 
 A *run folder* (with `metrics.jsonl`, and `exports/` or `final/`) gives {"trajectory": [{"step", "model", "suites"}, …],
 …} in the order of steps; any other folder is one Hugging Face model and gives {"model", "suites", …}. Each suite gives
-"metrics" (nested means), "counts" and the "protocol" in words. The command prints the headline scores as a table,
-writes those of the last model into its card (README.md), if it has one, and those of a run into its TensorBoard log.
+"metrics" (nested means), "counts" and the "protocol" in words. The command prints the headline scores as a table, with
+a row `before` where the model that the run began with has been evaluated (eval/results/before.py). It writes those of
+the last model into its card (README.md), if it has one, and those of a run into its TensorBoard log.
 Without --data, suite `corpus` scores the corpora of the run folder. Until all is evaluated, FILE.json.partial has what
 there is, in the same form. Exit status: 0 done, 2 unusable input (one line on stderr).
 """
@@ -25,7 +26,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +41,7 @@ from eval.loading import add_trust_options
 from eval.placement import add_placement_options, loader_of
 from eval.reporting.card import write_scores
 from eval.reporting.pages import as_text
+from eval.results.before import base_of, scores_before
 from eval.results.known import unknown_to
 from eval.results.metrics import flatten, headlines, label
 from eval.results.numbers import printed
@@ -92,10 +98,13 @@ def check(arguments: argparse.Namespace, suites: list[str]) -> dict[str, Json]:
     return options
 
 
-def score_tables(entries: list[Json]) -> dict[str, list[list[str]]]:
+def score_tables(entries: list[Json], before: Mapping[str, Scores]) -> dict[str, list[list[str]]]:
     """A table of the headline scores of each suite: a row a model, by step, below a row of names.
 
     A suite without headline scores shows all of its scores.
+
+    Args:
+        before: by suite, of the model that a run began with; they get the first row.
     """
     tables: dict[str, list[list[str]]] = {}
     for suite in entries[0]["suites"]:
@@ -105,23 +114,62 @@ def score_tables(entries: list[Json]) -> dict[str, list[list[str]]]:
             continue
         single = entries[0]["step"] is None
         header = ["model" if single else "step", *(label(score, shown) for score in shown)]
-        rows = [
-            [Path(entry["model"]).name if single else str(entry["step"])]
-            + [printed(found[score]) if score in found else "-" for score in shown]
-            for entry, found in zip(entries, scores, strict=True)
+        names = [Path(entry["model"]).name if single else str(entry["step"]) for entry in entries]
+        rows = [*([("before", before[suite])] if suite in before else []), *zip(names, scores, strict=True)]
+        tables[suite] = [header] + [
+            [name, *(printed(found[score]) if score in found else "-" for score in shown)] for name, found in rows
         ]
-        tables[suite] = [header, *rows]
     return tables
 
 
-def before_unlearning(folder: Path, entries: list[Json]) -> tuple[str, Scores]:
-    """A single model and its scores; the model that a run began with and those of its first probe, if there was one."""
+def before_unlearning(folder: Path, entries: list[Json], before: Mapping[str, Scores]) -> tuple[str, Scores]:
+    """A single model and its scores; the model that a run began with and what is known of it.
+
+    Of a model that a run has unlearned, which should know nothing, and of one with which a run learned, no scores.
+    """
     if entries[0]["step"] is None:
-        return "this model", read_scores(entries[0], folder, step=0)
-    before = read_log(folder).before
-    if before is None or read_config(folder, ["objective"])["objective"].get("forget") == "none":
+        run = folder.parent.parent if folder.parent.name == "exports" else folder.parent
+        unlearned = (run / "metrics.jsonl").is_file() and not is_learning(run)
+        return "this model", {} if unlearned else read_scores(entries[0], folder, step=0)
+    row, known = read_log(folder).before, dict[str, float]()
+    for scores in (*([probes_of(row)] if row else []), *before.values()):
+        known |= scores
+    if not known or is_learning(folder):
         return "the model before the first step", {}
-    return "the model before the first step", probes_of(before)
+    return "the model before the first step", known
+
+
+def is_learning(run: Path) -> bool:
+    """Whether a run has no forget task, so that it begins with a model that need not know anything."""
+    return read_config(run, ["objective"])["objective"].get("forget") == "none"
+
+
+def how_to_see_before(arguments: argparse.Namespace, base: Path, suites: list[str]) -> str:
+    """The command that evaluates the model `base` as the run was, on the suites whose tables have no row of it."""
+    run, parser = arguments.model, make_parser()
+    changed = {"model": base, "suite": suites, "output": run / "before.json"}
+    if "corpus" in suites and arguments.data is None:
+        changed["data"] = run
+    if "probes" in suites and arguments.config is None:
+        changed["config"] = run / "config.yaml"
+    words = ["python", "-m", "eval.run"]
+    for key, value in (vars(arguments) | changed).items():
+        if key != "local_rank" and value != parser.get_default(key):
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += [f"--{key.replace('_', '-')}", *map(str, values)]
+    return (
+        f"no evaluation of the model before the first step on {', '.join(suites)} was found: `{shlex.join(words)}` "
+        "makes it, for a row of this table and for eval.report --target"
+    )
+
+
+@contextmanager
+def noting(what: str, output: Path) -> Iterator[None]:
+    """A block that writes beside the output, which has the scores already: what may not be written is named alone."""
+    try:
+        yield
+    except OSError as error:
+        print(f"note: {what} gets no scores ({error.strerror or error}); {output} has them", file=sys.stderr)
 
 
 def main() -> None:
@@ -153,14 +201,20 @@ def main() -> None:
         return
     save(arguments.output, entries, dtype)
     unfinished.unlink(missing_ok=True)
-    for name, rows in score_tables(entries).items():
+    before = {} if single else scores_before(arguments.model, entries)
+    for name, rows in score_tables(entries, before).items():
         print(f"{name}\n{as_text(rows)}\n")
-        write_scores(models[-1][1], name, rows)
-    for sentence in unknown_to(*before_unlearning(arguments.model, entries)):
+        with noting(f"the card of {models[-1][1]}", arguments.output):
+            write_scores(models[-1][1], name, rows)
+    for sentence in unknown_to(*before_unlearning(arguments.model, entries, before)):
         print(f"{sentence}\n")
+    base, lacking = None if single else base_of(arguments.model), [name for name in names if name not in before]
+    if base is not None and lacking and not is_learning(arguments.model):
+        print(f"{how_to_see_before(arguments, base, lacking)}\n")
     from eval.reporting.board import write_to_board  # TensorBoard, which --help does without
 
-    write_to_board(models, entries)
+    with noting(f"the TensorBoard log of {arguments.model}", arguments.output):
+        write_to_board(models, entries)
     print(f"wrote {arguments.output}")
 
 

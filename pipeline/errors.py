@@ -14,6 +14,22 @@ class InputError(Exception):
     """Unusable input. Its text is one line that names the culprit and the remedy; the command ends with status 2."""
 
 
+@contextmanager
+def denied_files() -> Iterator[None]:
+    """Turn a file or folder that this user may not reach into one line: each path that a user names may be such a one.
+
+    Raises:
+        InputError: in place of a PermissionError that names a file.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        text = f"{error.filename}: permission denied; name another place, or have its owner permit it"
+        raise InputError(text) from error
+
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

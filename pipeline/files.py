@@ -6,6 +6,7 @@ import errno
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,21 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file by `whole`; text in UTF-8."""
     with whole(path) as unfinished:
         unfinished.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def unwritable(place: Path) -> tuple[Path, OSError] | None:
+    """What stands in the way of a file or folder at `place`, and why; None if it can be made. Leaves nothing behind.
+
+    Raises:
+        PermissionError: `place` may not even be looked at.
+    """
+    place = place.absolute()
+    there = next(one for one in (place, *place.parents) if one.exists() and not (one == place and one.is_file()))
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return None
+    except OSError as error:
+        return there, error
 
 
 def remove_whole(folder: Path) -> None:

@@ -22,7 +22,7 @@ from pipeline.config.files import DEEPSPEED_FILES
 from pipeline.config.load import Parser, add_config_options, resolve
 from pipeline.config.objectives import NEEDS
 from pipeline.config.schema import DEFAULT_STEPS, RunConfig
-from pipeline.errors import InputError
+from pipeline.errors import InputError, denied_files
 from pipeline.planning.memory import GIB, RESERVED, Cluster, Zero, keeps_stash, main_memory, states, unreduced, working
 from pipeline.planning.run_stages import Stage, stage_table, stages
 from pipeline.planning.traffic import CommVolume, Seconds, seconds, traffic
@@ -297,8 +297,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[RunConfig, Cluster, bool, li
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its status: 0, or 2 for unusable input."""
     try:
-        config, machines, wants_json, given = parse(arguments)
-        with redirect_stdout(sys.stderr):  # where libraries print messages when they are imported
+        with denied_files():
+            config, machines, wants_json, given = parse(arguments)
+        with denied_files(), redirect_stdout(sys.stderr):  # where libraries print messages when they are imported
             plan = make_plan(config, machines)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -19,18 +19,19 @@ from pipeline.config.deepspeed import (
 from pipeline.config.load import hub_name, parse_command_line
 from pipeline.config.run_folder import check_output_dir
 from pipeline.distributed.environment import world_from_environment
-from pipeline.errors import InputError
+from pipeline.errors import InputError, denied_files
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns (or, once ranks have met, exits with) the status."""
     rank, world_size = world_from_environment()
     try:
-        config, resume, quiet = parse_command_line(arguments)
-        accumulation(config, world_size)
-        zero = deepspeed_config(config)
-        refuse_uneven_groups(zero, world_size)
-        check_output_dir(config, resume)
+        with denied_files():
+            config, resume, quiet = parse_command_line(arguments)
+            accumulation(config, world_size)
+            zero = deepspeed_config(config)
+            refuse_uneven_groups(zero, world_size)
+            check_output_dir(config, resume)
         if repository := hub_name(arguments):
             from pipeline.modeling.push import check_push
 

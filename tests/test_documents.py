@@ -105,6 +105,9 @@ BY: dict[str, list[str]] = {
     ],
     "tests/eval/test_leaderboard.py::test_a_run_added_again_changes_nothing": ["python -m eval.leaderboard runs/mine"],
     "tests/test_smollm2.py::test_the_model_is_the_published_one": ["bash launch/smollm2.sh OUTPUT"],
+    "by hand: the picture is what it gave": [
+        "SEEDS=0 python docs/terminal.py docs/images/quickstart-terminal.svg bash launch/quickstart.sh",
+    ],
     "by hand: it is this suite": ["bash tests/run.sh", "bash tests/run.sh -m slow", "bash tests/run.sh FILE -k NAME"],
     "by hand: it changes the git hooks of the clone": ["pre-commit install"],
 }

@@ -13,9 +13,9 @@ OURS, PLACE = "tags: [unlearning]\n", "## How to use it\n"
 
 
 def write_scores(model: Path, suite: str, rows: list[list[str]]) -> None:
-    """Put the table of a suite into the card of a model, in place of an earlier one of the suite.
+    """Put the last row of a suite's table into the card of a model, in place of an earlier one of the suite.
 
-    A card that this program did not write stays as it is.
+    A row `before` stands above it. A card that this program did not write stays as it is.
     """
     card = model / "README.md"
     if not card.is_file():
@@ -24,7 +24,8 @@ def write_scores(model: Path, suite: str, rows: list[list[str]]) -> None:
     if OURS not in text or PLACE not in text:
         return
     begin, end = f"[//]: # (scores of {suite})\n", f"\n[//]: # (end of {suite})\n"  # which Markdown does not show
-    section = begin + as_markdown([Heading(f"Scores on {suite}"), Table([rows[0], rows[-1]])]) + end
+    before = [row for row in rows[1:-1] if row[0] == "before"]
+    section = begin + as_markdown([Heading(f"Scores on {suite}"), Table([rows[0], *before, rows[-1]])]) + end
     earlier = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     written = earlier.sub(lambda _: section, text)
     write_whole(card, written if earlier.search(text) else text.replace(PLACE, section + PLACE, 1))

@@ -32,10 +32,18 @@ class Warn:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the report found, in sentences."""
+class Finding:
+    """A part of the verdict. compares: some run reached the level, so that there is something to compare."""
 
-    sentences: list[str]
+    text: str
+    compares: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the report found. The edge of a finding that compares nothing has another colour and is dashed."""
+
+    findings: list[Finding]
 
 
 @dataclass(frozen=True)
@@ -79,8 +87,8 @@ def as_markdown(blocks: Iterable[Block]) -> str:
                 parts.append(f"```\n{text}\n```")
             case Warn(text):
                 parts.append(f"> **Note.** {text}")
-            case Verdict(sentences):
-                parts.append("\n".join(f"- {sentence}" for sentence in sentences))
+            case Verdict(findings):
+                parts.append("\n".join(f"- {finding.text}" for finding in findings))
             case Answers():
                 parts.append(answers_markdown(block))
             case Text(text):
@@ -146,8 +154,10 @@ def block_html(block: Block, images: Mapping[str, bytes], charts: Mapping[str, C
             return f'<pre tabindex="0">{html.escape(text)}</pre>'
         case Warn(text):
             return f'<p class="warn">{prose(text)}</p>'
-        case Verdict(sentences):
-            return f'<ul class="verdict">{"".join(f"<li>{prose(sentence)}</li>" for sentence in sentences)}</ul>'
+        case Verdict(findings):
+            kinds = ("<li>" if finding.compares else '<li class="missed">' for finding in findings)
+            items = [f"{kind}{prose(finding.text)}</li>" for kind, finding in zip(kinds, findings, strict=True)]
+            return f'<ul class="verdict">{"".join(items)}</ul>'
         case Answers():
             return answers_html(block)
         case Text(text):

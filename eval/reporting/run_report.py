@@ -24,6 +24,7 @@ from pipeline.files import write_whole
 LOSSES = {"forget_loss": "forget loss", "retain_loss": "retain loss"}
 GEOMETRY = {**COSINES, "conflict_fraction": "conflict fraction"}
 LAYERS = {"cos_forget_retain": "forget-retain", "conflict_fraction": "conflict fraction"}
+SHOWN = 3  # prompts of the forget set that the page shows unfolded; of another set it shows one
 
 
 def compose(
@@ -42,9 +43,7 @@ def compose(
         *beside_the_paper(groups, measure),
         *(outside(groups, measure, target) if reached else []),
         *general(groups, measure, target),
-        Heading("Loss dynamics"),
-        Figure("losses.png", "Mean over each method's seeds, running mean over a twentieth of the steps (the paper's "
-               "Figure 1); a method has one colour in every figure."),
+        *losses(groups),
         *geometry(groups, measure),
         *robustness(groups),
         *cost(groups, measure),
@@ -54,9 +53,6 @@ def compose(
         *left_out(runs, measure),
         *sections.how_it_was_made(runs, commands_of(runs)),
     ]  # fmt: skip
-
-
-SHOWN = 3  # prompts of a set that the page shows unfolded, of the forget set; of another one
 
 
 def answer_blocks(groups: dict[str, list[Run]], measure: ForgetRetainMetric, before: Texts) -> list[Block]:
@@ -169,6 +165,13 @@ def beside_the_paper(groups: dict[str, list[Run]], measure: ForgetRetainMetric) 
              "questions the numbers are not comparable."),
         Table(rows),
     ]  # fmt: skip
+
+
+def losses(groups: dict[str, list[Run]]) -> list[Block]:
+    drawn = Figure("losses.png", "Mean over each method's seeds, running mean over a twentieth of the steps (the "
+                   "paper's Figure 1); a method has one colour in every figure.")  # fmt: skip
+    has_losses = bool(figures.curves("", groups, LOSSES).panels)
+    return [Heading("Loss dynamics"), drawn if has_losses else Text("In these runs, no step logged a loss.")]
 
 
 def geometry(groups: dict[str, list[Run]], measure: ForgetRetainMetric) -> list[Block]:

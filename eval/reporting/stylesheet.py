@@ -13,8 +13,9 @@ background:var(--paper);overflow-wrap:anywhere}
 h1{line-height:1.2;font-size:1.7em}p{max-width:52em}
 a{color:var(--link)}nav{margin:1.2em 0}summary{cursor:pointer}nav ol{columns:20em;column-gap:2.5em;padding-left:1.5em}
 h2{margin-top:2.2em;border-top:1px solid var(--line);padding-top:.6em;line-height:1.25}
-.verdict{list-style:none;padding:.7em 1.1em;margin:1em 0;background:var(--soft);border-left:4px solid var(--good);
-font-size:1.08em}.verdict li+li{margin-top:.4em}
+.verdict{list-style:none;padding:0;margin:1em 0;font-size:1.08em}.verdict li+li{margin-top:.4em}
+.verdict li{padding:.7em 1.1em;background:var(--soft);border-left:4px solid var(--good)}
+.verdict .missed{border-left:4px dashed var(--edge)}
 .wide{overflow-x:auto;margin:1em 0;overflow-wrap:normal;
 background:linear-gradient(to left,var(--paper) 40%,transparent) right/3em 100% no-repeat local,
 linear-gradient(to left,var(--shade),transparent) right/1em 100% no-repeat scroll}

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from eval.reporting import figures, sections, tables
 from eval.reporting.pages import Block, Code, Figure, Heading, Table, Text, Warn, as_markdown
 from eval.reporting.pictures import draw, png
+from eval.results.common import common_start
 from eval.results.comparison import (
     Group,
     Trained,
@@ -26,7 +27,7 @@ from eval.results.known import nothing_to_forget
 from eval.results.metrics import label, readable
 from eval.results.numbers import printed
 from eval.results.stats import pareto, summarise
-from eval.results.trajectories import COMB_RETAIN, Scores, common_start
+from eval.results.trajectories import COMB_RETAIN, Scores
 from eval.sweep.axes import name_of
 from eval.sweep.runs import FailedRun, Plan, failures
 from pipeline.files import Json, write_whole

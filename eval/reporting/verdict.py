@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from eval.reporting.figures import Groups, enumerated, panels, styles
+from eval.reporting.pages import Finding
 from eval.results.known import nothing_to_forget
 from eval.results.metrics import ForgetRetainMetric, collateral, readable, words_of_score
 from eval.results.numbers import printed
@@ -16,15 +17,15 @@ from eval.results.trajectories import Scores, at_level, lowest, starts_below
 Points = Mapping[str, Sequence[Scores]]  # label -> its points at the level, one a seed that reached it
 
 
-def verdict(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) -> list[str]:
+def verdict(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) -> list[Finding]:
     """A sentence or two for each pair of objectives; what never reached the level is named, and is not compared.
 
-    One sentence alone if the target model has nothing to forget: a comparison would say how unneeded runs differ.
+    One finding alone if the target model has nothing to forget: a comparison would say how unneeded runs differ.
     """
     if target is not None and (nothing := nothing_to_forget(measure, target)):
-        return [nothing]
+        return [Finding(nothing, compares=False)]
     style, by_objective = styles(groups), panels(groups)
-    sentences = []
+    findings = []
     for objective, names in by_objective.items():
         label = {name: style[name].label for name in names}
         if len(by_objective) > 1:
@@ -53,8 +54,8 @@ def verdict(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) 
             parts.append(unmatched({name: of for name, of in starts.items() if of}, measure))
         if missed:
             parts.append(never(missed, "" if reached or any(early.values()) else objective, measure))
-        sentences.append(" ".join(part for part in parts if part))
-    return sentences
+        findings.append(Finding(" ".join(part for part in parts if part), compares=bool(reached)))
+    return findings
 
 
 def keeps(points: Points, seeds: Mapping[str, int], measure: ForgetRetainMetric, target: Scores | None) -> str:

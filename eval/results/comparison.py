@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from eval.results.common import known_before
 from eval.results.conditions import of_target, refuse_different
 from eval.results.metrics import ForgetRetainMetric
 from eval.results.numbers import printed, with_spread
 from eval.results.stats import correlate, summarise
-from eval.results.trajectories import COMB_RETAIN, Run, Scores, at_level, known_before, lowest, mean_of
+from eval.results.trajectories import COMB_RETAIN, Run, Scores, at_level, lowest, mean_of
 from eval.sweep.axes import Setting, by_number, parse_setting
 from eval.sweep.runs import Plan, finished_runs, read_seeds
 from pipeline.files import Json

@@ -119,7 +119,7 @@ def refuse_different(measured: Sequence[Measured], target: Measured | None, unus
     with_target = [(target, one) for one in distinct] if target else []
     for one, other in (*combinations(distinct, 2), *with_target):
         for suite in sorted(one.suites.keys() & other.suites.keys()):
-            found = _differences(one.suites[suite], other.suites[suite])
+            found = differences(one.suites[suite], other.suites[suite])
             if found and not (one is target and suite in unused):
                 raise InputError(
                     f"suite {suite} does not measure the same in {one.file} and in {other.file}, which differ in "
@@ -127,8 +127,8 @@ def refuse_different(measured: Sequence[Measured], target: Measured | None, unus
                 )
 
 
-def _differences(one: Conditions, other: Conditions) -> list[str]:
-    """What differs of that which both record, in words."""
+def differences(one: Conditions, other: Conditions) -> list[str]:
+    """What differs of that which both record, in words; nothing if their scores measure the same."""
     both = one.keys() & other.keys()
 
     def settled(key: str) -> bool:

@@ -198,8 +198,8 @@ def choose(
     for option, score in (("--forget", forget), ("--retain", retain)):
         if score is not None and suite_of(score) not in suites:
             raise InputError(
-                f"{option} {score}: write SUITE.METRIC, as bios.forget.all, of a suite that was evaluated "
-                f"({', '.join(suites)})"
+                f"{option} {score} is no score of a suite that was evaluated ({', '.join(suites)}); write SUITE.METRIC "
+                "of one that was, or evaluate that suite too"
             )
     if forget in RISING:
         raise InputError(f"--forget {forget} rises as a model forgets; name one that falls, as tofu.forget.rouge")

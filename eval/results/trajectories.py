@@ -15,11 +15,12 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
 from eval.files import read_config, read_json, read_log
-from eval.results.conditions import Measured, of_evaluation, of_training, refuse_different
+from eval.results.conditions import Measured, of_evaluation, of_training
 from eval.results.general import GeneralAbility, general_ability
 from eval.results.method import dotted, method_of, read_digests
 from eval.results.metrics import ForgetRetainMetric, flatten, nearest, suite_of
@@ -91,13 +92,21 @@ def read_scores(entry: Json, source: Path, step: int | None = None) -> Scores:
     try:
         scores = flatten({suite: result["metrics"] for suite, result in entry["suites"].items()})
         return {"step": float(entry["step"] if step is None else step), **scores}
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{source} holds no scores as eval.run writes them; evaluate again") from error
 
 
 def read_target(path: Path | None) -> Scores | None:
-    """The scores of the model that the runs begin with, as step 0."""
-    return None if path is None else read_scores(read_json(path), path, step=0)
+    """The scores of the model that the runs begin with, as step 0; raises InputError if `path` has not one model's."""
+    if path is None:
+        return None
+    content = read_json(path)
+    if isinstance(content, dict) and "trajectory" in content:
+        raise InputError(
+            f"--target {path} is the evaluation of a run; give that of the model before unlearning, which "
+            "`python -m eval.run --model MODEL` writes"
+        )
+    return read_scores(content, path, step=0)
 
 
 def read_run(folder: Path) -> Run:
@@ -139,9 +148,13 @@ def with_evaluation(run: Run, path: Path) -> Run:
     versions = ", ".join(f"{name} {number}" for name, number in evaluation.get("versions", {}).items())
     ranks = evaluation.get("ranks", 1)
     own = {"probes": PROTOCOL} if run.probes else {}
+    trajectory = [read_scores(entry, path) for entry in evaluation["trajectory"]]
+    for before, after in pairwise(trajectory):
+        if after["step"] <= before["step"]:
+            raise InputError(f"{path} has step {after['step']:g} after step {before['step']:g}; evaluate again")
     return replace(
         run,
-        trajectory=[read_scores(entry, path) for entry in evaluation["trajectory"]],
+        trajectory=trajectory,
         command=evaluation.get("command", f"# {path} does not record its command"),
         environment=f"{versions}; {evaluation.get('dtype', 'dtype unknown')}; {ranks} rank{'s' * (ranks != 1)}",
         protocols=own | {suite: protocol(one) for suite, one in evaluation["trajectory"][-1]["suites"].items()},
@@ -194,41 +207,6 @@ def read_robustness(path: Path) -> Json | None:
     ):
         raise InputError(f"{path} was not written by eval.robustness; write it again, or remove it")
     return content
-
-
-def known_before(runs: Sequence[Run]) -> set[str]:
-    """`probes`, if all runs were probed before their first step: these scores are of the target model."""
-    return {"probes"} if all(run.probes and run.probes[0]["step"] == 0 for run in runs) else set()
-
-
-def common_suites(runs: Sequence[Run], target: Scores | None, of_target: Measured | None = None) -> list[str]:
-    """The suites on which all runs and the target model were evaluated; `of_target`: what its scores measure.
-
-    Probes before the first step are of the target model.
-
-    Raises:
-        InputError: there is none, or scores of one suite do not measure the same (`refuse_different`).
-    """
-    known = known_before(runs)
-    refuse_different([one for run in runs for one in run.measured], of_target, unused=known)
-    suites = [suite for suite in runs[0].suites if all(suite in run.suites for run in runs)]
-    if target is not None:
-        there = known | {suite_of(key) for key in target if key != "step"}
-        suites = [suite for suite in suites if suite in there]
-    if not suites:
-        whose = "these runs and --target" if target is not None else "these runs"
-        raise InputError(f"{whose} have no suite in common ({runs[0].folder}: {', '.join(runs[0].suites)})")
-    return suites
-
-
-def common_start(runs: Sequence[Run], target: Scores | None) -> Scores | None:
-    """The scores before the first step of runs that `prepare` has returned; None where they are not known.
-
-    Without a target these are what a probe measured, if all runs began with one model.
-    """
-    starts = [run.trajectory[0] for run in runs]
-    begins = target is not None or len({run.model for run in runs}) == 1
-    return starts[0] if starts and begins and not any(start["step"] for start in starts) else None
 
 
 def prepare(run: Run, measure: ForgetRetainMetric, target: Scores | None) -> Run:

@@ -96,7 +96,14 @@ def probes_of_run(run: Path) -> list[Probe]:
             continue
         if corpus is None:
             raise InputError(f"{run} has no data.{split}; give --data FOLDER with {split}.txt and its counterpart")
-        rows = [row for row in read(corpus, split)[0] if row.texts[0].strip()]
+        try:
+            rows = [row for row in read(corpus, split)[0] if row.texts[0].strip()]
+        except InputError as error:
+            if Path(corpus.path).is_absolute() or Path(corpus.path).exists():
+                raise
+            raise InputError(
+                f"{error}; start this command where the run was started, or give --data FOLDER with copies"
+            ) from error
         for row in sample(rows, seed=0):
             content = {"text": row.texts[0]} if row.prompt is None else {"prompt": row.prompt, "response": row.texts[0]}
             probes.append({"split": split, **content})
@@ -178,6 +185,9 @@ def evaluate(
     """{"metrics": {split: {"probability", "rouge", "rouge_unseen"}}, "counts": {split: {"documents", "rouge"}},
     "protocol": text, "texts": {split: [{"prompt", "expected", "answer"}, …]} (see `choose_texts`)}.
 
+    Raises:
+        InputError: a split has no document with a token to predict.
+
     A document without a predicted token counts nowhere, one without words to decode does not count under `rouge`, and a
     split whose documents all continue with the same words has no `rouge_unseen`.
     """
@@ -189,6 +199,9 @@ def evaluate(
     }
 
     scored = [number for number, one in enumerate(encoded) if len(one.ids) > one.scored]
+    there = {probes[number]["split"] for number in scored}
+    if lacking := [split for split in found if split not in there]:
+        raise InputError(f"{title}: no document of {lacking[0]} has a second token; give longer ones")
     pairs = [(encoded[number].ids, encoded[number].scored) for number in scored]
     losses = scoring.answer_losses(model, pairs, batch_size=batch_size, title=f"{title} probability")
     for number, loss in zip(scored, losses, strict=True):

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from eval.suites.sharing import share
+from eval.suites.progress import after_each_token
+from eval.suites.sharing import share, share_writing
 from eval.vllm_model import VllmModel
 from pipeline.data.chat import encode_answers, openings
 from pipeline.errors import InputError
@@ -212,12 +213,14 @@ def answer(
     It also ends where the model's positions do. Settings that come with the model change nothing.
 
     Raises:
-        InputError: a prompt alone is longer than the model reads.
+        InputError: a prompt alone is longer than the model reads, or has no token.
     """
     import torch
     from transformers import GenerationConfig
 
     check_positions(model, max(map(len, prompts), default=0), title)
+    if not all(prompts):
+        raise InputError(f"{title}: a prompt has no token; repair or remove it")
     stops = [token for token in stopping.tokens if token is not None]
     limits, positions = stopping.limits(len(prompts)), positions_of(model)
     if positions is not None:  # nothing reads the last token
@@ -228,7 +231,7 @@ def answer(
     padding = next(token for token in (tokenizer.pad_token_id, *stops, 0) if is_embedded(model, token))
     device = input_device(model)
 
-    def work(batch: list[int]) -> list[str]:
+    def work(batch: list[int], advance: Callable[[], None]) -> list[str]:
         width = max(len(prompts[i]) for i in batch)
         pads = [width - len(prompts[i]) for i in batch]
         ids = torch.tensor([[padding] * pad + prompts[i] for pad, i in zip(pads, batch, strict=True)])
@@ -245,13 +248,17 @@ def answer(
             if stopping.seed is not None:
                 torch.manual_seed(stopping.seed * len(prompts) + batch[0])  # of the batch: ranks do not matter
             generated = model.generate(  # pyright: ignore[reportCallIssue] (its mixin is typed as a Module)
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=settings,
+                stopping_criteria=after_each_token(advance),
             )
         new = zip(batch, generated[:, width:].tolist(), strict=True)
         return [decode(tokenizer, tokens[: limits[i]], stops, stopping) for i, tokens in new]
 
     order = writing_batches(prompts, limits, batch_size, positions)[::-1]  # what memory does not hold shows at once
-    return restore_order(order, share(order, work, title))
+    lengths = [max(limits[i] for i in batch) for batch in order]
+    return restore_order(order, share_writing(order, work, lengths, title))
 
 
 def read_logits(

@@ -6,14 +6,12 @@ One process alone forms no group and imports neither torch nor DeepSpeed here, s
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from typing import NoReturn, TypeVar
 
+from eval.suites.progress import Progress, Unit
 from pipeline.distributed.environment import world_from_environment
-from pipeline.distributed.terminal import can_redraw
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -62,27 +60,55 @@ def share(batches: Sequence[Batch], work: Callable[[Batch], Result], title: str)
     """[work(batch) for batch in batches] on every rank, each of which works on every size-th batch.
 
     The batches are those of one rank, so the results are too, to the bit. All ranks work equally often: a rank that has
-    no batch left repeats the last one, because a forward pass of a sharded model needs every rank.
+    no batch left repeats the last one, because a forward pass of a sharded model needs every rank. Progress counts
+    batches.
 
     Raises:
         torch.OutOfMemoryError: on every rank, if `work` raised it on one. Of a sharded model it ends that rank alone,
             because the others wait for it inside a forward pass.
     """
+    return _share(batches, lambda batch, _: work(batch), [1] * len(batches), Unit("batch", "batches"), title)
+
+
+def share_writing(
+    batches: Sequence[Batch],
+    work: Callable[[Batch, Callable[[], None]], Result],
+    lengths: Sequence[int],
+    title: str,
+) -> list[Result]:
+    """The same of answers, which take minutes a batch on a CPU: progress counts the tokens of a row.
+
+    Args:
+        work: gets a function as well, to call after each token.
+        lengths: the most tokens that it writes for a row of each batch.
+    """
+    return _share(batches, work, lengths, Unit("token", "tokens"), title)
+
+
+def _share(
+    batches: Sequence[Batch],
+    work: Callable[[Batch, Callable[[], None]], Result],
+    lengths: Sequence[int],
+    unit: Unit,
+    title: str,
+) -> list[Result]:
     import torch
 
-    from pipeline.distributed.bar import Bar
-
     rank, size = rank_and_size()
-    rounds = range(rank, -(-len(batches) // size) * size, size)
-    bar = Bar(rounds, title=f"{title}, batch", is_shown=rank == 0 and can_redraw(sys.stderr))
-    shown = with_lines(rounds, title) if rank == 0 and bar.disable else bar
+    own_batches = [min(i, len(batches) - 1) for i in range(rank, -(-len(batches) // size) * size, size)]
+    progress = Progress(sum(lengths[i] for i in own_batches), title, unit, is_shown=rank == 0)
     own, lacks = [], None
     try:
-        own = [work(batches[min(i, len(batches) - 1)]) for i in shown]
+        for i in own_batches:
+            end = progress.done + lengths[i]
+            own.append(work(batches[i], progress.advance))
+            progress.advance(end - progress.done)
     except torch.OutOfMemoryError as error:
         if _is_sharded[0]:
             raise
         lacks = str(error)
+    finally:
+        progress.bar.close()
     parts, all_lack = [own] * size, [lacks] * size
     if size > 1:
         torch.distributed.all_gather_object(all_lack, lacks)
@@ -90,27 +116,6 @@ def share(batches: Sequence[Batch], work: Callable[[Batch], Result], title: str)
     if found := [one for one in all_lack if one is not None]:
         raise torch.OutOfMemoryError(found[0])
     return [parts[i % size][i // size] for i in range(len(batches))]
-
-
-PROGRESS_EVERY_S = 10.0  # between two lines of progress where stderr is no terminal
-_last_line = [float("-inf")]  # when this process printed the last one, whatever it was about
-
-
-def announce(line: str, *, always: bool = False) -> None:
-    """Print a line of progress on stderr, unless one was printed a moment ago. always: even then."""
-    if always or time.monotonic() - _last_line[0] >= PROGRESS_EVERY_S:
-        _last_line[0] = time.monotonic()
-        print(line, file=sys.stderr, flush=True)
-
-
-def with_lines(rounds: range, title: str) -> Iterator[int]:
-    """The rounds, with a line of progress now and then: the program must not seem to hang where no bar is drawn."""
-    began = time.monotonic()
-    for done, number in enumerate(rounds):
-        if done:
-            left = timedelta(seconds=round((time.monotonic() - began) / done * (len(rounds) - done)))
-            announce(f"{title}: {done} of {len(rounds)} batches, {left} left")
-        yield number
 
 
 def leave(status: int) -> NoReturn:

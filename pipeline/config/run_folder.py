@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pipeline.config.load import resolve
 from pipeline.config.schema import RunConfig
-from pipeline.errors import InputError
-from pipeline.files import Json
+from pipeline.errors import FULL, InputError
+from pipeline.files import Json, unwritable
 
 # A resumed run may differ in these keys: its weights depend on none of them.
 RELOCATABLE_KEYS = ("output", "cache")  # a run may move
@@ -59,12 +59,18 @@ def check_output_dir(config: RunConfig, resume: bool) -> None:
     """Refuse to overwrite a run, and to resume another run than the one in the folder.
 
     Raises:
-        InputError: `output` is a file, contains a run (without `resume`), or another run than `config` describes.
-            `checkpoint.load` compares the content behind the keys of BY_CONTENT.
+        InputError: `output` is a file, cannot be written, contains a run (without `resume`), or another run than
+            `config` describes. `checkpoint.load` compares the content behind the keys of BY_CONTENT.
     """
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise InputError(f"output: {output} is a file; name a folder")
+    found = unwritable(output)
+    if found is not None and found[1].errno not in FULL:  # of a full disk, the file that does not fit says more
+        place, reason = found
+        raise InputError(
+            f"output: {output} cannot be written, because of {place} ({reason.strerror}); name a folder elsewhere"
+        )
     if not any((output / name).exists() for name in ("config.yaml", "metrics.jsonl", "final")):
         return
     if not resume:

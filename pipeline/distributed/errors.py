@@ -20,15 +20,19 @@ from torch.distributed import distributed_c10d
 from pipeline.distributed.process_group import T
 from pipeline.distributed.signals import INTERRUPTED
 from pipeline.distributed.slow_work import slow_work
-from pipeline.errors import FatalError, InputError
+from pipeline.errors import FatalError, InputError, denied_files
 
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Run a block on every rank; an InputError or a FatalError on any of them becomes the same error on all."""
+    """Run a block on every rank; an InputError or a FatalError on any of them becomes the same error on all.
+
+    So does a file that one of them may not reach (`denied_files`).
+    """
     mine: tuple[type[Exception], str] | None = None
     try:
-        yield
+        with denied_files():
+            yield
     except (InputError, FatalError) as error:
         mine = type(error), str(error)
     errors: list[tuple[type[Exception], str] | None] = [None] * dist.get_world_size()
@@ -101,12 +105,12 @@ def report(error: BaseException, logged: bool = False) -> int:
         logged: `log.txt` contains the traceback.
     """
     rank = os.environ.get("RANK", "0")
+    if isinstance(error, KeyboardInterrupt):  # of all ranks: one that asks the store of another would be too late
+        print(f"\nrank {rank}: interrupted", file=sys.stderr)
+        return INTERRUPTED
     # A FatalError is one of all ranks. The first counts it, and may end, and with it the store, while another asks.
     is_first = not (isinstance(error, FatalError) and rank != "0") and _is_first()
     print(file=sys.stderr)  # end the progress line
-    if isinstance(error, KeyboardInterrupt):
-        print(f"rank {rank}: interrupted", file=sys.stderr)
-        return INTERRUPTED
     if isinstance(error, FatalError):
         if (
             rank != "0"

@@ -190,13 +190,13 @@ def test_leak(
     reader = loaded(run / "final")
     with plain.timed("plain loop, 6 greedy answers"):
         lengths = [len(ids) - start for ids, start, _ in (reader.pair(*row.values()) for row in forget)]
-        said = [reader.writes(reader.question(row["question"]), n) for row, n in zip(forget, lengths, strict=True)]
-    assert greedy == [text.strip() for text in said]
+        texts = [reader.writes(reader.question(row["question"]), n) for row, n in zip(forget, lengths, strict=True)]
+    assert greedy == [text.strip() for text in texts]
 
     def hit(row: Row, text: str) -> bool:
         return plain.stemmed_recall(row["answer"], text) >= 0.8
 
-    assert entry["before"] == {"greedy": fmean(hit(row, text) for row, text in zip(forget, said, strict=True))}
+    assert entry["before"] == {"greedy": fmean(hit(row, text) for row, text in zip(forget, texts, strict=True))}
     hits = [[hit(row, text) for text in sampled[n * SAMPLES : (n + 1) * SAMPLES]] for n, row in enumerate(forget)]
     assert len(sampled) == 6 * SAMPLES and any(0 < sum(own) < SAMPLES for own in hits), hits
     assert list(entry["after"]) == ["leak@1", "leak@2", "leak@4", "leak@8"]

@@ -58,6 +58,7 @@ def test_a_run_answers_beside_the_model_that_it_began_with(run: Path) -> None:
     line = [sys.executable, "-m", "eval.chat", "--model", str(run), "--max-new-tokens", "12"]
     done = subprocess.run(line, input="Ann lives in\n\nBob keeps\n", capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "progress of answers that take a moment"
     first, ann, bob = done.stdout.split("\n> ")
     assert f"before: {run.parent / 'before'}" in first and f"after: {run / 'final'}" in first
     assert [cell.strip() for cell in ann.splitlines()[1].split("|")] == ["before", "after"]
@@ -93,16 +94,41 @@ def test_answers_stand_beside_each_other_or_below() -> None:
     ("options", "message"),
     [
         (["--model", "RUN", "--max-new-tokens", "0"], "--max-new-tokens 0"),
-        (["--model", "NOWHERE"], "there is no folder"),
-        (["--model", "RUN", "--beside", "NOWHERE"], "there is no folder"),
+        (["--model", "NOWHERE"], "error: --model: there is no folder"),
+        (["--model", "RUN", "--beside", "NOWHERE"], "error: --beside: there is no folder"),
+        (["--model", "RUN", "--beside", "EMPTY"], "error: --beside EMPTY is no Hugging Face model folder"),
+        (["--model", "RUN", "--beside", "some-one/model"], "error: there is no folder"),
     ],
 )
 def test_bad_options(
     options: list[str], message: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    places = {"RUN": str(run), "NOWHERE": str(run.parent / "nowhere")}
+    places = {"RUN": str(run), "NOWHERE": str(run.parent / "nowhere"), "EMPTY": str(run / "exports")}
     assert ask(monkeypatch, "", *[places.get(option, option) for option in options]) == 2
-    assert message in capsys.readouterr().err
+    assert message.replace("EMPTY", places["EMPTY"]) in capsys.readouterr().err
+
+
+def test_a_question_that_is_too_long_does_not_end_the_session(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The small models read 256 tokens, as their configuration says."""
+    typed = f"{'cat ' * 300}\nAnn lives in\n"
+    assert ask(monkeypatch, typed, "--model", run, "--max-new-tokens", 12) == 0
+    _, long, short = capsys.readouterr().out.split("\n> ")
+    assert "this model reads 256: shorten" in " ".join(long.replace("|", " ").split())
+    assert [cell.strip() for cell in short.splitlines()[3].split("|")] == ["Rome.", "a box."]
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_question_that_is_not_utf8_is_named(
+    errors: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As standard input is where the locale has UTF-8, and where it has none (C, POSIX)."""
+    typed = io.TextIOWrapper(io.BytesIO("Ann lives in\nWo wohnt Jörg?\n".encode("latin-1")), "utf-8", errors)
+    monkeypatch.setattr(sys, "stdin", typed)
+    monkeypatch.setattr(sys, "argv", ["chat", "--model", str(run), "--max-new-tokens", "2"])
+    assert exit_status(chat.main) == 2
+    assert "is not UTF-8 text; convert" in capsys.readouterr().err
 
 
 def test_a_run_whose_first_model_is_gone_names_the_option(

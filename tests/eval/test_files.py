@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eval.files import read_config
+from eval.files import exit_status, read_config
 from eval.sweep.runs import read_presets
 from pipeline.config.load import resolve
 from pipeline.errors import InputError
@@ -47,3 +47,11 @@ def test_sections_that_are_no_tables_are_refused_by_their_own_name(tmp_path: Pat
     assert read_config(tmp_path, ("model",))["optimizer"] == "sgd"
     with pytest.raises(InputError, match="has no section optimizer"):
         read_config(tmp_path, ("model", "optimizer"))
+
+
+def test_an_interrupted_command_says_so_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    assert exit_status(interrupted) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"  # below a bar

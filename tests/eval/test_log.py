@@ -31,7 +31,7 @@ def written(folder: Path, *rows: object) -> Path:
 
 READERS: dict[str, Callable[[Path], object]] = {
     "eval.run, models": find_models,
-    "eval.run, the model before": lambda folder: run.before_unlearning(folder, [ENTRY]),
+    "eval.run, the model before": lambda folder: run.before_unlearning(folder, [ENTRY], {}),
     "an attack": read_curve,
 }
 
@@ -59,11 +59,11 @@ def test_a_log_without_a_row_of_a_step(tmp_path: Path) -> None:
     """A run that ended before its first step has no step of which `final/` could be the model, and one that never
     logged anything has no probe before the first step; neither is an error."""
     empty, before = written(tmp_path / "empty"), written(tmp_path / "before", {"step": 0, **PROBE})
-    assert run.before_unlearning(empty, [ENTRY]) == ("the model before the first step", {})
+    assert run.before_unlearning(empty, [ENTRY], {}) == ("the model before the first step", {})
     assert read_curve(empty) == []
     for folder in (empty, before):
         with pytest.raises(InputError, match="holds no exported model yet"):
             find_models(folder)
-    _, scores = run.before_unlearning(before, [ENTRY])
+    _, scores = run.before_unlearning(before, [ENTRY], {})
     assert scores == {"step": 0.0, "probes.forget.extraction_strength": 0.9, "probes.retain.extraction_strength": 0.8}
     assert [(row["step"], sorted(row)) for row in read_curve(before)] == [(0, ["forget", "relearned", "step"])]

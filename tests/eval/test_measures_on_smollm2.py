@@ -95,10 +95,10 @@ def tofu_by_definition(reader: plain.Reader, rows: dict[str, Rows]) -> tuple[dic
         if name in ("real_authors", "world_facts"):
             right = [p / (p + sum(math.exp(-w) for w in wrong)) for p, (_, _, wrong) in zip(right, scored, strict=True)]
         with plain.timed(f"plain loop, answers to {len(own)} questions of {name}"):
-            said = [reader.writes(reader.question(row["question"]), 200) for row in own]
+            texts = [reader.writes(reader.question(row["question"]), 200) for row in own]
         found[name] = {
             "probability": fmean(right),
-            "rouge": fmean(plain.stemmed_recall(row["answer"], text) for row, text in zip(own, said, strict=True)),
+            "rouge": fmean(plain.stemmed_recall(row["answer"], text) for row, text in zip(own, texts, strict=True)),
             "extraction_strength": fmean(one.strength() for one, _, _ in scored),
             "exact_memorization": fmean(one.memorized() for one, _, _ in scored),
         }
@@ -218,14 +218,14 @@ def test_muse(learnt: plain.Reader, rows: dict[str, Rows], data: Path, tmp_path:
             scores = []
             for row in of:
                 ids = learnt.tokenizer(f"{before}Question: {row['question']}\nAnswer: ").input_ids
-                said = learnt.writes(ids, 32)
+                text = learnt.writes(ids, 32)
                 for stop in ("\n\n", "\nQuestion", "Question:"):
-                    said = said.split(stop)[0]
-                scores.append(plain.f1(row["answer"], said))
+                    text = text.split(stop)[0]
+                scores.append(plain.f1(row["answer"], text))
             assert found[side]["knowmem"] == pytest.approx(fmean(scores)) and any(scores)
     with plain.timed("plain loop, VerbMem of 3 passages"):
-        said = [learnt.writes(learnt.tokenizer(one).input_ids, 128) for one, _ in halves]
-    scores = [plain.f1(other, text) for (_, other), text in zip(halves, said, strict=True)]
+        texts = [learnt.writes(learnt.tokenizer(one).input_ids, 128) for one, _ in halves]
+    scores = [plain.f1(other, text) for (_, other), text in zip(halves, texts, strict=True)]
     assert found["forget"]["verbmem"] == pytest.approx(fmean(scores)) and any(scores)
     with plain.timed("plain loop, PrivLeak of 5 + 5 texts"):
         own, other = (

@@ -14,7 +14,7 @@ import yaml
 
 from eval import frontier
 from eval.files import exit_status
-from eval.suites import corpus, sharing
+from eval.suites import corpus, progress, sharing
 from eval.sweep import runs as sweep_runs
 from pipeline.config.schema import REPOSITORY
 from tests.conftest import World
@@ -174,8 +174,8 @@ def test_progress_is_shown_where_there_is_no_terminal(
 ) -> None:
     """A line as soon as ten seconds have passed since the last, with what is left."""
     now = [0.0]
-    monkeypatch.setattr(sharing.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(sharing, "_last_line", [0.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "_last_line", [0.0])
 
     def work(batch: int) -> int:
         now[0] += 4.0

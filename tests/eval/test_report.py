@@ -189,6 +189,12 @@ def test_the_command_writes_a_report_that_stands_alone(tmp_path: Path) -> None:
         ("evaluation.json", None, "python -m eval.run --model"),
         ("evaluation.json", '{"suites": {}}', "no trajectory"),
         ("evaluation.json", '{"trajectory": [{"step": 1, "suites": {"other": {}}}]}', "as eval.run writes"),
+        ("evaluation.json", '{"trajectory": [{"step": "one", "suites": {}}]}', "as eval.run writes"),
+        (
+            "evaluation.json",
+            '{"trajectory": [{"step": 9, "suites": {}}, {"step": 2, "suites": {}}]}',
+            "step 2 after step 9",
+        ),
         (
             "evaluation.json",
             '{"trajectory": [{"step": 1, "suites": {"bios": {"metrics": {"retain": {"all": 1}}}}}]}',
@@ -219,6 +225,22 @@ def test_unusable_runs(
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.parametrize("log", ["", '{"step": 1, LOSSES}\n'], ids=["no step", "no finite loss"])
+def test_a_run_without_a_loss_to_draw_has_a_report_without_that_figure(
+    log: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a run that ended before its first step, or whose every step overflowed."""
+    folder = make_run(tmp_path / "run", REACHES)
+    losses = json.dumps(dict.fromkeys(("forget_loss", "retain_loss", *trajectories.COSINES)))[1:-1]
+    (folder / "metrics.jsonl").write_text(log.replace("LOSSES", losses))
+    monkeypatch.setattr(sys, "argv", ["report.py", str(folder), "--output", str(tmp_path / "report")])
+    assert exit_status(report.main) == 0
+    files = {path.name for path in (tmp_path / "report").iterdir()}
+    assert files == {"index.html", "report.md", "frontier.png", "points.png"}
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert set(re.findall(r"\w+\.png", page)) == {"frontier.png", "points.png"} and "no step logged a loss" in page
+
+
 def test_unusable_arguments(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", REACHES)
     for arguments, words in (
@@ -228,6 +250,10 @@ def test_unusable_arguments(tmp_path: Path) -> None:
         ([folder, "--output", tmp_path / "report", "--retain", "bios.retain.fb"], "bios.retain.FB"),
         ([folder, "--output", folder / "config.yaml"], "name a folder"),
         ([tmp_path / "nowhere", "--output", tmp_path / "report"], "nowhere"),
+        (
+            [folder, "--output", tmp_path / "report", "--target", folder / "evaluation.json"],
+            f"--target {folder / 'evaluation.json'} is the evaluation of a run",
+        ),
     ):
         result = command(*arguments)
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and words in result.stderr

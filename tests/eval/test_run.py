@@ -1,6 +1,9 @@
 """The evaluation command on real model folders and on a run folder, and every way to refuse."""
 
+import argparse
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval import bios, run
+from eval.batch_size import rows_or_auto
 from eval.evaluation import find_models
 from eval.suites import biographies
 from eval.suites import bios as bios_suite
@@ -97,6 +101,65 @@ def test_a_run_folder_gives_its_trajectory(world: Path, run_folder: Path, monkey
         (10, "final"),
     ]
     assert [entry["suites"]["bios"]["metrics"]["retain"]["all"] for entry in trajectory] == [0.0, 1.0, 1.0]
+
+
+def test_the_table_and_the_card_begin_with_the_model_before(
+    world: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If it was evaluated; else one line says how, and following it brings the row."""
+    sections = {"model": {"path": str(world / "taught")}, "objective": {"forget": "ga"}, "synthesis": {"rule": "sum"}}
+    (run_folder / "config.yaml").write_text(json.dumps({**sections, "optimizer": {}, "seed": 0}))
+    (run_folder / "final" / "README.md").write_text("tags: [unlearning]\n## How to use it\n")
+    arguments = ["--suite", "bios", "--data", world / "data", "--output"]
+    evaluate(monkeypatch, "--model", run_folder, *arguments, run_folder / "evaluation.json")
+    printed = capsys.readouterr().out
+    assert "before " not in printed.partition("wrote ")[0].partition("no evaluation")[0]
+    (said,) = re.findall(r"`python -m eval.run (.*?)`", printed)
+    evaluate(monkeypatch, *shlex.split(said))
+    capsys.readouterr()
+    evaluate(monkeypatch, "--model", run_folder, *arguments, run_folder / "evaluation.json")
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines()]
+    assert rows[2:6] == [
+        ["before", "1.000", "1.000"],
+        ["2", "0.000", "0.000"],
+        ["9", "1.000", "1.000"],
+        ["10", "1.000", "1.000"],
+    ]
+    assert "python -m eval.run" not in printed
+    card = (run_folder / "final" / "README.md").read_text()
+    assert "| before | 1.000 | 1.000 |\n| 10 | 1.000 | 1.000 |" in card
+
+
+def test_a_run_that_may_not_be_written_is_evaluated_all_the_same(
+    world: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody else's model: its card and its TensorBoard log stay as they are, and the output has the scores."""
+    (run_folder / "config.yaml").write_text("objective: {forget: none}\nmodel: {path: some-one/model}\n")
+    (run_folder / "tensorboard").mkdir()
+    (run_folder / "final" / "README.md").write_text("tags: [unlearning]\n## How to use it\n")
+
+    def refuse(path: Path, *_: object) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("eval.reporting.card.write_whole", refuse)
+    monkeypatch.setattr("eval.reporting.board.whole", refuse)
+    output = run_folder.parent / "e.json"
+    evaluate(monkeypatch, "--model", run_folder, "--suite", "bios", "--data", world / "data", "--output", output)
+    assert len(json.loads(output.read_text())["trajectory"]) == 3
+    captured = capsys.readouterr()
+    notes = [line for line in captured.err.splitlines() if line.startswith("note: ")]
+    assert captured.out.endswith(f"wrote {output}\n") and [note.split(" gets no")[0] for note in notes] == [
+        f"note: the card of {run_folder / 'final'}",
+        f"note: the TensorBoard log of {run_folder}",
+    ]
+    assert all("Permission denied" in note and str(output) in note for note in notes)
+
+
+def test_a_batch_size_that_is_no_number_is_refused_in_plain_words() -> None:
+    assert rows_or_auto("auto") == "auto" and rows_or_auto("8") == 8
+    with pytest.raises(argparse.ArgumentTypeError, match="'x' is neither a number nor auto"):
+        rows_or_auto("x")
 
 
 def test_an_unfinished_run_is_evaluated_as_far_as_it_got(run_folder: Path) -> None:

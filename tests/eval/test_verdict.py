@@ -12,7 +12,7 @@ from eval.reporting.interactive import specification
 from eval.reporting.pages import Table, as_markdown
 from eval.reporting.verdict import verdict
 from eval.results import grouping, trajectories
-from eval.results.metrics import MEASURES, falls, label, readable
+from eval.results.metrics import MEASURES, ForgetRetainMetric, falls, label, readable
 from eval.results.stats import correlate
 from pipeline.config.schema import Synthesis
 from tests.eval.runs import Suites, make_run
@@ -36,6 +36,10 @@ def seeds(folder: Path, rule: str, ends: list[tuple[float, float, float]]) -> li
     return [make_run(folder / f"{rule}{n}", [bios(*end)], rule=rule, seed=n) for n, end in enumerate(ends)]
 
 
+def texts_of(groups: Groups, measure: ForgetRetainMetric, target: dict[str, float] | None) -> list[str]:
+    return [finding.text for finding in verdict(groups, measure, target)]
+
+
 def test_the_verdict_is_arithmetic(tmp_path: Path) -> None:
     """sago 0.72 and 0.76 of 0.8: 92.5 %, sd 0.04 / sqrt(2) / 0.8 = 3.5 %; sum 0.24 and 0.40: 40 %, sd 14.1 %."""
     groups = read(
@@ -43,7 +47,7 @@ def test_the_verdict_is_arithmetic(tmp_path: Path) -> None:
         *seeds(tmp_path, "sum", [(0.1, 0.24, 0.60), (0.1, 0.40, 0.60), (0.7, 0.80, 0.90)]),
         *seeds(tmp_path, "pcgrad", [(0.45, 0.80, 0.90)]),
     )
-    [sentence] = verdict(groups, BIOS, TARGET)
+    [sentence] = texts_of(groups, BIOS, TARGET)
     assert sentence == (
         "sago keeps 92.5 % ± 3.5 of the target model's retain ROUGE-L at the same forgetting (forget ROUGE-L 0.1), sum "
         "40.0 % ± 14.1 (2 of 3 seeds); its lead over sum, 0.420, is more than the spread of the seeds. What neither "
@@ -64,7 +68,7 @@ def test_the_verdict_says_what_became_of_the_sets_that_only_probes_measure(tmp_p
 
     folders = [ends("sago", 0.5), ends("sum", 0.2)]
     groups = grouping.group_runs(trajectories.prepare(trajectories.read_run(one), measure, start) for one in folders)
-    [sentence] = verdict(groups, measure, start)
+    [sentence] = texts_of(groups, measure, start)
     assert (
         "What neither corpus covers: others probability 0.20 under sum and 0.50 under sago (before: 0.80)." in sentence
     )
@@ -85,7 +89,7 @@ def test_what_is_kept_is_said_by_the_kind_of_score_that_measures_forgetting(tmp_
         for rule, strength in (("sum", 0.1), ("sago", 0.2))
     ]  # fmt: skip
     groups = grouping.group_runs(trajectories.prepare(trajectories.read_run(one), measure, start) for one in folders)
-    [sentence] = verdict(groups, measure, start)
+    [sentence] = texts_of(groups, measure, start)
     assert "66.7 % of the target model's retain probability" in sentence
     assert "By retain extraction strength: sago 25.0 % and sum 12.5 %." in sentence
 
@@ -100,18 +104,18 @@ def test_a_lead_within_the_spread_and_one_seed_are_said(tmp_path: Path) -> None:
         *seeds(tmp_path / "close", "sago", [(0.1, 0.5, 0.5), (0.1, 0.7, 0.5)]),
         *seeds(tmp_path / "close", "sum", [(0.1, 0.5, 0.5), (0.1, 0.6, 0.5)]),
     )  # 0.05 apart; sd 0.141 and 0.071
-    assert "0.050, is no more than the spread of the seeds" in verdict(close, BIOS, TARGET)[0]
+    assert "0.050, is no more than the spread of the seeds" in texts_of(close, BIOS, TARGET)[0]
     one = read(*seeds(tmp_path / "one", "sago", [(0.1, 0.5, 0.5)]), *seeds(tmp_path / "one", "sum", [(0.1, 0.6, 0.5)]))
-    assert "with one seed there is no spread" in verdict(one, BIOS, TARGET)[0]
+    assert "with one seed there is no spread" in texts_of(one, BIOS, TARGET)[0]
 
 
 def test_the_verdict_without_a_target_or_a_run_at_the_level(tmp_path: Path) -> None:
     alone = read(*seeds(tmp_path / "a", "sago", [(0.1, 0.5, 0.5)]), target=None)
-    assert verdict(alone, BIOS, None) == [
+    assert texts_of(alone, BIOS, None) == [
         "sago keeps 0.500 of retain ROUGE-L where it has forgotten (forget ROUGE-L 0.1)."
     ]
     never = read(*seeds(tmp_path / "b", "sago", [(0.4, 0.5, 0.5)]), *seeds(tmp_path / "b", "sum", [(0.3, 0.5, 0.5)]))
-    assert verdict(never, BIOS, TARGET) == [
+    assert texts_of(never, BIOS, TARGET) == [
         "No run of npo+nll reached forget ROUGE-L 0.1; the lowest: sago (0.400) and sum (0.300)."
     ]
 
@@ -122,18 +126,18 @@ def test_runs_that_begin_below_the_level_are_not_compared_at_it(tmp_path: Path) 
         make_run(tmp_path / "sago", [bios(0.09, 0.8), bios(0.0, 0.5)]),
         make_run(tmp_path / "sum", [bios(0.0, 0.4), bios(0.0, 0.3)], rule="sum"),
     ]
-    [sentence] = verdict(read(*below, target=None), BIOS, None)
+    [sentence] = texts_of(read(*below, target=None), BIOS, None)
     assert sentence == (
         "Not compared, because below forget ROUGE-L 0.1 from the first evaluation: sago (0.090) and sum (0.000). Give "
         "the evaluation of the model before unlearning by --target, or evaluate earlier exports (a smaller "
         "train.export_every or train.probe_every)."
     )
     other = make_run(tmp_path / "b", [bios(0.1, 0.6)], rule="pcgrad")
-    [sentence] = verdict(read(*below, other, target=None), BIOS, None)
+    [sentence] = texts_of(read(*below, other, target=None), BIOS, None)
     assert sentence.startswith("pcgrad keeps 0.600 of retain ROUGE-L where it has forgotten (forget ROUGE-L 0.1).")
     assert "from the first evaluation: sago (0.090) and sum (0.000)." in sentence
     # From 1.0 and 0.8 at step 0 each is known at the level: 0.9 / 0.91 and 0.9 of the way to the first export.
-    [sentence] = verdict(read(*below), BIOS, TARGET)
+    [sentence] = texts_of(read(*below), BIOS, TARGET)
     assert "sago keeps 100.0 %" in sentence and "sum 55.0 %" in sentence and "Not compared" not in sentence
 
 
@@ -143,7 +147,7 @@ def test_seeds_that_begin_below_the_level_do_not_count(tmp_path: Path) -> None:
         make_run(tmp_path / "b", [bios(0.05, 0.2)], seed=1),
         make_run(tmp_path / "c", [bios(0.4, 0.9)], rule="sum"),
     ]
-    [sentence] = verdict(read(*folders, target=None), BIOS, None)
+    [sentence] = texts_of(read(*folders, target=None), BIOS, None)
     assert sentence.startswith("sago keeps 0.600 (1 of 2 seeds) of retain ROUGE-L where it has forgotten")
     assert "first evaluation: sago (0.050)" in sentence
     assert "none of its seeds reached forget ROUGE-L 0.1; the lowest: sum (0.400)" in sentence

@@ -10,8 +10,9 @@ import pytest
 from eval import report
 from eval.evaluation import digests_of_sets
 from eval.files import exit_status
+from eval.results.common import common_suites
 from eval.results.method import method_of
-from eval.results.trajectories import common_suites, read_run
+from eval.results.trajectories import read_run
 from pipeline.errors import InputError
 from tests.eval.reported import alter
 from tests.eval.runs import make_run
@@ -182,3 +183,15 @@ def test_the_digest_of_a_set_is_of_its_rows_alone() -> None:
     assert digests_of_sets(beside) == found, "what other models answered is known later than the target's scores"
     assert digests_of_sets(rows[:2])["retain"] == found["retain"]
     assert digests_of_sets(rows[:2])["forget"] != found["forget"]
+
+
+def test_runs_must_share_a_suite(tmp_path: Path) -> None:
+    """The message has a run for each list of suites, and those of the target."""
+    suites = {"a": ["mmlu", "wmdp_cyber"], "b": ["mmlu", "wmdp_cyber"], "c": ["tofu"]}
+    exports = {name: {suite: {"x": 0.5} for suite in of} for name, of in suites.items()}
+    a, b, c = (read_run(make_run(tmp_path / name, [of])) for name, of in exports.items())
+    with pytest.raises(InputError, match="these runs have no suite in common") as caught:
+        common_suites([a, b, c], None)
+    assert f"({a.folder}: mmlu, wmdp_cyber; {c.folder}: tofu); evaluate all on the same" in str(caught.value)
+    with pytest.raises(InputError, match=r"these runs and --target have .*: tofu; --target: bios\); evaluate all"):
+        common_suites([c], {"step": 0.0, "bios.forget.all": 1.0, "bios.retain.all": 1.0})

@@ -64,7 +64,7 @@ def test_no_report_prints_a_small_score_as_zero(tmp_path: Path) -> None:
     for text in (as_markdown(blocks), page):
         assert "0.00042" in text and "4.1e-05" in text
     entries = [{"step": 1, "model": "m", "suites": {"corpus": {"metrics": corpus(0.00042, 0.5)["corpus"]}}}]
-    assert "0.00042" in as_text(run.score_tables(entries)["corpus"])
+    assert "0.00042" in as_text(run.score_tables(entries, {})["corpus"])
 
 
 # e^-5.9 = 0.0027 and e^-3.9 = 0.020 are what SmolLM2-135M gives to invented persons and to common facts.
@@ -102,7 +102,8 @@ def test_a_model_that_never_knew_has_nothing_to_forget(
         nested[suite].setdefault(part, {})[rest] = value / 2
     measure = choose(suites, target=target)
     read = trajectories.read_run(make_run(tmp_path / "run", [nested]))
-    found = verdict(grouping.group_runs([trajectories.prepare(read, measure, target)]), measure, target)
+    groups = grouping.group_runs([trajectories.prepare(read, measure, target)])
+    found = [finding.text for finding in verdict(groups, measure, target)]
     if message is None:
         assert not any("Nothing to forget" in sentence for sentence in found)
     else:
@@ -111,16 +112,29 @@ def test_a_model_that_never_knew_has_nothing_to_forget(
         assert "Begin with a model that knows the forget corpus" in sentence
 
 
+def bios_metrics(score: float) -> dict[str, dict[str, float]]:
+    return {"forget": {"all": score}, "retain": {"all": score}}
+
+
 def test_the_command_says_so_of_a_single_model_and_of_the_first_probe_of_a_run(tmp_path: Path) -> None:
     """A run that trains a target model (objective.forget none) begins with one that knows nothing: no fault."""
-    metrics = {"forget": {"all": 0.02}, "retain": {"all": 0.02}}
-    entry = {"step": None, "model": "m", "suites": {"bios": {"metrics": metrics}}}
-    (sentence,) = run.unknown_to(*run.before_unlearning(tmp_path, [entry]))
+    entry = {"step": None, "model": "m", "suites": {"bios": {"metrics": bios_metrics(0.02)}}}
+    (sentence,) = run.unknown_to(*run.before_unlearning(tmp_path, [entry], {}))
     assert sentence.startswith("Nothing to forget: this model has forget ROUGE-L 0.020")
     probe = {"probe/forget/extraction_strength": 0.01, "probe/retain/probability": 0.5}
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, **probe}) + "\n" + json.dumps({"step": 1}) + "\n")
     for objective, sentences in (("npo", 1), ("none", 0)):
         (tmp_path / "config.yaml").write_text(f"objective: {{forget: {objective}}}\n")
-        found = run.unknown_to(*run.before_unlearning(tmp_path, [{**entry, "step": 1}]))
+        found = run.unknown_to(*run.before_unlearning(tmp_path, [{**entry, "step": 1}], {}))
         assert len(found) == sentences
         assert all("the model before the first step has forget extraction strength 0.01" in one for one in found)
+
+
+def test_a_model_that_a_run_has_unlearned_is_no_fault(tmp_path: Path) -> None:
+    """`final/` of a run, or one of its exports, should know nothing; that of a run that learned should."""
+    entry = {"step": None, "model": "m", "suites": {"bios": {"metrics": bios_metrics(0.02)}}}
+    (tmp_path / "metrics.jsonl").touch()
+    for objective, sentences in (("npo", 0), ("none", 1)):
+        (tmp_path / "config.yaml").write_text(f"objective: {{forget: {objective}}}\n")
+        for place in ("final", "exports/step-000010"):
+            assert len(run.unknown_to(*run.before_unlearning(tmp_path / place, [entry], {}))) == sentences, place

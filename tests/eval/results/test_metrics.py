@@ -9,6 +9,7 @@ import pytest
 from eval.reporting import run_report, sections, tables
 from eval.reporting.pages import Table, as_markdown
 from eval.results import grouping, paper, trajectories
+from eval.results.common import common_suites
 from eval.results.metrics import MEASURES, ForgetRetainMetric, choose
 from pipeline.errors import InputError
 from tests.eval.runs import Suites, make_run
@@ -16,7 +17,7 @@ from tests.eval.runs import Suites, make_run
 
 def read(*folders: Path, **options: Any) -> tuple[dict[str, list[trajectories.Run]], ForgetRetainMetric]:
     runs = [trajectories.read_run(folder) for folder in folders]
-    measure = choose(trajectories.common_suites(runs, None), **options)
+    measure = choose(common_suites(runs, None), **options)
     return grouping.group_runs(trajectories.prepare(run, measure, None) for run in runs), measure
 
 
@@ -90,8 +91,8 @@ def test_options_override_the_measure() -> None:
 @pytest.mark.parametrize(
     ("suites", "options", "message"),
     [
-        (["bios"], {"forget": "rwku.sago.F-All"}, "--forget rwku.sago.F-All"),
         (["bios"], {"retain": "retain.all"}, "SUITE.METRIC"),
+        (["tofu"], {"forget": "bios.forget.all"}, r"--forget bios.forget.all is no score of .* \(tofu\)"),
         (["tofu"], {"forget": "tofu.forget_quality"}, "rises"),
         (["muse_news"], {"forget": "muse_news.privleak"}, "rises"),
         (["bios"], {"level": 1.5}, "--level 1.5"),
@@ -124,12 +125,6 @@ def test_an_export_without_the_score_is_left_out_and_told(tmp_path: Path) -> Non
     assert f"{tmp_path / 'run'}: step 20" in as_markdown(run_report.compose(groups, measure, None))
     with pytest.raises(InputError, match=r"no score tofu.model_utility"):
         read(make_run(tmp_path / "none", [tofu(0.8, None)]))
-
-
-def test_runs_must_share_a_suite(tmp_path: Path) -> None:
-    folders = [make_run(tmp_path / "a", [wmdp(0.3, 0.5)]), make_run(tmp_path / "b", [tofu(0.3, 0.5)])]
-    with pytest.raises(InputError, match="no suite in common"):
-        read(*folders)
 
 
 def test_the_papers_rows_are_beneath_ours(tmp_path: Path) -> None:

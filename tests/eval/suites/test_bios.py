@@ -153,7 +153,7 @@ class Oracle:
         return torch.nn.Embedding(len(self.tokenizer), 1)
 
     def generate(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, generation_config: GenerationConfig
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, generation_config: GenerationConfig, **_: object
     ) -> torch.Tensor:
         rows = []
         for ids, mask in zip(input_ids, attention_mask, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
 from pathlib import Path
 from statistics import fmean, geometric_mean
@@ -251,6 +252,32 @@ def test_what_cannot_be_used_is_named(files: dict[str, str] | None, message: str
         (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=message):
         corpus.load_probes(tmp_path if files is not None else None)
+
+
+def test_a_run_that_was_started_elsewhere_says_where_its_corpora_were(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = os.path.relpath(world.folder / "forget.jsonl", tmp_path)
+    data = {"forget": {"path": place}, "retain": {"path": str(world.folder / "retain.jsonl")}}
+    (tmp_path / "run").mkdir()
+    world.write(tmp_path / "run" / "config.yaml", "run", data=data)
+    monkeypatch.chdir(tmp_path)
+    assert len(corpus.load_probes(None, run=tmp_path / "run")) > 2
+    monkeypatch.chdir(tmp_path / "run")
+    with pytest.raises(
+        InputError, match=r"forget.jsonl: .*; start this command where the run was started, or .*--data"
+    ):
+        corpus.load_probes(None, run=tmp_path / "run")
+
+
+def test_a_split_without_a_token_to_predict_is_refused(world: World) -> None:
+    """Else the command would end well, and print no score."""
+    model: Any = AutoModelForCausalLM.from_pretrained(world.folder / "model")
+    tokenizer: Any = AutoTokenizer.from_pretrained(world.folder / "model")
+    assert len(tokenizer("a").input_ids) == 1
+    probes = [{"split": "forget", "text": "kara lo"}, {"split": "retain", "text": "a"}]
+    with pytest.raises(InputError, match="corpus final: no document of retain has a second token; give longer ones"):
+        corpus.evaluate(model, tokenizer, probes, title="corpus final")
 
 
 def test_a_name_of_the_hub_is_asked_for_there(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from eval.suites import scoring, shared_lm
+from eval.suites import progress, scoring, shared_lm
 from pipeline.errors import InputError
 
 FACTS = {"the red fruit is": " an apple", "green:": " a pear", "what of the blue one, tell me, it is": " a plum"}
@@ -153,7 +153,31 @@ def test_a_text_of_more_tokens_than_the_model_has_positions_is_refused(build: Ca
         scoring.answer(model, tokenizer, [[*fits, 1]], stopping=stopping, batch_size=1, title="muse_news privleak")
 
 
+def test_a_prompt_without_a_token_is_refused() -> None:
+    """As an empty question is, where no template and no beginning-of-text token stands before it."""
+    with pytest.raises(InputError, match="suite: a prompt has no token; repair or remove it"):
+        answers(gpt2(), [[1, 2], []], 3)
+
+
 def test_an_answer_ends_where_the_positions_do() -> None:
     """14 tokens of a prompt leave room for three: the last one is not read again. A short prompt is not cut for it."""
     model, long = gpt2(), [n % WORDS for n in range(14)]
     assert answers(model, [long, [1]], [8, 12]) == [greedy(model, long, 3), greedy(model, [1], 12)]
+
+
+def test_progress_is_shown_within_a_batch_of_answers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One batch of 12 tokens, 4 s each: a line as soon as ten seconds have passed since the last."""
+    now, model = [0.0], gpt2()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "_last_line", [0.0])
+
+    def four_seconds(*_: object) -> None:
+        now[0] += 4.0
+
+    model.register_forward_hook(four_seconds)
+    found = answers(model, [[4, 5], [7]], [12, 3])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"suite: {n} of 12 tokens, 0:00:{4 * (12 - n):02d} left" for n in (3, 6, 9)]
+    assert found == [greedy(model, [4, 5], 12), greedy(model, [7], 3)]

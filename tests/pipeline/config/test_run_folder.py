@@ -21,7 +21,12 @@ def test_an_output_that_holds_a_run_is_refused(tmp_path: Path, config: Resolve) 
         check(tmp_path / "new", resume)
         check(tmp_path, resume)  # a folder without a run will do
     (tmp_path / "note.txt").touch()
+    before = [*tmp_path.iterdir()]
     assert "is a file" in refusal(lambda: check(tmp_path / "note.txt"))
+    for output, place in ((tmp_path / "note.txt" / "run", tmp_path / "note.txt"), (Path("/proc/new/run"), "/proc")):
+        said = refusal(lambda output=output: check(output))
+        assert f"output: {output} cannot be written, because of {place} (" in said and "name a folder elsewhere" in said
+    assert [*tmp_path.iterdir()] == before, "nothing is left of the attempt"
     for name in ("config.yaml", "metrics.jsonl", "final"):
         folder = tmp_path / f"with-{name}"
         folder.mkdir()

@@ -59,6 +59,13 @@ def test_an_error_that_only_mentions_the_network_is_not_one_of_it(
     assert printed.rstrip().endswith(str(error)) and "another rank" not in printed
 
 
+def test_ctrl_c_asks_no_other_rank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It reaches all of them; the one that serves their store may have ended, and torch would print C++ frames."""
+    monkeypatch.setattr(rank_errors, "_is_first", lambda: pytest.fail("asked"))
+    assert rank_errors.report(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "\nrank 0: interrupted\n"
+
+
 def test_two_trainings_at_one_port_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """`deepspeed` gives every training of a machine port 29500 unless it is given another."""
     with socket.socket() as other:

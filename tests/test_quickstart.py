@@ -21,9 +21,9 @@ echo "step 1 of 4: forget 0.5" >&2
 case "$output" in *"${FAILS:-nothing}"*) echo "error: it broke" >&2; exit 1 ;; esac
 mkdir -p "$output/final"
 """
-PYTHON = """#!/bin/bash
+PYTHON = r"""#!/bin/bash
 case "$*" in
--c*) echo 29999 ;;
+"-m pipeline.distributed.launcher 2") printf "%s\n" deepspeed --master_port 29999 -q --num_gpus 2 ;;
 *) while [ $# -gt 0 ]; do [ "$1" != --output ] || { mkdir -p "$(dirname "$2")"; : >"$2"; }; shift; done ;;
 esac
 """
@@ -32,7 +32,7 @@ esac
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """The script and what it sources, in an environment that is installed already and holds the pretenders."""
-    for name in ("launch/quickstart.sh", "launch/environment.sh", "requirements.txt"):
+    for name in ("launch/quickstart.sh", "launch/environment.sh", "launch/ranks.sh", "requirements.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPOSITORY / name, tmp_path / name)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)

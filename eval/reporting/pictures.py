@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 MOST_TICKS = 16  # names of layers on an axis
 MOST_INSIDE = 6  # entries of a legend in the panel; a longer one stands below it, so that panels have their whole width
 LINE = 0.19  # inches of an entry
+NAME_LETTER, NAME_HIGH, NAME_GAP = 0.0135, 0.04, 0.015  # of a name beside a point, in shares of a panel of two abreast
+NAME_LINES = (0, -1, 1, -2, 2, -3, 3, -4, 4)  # lines above a point, the first that is free
 BELOW, BELOW_NAMES = -0.6, -1.1  # inches: under the numbers of an axis, or under the names of layers
 
 
@@ -54,7 +56,29 @@ def draw_panel(figure: Figure, axis: Axes, panel: Panel) -> None:
         axis.set_xticks([*shown], [panel.ticks[i] for i in shown], rotation=60, fontsize="x-small")
     if not panel.traces:
         axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes, color="grey")
+    name_points(axis, [trace for trace in panel.traces if trace.name])
     legend(figure, axis, bool(panel.ticks))
+
+
+def name_points(axis: Axes, traces: list[Trace]) -> None:
+    """The names beside the points: as near as there is room in the panel beside other names."""
+    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    taken: list[tuple[float, float, float]] = []  # left, lower edge and width of a name, in shares of the panel
+    for trace in sorted(traces, key=lambda trace: (trace.y[-1], trace.x[-1])):
+        x, y = (trace.x[-1] - left) / (right - left), (trace.y[-1] - bottom) / (top - bottom)
+        wide = NAME_LETTER * len(trace.name)
+        places = [(at, y + NAME_HIGH * line) for line in NAME_LINES for at in (x + NAME_GAP, x - NAME_GAP - wide)]
+        free = [
+            (a, b)
+            for a, b in places
+            if 0 <= a <= 1 - wide
+            and 0 <= b <= 1 - NAME_HIGH
+            and not any(a < c + w and c < a + wide and abs(b - d) < NAME_HIGH for c, d, w in taken)
+        ]
+        place = (free or places)[0]
+        taken.append((*place, wide))
+        name = axis.text(*place, trace.name, transform=axis.transAxes, fontsize="x-small")
+        name.set_in_layout(False)  # a name that finds no room takes none from the panel
 
 
 def draw_trace(axis: Axes, trace: Trace) -> None:
@@ -70,9 +94,6 @@ def draw_trace(axis: Axes, trace: Trace) -> None:
         axis.plot(trace.x, trace.y, **options)
     else:
         axis.errorbar(trace.x, trace.y, xerr=trace.errors[0], yerr=trace.errors[1], elinewidth=0.8, **options)
-    if trace.name:
-        place = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": "x-small"}
-        axis.annotate(trace.name, (trace.x[-1], trace.y[-1]), **place)
     if trace.band is not None:
         axis.fill_between(trace.x, *trace.band, color=look.colour, alpha=0.2, linewidth=0)
 

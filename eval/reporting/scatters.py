@@ -84,5 +84,5 @@ def mean_point(name: str, style: Style, points: Sequence[Scores], scores: tuple[
         (of["mean"] or 0.0, of["sd"] or 0.0) for of in (summarise(p[score] for p in points) for score in scores)
     )
     hover = f"{name}: {readable(scores[0])} {with_spread(x, right)}, {readable(scores[1])} {with_spread(y, up)}"
-    look, errors = style.look, ([right], [up])
-    return Trace([x], [y], look, lines=False, markers=True, hover=[hover], errors=errors, name=style.label)
+    look, errors, name = style.look, ([right], [up]), style.label.replace("synthesis.", "")
+    return Trace([x], [y], look, lines=False, markers=True, hover=[hover], errors=errors, name=name)

@@ -1,6 +1,6 @@
 """The cost of the combination alone: kernels, nanoseconds and bytes an element, for few tensors and for many.
 
-    OMP_NUM_THREADS=1 python -m pipeline.planning.combine_cost [--rule sago --scope element] [--compiled]
+    OMP_NUM_THREADS=1 python -m pipeline.planning.combine_cost [--rule sago --scope element] [--compiled] [--window N]
 
 Both gradients of one rank are one vector each, as under ZeRO-3, cut in tensors of equal sizes. Time is that of the
 processor (of all threads), which other programs on the machine hardly change; on a GPU it is the time of a clock. Bytes
@@ -22,7 +22,7 @@ from torch.profiler import profile
 
 from pipeline.files import write_whole
 from pipeline.planning.bytes_moved import NO_KERNEL, BytesMoved
-from pipeline.synthesis import combine
+from pipeline.synthesis import combine, windows
 from pipeline.synthesis.combine import Synthesis, units_of
 from pipeline.synthesis.partition import Piece
 
@@ -82,12 +82,15 @@ def main() -> int:
     parser.add_argument("--tensors", type=int, nargs="+", default=[1, 100, 1_000, 10_000])
     parser.add_argument("--elements", type=int, default=2**21)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--window", type=int, help="elements of a window: 4194304 is a GPU's; default: this machine's")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--compiled", action="store_true", help="compile also where the partition is small")
     options = parser.parse_args()
 
     if options.compiled:
         combine.COMPILE_FROM = 0
+    if options.window:
+        windows.eager_window = lambda device: options.window
     synthesis = Synthesis(options.rule, options.scope)
     print(f"{options.rule} at scope {synthesis.resolved_scope}, {options.elements:,} elements")
     print(f"\n{HEADER}")

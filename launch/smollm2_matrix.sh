@@ -46,17 +46,18 @@ fi
 [ -e "$output/target.json" ] ||
     python -m eval.run --model "$output/target/final" --suite "${general[@]}" --output "$output/target.json"
 
-sweep() { # GAMMAS SEEDS METHOD...
+sweep() { # "AXES" SEEDS METHOD...
     python -m eval.frontier --config tofu_smollm2 --output "$output/matrix" --suite probes \
         --target "$output/target.json" --level 0.2 --ranks 1 \
-        --sweep synthesis.gamma="$1" --seeds $2 --methods "${@:3}" -- --model.path "$output/target/final" "${data[@]}"
+        --sweep $1 --seeds $2 --methods "${@:3}" -- --model.path "$output/target/final" "${data[@]}"
 }
 rules() { echo "$1_sum" "$1_pcgrad" "$1_pcgrad_element" "$1_sago"; }
-sweep 1 0 $(rules npo)
-sweep 1 0 $(rules ga)
-sweep 1 "0 1" npo_sum npo_sago ga_sum ga_sago
-sweep 1 0 simnpo_sum simnpo_sago
-sweep 0.1 0 $(rules npo) $(rules ga)
+sweep synthesis.gamma=1 0 $(rules npo)
+sweep synthesis.gamma=1 0 $(rules ga)
+sweep synthesis.gamma=1 "0 1" npo_sum npo_sago ga_sum ga_sago
+sweep synthesis.gamma=1 0 simnpo_sum simnpo_sago
+sweep synthesis.gamma=0.1 0 $(rules npo) $(rules ga)
+sweep "synthesis.rule=barrier synthesis.scope=element" 0 npo_sum # the candidate of docs/results/rules.md
 for method in npo_sum npo_sago npo_pcgrad_element npo_pcgrad ga_sum ga_sago; do
     run="$output/matrix/runs/$method/synthesis.gamma=1/seed-0"
     [ -e "$run/evaluation.json" ] ||

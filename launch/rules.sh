@@ -51,6 +51,8 @@ if [ $# -eq 0 ]; then
     confine=(--synthesis.confine.share 0.2 --synthesis.confine.by)
     sweep mean_square "$seeds" "$both" "synthesis.rule=sago,pcgrad $element" "${confine[@]}" forget_mean_square
     sweep ratio "$seeds" "$both" synthesis.rule=sago "${confine[@]}" forget_over_retain
+    python -m eval.report "$folder"/{rules,element,global,weights}/runs/*/*/seed-*[0-9] \
+        --target "$folder/target.json" --output "$output/report"
 fi
 for number in "$@"; do
     world "$number"

@@ -68,6 +68,8 @@ def svg_of(output: str, title: str) -> str:
 
 
 def main() -> None:
+    if len(sys.argv) < 3:
+        raise SystemExit("usage: python docs/terminal.py FILE.svg COMMAND [ARGUMENT ...]")
     picture, *command = sys.argv[1:]
     title = shlex.join(command)
     Path(picture).write_text(svg_of(output_of(command), title), encoding="utf-8")

@@ -27,7 +27,7 @@ if [ -n "${SMALL:-}" ] && [ "${DS_ACCELERATOR:-}" = cpu ]; then
     where=("$SMALL")
 fi
 part() { # MODULE ARGUMENTS... : a part on all ranks
-    choose_launcher "${where[@]}"
+    choose_launcher "${where[@]}" || return
     "${launcher[@]}" --module "$@"
 }
 

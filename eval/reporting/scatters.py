@@ -62,7 +62,7 @@ def beside_retain(groups: Groups, measure: ForgetRetainMetric, scores: Sequence[
     One row of panels for each pair of objectives. Up and to the right is better: what a rule gains on the retain
     corpus, and what the rest of the model pays.
     """
-    found = []
+    style, found = styles(groups), []
     for objective, names in panels(groups).items():
         for score in scores:
             both = measure.retain, score
@@ -71,7 +71,7 @@ def beside_retain(groups: Groups, measure: ForgetRetainMetric, scores: Sequence[
             for name in names:
                 points = [p for run in groups[name] if (p := at_level(run.trajectory, measure)) and score in p]
                 if points:
-                    panel.traces.append(mean_point(name, styles(groups)[name], points, both))
+                    panel.traces.append(mean_point(name, style[name], points, both))
             if panel.traces:
                 found.append(panel)
     title = f"The retain corpus and what neither corpus covers: {compared(groups)}"

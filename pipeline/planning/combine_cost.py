@@ -89,7 +89,9 @@ def main() -> int:
 
     if options.compiled:
         combine.COMPILE_FROM = 0
-    if options.window:
+    if options.window is not None:
+        if options.window < 1:
+            parser.error(f"--window {options.window}: give a number of elements, 1 or more")
         windows.eager_window = lambda device: options.window
     synthesis = Synthesis(options.rule, options.scope)
     print(f"{options.rule} at scope {synthesis.resolved_scope}, {options.elements:,} elements")

@@ -24,3 +24,13 @@ def test_kernels_do_not_grow_with_the_tensors(
     assert combine_cost.main() == 0
     few, many = (cost["kernels"] for cost in json.loads(file.read_text()).values())
     assert 10 < few <= 400 and many == pytest.approx(few, rel=0.1)
+
+
+@pytest.mark.parametrize("window", ["0", "-5"])
+def test_a_window_without_elements_is_refused(
+    window: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["combine_cost", "--window", window])
+    with pytest.raises(SystemExit):
+        combine_cost.main()
+    assert f"--window {window}" in capsys.readouterr().err

@@ -41,7 +41,7 @@ if [ ! -e "$output/target/final" ]; then
     rm -rf "$output/target" # left over from a run that did not finish
     choose_launcher 1
     "${launcher[@]}" --module pipeline.train --config tofu_smollm2 --method target \
-        --model.path "$output/model" --output "$output/target" ${data[@]:0:4}
+        --model.path "$output/model" --output "$output/target" "${data[@]}"
 fi
 [ -e "$output/target.json" ] ||
     python -m eval.run --model "$output/target/final" --suite "${general[@]}" --output "$output/target.json"
@@ -56,7 +56,7 @@ sweep synthesis.gamma=1 0 $(rules npo)
 sweep synthesis.gamma=1 0 $(rules ga)
 sweep synthesis.gamma=1 "0 1" npo_sum npo_sago ga_sum ga_sago
 sweep synthesis.gamma=1 0 simnpo_sum simnpo_sago
-sweep synthesis.gamma=0.1 0 $(rules npo) $(rules ga)
+for gamma in 0.1 0.3 3; do sweep synthesis.gamma=$gamma 0 $(rules npo) $(rules ga); done
 sweep "synthesis.rule=barrier synthesis.scope=element" 0 npo_sum # the candidate of docs/results/rules.md
 for method in npo_sum npo_sago npo_pcgrad_element npo_pcgrad ga_sum ga_sago; do
     run="$output/matrix/runs/$method/synthesis.gamma=1/seed-0"

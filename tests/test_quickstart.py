@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from pipeline.config.schema import REPOSITORY
+from tests.pretended import make_clone
 
 DEEPSPEED = """#!/bin/bash
 while [ $# -gt 0 ]; do [ "$1" != --output ] || output="$2"; shift; done
@@ -32,17 +31,7 @@ esac
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """The script and what it sources, in an environment that is installed already and holds the pretenders."""
-    for name in ("launch/quickstart.sh", "launch/environment.sh", "launch/ranks.sh", "requirements.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(REPOSITORY / name, tmp_path / name)
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    for name, script in (("deepspeed", DEEPSPEED), ("python", PYTHON)):
-        (tmp_path / ".venv" / "bin" / name).write_text(script)
-        (tmp_path / ".venv" / "bin" / name).chmod(0o755)
-    stamp = "cat requirements.txt requirements.txt | cksum | tr ' ' -"
-    text = subprocess.check_output(["bash", "-c", stamp], cwd=tmp_path, text=True).strip()
-    (tmp_path / ".venv" / f".installed-{text}").touch()
-    return tmp_path
+    return make_clone(tmp_path, ("launch/quickstart.sh",), python=PYTHON, deepspeed=DEEPSPEED)
 
 
 def start(clone: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,5 +1,7 @@
 """Anonymous memory of the ranks of a run, by stage, as the kernel counts it: no rank takes part in the measurement.
 
+What the kernel has moved to a swap file counts as well, so a machine with too little memory measures the same.
+
 `python -m tests.scale.sampler FOLDER PARAMETERS_IN_MILLIONS RANKS` makes a random model of that size, runs it, and
 prints a line for each stage: how far it rose, at most, above what a rank had when it began, its CPU seconds, and its
 seconds.
@@ -20,8 +22,8 @@ from pipeline.config.schema import REPOSITORY
 from pipeline.distributed.environment import free_port
 from tests.scale.stages import PAUSE
 
-LAYER = 4 * 512 * 512 + 3 * 512 * 1536 + 2 * 512  # parameters of a block of `make_model`
 VOCABULARY = 2048
+WIDE = 200  # million parameters from which a model has the width of a real one, or it would have hundreds of blocks
 
 # No tensor remains gathered: else a small model would be whole on every rank, as DeepSpeed's defaults allow.
 ZERO3: dict[str, Any] = {
@@ -45,7 +47,11 @@ class Stage:
     seconds: float = 0.0
 
 
-def make_model(folder: Path, millions: float, texts: list[str]) -> int:
+def width_of(millions: float) -> int:
+    return 512 if millions < WIDE else 2048
+
+
+def make_model(folder: Path, millions: float, width: int, texts: list[str]) -> int:
     """A random Llama in bf16 of about so many parameters, with a tokenizer; the exact number."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -53,14 +59,15 @@ def make_model(folder: Path, millions: float, texts: list[str]) -> int:
     from tests.conftest import byte_level_bpe
 
     torch.manual_seed(0)
-    layers = max(1, round((millions * 1e6 - 2 * VOCABULARY * 512) / LAYER))
+    block = 4 * width**2 + 3 * width * 3 * width + 2 * width
+    layers = max(1, round((millions * 1e6 - 2 * VOCABULARY * width) / block))
     shape = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1536,
+        hidden_size=width,
+        intermediate_size=3 * width,
         num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
         bos_token_id=0,
         eos_token_id=0,
         max_position_embeddings=128,
@@ -75,13 +82,13 @@ def make_model(folder: Path, millions: float, texts: list[str]) -> int:
     return model.num_parameters()
 
 
-def make_run(folder: Path, millions: float) -> tuple[Path, int]:
+def make_run(folder: Path, millions: float, width: int) -> tuple[Path, int]:
     """Model, corpora and configuration of a run in `folder`; the configuration, and the number of parameters."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = [f"person {number} lives in town {number % 7} and likes number {number * number}" for number in range(32)]
     for task in ("forget", "retain"):
         (folder / f"{task}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    size = make_model(folder / "model", millions, texts)
+    size = make_model(folder / "model", millions, width, texts)
     (folder / "zero3.json").write_text(json.dumps(ZERO3))
     config = {
         "output": str(folder / "run"),
@@ -112,14 +119,12 @@ def start(ranks: int, program: list[str], log: Path) -> list[subprocess.Popen[by
 
 
 def anonymous_bytes(process: int) -> int:
-    """0 once it has ended."""
+    """Resident and swapped; 0 once it has ended."""
     try:
-        for line in Path(f"/proc/{process}/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return 1024 * int(line.split()[1])
+        lines = [line.split() for line in Path(f"/proc/{process}/status").read_text().splitlines()]
     except (FileNotFoundError, ProcessLookupError):
-        pass
-    return 0
+        return 0
+    return 1024 * sum(int(line[1]) for line in lines if line[0] in ("RssAnon:", "VmSwap:"))
 
 
 def sample(processes: list[subprocess.Popen[bytes]], limit_s: float) -> list[list[tuple[float, int]]]:
@@ -176,7 +181,7 @@ def run_stages(config: Path, ranks: int, *more: str, limit_s: float = 900) -> di
 
 
 def main(folder: Path, millions: float, ranks: int) -> None:
-    config, size = make_run(folder, millions)
+    config, size = make_run(folder, millions, width_of(millions))
     print(f"{size / 1e6:.1f} M parameters, {2 * size / 2**20:.0f} MiB in bf16, {ranks} ranks", flush=True)
     for options in ([], ["--resume"]):
         for name, stage in run_stages(config, ranks, *options).items():

@@ -49,9 +49,7 @@ def test_what_is_there_is_not_made_again(smollm2: Path, tmp_path: Path) -> None:
     assert other.returncode == 2 and "holds no model" in other.stderr
 
 
-def trained(
-    smollm2: Path, output: Path, rule: str, zero: str, *, ranks: int = 1, micro_batch_size: int = 2
-) -> dict[str, torch.Tensor]:
+def trained(smollm2: Path, output: Path, rule: str, zero: str, *, ranks: int = 1) -> dict[str, torch.Tensor]:
     """The exported weights after four steps of NPO on 4 + 4 questions of TOFU."""
     questions = {"prompt": "question", "response": "answer"}
     rows = REPOSITORY / "tests" / "data" / "tofu"
@@ -70,7 +68,7 @@ def trained(
         # clipping: without ZeRO DeepSpeed takes the norm of a whole tensor in float32, and torch's on a CPU is off by
         # 1.6e-3 for the 28 million elements of the embedding. Of smaller steps more is lost when a weight is rounded.
         "optimizer": {"name": "sgd", "lr": 1e-3, "schedule": "constant", "warmup_ratio": 0.0, "max_grad_norm": 0.0},
-        "train": {"steps": 4, "batch_size": 4, "micro_batch_size": micro_batch_size, "deepspeed": zero},
+        "train": {"steps": 4, "batch_size": 4, "micro_batch_size": 1, "deepspeed": zero},
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     file = output.with_suffix(".yaml")
@@ -87,19 +85,18 @@ def trained(
 def test_two_ranks_under_zero3_train_as_one_rank_without(
     rule: str, bound: float, smollm2: Path, tmp_path: Path
 ) -> None:
-    """To the bound of the small models or, where rounding alone does more, to twice what it does.
+    """To the bounds of the small models. A sequence is a micro-batch, so that both multiply matrices of one shape.
 
-    What rounding does is what another micro-batch changes on one rank. It decides the sign of a gradient that is nearly
-    0, where SAGO jumps.
+    Other shapes have other roundings, which decide the sign of a gradient that is nearly 0, where SAGO jumps:
+    micro-batches of 2 and of 4 on one rank differ by 4.3e-4.
     """
     plain = tmp_path / "zero0.json"
     plain.write_text('{"zero_optimization": {"stage": 0}}')
     start = load_file(smollm2 / "model.safetensors")
-    alone = trained(smollm2, tmp_path / "one" / "run", rule, str(plain), micro_batch_size=4)
-    rounding = weight_change_error(trained(smollm2, tmp_path / "again" / "run", rule, str(plain)), alone, start)
+    alone = trained(smollm2, tmp_path / "one" / "run", rule, str(plain))
     error = weight_change_error(trained(smollm2, tmp_path / "two" / "run", rule, "zero3", ranks=2), alone, start)
-    print(f"{rule}: {error:.1e}, by rounding {rounding:.1e}")  # shown by pytest -s
-    assert error < max(bound, 2 * rounding)
+    print(f"{rule}: {error:.1e}")  # shown by pytest -s
+    assert error < bound
 
 
 def test_tasks_score_as_by_the_command_line_of_the_harness(smollm2: Path, tmp_path: Path) -> None:

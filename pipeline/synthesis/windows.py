@@ -59,7 +59,8 @@ def cut(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[list[Tensor
 
 def read(parts: list[Tensor], device: torch.device) -> Tensor:
     """One window on `device`: a view if it is one part that is there, else a copy."""
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(device, non_blocking=True)
+    there = [part.to(device, non_blocking=True) for part in parts]  # before they are joined, which pins no memory
+    return there[0] if len(there) == 1 else torch.cat(there)
 
 
 def write(parts: Sequence[Tensor], vector: Tensor) -> None:
@@ -193,4 +194,4 @@ def _shared(starts: Tensor, numel: int, device: torch.device) -> Shared:
 
 def to_device(device: torch.device, tensor: Tensor) -> Tensor:
     """On `device`, without waiting for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type != "cpu" else tensor

@@ -167,7 +167,7 @@ def by_stage(samples: list[list[tuple[float, int]]], marks: Path) -> dict[str, S
     return found
 
 
-def run_stages(config: Path, ranks: int, *more: str, limit_s: float = 900) -> dict[str, Stage]:
+def run_stages(config: Path, ranks: int, *more: str, limit_s: float = 3600) -> dict[str, Stage]:
     """The stages of `tests.scale.stages` on so many ranks; `more` are options of `pipeline.train`.
 
     Raises:

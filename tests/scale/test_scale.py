@@ -77,6 +77,6 @@ def evaluate(folder: Path) -> int:
     model = folder / "run" / "exports" / "step"
     program = ["eval.run", "--model", str(model), "--suite", "corpus", "--data", str(folder), "--batch-size", "8"]
     program += ["--output", str(folder / "scores.json"), "--ds-config", str(folder / "sharded.json")]
-    samples = sample(start(RANKS, program, folder / "eval.log"), 1800)
+    samples = sample(start(RANKS, program, folder / "eval.log"), 3600)
     assert json.loads((folder / "scores.json").read_text())
     return max(bytes for own in samples for _, bytes in own)

@@ -23,7 +23,9 @@ from pipeline.distributed.environment import free_port
 from tests.scale.stages import PAUSE
 
 VOCABULARY = 2048
-WIDE = 200  # million parameters from which a model has the width of a real one, or it would have hundreds of blocks
+# From so many million parameters on a model is wide, or it would have hundreds of blocks, and trains with less memory: by
+# plain SGD, with gradients added up in bf16.
+WIDE = 200
 
 # No tensor remains gathered: else a small model would be whole on every rank, as DeepSpeed's defaults allow.
 ZERO3: dict[str, Any] = {
@@ -47,11 +49,11 @@ class Stage:
     seconds: float = 0.0
 
 
-def width_of(millions: float) -> int:
-    return 512 if millions < WIDE else 2048
+def width_of(wide: bool) -> int:
+    return 2048 if wide else 512
 
 
-def make_model(folder: Path, millions: float, width: int, texts: list[str]) -> int:
+def make_model(folder: Path, millions: float, wide: bool, texts: list[str]) -> int:
     """A random Llama in bf16 of about so many parameters, with a tokenizer; the exact number."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -59,6 +61,7 @@ def make_model(folder: Path, millions: float, width: int, texts: list[str]) -> i
     from tests.conftest import byte_level_bpe
 
     torch.manual_seed(0)
+    width = width_of(wide)
     block = 4 * width**2 + 3 * width * 3 * width + 2 * width
     layers = max(1, round((millions * 1e6 - 2 * VOCABULARY * width) / block))
     shape = LlamaConfig(
@@ -82,14 +85,15 @@ def make_model(folder: Path, millions: float, width: int, texts: list[str]) -> i
     return model.num_parameters()
 
 
-def make_run(folder: Path, millions: float, width: int) -> tuple[Path, int]:
+def make_run(folder: Path, millions: float, wide: bool) -> tuple[Path, int]:
     """Model, corpora and configuration of a run in `folder`; the configuration, and the number of parameters."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = [f"person {number} lives in town {number % 7} and likes number {number * number}" for number in range(32)]
     for task in ("forget", "retain"):
         (folder / f"{task}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    size = make_model(folder / "model", millions, width, texts)
-    (folder / "zero3.json").write_text(json.dumps(ZERO3))
+    size = make_model(folder / "model", millions, wide, texts)
+    own = {"data_types": {"grad_accum_dtype": "bf16"}} if wide else {}
+    (folder / "zero3.json").write_text(json.dumps(ZERO3 | own))
     config = {
         "output": str(folder / "run"),
         "cache": str(folder / "cache"),
@@ -97,7 +101,7 @@ def make_run(folder: Path, millions: float, width: int) -> tuple[Path, int]:
         "data": {task: {"path": str(folder / f"{task}.jsonl"), "field": "text"} for task in ("forget", "retain")}
         | {"max_length": 16, "packing": "documents"},
         "objective": {"forget": "ga", "retain": "nll"},
-        "optimizer": {"lr": 1e-5},
+        "optimizer": {"name": "sgd" if wide else "adamw", "lr": 1e-5},
         "train": {"steps": 2, "batch_size": 4, "micro_batch_size": 1, "deepspeed": str(folder / "zero3.json")},
     }
     (folder / "run.yaml").write_text(json.dumps(config))  # JSON is YAML
@@ -181,7 +185,7 @@ def run_stages(config: Path, ranks: int, *more: str, limit_s: float = 3600) -> d
 
 
 def main(folder: Path, millions: float, ranks: int) -> None:
-    config, size = make_run(folder, millions, width_of(millions))
+    config, size = make_run(folder, millions, millions >= WIDE)
     print(f"{size / 1e6:.1f} M parameters, {2 * size / 2**20:.0f} MiB in bf16, {ranks} ranks", flush=True)
     for options in ([], ["--resume"]):
         for name, stage in run_stages(config, ranks, *options).items():

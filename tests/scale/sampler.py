@@ -23,7 +23,7 @@ from pipeline.distributed.environment import free_port
 from tests.scale.stages import PAUSE
 
 VOCABULARY = 2048
-# From so many million parameters on a model is wide, or it would have hundreds of blocks, and trains with less memory: by
+# A model of so many million parameters is wide, or it would have hundreds of blocks, and trains in less memory: by
 # plain SGD, with gradients added up in bf16.
 WIDE = 200
 

@@ -1,7 +1,7 @@
 """A run on four ranks in which no stage may take what a whole model would: minutes, and one machine's memory.
 
-`SCALE=1000 bash tests/run.sh -m slow tests/scale` runs it with 1000 million parameters, which need 20 GB of memory, and 20
-GB of disk; the default needs 5.
+`SCALE=1000 bash tests/run.sh -m slow tests/scale` runs it with 1000 million parameters, which need 20 GB of memory and
+of disk; the default needs 5.
 """
 
 from __future__ import annotations

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.data.batches import BatchSampler
+from pipeline.data.tokenize import Sequences
 from tests import oracle
 from tests.conftest import World
 from tests.distributed import run_distributed
@@ -79,6 +83,33 @@ def test_cached_once_then_reused_and_rebuilt_when_damaged_or_stale(world: World,
     own.write_text(own.read_text() + json.dumps({"text": "kara mivi suden"}) + "\n")
     assert go("changed") == 8, "32 documents: nothing of the old cache was used"
     assert len(list((cache / "reference").iterdir())) == 2
+
+
+def test_weights_of_another_precision_have_a_cache_of_their_own(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is the same, and so is the dtype of what is computed; but weights in 4 bits are another model."""
+    from pipeline.config.schema import RunConfig
+    from pipeline.losses import task
+
+    files: list[Path] = []
+
+    def note(*_: Any, file: Path, **__: Any) -> torch.Tensor:
+        files.append(file)
+        return torch.zeros(1)
+
+    monkeypatch.setattr(task, "sequence_nll", note)
+    monkeypatch.setattr(task.dist, "get_rank", lambda: 0)
+    sequences = Sequences(pa.chunked_array([pa.array([[0, 1]])]), 0, "text")
+    sampler = BatchSampler(sequences, 0, 0, 1, 1, 0, 1, pad=0)
+    adapters = {"path": str(world.folder / "model"), "lora": {"r": 2}}
+    for own in ({"dtype": "float32"}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "load_in_4bit": True}):
+        config = RunConfig.model_validate(
+            {**world.configuration(""), "model": {**adapters, **own}, "cache": str(tmp_path)}
+        )
+        engine: Any = SimpleNamespace(device=torch.device("cpu"))
+        task.reference_nll(config, sampler, 1, engine, {"model": "weights", "tokenizer": "words"})
+    assert len(set(files)) == 3
 
 
 def test_a_damaged_cache_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

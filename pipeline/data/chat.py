@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from datetime import datetime, tzinfo
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +40,7 @@ def _render(
     """Each question in the chat template with its answer or, without answers, with the header of the answer's turn.
 
     Raises:
-        InputError: the template fails.
+        InputError: the template fails, or leaves a part of a text out.
     """
     from jinja2 import TemplateError
 
@@ -51,12 +51,33 @@ def _render(
     date = _FixedClock.now().strftime("%d %b %Y")  # for templates that read a variable
     try:
         with _fixed_clock():
-            return render(turns, tokenize=False, add_generation_prompt=answers is None, date_string=date)
+            texts: list[str] = render(turns, tokenize=False, add_generation_prompt=answers is None, date_string=date)
     except (TemplateError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"the tokenizer's chat template refuses a question with an answer: {reason}; repair it"
         ) from None
+    for text, turn in zip(texts, turns, strict=True):
+        _refuse_a_part_of(turn, text)
+    return texts
+
+
+def _refuse_a_part_of(turns: Sequence[dict[str, str]], text: str) -> None:
+    """
+    Raises:
+        InputError: what turns say is not in `text`, one after another, but for white space. Templates of reasoning
+            models take reasoning out of an answer; some of models that read images write no plain text at all.
+    """
+    left = "".join(text.split())
+    for turn in turns:
+        wanted = "".join(turn["content"].split())
+        if wanted not in left:
+            name = "question" if turn["role"] == "user" else "answer"
+            raise InputError(
+                f"the tokenizer's chat template leaves a part of the {name} {shorten(turn['content'])!r} out, so that "
+                "another text would be learned; write the row without that part, or give the tokenizer another template"
+            )
+        left = left[left.index(wanted) + len(wanted) :]
 
 
 def _before_answers(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:

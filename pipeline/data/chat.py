@@ -128,6 +128,11 @@ def encode_answers(
     return [(ids, _num_shared(ids, start)) for ids, start in zip(whole, alone, strict=True)]
 
 
+def begun(ids: list[int], begin: object) -> list[int]:
+    """`ids` with the token `begin` before them once: a text may write the token that its tokenizer puts there."""
+    return ids[1:] if ids[:2] == [begin, begin] else ids
+
+
 def ended(ids: list[int], end: int) -> list[int]:
     """`ids` with the token `end` after them, once."""
     return ids if ids[-1:] == [end] else [*ids, end]

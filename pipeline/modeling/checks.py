@@ -24,7 +24,7 @@ def load_model_config(config: Model) -> PreTrainedConfig:
 
     Raises:
         InputError: neither a model folder nor a model of the hub, or one that needs its own code to run without
-            `trust_remote_code`.
+            `trust_remote_code`, or one with quantised weights.
     """
     path, missing = config.path, f"model.path: there is no folder {Path(config.path).absolute()}"
     if is_path_alone(path) and not Path(path).is_dir():
@@ -32,7 +32,7 @@ def load_model_config(config: Model) -> PreTrainedConfig:
     if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
         raise _holds_an_adapter(path)
     try:  # without trust_remote_code, transformers would ask on the terminal
-        return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        shape = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise InputError(
@@ -43,6 +43,26 @@ def load_model_config(config: Model) -> PreTrainedConfig:
         if Path(path).is_dir():
             raise InputError(f"model.path: {path!r} is not the folder of a model: {reason}") from None
         raise InputError(f"{missing}, and {path!r} cannot be had from the hub: {reason}") from None
+    _refuse_quantised(path, shape)
+    return shape
+
+
+def _refuse_quantised(path: str, shape: PreTrainedConfig) -> None:
+    """
+    Raises:
+        InputError: the files hold integers or 8-bit numbers with scales beside them, which an optimizer cannot step on.
+            transformers would ask for the method's package, or unpack them into tensors that the files do not have.
+    """
+    for part in (shape, shape.get_text_config()):
+        settings = getattr(part, "quantization_config", None)
+        if settings is not None:
+            found = settings if isinstance(settings, dict) else settings.to_dict()
+            method = getattr(found.get("quant_method"), "value", found.get("quant_method"))
+            raise InputError(
+                f"model.path: the weights of {path!r} are quantised ({method}, in config.json), and only weights in "
+                "float32, bfloat16 or float16 train; name the model that they were made of, with model.lora and "
+                "model.load_in_4bit: true where memory is short"
+            )
 
 
 def _holds_an_adapter(path: str) -> InputError:

@@ -58,6 +58,22 @@ def test_a_load_balancing_loss_that_a_model_asks_for_is_not_dropped_without_a_wo
         check(output_router_logits=True, router_aux_loss_coef=0.02)
 
 
+@pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "bitsandbytes", "mxfp4", "compressed-tensors"])
+@pytest.mark.parametrize("section", [None, "text_config"])
+def test_quantised_weights_are_refused_by_their_name(
+    method: str, section: str | None, world: World, tmp_path: Path
+) -> None:
+    """And not by the package that would be needed next, or by tensors of scales that the model does not have."""
+    shape: dict[str, Any] = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}
+    if section is None:
+        shape = json.loads((world.folder / "model" / "config.json").read_text())
+    (shape if section is None else shape[section])["quantization_config"] = {"quant_method": method, "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    with pytest.raises(InputError, match=rf"model\.path: .*quantised.*{method}.*model\.load_in_4bit") as error:
+        load_model_config(Model(path=str(tmp_path)))  # pyright: ignore[reportCallIssue]
+    assert "\n" not in str(error.value)
+
+
 def test_pickles_and_code_of_a_model_are_refused_unless_asked_for(world: World, tmp_path: Path) -> None:
     folder = tmp_path / "pickled"
     shutil.copytree(world.folder / "model", folder)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from eval.suites.progress import after_each_token
 from eval.suites.sharing import share, share_writing
 from eval.vllm_model import VllmModel
-from pipeline.data.chat import begun, encode_answers, openings
+from pipeline.data.chat import begun, encode_answers, end_of_turn, openings
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
@@ -78,10 +78,10 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def ends_of_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, ...]:
-    """The ids that end an answer: the end of text, and those that the model names (the end of a turn, for instance)."""
+    """The ids that end an answer: the end of text, the template's end of a turn, and those that the model names."""
     settings = model.generation_config
     ends: int | list[int] | None = None if settings is None else settings.eos_token_id
-    return (end_of_text(tokenizer), *(ends if isinstance(ends, list) else [ends]))
+    return (end_of_text(tokenizer), end_of_turn(tokenizer), *(ends if isinstance(ends, list) else [ends]))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str, opening: str = "") -> list[int]:

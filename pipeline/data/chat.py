@@ -128,6 +128,31 @@ def encode_answers(
     return [(ids, _num_shared(ids, start)) for ids, start in zip(whole, alone, strict=True)]
 
 
+def closing_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that follow every answer: the end of text, or what the chat template writes behind a turn.
+
+    Raises:
+        InputError: the chat template fails.
+    """
+    (one, _), (other, _) = encode_answers(tokenizer, ["?", "?"], ["0", "1"])
+    return one[len(one) - _num_shared(one[::-1], other[::-1]) :]
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The first special token that the chat template writes behind an answer, where a model that has learnt it ends.
+
+    None without a template that can be used, or with one that writes none.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        written = closing_tokens(tokenizer)
+    except InputError:  # whoever asks in the template gets the reason
+        return None
+    added = tokenizer.added_tokens_decoder
+    return next((token for token in written if token in added and added[token].special), None)
+
+
 def begun(ids: list[int], begin: object) -> list[int]:
     """`ids` with the token `begin` before them once: a text may write the token that its tokenizer puts there."""
     return ids[1:] if ids[:2] == [begin, begin] else ids

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from eval.suites.progress import after_each_token
 from eval.suites.sharing import share, share_writing
 from eval.vllm_model import VllmModel
-from pipeline.data.chat import begun, encode_answers, end_of_turn, openings
+from pipeline.data.chat import begun, encode_answers, end_of_turn, first_tokens, openings
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def encode_document(
     `text` (see `chat.encode_answers`), or the second token where the question has none.
     """
     if question is None:
-        return begun(tokenizer(text, truncation=True, max_length=max_length).input_ids, tokenizer.bos_token_id), 1
+        return first_tokens(tokenizer, [text], max_length)[0], 1
     [(ids, start)] = encode_answers(tokenizer, [question], [text])
     return ids[:max_length], max(start, 1)
 

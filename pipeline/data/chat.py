@@ -153,6 +153,20 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return next((token for token in written if token in added and added[token].special), None)
 
 
+def first_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    """Token ids of plain texts, of each the first `max_length`.
+
+    The tokenizer truncates itself, because it may keep tokens of its own at the end; but at the end of the text, also
+    where its `truncation_side` is left (zephyr-7b-beta).
+    """
+    side, tokenizer.truncation_side = tokenizer.truncation_side, "right"
+    try:
+        found = tokenizer(list(texts), truncation=True, max_length=max_length).input_ids
+    finally:
+        tokenizer.truncation_side = side
+    return [begun(ids, tokenizer.bos_token_id) for ids in found]
+
+
 def begun(ids: list[int], begin: object) -> list[int]:
     """`ids` with the token `begin` before them once: a text may write the token that its tokenizer puts there."""
     return ids[1:] if ids[:2] == [begin, begin] else ids

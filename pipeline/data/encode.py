@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.objectives import Pairing
-from pipeline.data.chat import begun, encode_answers, ended
+from pipeline.data.chat import begun, encode_answers, ended, first_tokens
 from pipeline.data.corpus import Row, document_key
 
 T = TypeVar("T")
@@ -88,9 +88,8 @@ def encoder(tokenizer: PreTrainedTokenizerBase, options: TokenOptions) -> Encode
             return [Encoded([(part, 0) for part in some], len(ids)) for some, ids in zip(parts, whole, strict=True)]
         long = [number for number, ids in enumerate(whole) if len(ids) > max_length]
         cut: dict[int, list[int]] = {}
-        if long:  # the tokenizer truncates itself, because it may keep tokens of its own at the end
-            shorter = tokenizer([texts[number] for number in long], truncation=True, max_length=max_length)
-            cut = dict(zip(long, (begun(ids, begin) for ids in shorter.input_ids), strict=True))
+        if long:
+            cut = dict(zip(long, first_tokens(tokenizer, [texts[at] for at in long], max_length), strict=True))
         return [Encoded([(cut.get(at, ids), 0)], len(ids)) for at, ids in enumerate(whole)]
 
     return encode

@@ -12,7 +12,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from eval.suites.scoring import encode_document, encode_text
+from pipeline.config.sources import Probe
 from pipeline.data.batches import BatchSampler, collate
+from pipeline.data.probes import read_set
 from pipeline.data.tokenize import Sequences, log_usage, num_shared
 from pipeline.errors import InputError
 from pipeline.losses.task import warn_of_overlap
@@ -270,3 +272,21 @@ def test_a_text_that_writes_the_first_token_itself_gets_no_second_one(
     assert tokens(written) == expected and expected[0].count(tokenizer.bos_token_id) >= 1
     assert encode_text(tokenizer, "Qkara") == encode_text(tokenizer, "kara")
     assert encode_document(tokenizer, "Qkara", 9) == encode_document(tokenizer, "kara", 9)
+
+
+def test_a_long_text_loses_its_end_also_where_the_tokenizer_would_cut_the_beginning(
+    read: Any, world: World, tmp_path: Path
+) -> None:
+    """As zephyr-7b-beta's does, for prompts. Training, probes and evaluation read a text from its beginning."""
+    tokenizer = AutoTokenizer.from_pretrained(world.folder / "model", truncation_side="left")
+    begin_with(tokenizer, "Q")
+    texts = ["kara lovi mito nesu " * 9, "mito"]
+    assert tokenizer(texts[0], truncation=True, max_length=5).input_ids[1:] == tokenizer(texts[0]).input_ids[-4:]
+    expected = [tokenizer(text).input_ids[:5] for text in texts]
+    path = write(tmp_path / "long.txt", texts)
+    assert tokens(read(path, tokenizer=tokenizer, max_length=5)) == expected
+    assert [encode_document(tokenizer, text, 5) for text in texts] == [(ids, 1) for ids in expected]
+    probe: Any = {"path": str(path)}
+    found = read_set("forget", Probe(**probe), tokenizer, 5, key="forget")
+    assert [ids for ids, _ in found.sequences] == expected
+    assert tokenizer.truncation_side == "left", "it is exported as it came"

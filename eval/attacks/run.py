@@ -74,7 +74,7 @@ def attacks_of(plan: Plan, names: Iterable[str]) -> list[Attack]:
     names, forget = list(names), plan.config["data"]["forget"]
     for task in ("forget", "retain") if "retain" in names else ("forget",):
         if plan.config["data"][task] is not None:
-            refuse_changed(plan.run, task, Corpus.model_validate(plan.config["data"][task]))
+            refuse_changed(plan.run, f"data.{task}", Corpus.model_validate(plan.config["data"][task]))
     rows = read_corpus(forget) if forget is not None else []
     everything = EvalSpec(plan.probes, tuple(sample(rows, plan.seed)))
     training = {"steps": plan.steps, "lr": plan.lr, "seed": plan.seed, "overrides": list(plan.overrides)}

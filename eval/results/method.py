@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from eval.files import read_json
 from pipeline.config.schema import RunConfig
-from pipeline.config.sources import Corpus, format_of
+from pipeline.config.sources import Source, format_of
 from pipeline.data.corpus import is_saved_dataset, read_rows
 from pipeline.errors import InputError
 from pipeline.files import Json
@@ -83,20 +83,23 @@ def read_digests(path: Path) -> dict[str, str]:
     return digests
 
 
-def refuse_changed(run: Path, task: str, corpus: Corpus) -> None:
+def refuse_changed(run: Path, key: str, source: Source) -> None:
     """Refuse rows that are not those of the run: its file has another content now, or another file lies at its path.
 
-    A corpus of the hub has a revision and no content here. A run of an earlier version may have no digests.
+    What comes from the hub has a revision and no content here. A run of an earlier version may have no digests.
+
+    Args:
+        key: of the source in the run's configuration, as data.forget.
 
     Raises:
-        InputError: they are not; or the corpus cannot be read.
+        InputError: they are not; or the source cannot be read.
     """
-    digest = read_digests(run / "digests.json").get(f"data.{task}.path")
-    is_local = format_of(corpus.path) is not None or is_saved_dataset(Path(corpus.path))
+    digest = read_digests(run / "digests.json").get(f"{key}.path")
+    is_local = format_of(source.path) is not None or is_saved_dataset(Path(source.path))
     if digest is None or not is_local:
         return
-    if read_rows(corpus, f"data.{task}.")[1] != digest.partition("-")[0]:  # the rest is about columns
+    if read_rows(source, f"{key}.")[1] != digest.partition("-")[0]:  # the rest is about columns
         raise InputError(
-            f"data.{task}.path: {corpus.path} is not what {run} was trained on: its content has changed, or it is "
+            f"{key}.path: {source.path} is not what {run} read: its content has changed, or it is "
             "another file of that name; restore it, or start this command where the run was started"
         )

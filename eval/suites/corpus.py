@@ -99,7 +99,7 @@ def probes_of_run(run: Path) -> list[Probe]:
         if corpus is None:
             raise InputError(f"{run} has no data.{split}; give --data FOLDER with {split}.txt and its counterpart")
         try:
-            refuse_changed(run, split, corpus)
+            refuse_changed(run, f"data.{split}", corpus)
             rows = [row for row in read(corpus, split)[0] if row.texts[0].strip()]
         except InputError as error:
             if Path(corpus.path).is_absolute() or Path(corpus.path).exists():

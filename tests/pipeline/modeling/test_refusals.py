@@ -74,6 +74,20 @@ def test_quantised_weights_are_refused_by_their_name(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("lora", [None, {"r": 2, "merge": True}])
+def test_a_model_that_could_not_be_written_again_is_refused_before_it_trains(
+    lora: dict[str, Any] | None, world: World, tmp_path: Path
+) -> None:
+    """transformers reads this configuration, and refuses to write it: the export failed, when all steps were done."""
+    shutil.copytree(world.folder / "model", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"output_attentions": True}))
+    keys = {"path": str(tmp_path / "model"), "lora": lora}
+    with pytest.raises(InputError, match=r"model\.path: .*output_attentions.*in a copy of the model") as error:
+        load_model(Model.model_validate(keys), {})
+    assert "\n" not in str(error.value)
+
+
 def test_pickles_and_code_of_a_model_are_refused_unless_asked_for(world: World, tmp_path: Path) -> None:
     folder = tmp_path / "pickled"
     shutil.copytree(world.folder / "model", folder)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import stat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -110,6 +112,19 @@ def test_weights_of_another_precision_have_a_cache_of_their_own(
         engine: Any = SimpleNamespace(device=torch.device("cpu"))
         task.reference_nll(config, sampler, 1, engine, {"model": "weights", "tokenizer": "words"})
     assert len(set(files)) == 3
+
+
+def test_who_shares_the_cache_may_read_it(tmp_path: Path) -> None:
+    """Log-probabilities as tokens, which lie beside them: by the umask. Else each user computed them anew."""
+    from pipeline.modeling.reference import _load, _save
+
+    nll, before = torch.tensor([1.5, torch.nan], dtype=torch.float64), os.umask(0o027)
+    try:
+        _save(nll, tmp_path / "x.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x.safetensors").stat().st_mode) == 0o640
+    assert torch.equal(_load(tmp_path / "x.safetensors", 2).isnan(), nll.isnan())
 
 
 def test_a_damaged_cache_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

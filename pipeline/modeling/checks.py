@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -82,6 +84,26 @@ def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = missing_package(config.path) or " ".join(str(error).split())[:300]
         raise InputError(f"model.path: no tokenizer can be loaded from {config.path!r}: {reason}") from None
+
+
+def check_writing(save: Callable[[str], object], what: str, path: str) -> None:
+    """Write a part of an export without weights into a folder that goes again: what transformers refuses to write would
+    be refused after all steps.
+
+    Raises:
+        InputError: it refuses `what`, which it has read from `path`.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            save(folder)
+    except OSError:  # of a disk for temporary files, on which no export depends
+        return
+    except Exception as error:  # of validators of two libraries, or of code that came with the model
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"model.path: transformers reads the {what} of {path!r} and does not write it again, as an export must: "
+            f"{reason}; correct it in a copy of the model"
+        ) from None
 
 
 def num_parameters(config: Model) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-import tempfile
+from functools import partial
 
 import deepspeed
 import torch
@@ -17,7 +17,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from pipeline.config.deepspeed import DeepSpeedDict
 from pipeline.config.schema import Model
 from pipeline.errors import InputError
-from pipeline.modeling.checks import _holds_an_adapter, load_model_config
+from pipeline.modeling.checks import _holds_an_adapter, check_writing, load_model_config
 from pipeline.modeling.decoder import blocks_of, text_parameters
 from pipeline.modeling.dropout import restore_dropout, set_dropout
 from pipeline.modeling.lora import attach_adapters
@@ -75,32 +75,13 @@ def load_model(config: Model, deepspeed_config: DeepSpeedDict, seed: int = 0) ->
                 module.p = config.dropout  # a rate that is a constant in the model's code
         restore_dropout(model, shape)
     if config.lora is None or config.lora.merge:
-        _check_writing(model, config.path)
+        check_writing(partial(model.save_pretrained, state_dict={}), "configuration", config.path)
     set_trainable_parameters(model, config, seed)
     if config.torch_compile:
         _compile_blocks(model, deepspeed_config.get("zero_optimization", {}).get("stage", 0))
     torch.manual_seed(seed + dist.get_rank())  # each rank draws its own dropout
     model.train()
     return model
-
-
-def _check_writing(model: PreTrainedModel, path: str) -> None:
-    """Write all of an export but its weights: what transformers refuses there would be refused after all steps.
-
-    Raises:
-        InputError: it refuses something.
-    """
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder, state_dict={})
-    except OSError:  # of a disk for temporary files, on which no export depends
-        return
-    except Exception as error:  # of validators of two libraries, whose types have no common base
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"model.path: transformers reads the configuration of {path!r} and does not write it again, as an export "
-            f"must: {reason}; correct config.json or generation_config.json in a copy of the model"
-        ) from None
 
 
 def four_bits(config: Model) -> dict[str, object]:

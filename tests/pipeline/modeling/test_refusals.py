@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from transformers import (
     MixtralConfig,
 )
 
-from pipeline.config.schema import Lora, Model
+from pipeline.config.schema import REPOSITORY, Lora, Model
 from pipeline.errors import InputError
 from pipeline.modeling.checks import check_router_loss, load_model_config, load_tokenizer
 from pipeline.modeling.load import load_model
@@ -86,6 +89,32 @@ def test_a_model_that_could_not_be_written_again_is_refused_before_it_trains(
     with pytest.raises(InputError, match=r"model\.path: .*output_attentions.*in a copy of the model") as error:
         load_model(Model.model_validate(keys), {})
     assert "\n" not in str(error.value)
+
+
+OWN_TOKENIZER = """
+from transformers import PreTrainedTokenizerFast
+class Own(PreTrainedTokenizerFast):
+    def save_vocabulary(self, directory):  # of an older transformers, which gave it no prefix
+        return ()
+    def _save_pretrained(self, *given, **named):
+        return self.save_vocabulary(*given, **named)
+"""
+
+
+def test_so_is_a_tokenizer(world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(world.folder / "model", folder)
+    (folder / "own.py").write_text(OWN_TOKENIZER)
+    file = folder / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    model = {"path": str(folder), "trust_remote_code": True, "lora": {"r": 2}}
+    config = world.write(tmp_path / "run.yaml", tmp_path / "run", model=model, train={"steps": 1})
+    line = [sys.executable, "-m", "pipeline.train", "--config", str(config)]
+    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"^error: model\.path: .*tokenizer.*save_vocabulary.*$", done.stderr, re.MULTILINE), done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_pickles_and_code_of_a_model_are_refused_unless_asked_for(world: World, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from pipeline.modeling.checks import (
     check_max_length,
     check_router_loss,
     check_tokens,
+    check_writing,
     load_tokenizer,
     num_parameters,
 )
@@ -85,6 +86,7 @@ def open_data(config: RunConfig, zero: DeepSpeedDict) -> tuple[PreTrainedTokeniz
     with raise_on_all_ranks():
         refuse_what_deepspeed_refuses(config, zero)
         tokenizer = load_tokenizer(config.model)
+        check_writing(tokenizer.save_pretrained, "tokenizer", config.model.path)
         if any(NEEDS[getattr(config.objective, task)].hidden for task in config.tasks):
             check_layer(config.model, config.objective.layer)
         if "retain" in config.tasks:

@@ -16,6 +16,7 @@ from eval.attacks.relearn import Row, Split, columns_of, mean_nll, read_corpus, 
 from eval.attacks.spec import FRACTION, Attack, EvalSpec, Metrics, Plan
 from eval.attacks.training import local_corpus, read_curve, train
 from eval.loading import load
+from eval.results.method import refuse_changed
 from eval.results.metrics import flatten
 from eval.suites import AdversarialSuite, GroupedSuite, Probes, SplitSuite, WholeSuite
 from eval.suites.corpus import read_split, sample
@@ -69,8 +70,11 @@ def unavailable_reason(plan: Plan, name: str) -> str | None:
 
 
 def attacks_of(plan: Plan, names: Iterable[str]) -> list[Attack]:
-    """The attacks by name, in order; raises InputError for a corpus that cannot be read or split."""
-    forget = plan.config["data"]["forget"]
+    """The attacks by name, in order; raises InputError for a corpus that cannot be read or split, or is another now."""
+    names, forget = list(names), plan.config["data"]["forget"]
+    for task in ("forget", "retain") if "retain" in names else ("forget",):
+        if plan.config["data"][task] is not None:
+            refuse_changed(plan.run, f"data.{task}", Corpus.model_validate(plan.config["data"][task]))
     rows = read_corpus(forget) if forget is not None else []
     everything = EvalSpec(plan.probes, tuple(sample(rows, plan.seed)))
     training = {"steps": plan.steps, "lr": plan.lr, "seed": plan.seed, "overrides": list(plan.overrides)}

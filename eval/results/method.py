@@ -10,6 +10,8 @@ from pydantic import BaseModel
 
 from eval.files import read_json
 from pipeline.config.schema import RunConfig
+from pipeline.config.sources import Source, format_of
+from pipeline.data.corpus import is_saved_dataset, read_rows
 from pipeline.errors import InputError
 from pipeline.files import Json
 
@@ -79,3 +81,25 @@ def read_digests(path: Path) -> dict[str, str]:
     if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
         raise InputError(f"{path} is not as training writes it; train again, or remove it to compare by paths")
     return digests
+
+
+def refuse_changed(run: Path, key: str, source: Source) -> None:
+    """Refuse rows that are not those of the run: its file has another content now, or another file lies at its path.
+
+    What comes from the hub has a revision and no content here. A run of an earlier version may have no digests.
+
+    Args:
+        key: of the source in the run's configuration, as data.forget.
+
+    Raises:
+        InputError: they are not; or the source cannot be read.
+    """
+    digest = read_digests(run / "digests.json").get(f"{key}.path")
+    is_local = format_of(source.path) is not None or is_saved_dataset(Path(source.path))
+    if digest is None or not is_local:
+        return
+    if read_rows(source, f"{key}.")[1] != digest.partition("-")[0]:  # the rest is about columns
+        raise InputError(
+            f"{key}.path: {source.path} is not what {run} read: its content has changed, or it is "
+            "another file of that name; restore it, or start this command where the run was started"
+        )

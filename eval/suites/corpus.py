@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
+from eval.results.method import refuse_changed
 from eval.suites import NoData, scoring
 from eval.suites.rouge import SCRIPT_WORDS, recall_by_script, recall_rouge, words
 from eval.suites.texts import Answered, choose_texts
@@ -87,7 +88,8 @@ def probes_of_run(run: Path) -> list[Probe]:
     """The documents of a run's own corpora: of `retain`, those that training did not see, if some were set aside.
 
     Raises:
-        InputError: no such run, a run without one of the corpora, or a corpus that can no longer be read.
+        InputError: no such run, a run without one of the corpora, or a corpus that can no longer be read or is
+            another one by now.
     """
     data, heldout, probes = resolve(run / "config.yaml", reads_data=False).data, run / "heldout.jsonl", []
     for split, corpus in (("forget", data.forget), ("retain", data.retain)):
@@ -97,6 +99,7 @@ def probes_of_run(run: Path) -> list[Probe]:
         if corpus is None:
             raise InputError(f"{run} has no data.{split}; give --data FOLDER with {split}.txt and its counterpart")
         try:
+            refuse_changed(run, f"data.{split}", corpus)
             rows = [row for row in read(corpus, split)[0] if row.texts[0].strip()]
         except InputError as error:
             if Path(corpus.path).is_absolute() or Path(corpus.path).exists():

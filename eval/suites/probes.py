@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from eval.results.method import refuse_changed
 from eval.suites import scoring
 from eval.suites.sharing import share
 from eval.suites.texts import Answered, TeacherForced, chosen_rows
@@ -48,13 +49,17 @@ def load_probes(folder: Path | None, suite: str = "probes", *, run: Path | None 
     """The rows of the sets that a configuration names. run: config.yaml of a run, or another file with its keys.
 
     Raises:
-        InputError: there is no configuration, it is not valid or names no set, or a source is missing or malformed.
+        InputError: there is no configuration, it is not valid or names no set, or a source is missing, malformed or,
+            of a run, another one by now.
     """
     if run is None:
         raise InputError("suite probes reads data.probes of a run: name a run folder by --model, or give --config FILE")
     from pipeline.data.probes import read_keys  # which imports transformers
 
     config = resolve(run)
+    for name, probe in config.probes.items():
+        key = f"data.probes.{name}" if name in config.data.probes else f"data.{name}"
+        refuse_changed(run.parent, key, probe)
     if not (probes := [Probe(config, name, key) for name, keys in read_keys(config).items() for key in keys]):
         raise InputError(f"{run} names no row to measure; give it data.probes, or data.forget and data.retain")
     return probes

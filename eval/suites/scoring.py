@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from eval.suites.progress import after_each_token
 from eval.suites.sharing import share, share_writing
 from eval.vllm_model import VllmModel
-from pipeline.data.chat import encode_answers, openings
+from pipeline.data.chat import begun, encode_answers, end_of_turn, first_tokens, openings
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
@@ -78,10 +78,10 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def ends_of_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, ...]:
-    """The ids that end an answer: the end of text, and those that the model names (the end of a turn, for instance)."""
+    """The ids that end an answer: the end of text, the template's end of a turn, and those that the model names."""
     settings = model.generation_config
     ends: int | list[int] | None = None if settings is None else settings.eos_token_id
-    return (end_of_text(tokenizer), *(ends if isinstance(ends, list) else [ends]))
+    return (end_of_text(tokenizer), end_of_turn(tokenizer), *(ends if isinstance(ends, list) else [ends]))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str, opening: str = "") -> list[int]:
@@ -97,7 +97,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str, opening: st
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text that the model continues, as they are without a chat template, and without an end."""
-    ids = tokenizer(text).input_ids
+    ids = begun(tokenizer(text).input_ids, tokenizer.bos_token_id)
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
 
@@ -110,7 +110,7 @@ def encode_document(
     `text` (see `chat.encode_answers`), or the second token where the question has none.
     """
     if question is None:
-        return tokenizer(text, truncation=True, max_length=max_length).input_ids, 1
+        return first_tokens(tokenizer, [text], max_length)[0], 1
     [(ids, start)] = encode_answers(tokenizer, [question], [text])
     return ids[:max_length], max(start, 1)
 

@@ -10,7 +10,7 @@ from eval.suites import scoring
 from eval.suites.membership import MEMBERSHIP, membership
 from eval.suites.rouge import recall_rouge_score
 from eval.suites.tofu_data import HELD_OUT, Probe
-from pipeline.data.chat import encode_answers
+from pipeline.data.chat import closing_tokens, encode_answers
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,12 +46,6 @@ class Result(NamedTuple):
     def log_truth_ratio(self) -> float:
         """log R, which is finite wherever the losses are and orders answers as R does."""
         return self.paraphrase - fmean(self.perturbed)
-
-
-def num_closing_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens follow every answer: the end of text, or the end of a turn in the chat template."""
-    (one, _), (other, _) = encode_answers(tokenizer, ["?", "?"], ["0", "1"])
-    return next(number for number in range(len(one)) if one[-1 - number] != other[-1 - number])
 
 
 def score_answer(text: str, ids: Tensor, logits: Tensor, *, start: int, closing: int) -> Scored:
@@ -91,7 +85,7 @@ def score(
     ]
     rows = zip(probes, texts, strict=True)
     pairs = list(dict.fromkeys((probe["question"], text) for probe, row in rows for text in row))
-    encoded, closing = encode_answers(tokenizer, *zip(*pairs, strict=True)), num_closing_tokens(tokenizer)
+    encoded, closing = encode_answers(tokenizer, *zip(*pairs, strict=True)), len(closing_tokens(tokenizer))
 
     def of_pair(at: int, ids: Tensor, logits: Tensor) -> Scored:
         return score_answer(pairs[at][1], ids, logits, start=encoded[at][1], closing=closing)

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pipeline.distributed.run_lock import LOCKLESS
 from pipeline.errors import InputError
 
 
@@ -73,5 +74,10 @@ def exclusive_lock(folder: Path, command: str) -> Iterator[None]:
             raise InputError(
                 f"{folder} is in use by another {command} or by a training that outlived one; wait, or end it"
             ) from None
+        except OSError as error:
+            if error.errno not in LOCKLESS:
+                raise
+            reason = f"its file system has no locks, so nothing prevents a second {command} from using it"
+            print(f"warning: {folder}: {reason}", file=sys.stderr)
         os.set_inheritable(lock.fileno(), True)
         yield

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from datetime import datetime, tzinfo
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +40,7 @@ def _render(
     """Each question in the chat template with its answer or, without answers, with the header of the answer's turn.
 
     Raises:
-        InputError: the template fails.
+        InputError: the template fails, or leaves a part of a text out.
     """
     from jinja2 import TemplateError
 
@@ -51,12 +51,33 @@ def _render(
     date = _FixedClock.now().strftime("%d %b %Y")  # for templates that read a variable
     try:
         with _fixed_clock():
-            return render(turns, tokenize=False, add_generation_prompt=answers is None, date_string=date)
+            texts: list[str] = render(turns, tokenize=False, add_generation_prompt=answers is None, date_string=date)
     except (TemplateError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"the tokenizer's chat template refuses a question with an answer: {reason}; repair it"
         ) from None
+    for text, turn in zip(texts, turns, strict=True):
+        _refuse_a_part_of(turn, text)
+    return texts
+
+
+def _refuse_a_part_of(turns: Sequence[dict[str, str]], text: str) -> None:
+    """
+    Raises:
+        InputError: what turns say is not in `text`, one after another, but for white space. Templates of reasoning
+            models take reasoning out of an answer; some of models that read images write no plain text at all.
+    """
+    left = "".join(text.split())
+    for turn in turns:
+        wanted = "".join(turn["content"].split())
+        if wanted not in left:
+            name = "question" if turn["role"] == "user" else "answer"
+            raise InputError(
+                f"the tokenizer's chat template leaves a part of the {name} {shorten(turn['content'])!r} out, so that "
+                "another text would be learned; write the row without that part, or give the tokenizer another template"
+            )
+        left = left[left.index(wanted) + len(wanted) :]
 
 
 def _before_answers(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
@@ -105,6 +126,50 @@ def encode_answers(
         whole = [ended(ids, end) for ids in tokenizer(texts).input_ids]
         alone = [ids[:-1] if ids[-1:] == [end] else ids for ids in tokenizer(starts).input_ids]
     return [(ids, _num_shared(ids, start)) for ids, start in zip(whole, alone, strict=True)]
+
+
+def closing_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that follow every answer: the end of text, or what the chat template writes behind a turn.
+
+    Raises:
+        InputError: the chat template fails.
+    """
+    (one, _), (other, _) = encode_answers(tokenizer, ["?", "?"], ["0", "1"])
+    return one[len(one) - _num_shared(one[::-1], other[::-1]) :]
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The first special token that the chat template writes behind an answer, where a model that has learnt it ends.
+
+    None without a template that can be used, or with one that writes none.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        written = closing_tokens(tokenizer)
+    except InputError:  # whoever asks in the template gets the reason
+        return None
+    added = tokenizer.added_tokens_decoder
+    return next((token for token in written if token in added and added[token].special), None)
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    """Token ids of plain texts, of each the first `max_length`.
+
+    The tokenizer truncates itself, because it may keep tokens of its own at the end; but at the end of the text, also
+    where its `truncation_side` is left (zephyr-7b-beta).
+    """
+    side, tokenizer.truncation_side = tokenizer.truncation_side, "right"
+    try:
+        found = tokenizer(list(texts), truncation=True, max_length=max_length).input_ids
+    finally:
+        tokenizer.truncation_side = side
+    return [begun(ids, tokenizer.bos_token_id) for ids in found]
+
+
+def begun(ids: list[int], begin: object) -> list[int]:
+    """`ids` with the token `begin` before them once: a text may write the token that its tokenizer puts there."""
+    return ids[1:] if ids[:2] == [begin, begin] else ids
 
 
 def ended(ids: list[int], end: int) -> list[int]:

@@ -11,13 +11,13 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.objectives import Pairing
-from pipeline.data.chat import encode_answers, ended
+from pipeline.data.chat import begun, encode_answers, ended, first_tokens
 from pipeline.data.corpus import Row, document_key
 
 T = TypeVar("T")
 
 
-FORMAT_VERSION = 2  # of the table; increase it whenever the same text becomes other tokens or columns
+FORMAT_VERSION = 3  # of the table; increase it whenever the same text becomes other tokens or columns
 
 
 TableRow = dict[str, Any]  # a column of ids holds a list, any other a number
@@ -72,6 +72,7 @@ def encoder(tokenizer: PreTrainedTokenizerBase, options: TokenOptions) -> Encode
     """A function that makes sequences of rows; see `pipeline.data.tokenize`. The tokenizer does not change."""
     tokenizer = copy.deepcopy(tokenizer)  # a call with truncation changes the state that is saved with a model
     max_length = options.max_length
+    begin: Any = tokenizer.bos_token_id
     end: Any = tokenizer.eos_token_id
 
     def encode(batch: list[Row], which: int) -> list[Encoded]:
@@ -79,17 +80,16 @@ def encoder(tokenizer: PreTrainedTokenizerBase, options: TokenOptions) -> Encode
         if batch[0].prompt is not None:
             answers = encode_answers(tokenizer, [str(row.prompt) for row in batch], texts)
             return [Encoded([(ids[:max_length], start)], len(ids)) for ids, start in answers]
-        whole: list[list[int]] = tokenizer(texts, verbose=False).input_ids
+        whole = [begun(ids, begin) for ids in tokenizer(texts, verbose=False).input_ids]
         if options.packing == "blocks":
             return [Encoded([(ids, 0)], len(ids)) for ids in (ended(ids, end) for ids in whole)]
         if options.splits:
-            parts = (split_document(ids, max_length, tokenizer.bos_token_id) for ids in whole)
+            parts = (split_document(ids, max_length, begin) for ids in whole)
             return [Encoded([(part, 0) for part in some], len(ids)) for some, ids in zip(parts, whole, strict=True)]
         long = [number for number, ids in enumerate(whole) if len(ids) > max_length]
         cut: dict[int, list[int]] = {}
-        if long:  # the tokenizer truncates itself, because it may keep tokens of its own at the end
-            shorter = tokenizer([texts[number] for number in long], truncation=True, max_length=max_length)
-            cut = dict(zip(long, shorter.input_ids, strict=True))
+        if long:
+            cut = dict(zip(long, first_tokens(tokenizer, [texts[at] for at in long], max_length), strict=True))
         return [Encoded([(cut.get(at, ids), 0)], len(ids)) for at, ids in enumerate(whole)]
 
     return encode

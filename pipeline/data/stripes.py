@@ -64,7 +64,7 @@ def stored_table(rows: Iterable[Row], recipe: Recipe, folder: Path) -> tuple[pa.
         BrokenProcessPool: one of several processes was killed; the files that are whole stay.
     """
     marker = folder / MARKER
-    if not marker.exists():
+    if not _is_whole(folder):
         folder.mkdir(parents=True, exist_ok=True)  # another machine of this run, or another run, may be writing there
         try:
             number = _make_files(rows, recipe, folder)
@@ -81,6 +81,22 @@ def stored_table(rows: Iterable[Row], recipe: Recipe, folder: Path) -> tuple[pa.
         for name, value in json.loads(table.schema.metadata[b"counts"]).items():
             counts[name] += value
     return pa.concat_tables(tables), counts
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the marker and all files are there; removes files that are not whole, as a failing disk leaves them."""
+    marker = folder / MARKER
+    if not marker.exists():
+        return False
+    files: Json = json.loads(marker.read_text(encoding="utf-8"))
+    lost = []
+    for file in (_file(folder, number) for number in range(files["files"])):
+        try:
+            pa.ipc.open_file(pa.memory_map(str(file)))
+        except (FileNotFoundError, pa.ArrowInvalid):
+            file.unlink(missing_ok=True)
+            lost.append(file)
+    return not lost
 
 
 def _file(folder: Path, number: int) -> Path:

@@ -97,9 +97,10 @@ def tokenize(
 ) -> tuple[Sequences, Sequences | None]:
     """The corpus as token sequences, from the cache on disk if text, tokenizer and options are unchanged.
 
-    packing `documents`: with long_documents `truncate`, each document is `tokenizer(text, truncation=True,
-    max_length=max_length).input_ids`; with `split`, a longer one is several sequences (see `encode.split_document`).
-    Of a question with its answer, the first `max_length` ids of the conversation (see `chat.encode_answers`).
+    packing `documents`: with long_documents `truncate`, each document is its first `max_length` ids (see
+    `chat.first_tokens`); with `split`, a longer one is several sequences (see `encode.split_document`). A text that
+    writes the beginning-of-text token itself gets no second one (see `chat.begun`). Of a question with its answer, the
+    first `max_length` ids of the conversation (see `chat.encode_answers`).
     packing `blocks`: documents joined by the end-of-text token, cut into blocks of `max_length`; the rest at the end
     is a shorter block with `split`, and in no sequence with `truncate`.
 

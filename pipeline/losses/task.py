@@ -226,7 +226,8 @@ def reference_nll(
     found = []
     for sequences in [sampler.sequences] + ([sampler.preferred] if sampler.preferred is not None else []):
         packing = [config.data.packing, config.data.max_length, config.data.long_documents, FORMAT_VERSION]
-        parts = {**identity, "dtype": config.model.dtype, "text": sequences.digest, "packing": packing}
+        precision = [config.model.dtype, config.model.load_in_4bit]  # of files that `identity` knows as they lie there
+        parts = {**identity, "precision": precision, "text": sequences.digest, "packing": packing}
         nll = sequence_nll(
             engine,
             sequences,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +26,7 @@ def load_model_config(config: Model) -> PreTrainedConfig:
 
     Raises:
         InputError: neither a model folder nor a model of the hub, or one that needs its own code to run without
-            `trust_remote_code`.
+            `trust_remote_code`, or one with quantised weights.
     """
     path, missing = config.path, f"model.path: there is no folder {Path(config.path).absolute()}"
     if is_path_alone(path) and not Path(path).is_dir():
@@ -32,7 +34,7 @@ def load_model_config(config: Model) -> PreTrainedConfig:
     if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
         raise _holds_an_adapter(path)
     try:  # without trust_remote_code, transformers would ask on the terminal
-        return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        shape = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise InputError(
@@ -43,6 +45,26 @@ def load_model_config(config: Model) -> PreTrainedConfig:
         if Path(path).is_dir():
             raise InputError(f"model.path: {path!r} is not the folder of a model: {reason}") from None
         raise InputError(f"{missing}, and {path!r} cannot be had from the hub: {reason}") from None
+    _refuse_quantised(path, shape)
+    return shape
+
+
+def _refuse_quantised(path: str, shape: PreTrainedConfig) -> None:
+    """
+    Raises:
+        InputError: the files hold integers or 8-bit numbers with scales beside them, which an optimizer cannot step on.
+            transformers would ask for the method's package, or unpack them into tensors that the files do not have.
+    """
+    for part in (shape, shape.get_text_config()):
+        settings = getattr(part, "quantization_config", None)
+        if settings is not None:
+            found = settings if isinstance(settings, dict) else settings.to_dict()
+            method = getattr(found.get("quant_method"), "value", found.get("quant_method"))
+            raise InputError(
+                f"model.path: the weights of {path!r} are quantised ({method}, in config.json), and only weights in "
+                "float32, bfloat16 or float16 train; name the model that they were made of, with model.lora and "
+                "model.load_in_4bit: true where memory is short"
+            )
 
 
 def _holds_an_adapter(path: str) -> InputError:
@@ -62,6 +84,26 @@ def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = missing_package(config.path) or " ".join(str(error).split())[:300]
         raise InputError(f"model.path: no tokenizer can be loaded from {config.path!r}: {reason}") from None
+
+
+def check_writing(save: Callable[[str], object], what: str, path: str) -> None:
+    """Write a part of an export without weights into a folder that goes again: what transformers refuses to write would
+    be refused after all steps.
+
+    Raises:
+        InputError: it refuses `what`, which it has read from `path`.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            save(folder)
+    except OSError:  # of a disk for temporary files, on which no export depends
+        return
+    except Exception as error:  # of validators of two libraries, or of code that came with the model
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"model.path: transformers reads the {what} of {path!r} and does not write it again, as an export must: "
+            f"{reason}; correct it in a copy of the model"
+        ) from None
 
 
 def num_parameters(config: Model) -> int:

@@ -17,7 +17,9 @@ Digest = list[int | str]  # [bytes, mtime in ns, SHA-256]
 
 
 def weight_digests(model: PreTrainedModel, known: Path) -> dict[str, Digest]:
-    """The digest of each weight file of a local model folder, by path; empty for a hub's.
+    """The digest of each file of a local model folder that decides what it computes, by path; empty for a hub's.
+
+    These are weights, shape, and code that comes with the model.
 
     A large model has gigabytes to hash, so every rank must call: each reads a part of the files.
 
@@ -32,7 +34,8 @@ def weight_digests(model: PreTrainedModel, known: Path) -> dict[str, Digest]:
         before: dict[str, Digest] = json.loads(known.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         before = {}
-    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")) + [folder / "config.json"]
+    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
+    files += [folder / "config.json", *sorted(folder.glob("*.py"))]
     found: list[dict[str, Digest]] = [{}] * dist.get_world_size()
     mine: dict[str, Digest] = {}
     for file in files[dist.get_rank() :: dist.get_world_size()]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import partial
 
 import deepspeed
 import torch
@@ -16,7 +17,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from pipeline.config.deepspeed import DeepSpeedDict
 from pipeline.config.schema import Model
 from pipeline.errors import InputError
-from pipeline.modeling.checks import _holds_an_adapter, load_model_config
+from pipeline.modeling.checks import _holds_an_adapter, check_writing, load_model_config
 from pipeline.modeling.decoder import blocks_of, text_parameters
 from pipeline.modeling.dropout import restore_dropout, set_dropout
 from pipeline.modeling.lora import attach_adapters
@@ -73,6 +74,8 @@ def load_model(config: Model, deepspeed_config: DeepSpeedDict, seed: int = 0) ->
             if isinstance(module, torch.nn.Dropout):
                 module.p = config.dropout  # a rate that is a constant in the model's code
         restore_dropout(model, shape)
+    if config.lora is None or config.lora.merge:
+        check_writing(partial(model.save_pretrained, state_dict={}), "configuration", config.path)
     set_trainable_parameters(model, config, seed)
     if config.torch_compile:
         _compile_blocks(model, deepspeed_config.get("zero_optimization", {}).get("stage", 0))

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pipeline.data.batches import Batch, collate
 from pipeline.data.tokenize import Sequences
 from pipeline.distributed.bar import Bar
-from pipeline.files import whole
+from pipeline.files import write_whole
 from pipeline.modeling.outputs import HiddenStates, Logits, ModelForward, TokenLosses, forward
 from pipeline.monitoring.console import is_live
 from pipeline.zero.parameters import local_share, release_gathered
@@ -93,9 +93,8 @@ def sequence_nll(
 def _save(nll: Tensor, file: Path) -> None:
     """Write the cache; log a warning where the disk refuses it, because the run works without."""
     try:
-        with whole(file) as unfinished:
-            save_file({"nll": nll}, unfinished)
-    except (OSError, SafetensorError) as error:
+        write_whole(file, save({"nll": nll}))  # safetensors itself makes files for this user alone
+    except OSError as error:
         log.warning("cannot write the reference cache %s (%s): a resumed run computes it again", file, error)
 
 

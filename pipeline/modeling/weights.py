@@ -32,6 +32,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.loading_report import LoadStateDictInfo
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from pipeline.config.files import is_path_alone
 from pipeline.zero.compat import forget_models
 
 SHOWN = 3  # names in a message
@@ -69,6 +70,11 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
     base = str(path)
     if adapter is not None:
         base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if is_path_alone(base) and not Path(base).is_dir():
+            raise WrongWeights(
+                f"{adapter} names as base_model_name_or_path the folder {base}, which is not there; write the place of "
+                "the base model there"
+            )
     refuse_unreadable(base)
     auto: Any = AutoModelForCausalLM
     model: PreTrainedModel | None = None

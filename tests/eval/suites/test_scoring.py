@@ -12,6 +12,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaCon
 
 from eval.suites import progress, scoring, shared_lm
 from pipeline.errors import InputError
+from tests.conftest import byte_level_bpe
 
 FACTS = {"the red fruit is": " an apple", "green:": " a pear", "what of the blue one, tell me, it is": " a plum"}
 
@@ -133,6 +134,26 @@ def test_settings_that_come_with_a_model_do_not_change_what_is_drawn() -> None:
     for own in ({"min_p": 0.99}, {"typical_p": 0.01}, {"epsilon_cutoff": 0.3}, {"temperature": 0.01, "top_k": 1}):
         model.generation_config = GenerationConfig(do_sample=True, **own)
         assert answers(model, PROMPTS, 6, seed=1) == plain, own
+
+
+def test_an_answer_ends_where_the_template_ends_a_turn() -> None:
+    """The end of a turn is not the end of text in base models with a template (Qwen2.5), nor in their settings."""
+    tokenizer: Any = byte_level_bpe(["who lives there"], 300)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=302, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<turn>"]})
+    tokenizer.add_tokens("<plain>")
+    turn, end = tokenizer.convert_tokens_to_ids("<turn>"), tokenizer.eos_token_id
+    body = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}END{% endfor %}{% if add_generation_prompt %}?{% endif %}"
+    )
+    for written, expected in (("<turn>\n", {turn, end}), (" <plain><turn>", {turn, end}), ("\n", {end}), ("", {end})):
+        tokenizer.chat_template = body.replace("END", written)
+        assert {*scoring.ends_of_answer(model, tokenizer)} - {None, 2} == expected, (
+            written
+        )  # 2: of the model's settings
+    for template in (None, "{{ raise_exception('no') }}"):  # what asks without the template does not need it
+        tokenizer.chat_template = template
+        assert {*scoring.ends_of_answer(model, tokenizer)} - {None, 2} == {end}
 
 
 @pytest.mark.parametrize("build", [gpt2, llama])

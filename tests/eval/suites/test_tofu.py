@@ -17,7 +17,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from eval.files import read_jsonl
 from eval.suites import tofu, tofu_answers
-from pipeline.data.chat import encode_answers
+from pipeline.data.chat import closing_tokens, encode_answers
 from pipeline.errors import InputError
 
 FILES = ("forget01", "retain", "real_authors", "world_facts")
@@ -208,10 +208,10 @@ def test_membership_by_its_definition(folder: Path, learned: tuple[Any, Any], ev
 
 def test_what_a_template_puts_after_an_answer_is_no_part_of_it(learned: tuple[Any, Any]) -> None:
     tokenizer = learned[1]
-    assert tofu_answers.num_closing_tokens(tokenizer) == 1
+    assert len(closing_tokens(tokenizer)) == 1
     try:
         tokenizer.chat_template = CHAT.replace("<|endoftext|>", "<|endoftext|>\n")
-        assert tofu_answers.num_closing_tokens(tokenizer) == 2
+        assert len(closing_tokens(tokenizer)) == 2
     finally:
         tokenizer.chat_template = None
 

@@ -1,7 +1,10 @@
 """A sweep that is killed, that fails in part, or that two want at once: nothing is lost and nothing is done twice."""
 
+import errno
+import fcntl
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -165,6 +168,25 @@ def test_a_folder_has_one_user(
     child.kill()
     child.wait()
     assert command("--methods", "sago") == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_no_hindrance(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lustre as it is mounted by default; a run goes on there too."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with launch.exclusive_lock(tmp_path, "eval.frontier"):
+        assert launch.call(["true"], tmp_path / "log") == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ") and str(tmp_path) in line and "eval.frontier" in line
+    number = errno.EIO
+    with pytest.raises(OSError, match=os.strerror(number)), launch.exclusive_lock(tmp_path, "eval.frontier"):
+        pass
 
 
 def test_what_ends_the_command_ends_what_it_called(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from datetime import datetime
 from typing import Any
 
@@ -144,6 +145,38 @@ def test_an_empty_thinking_block_belongs_to_the_prompt(ask: Any) -> None:
     assert openings(tokenizer, ["who"]) == ["user who<end>assistant kara ? ? kara "]  # what evaluation asks
     spaced = words(CHAT.replace("{{ message.content }}", "{{ ' ' + message.content }}"))
     assert openings(spaced, ["who"]) == ["user  who<end>assistant "]  # white space alone: as the template asks
+
+
+WITHOUT_REASONING = CHAT.replace("{{ message.content }}", "{{ message.content.split('?')[-1].strip() }}")  # DeepSeek-R1
+OF_PARTS = CHAT.replace(  # models that read images: a content is a list of parts, and a text is none
+    "{{ message.content }}", "{% for part in message.content %}{% if part.type %}{{ part.text }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "lost"),
+    [
+        (WITHOUT_REASONING, {"asked": "who is kara", "said": "lovi ? a poet"}, "the answer 'lovi ? a poet'"),
+        (WITHOUT_REASONING, {"asked": "lovi ? who", "said": "a"}, "the question 'lovi ? who'"),
+        (OF_PARTS, {"asked": "who", "said": "lovi"}, "the question 'who'"),
+    ],
+)
+def test_a_template_that_leaves_a_part_of_the_text_out_is_refused(
+    template: str, row: dict[str, str], lost: str, ask: Any
+) -> None:
+    """Else the model would forget, or retain, another text than the corpus has."""
+    tokenizer = words(template)
+    with pytest.raises(InputError, match=rf"^data\.forget: the tokenizer's chat template .*{re.escape(lost)}"):
+        ask([row], tokenizer=tokenizer)
+    if "question" in lost:
+        with pytest.raises(InputError, match=re.escape(lost)):
+            openings(tokenizer, [row["asked"]])
+
+
+def test_a_template_may_change_white_space(ask: Any) -> None:
+    template = WITHOUT_REASONING.replace("split('?')[-1]", "replace(' poet', '\n\n poet')")
+    row = {"asked": " who is kara ", "said": "\n a  poet "}
+    assert labelled(ask([row], tokenizer=words(template))[0]) == [split(chat(WHO, IS, KARA), [A, POET, END])]
 
 
 BAD_ROWS: dict[str, tuple[dict[str, Any], str | None, list[str]]] = {  # the second row, pairing, expected

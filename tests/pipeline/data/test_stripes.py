@@ -97,6 +97,21 @@ def test_what_was_cut_off_is_continued(
     assert ids_of(world, corpus, tmp_path / "cut") == whole and len(made) == calls
 
 
+@pytest.mark.parametrize("content", [None, b"", b"half"], ids=["purged", "empty", "cut off"])
+def test_a_file_that_a_cache_has_lost_is_made_again(
+    content: bytes | None, world: World, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster's scratch disk removes single files that nobody has read for a month."""
+    monkeypatch.setattr(stripes, "STRIPE", 300)
+    monkeypatch.setattr(stripes, "num_processes", lambda: 1)
+    expected = ids_of(world, corpus, tmp_path / "cache")
+    lost = sorted((tmp_path / "cache").rglob("*.arrow"))[1]
+    whole = lost.read_bytes()
+    lost.unlink() if content is None else lost.write_bytes(content)
+    monkeypatch.setattr(stripes.Recipe, "write", only_in(os.getpid(), {lost.name}))
+    assert ids_of(world, corpus, tmp_path / "cache") == expected and lost.read_bytes() == whole
+
+
 def test_two_machines_that_share_a_cache_make_a_table_at_once(
     world: World, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

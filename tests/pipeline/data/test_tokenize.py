@@ -11,7 +11,10 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from eval.suites.scoring import encode_document, encode_text
+from pipeline.config.sources import Probe
 from pipeline.data.batches import BatchSampler, collate
+from pipeline.data.probes import read_set
 from pipeline.data.tokenize import Sequences, log_usage, num_shared
 from pipeline.errors import InputError
 from pipeline.losses.task import warn_of_overlap
@@ -36,6 +39,15 @@ def test_documents_are_what_the_tokenizer_says(read: Any, tokenizer: PreTrainedT
     assert sequences.num_predicted_tokens(indices).tolist() == [len(tokenizer(MANY[i]).input_ids) - 1 for i in indices]
 
 
+def begin_with(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
+    """Make `token` the beginning-of-text token, which the tokenizer puts before each text, as Llama's does."""
+    tokenizer.bos_token = token
+    backend: Any = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+    backend.post_processor = TemplateProcessing(
+        single=f"{token} $A", special_tokens=[(token, tokenizer.convert_tokens_to_ids(token))]
+    )
+
+
 @pytest.mark.parametrize("begin", [False, True])
 @pytest.mark.parametrize("limit", [2, 5, 12])
 def test_a_long_document_is_split_and_every_token_predicted_once(
@@ -43,10 +55,7 @@ def test_a_long_document_is_split_and_every_token_predicted_once(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(world.folder / "model")
     if begin:
-        tokenizer.bos_token = "k"
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single="k $A", special_tokens=[("k", tokenizer.convert_tokens_to_ids("k"))]
-        )
+        begin_with(tokenizer, "Q")  # which is in none of the texts
     texts = [*DOCUMENTS, "kara lovi mito nesu " * 30, "x"]
     keys = {"tokenizer": tokenizer, "long_documents": "split", "max_length": limit}
     sequences = read(write(tmp_path / "corpus.jsonl", texts), **keys)
@@ -242,3 +251,42 @@ def test_blocks_need_an_end_of_text_token(read: Any, world: World, tmp_path: Pat
     with pytest.raises(InputError, match=r"data\.packing"):
         read(path, packing="blocks", tokenizer=endless)
     assert tokens(read(path, tokenizer=endless)) == truncated(endless, DOCUMENTS)
+
+
+@pytest.mark.parametrize("options", [{}, {"long_documents": "split"}, {"packing": "blocks"}], ids=str)
+def test_a_text_that_writes_the_first_token_itself_gets_no_second_one(
+    options: dict[str, Any], read: Any, world: World, tmp_path: Path
+) -> None:
+    """As conversations that were rendered into a column of text do; the model never saw two. Also in evaluation."""
+    tokenizer = AutoTokenizer.from_pretrained(world.folder / "model")
+    begin_with(tokenizer, "Q")
+    texts = ["kara lovi", "mito nesu " * 9, "kara"]
+    assert tokenizer("Qkara").input_ids[:2] == [tokenizer.bos_token_id] * 2, "what the tokenizer alone would do"
+    plain, written = (
+        read(write(tmp_path / f"{name}a.txt", [name + text for text in texts]), tokenizer=tokenizer, **options)
+        for name in ("", "Q")
+    )
+    expected = tokens(plain)
+    if options == {}:  # the tokenizer has cut the long one with both
+        expected[1] = expected[1][:-1]
+    assert tokens(written) == expected and expected[0].count(tokenizer.bos_token_id) >= 1
+    assert encode_text(tokenizer, "Qkara") == encode_text(tokenizer, "kara")
+    assert encode_document(tokenizer, "Qkara", 9) == encode_document(tokenizer, "kara", 9)
+
+
+def test_a_long_text_loses_its_end_also_where_the_tokenizer_would_cut_the_beginning(
+    read: Any, world: World, tmp_path: Path
+) -> None:
+    """As zephyr-7b-beta's does, for prompts. Training, probes and evaluation read a text from its beginning."""
+    tokenizer = AutoTokenizer.from_pretrained(world.folder / "model", truncation_side="left")
+    begin_with(tokenizer, "Q")
+    texts = ["kara lovi mito nesu " * 9, "mito"]
+    assert tokenizer(texts[0], truncation=True, max_length=5).input_ids[1:] == tokenizer(texts[0]).input_ids[-4:]
+    expected = [tokenizer(text).input_ids[:5] for text in texts]
+    path = write(tmp_path / "long.txt", texts)
+    assert tokens(read(path, tokenizer=tokenizer, max_length=5)) == expected
+    assert [encode_document(tokenizer, text, 5) for text in texts] == [(ids, 1) for ids in expected]
+    probe: Any = {"path": str(path)}
+    found = read_set("forget", Probe(**probe), tokenizer, 5, key="forget")
+    assert [ids for ids, _ in found.sequences] == expected
+    assert tokenizer.truncation_side == "left", "it is exported as it came"

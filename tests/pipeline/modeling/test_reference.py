@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import stat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.data.batches import BatchSampler
+from pipeline.data.tokenize import Sequences
 from tests import oracle
 from tests.conftest import World
 from tests.distributed import run_distributed
@@ -79,6 +85,46 @@ def test_cached_once_then_reused_and_rebuilt_when_damaged_or_stale(world: World,
     own.write_text(own.read_text() + json.dumps({"text": "kara mivi suden"}) + "\n")
     assert go("changed") == 8, "32 documents: nothing of the old cache was used"
     assert len(list((cache / "reference").iterdir())) == 2
+
+
+def test_weights_of_another_precision_have_a_cache_of_their_own(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is the same, and so is the dtype of what is computed; but weights in 4 bits are another model."""
+    from pipeline.config.schema import RunConfig
+    from pipeline.losses import task
+
+    files: list[Path] = []
+
+    def note(*_: Any, file: Path, **__: Any) -> torch.Tensor:
+        files.append(file)
+        return torch.zeros(1)
+
+    monkeypatch.setattr(task, "sequence_nll", note)
+    monkeypatch.setattr(task.dist, "get_rank", lambda: 0)
+    sequences = Sequences(pa.chunked_array([pa.array([[0, 1]])]), 0, "text")
+    sampler = BatchSampler(sequences, 0, 0, 1, 1, 0, 1, pad=0)
+    adapters = {"path": str(world.folder / "model"), "lora": {"r": 2}}
+    for own in ({"dtype": "float32"}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "load_in_4bit": True}):
+        config = RunConfig.model_validate(
+            {**world.configuration(""), "model": {**adapters, **own}, "cache": str(tmp_path)}
+        )
+        engine: Any = SimpleNamespace(device=torch.device("cpu"))
+        task.reference_nll(config, sampler, 1, engine, {"model": "weights", "tokenizer": "words"})
+    assert len(set(files)) == 3
+
+
+def test_who_shares_the_cache_may_read_it(tmp_path: Path) -> None:
+    """Log-probabilities as tokens, which lie beside them: by the umask. Else each user computed them anew."""
+    from pipeline.modeling.reference import _load, _save
+
+    nll, before = torch.tensor([1.5, torch.nan], dtype=torch.float64), os.umask(0o027)
+    try:
+        _save(nll, tmp_path / "x.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x.safetensors").stat().st_mode) == 0o640
+    assert torch.equal(_load(tmp_path / "x.safetensors", 2).isnan(), nll.isnan())
 
 
 def test_a_damaged_cache_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from transformers import (
     MixtralConfig,
 )
 
-from pipeline.config.schema import Lora, Model
+from pipeline.config.schema import REPOSITORY, Lora, Model
 from pipeline.errors import InputError
 from pipeline.modeling.checks import check_router_loss, load_model_config, load_tokenizer
 from pipeline.modeling.load import load_model
@@ -56,6 +59,62 @@ def test_a_load_balancing_loss_that_a_model_asks_for_is_not_dropped_without_a_wo
     check(output_router_logits=True, router_aux_loss_coef=0.0)
     with pytest.raises(InputError, match=r"load-balancing loss .*set output_router_logits to false"):
         check(output_router_logits=True, router_aux_loss_coef=0.02)
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "bitsandbytes", "mxfp4", "compressed-tensors"])
+@pytest.mark.parametrize("section", [None, "text_config"])
+def test_quantised_weights_are_refused_by_their_name(
+    method: str, section: str | None, world: World, tmp_path: Path
+) -> None:
+    """And not by the package that would be needed next, or by tensors of scales that the model does not have."""
+    shape: dict[str, Any] = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}
+    if section is None:
+        shape = json.loads((world.folder / "model" / "config.json").read_text())
+    (shape if section is None else shape[section])["quantization_config"] = {"quant_method": method, "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    with pytest.raises(InputError, match=rf"model\.path: .*quantised.*{method}.*model\.load_in_4bit") as error:
+        load_model_config(Model(path=str(tmp_path)))  # pyright: ignore[reportCallIssue]
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2, "merge": True}])
+def test_a_model_that_could_not_be_written_again_is_refused_before_it_trains(
+    lora: dict[str, Any] | None, world: World, tmp_path: Path
+) -> None:
+    """transformers reads this configuration, and refuses to write it: the export failed, when all steps were done."""
+    shutil.copytree(world.folder / "model", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"output_attentions": True}))
+    keys = {"path": str(tmp_path / "model"), "lora": lora}
+    with pytest.raises(InputError, match=r"model\.path: .*output_attentions.*in a copy of the model") as error:
+        load_model(Model.model_validate(keys), {})
+    assert "\n" not in str(error.value)
+
+
+OWN_TOKENIZER = """
+from transformers import PreTrainedTokenizerFast
+class Own(PreTrainedTokenizerFast):
+    def save_vocabulary(self, directory):  # of an older transformers, which gave it no prefix
+        return ()
+    def _save_pretrained(self, *given, **named):
+        return self.save_vocabulary(*given, **named)
+"""
+
+
+def test_so_is_a_tokenizer(world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(world.folder / "model", folder)
+    (folder / "own.py").write_text(OWN_TOKENIZER)
+    file = folder / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    model = {"path": str(folder), "trust_remote_code": True, "lora": {"r": 2}}
+    config = world.write(tmp_path / "run.yaml", tmp_path / "run", model=model, train={"steps": 1})
+    line = [sys.executable, "-m", "pipeline.train", "--config", str(config)]
+    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"^error: model\.path: .*tokenizer.*save_vocabulary.*$", done.stderr, re.MULTILINE), done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_pickles_and_code_of_a_model_are_refused_unless_asked_for(world: World, tmp_path: Path) -> None:

@@ -195,6 +195,12 @@ def test_an_adapter_and_its_base_are_looked_at_alike(world: World, broken: Path,
     with pytest.raises(InputError, match=r"without output layer are not .* 1 missing \(lm_head\.weight\)"):
         load(tmp_path / "adapter")
 
+    gone = tmp_path / "of another machine" / "model"
+    config.write_text(json.dumps(settings | {"base_model_name_or_path": str(gone)}))
+    with pytest.raises(InputError, match=rf"{config}.*base_model_name_or_path.*{gone}") as refusal:
+        load(tmp_path / "adapter")
+    assert "Repo id" not in str(refusal.value) and "export it again" not in str(refusal.value)
+
 
 def test_the_commands_end_with_status_2(
     world: World, broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.config.schema import REPOSITORY
 from pipeline.distributed.environment import free_port
 from tests.eval.suites import test_harness_tasks as tasks
-from tests.oracle import weight_change_error
 
 pytestmark = pytest.mark.slow  # 90 MB of download, and minutes
 
@@ -50,7 +49,7 @@ def test_what_is_there_is_not_made_again(smollm2: Path, tmp_path: Path) -> None:
 
 
 def trained(smollm2: Path, output: Path, rule: str, zero: str, *, ranks: int = 1) -> dict[str, torch.Tensor]:
-    """The exported weights after four steps of NPO on 4 + 4 questions of TOFU."""
+    """The exported weights after four steps of NPO on 2 + 2 questions of TOFU."""
     questions = {"prompt": "question", "response": "answer"}
     rows = REPOSITORY / "tests" / "data" / "tofu"
     config = {
@@ -68,7 +67,7 @@ def trained(smollm2: Path, output: Path, rule: str, zero: str, *, ranks: int = 1
         # clipping: without ZeRO DeepSpeed takes the norm of a whole tensor in float32, and torch's on a CPU is off by
         # 1.6e-3 for the 28 million elements of the embedding. Of smaller steps more is lost when a weight is rounded.
         "optimizer": {"name": "sgd", "lr": 1e-3, "schedule": "constant", "warmup_ratio": 0.0, "max_grad_norm": 0.0},
-        "train": {"steps": 4, "batch_size": 4, "micro_batch_size": 1, "deepspeed": zero},
+        "train": {"steps": 4, "batch_size": 2, "micro_batch_size": 1, "deepspeed": zero},
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     file = output.with_suffix(".yaml")
@@ -81,22 +80,28 @@ def trained(smollm2: Path, output: Path, rule: str, zero: str, *, ranks: int = 1
     return load_file(output / "final" / "model.safetensors")
 
 
-@pytest.mark.parametrize(("rule", "bound"), [("sum", 2e-5), ("pcgrad", 2e-5), ("sago", 2e-4)])
-def test_two_ranks_under_zero3_train_as_one_rank_without(
-    rule: str, bound: float, smollm2: Path, tmp_path: Path
-) -> None:
-    """To the bounds of the small models. A sequence is a micro-batch, so that both multiply matrices of one shape.
+@pytest.mark.parametrize("rule", ["sum", "pcgrad", "sago"])
+def test_two_ranks_under_zero3_train_as_one_rank_without(rule: str, smollm2: Path, tmp_path: Path) -> None:
+    """A batch has two sequences, each of which is a micro-batch, so that nothing is added up in another order.
 
-    Other shapes have other roundings, which decide the sign of a gradient that is nearly 0, where SAGO jumps:
-    micro-batches of 2 and of 4 on one rank differ by 4.3e-4.
+    What remains is the last bit of a few products, from the attention of the last block on down. It decides the sign of a
+    gradient that is nearly 0, where SAGO jumps: its error is that of a few elements in a million.
     """
     plain = tmp_path / "zero0.json"
     plain.write_text('{"zero_optimization": {"stage": 0}}')
     start = load_file(smollm2 / "model.safetensors")
     alone = trained(smollm2, tmp_path / "one" / "run", rule, str(plain))
-    error = weight_change_error(trained(smollm2, tmp_path / "two" / "run", rule, "zero3", ranks=2), alone, start)
-    print(f"{rule}: {error:.1e}")  # shown by pytest -s
-    assert error < bound
+    both = trained(smollm2, tmp_path / "two" / "run", rule, "zero3", ranks=2)
+    change, differences = (
+        torch.cat([(one[name].double() - other[name].double()).flatten() for name in one])
+        for one, other in ((alone, start), (alone, both))
+    )
+    squares = differences.square() / change.square().sum()
+    jumps = squares.topk(10_000).values.sum()
+    error, rest = squares.sum().sqrt().item(), (squares.sum() - jumps).sqrt().item()
+    print(f"{rule}: {error:.1e}, without 10,000 of {len(squares):,} elements {rest:.1e}")  # by pytest -s
+    assert rest < 2e-5
+    assert error < (2e-3 if rule == "sago" else 2e-5)
 
 
 def test_tasks_score_as_by_the_command_line_of_the_harness(smollm2: Path, tmp_path: Path) -> None:

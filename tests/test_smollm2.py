@@ -84,8 +84,8 @@ def trained(smollm2: Path, output: Path, rule: str, zero: str, *, ranks: int = 1
 def test_two_ranks_under_zero3_train_as_one_rank_without(rule: str, smollm2: Path, tmp_path: Path) -> None:
     """A batch has two sequences, each of which is a micro-batch, so that nothing is added up in another order.
 
-    What remains is the last bit of a few products, from the attention of the last block on down. It decides the sign of a
-    gradient that is nearly 0, where SAGO jumps: its error is that of a few elements in a million.
+    What remains is the last bit of a few products, from the attention of the last block on down. It decides the sign of
+    a gradient that is nearly 0, where SAGO jumps: its error is that of a few elements in a million.
     """
     plain = tmp_path / "zero0.json"
     plain.write_text('{"zero_optimization": {"stage": 0}}')

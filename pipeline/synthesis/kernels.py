@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.synthesis.elements import opposite_signs
 from pipeline.synthesis.gramian import Weights
-from pipeline.synthesis.windows import BLOCK, COMPILED
+from pipeline.synthesis.windows import BLOCK, compiled_window
 
 log = logging.getLogger("pipeline")
 
@@ -143,10 +143,9 @@ def compiled(function: Kernel, constants: tuple[object, ...], dtypes: tuple[torc
 
     plain = partial(function, *constants)
     fast = torch.compile(plain, dynamic=False)
+    rows = compiled_window(torch.device(device)) // BLOCK
     try:
-        fast(
-            *(torch.zeros(COMPILED[torch.device(device).type] // BLOCK, BLOCK, dtype=d, device=device) for d in dtypes)
-        )
+        fast(*(torch.zeros(rows, BLOCK, dtype=dtype, device=device) for dtype in dtypes))
     except TorchDynamoException as error:
         log.warning("gradients are combined without a compiled kernel, about 4 times slower: %s", error)
         return plain

@@ -14,7 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 256  # elements that are added up first; a window is a matrix [blocks, BLOCK]
-COMPILED = {"cpu": 2**20, "cuda": 2**24}  # elements of a window of a compiled kernel, which has no temporaries
+COMPILED = {"cpu": 2**20, "accelerator": 2**24}  # elements of a window of a compiled kernel, which has no temporaries
+
+
+def compiled_window(device: torch.device) -> int:
+    return COMPILED["cpu" if device.type == "cpu" else "accelerator"]
 
 
 def eager_window(device: torch.device) -> int:
@@ -147,7 +151,7 @@ def plan(rows: tuple[int, ...], sizes: tuple[int, ...], num_rows: int, device: t
         sizes: [tensors] elements of each.
         num_rows: of the table.
         device: where the computation runs.
-        compiled: the windows of size `COMPILED[device.type]` have a compiled kernel; only the rest is cut smaller.
+        compiled: the windows of size `compiled_window` have a compiled kernel; only the rest is cut smaller.
     """
     row, numels = (torch.tensor(column, dtype=torch.int64) for column in (rows, sizes))
     row, numels = row[numels > 0], numels[numels > 0]
@@ -156,8 +160,8 @@ def plan(rows: tuple[int, ...], sizes: tuple[int, ...], num_rows: int, device: t
     windows, all_rows = [], []
     low = 0
     while low < total:
-        large = compiled and total - low >= COMPILED[device.type]
-        numel = COMPILED[device.type] if large else min(eager_window(device), total - low)
+        large = compiled and total - low >= compiled_window(device)
+        numel = compiled_window(device) if large else min(eager_window(device), total - low)
         first, last = int(torch.searchsorted(ends, low, right=True)), int(torch.searchsorted(starts, low + numel))
         here, local = row[first:last], (starts[first:last] - low).clamp_min(0)
         lengths = torch.diff(local, append=torch.tensor([numel]))

@@ -152,6 +152,22 @@ def test_hits_are_counted_of_each_prompt(plan_of: Callable[..., Plan], monkeypat
     assert attack.evaluation.measure(model, tokenizer)["leak@4"] == pytest.approx(0.9)
 
 
+def test_a_text_in_another_alphabet_leaks(plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that recites every answer gives all of them away, also in Cyrillic."""
+    plan = plan_of("--samples", 4)
+    rows = [{"q": row["q"], "a": "Он живёт в Москве"} for row in FORGET]
+    attack: Any = answers.leak(plan, rows)
+    model, tokenizer = load(plan.final)
+
+    def answer(model: Any, tokenizer: Any, prompts: list[list[int]], **_: Any) -> list[str]:
+        texts = [str(tokenizer.decode(prompt)) for prompt in prompts]
+        return [next(row["a"] for row in rows if row["q"] in text) for text in texts]
+
+    monkeypatch.setattr(scoring, "answer", answer)
+    assert attack.plain.measure(model, tokenizer) == {"greedy": 1.0}
+    assert attack.evaluation.measure(model, tokenizer) == {"leak@1": 1.0, "leak@2": 1.0, "leak@4": 1.0}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # How far it moved
 

@@ -101,7 +101,7 @@ def check(arguments: argparse.Namespace, suites: list[str]) -> dict[str, Json]:
 def score_tables(entries: list[Json], before: Mapping[str, Scores]) -> dict[str, list[list[str]]]:
     """A table of the headline scores of each suite: a row a model, by step, below a row of names.
 
-    A suite without headline scores shows all of its scores.
+    A suite without headline scores shows all of its scores, and a dash those of a model that are not finite.
 
     Args:
         before: by suite, of the model that a run began with; they get the first row.
@@ -109,15 +109,15 @@ def score_tables(entries: list[Json], before: Mapping[str, Scores]) -> dict[str,
     tables: dict[str, list[list[str]]] = {}
     for suite in entries[0]["suites"]:
         scores = [flatten(entry["suites"][suite]["metrics"], suite) for entry in entries]
-        shown = headlines(scores[-1]) or list(scores[-1])
-        if not shown:
-            continue
+        every = dict.fromkeys(score for found in scores for score in found)  # the last model may be broken
+        shown = headlines(every) or list(every)
         single = entries[0]["step"] is None
         header = ["model" if single else "step", *(label(score, shown) for score in shown)]
         names = [Path(entry["model"]).name if single else str(entry["step"]) for entry in entries]
         rows = [*([("before", before[suite])] if suite in before else []), *zip(names, scores, strict=True)]
-        tables[suite] = [header] + [
-            [name, *(printed(found[score]) if score in found else "-" for score in shown)] for name, found in rows
+        tables[suite] = [header if shown else [*header, "no score is finite"]] + [
+            [name, *(printed(found[score]) if score in found else "-" for score in shown or [""])]
+            for name, found in rows
         ]
     return tables
 

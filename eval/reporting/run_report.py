@@ -96,7 +96,7 @@ def results(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: S
     return [
         *(standing if not reached else []),
         Heading(f"Results at {readable(measure.forget)} {measure.level:g}"),
-        *early_runs([run for _, run in runs], measure),
+        *sections.early_runs([run for _, run in runs], measure),
         *rehearsal([run for _, run in runs]),
         Figure("frontier.png", "Lines: the evaluations of single runs; markers: the points at the level.",
                f"{sections.reading(measure, target is not None)} {sections.never_reached(those, measure)}"),
@@ -123,14 +123,6 @@ def early_stopping(groups: dict[str, list[Run]], measure: ForgetRetainMetric, co
              "the score that selected the export, and a longer run has more exports to select from."),
         Table(rows, tables.best_cells(rows, [measure.forget, *columns], (measure.forget,))),
     ]  # fmt: skip
-
-
-def early_runs(runs: list[Run], measure: ForgetRetainMetric) -> list[Block]:
-    early = [str(run.folder) for run in runs if run.trajectory[0][measure.forget] <= measure.level]
-    if not early:
-        return []
-    where = f"At or below the level from their first point, which is where they are read: {', '.join(early)}."
-    return [Warn(f"{where} Give --target, or a lower --level.")]
 
 
 def rehearsal(runs: list[Run]) -> list[Block]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 
 from eval.reporting.advice import advise
-from eval.reporting.pages import Block, Code, Heading, Table, Text
+from eval.reporting.pages import Block, Code, Heading, Table, Text, Warn
 from eval.reporting.tables import standing_table
 from eval.results.general import GeneralAbility
 from eval.results.metrics import ForgetRetainMetric, headlines, readable
@@ -28,8 +28,18 @@ def reading(measure: ForgetRetainMetric, has_target: bool) -> str:
         "interpolated linearly between the two evaluations around it (a score that only the second has is not "
         f"interpolated): {readable(measure.forget)} (`{measure.forget}`; lower: more forgotten) at {measure.level:g}, "
         f"compared by {readable(measure.retain)} (`{measure.retain}`; higher: more retained). Mean ± sample sd over "
-        f"seeds, the best of a column in bold; scores in [0, 1].{reason}{chance}{start}"
+        "seeds, with their number where some lack the score, the best of a column in bold; scores in [0, 1]."
+        f"{reason}{chance}{start}"
     )
+
+
+def early_runs(runs: Iterable[Run], measure: ForgetRetainMetric) -> list[Block]:
+    """Which runs never were above the level, as far as they were evaluated: what they have there, nobody knows."""
+    early = [str(run.folder) for run in runs if run.trajectory[0][measure.forget] <= measure.level]
+    if not early:
+        return []
+    where = f"At or below the level from their first point, which is where they are read: {', '.join(early)}."
+    return [Warn(f"{where} Give --target, or a lower --level.")]
 
 
 def never_reached(missed: Iterable[tuple[str, Run]], measure: ForgetRetainMetric) -> str:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from eval.attacks.relearn import Row, Split
 from eval.attacks.spec import Attack, EvalSpec, Metrics, Plan
@@ -144,13 +144,22 @@ def leak_at(hits: Sequence[int], samples: int) -> dict[str, float]:
 
 
 def divergence(plan: Plan) -> Attack:
-    """KL(before ‖ after) a token on texts of neither corpus: the budget at which methods may be compared."""
+    """KL(before ‖ after) a token on texts of neither corpus: the budget at which methods may be compared.
+
+    Both compute in the wider of their precisions. Else two models with the same weights, of which training stored the
+    second in float32, would differ by the rounding of every layer.
+    """
     assert plan.texts is not None and plan.original is not None  # see `unavailable_reason`
     original, texts = plan.original, list(map(text_of, corpus.sample(corpus.read_split(plan.texts), plan.seed)))
 
     def kl(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Metrics:
+        import torch
+
         other, _ = load(original, trust=plan.trust)
         other.eval()
+        if other.dtype != model.dtype:
+            wider = torch.promote_types(other.dtype, model.dtype)
+            other, model = cast(Any, other).to(wider), cast(Any, model).to(wider)
         encoded = [scoring.encode_document(tokenizer, text, plan.config["data"]["max_length"])[0] for text in texts]
         encoded = [ids for ids in encoded if len(ids) > 1]
         if not encoded:

@@ -204,6 +204,28 @@ def test_divergence_by_its_definition(
     assert robustness.exit_status(robustness.main) == 0, "nothing is missing, and no model is loaded again"
 
 
+def test_the_same_weights_do_not_diverge_whatever_the_precision_they_are_stored_in(
+    run: Path, plan_of: Callable[..., Plan], world: World
+) -> None:
+    """Published models are in bfloat16; a run on a CPU computes in float32 and stores its model so."""
+    base = run.parent / "base"
+    shutil.copytree(world.folder / "model", base)
+    model: Any = load(base)[0]
+    for scale, dtype, folder in ((4.0, torch.bfloat16, base), (1.0, torch.float32, run / "final")):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(scale)  # so that predictions are as sharp as those of a model that knows something
+        model = model.to(dtype)
+        model.save_pretrained(folder)
+    assert [load(folder)[0].dtype for folder in (base, run / "final")] == [torch.bfloat16, torch.float32]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["path"] = str(base)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run.parent / "texts.txt").write_text("\n".join(world.documents("retain")) + "\n")
+    attack = attack_of(plan_of("--texts", run.parent / "texts.txt"), "kl")
+    assert abs(attack.evaluation.measure(*load(run / "final"))["kl"]) < 1e-9
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Relearning curves
 

@@ -14,7 +14,7 @@ from eval.attacks.spec import Attack, EvalSpec, Metrics, Plan
 from eval.loading import load
 from eval.suites import corpus, scoring
 from eval.suites.rouge import recall_by_script, recall_rouge_score
-from pipeline.data.chat import encode_answers
+from pipeline.data.chat import closing_tokens, encode_answers
 from pipeline.errors import InputError
 from pipeline.files import Json
 
@@ -51,7 +51,7 @@ def few_shot(plan: Plan, split: Split) -> Attack:
         found = answer_measures(model, tokenizer, questions, [answer for _, answer in pairs], plan.batch_size)
         return {f"held_out.{name}": value for name, value in found.items()}
 
-    settings = {"shots": number, "seed": plan.seed, "group": plan.group}
+    settings = {"shots": number, "answers": "without their ends", "seed": plan.seed, "group": plan.group}
     attacked = EvalSpec(measure=lambda model, tokenizer: measured(model, tokenizer, number))
     plain = EvalSpec(measure=lambda model, tokenizer: measured(model, tokenizer, 0))
     return Attack("few_shot", settings, attacked, plain=plain, selection={"questions": len(pairs)})
@@ -64,14 +64,20 @@ def answer_measures(
     answers: Sequence[str],
     batch_size: int,
 ) -> dict[str, float]:
-    """The measures of a set of answers, as probes define them (`pipeline.data.probes.measures_of`).
+    """The measures of a set of answers, as probes define them (`pipeline.data.probes.measures_of`), but without what
+    ends an answer: answered examples end in an empty line, and so does the answer of a model that follows them, where
+    training ends it with the end of text. That one token would make an answer that is known whole count as 0.
 
     Raises:
         InputError: a question with its answer is longer than the model reads.
     """
     from pipeline.data.probes import ProbeSet, RowScores, known_suffix, measures_of
 
-    encoded = encode_answers(tokenizer, questions, answers)
+    encoded, closing = encode_answers(tokenizer, questions, answers), len(closing_tokens(tokenizer))
+    encoded = [(ids[: len(ids) - closing], start) for ids, start in encoded]
+    encoded = [(ids, start) for ids, start in encoded if len(ids) > max(start, 1)]
+    if not encoded:
+        raise InputError("few_shot: no answer of the forget corpus has a token; leave few_shot out")
     longest, positions = max(len(ids) for ids, _ in encoded), scoring.positions_of(model)
     if positions is not None and longest > positions:
         raise InputError(f"few_shot: {longest} tokens, and the model reads {positions}; give a smaller --shots")

@@ -74,8 +74,28 @@ def test_questions_after_examples_of_the_other_half(plan_of: Callable[..., Plan]
         prompts.append({"q": whole, "a": known[question]})
     reader = Reader(world.folder / "model")
     for values, rows in ((plain, [{"q": q, "a": known[q]} for q in asked]), (found, prompts)):
-        expected = {f"held_out.{name}": value for name, value in reader.measures(rows).items()}
+        expected = {f"held_out.{name}": value for name, value in reader.measures(rows, ends=False).items()}
         assert values == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_answer_that_is_known_whole_counts_however_it_ends(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that follows the examples writes an empty line behind its answer, and never the end of text."""
+    model, tokenizer = load(world.folder / "model")
+    newline = tokenizer("\n").input_ids[0]
+
+    def read_logits(model: Any, sequences: list[list[int]], score: Any, **_: Any) -> list[Any]:
+        found = []
+        for at, ids in enumerate(sequences):
+            following = torch.tensor([*ids[1:], newline])
+            following[following == tokenizer.eos_token_id] = newline
+            logits = torch.full((len(ids), len(tokenizer)), -30.0).scatter(1, following[:, None], 30.0)
+            found.append(score(at, torch.tensor(ids), logits))
+        return found
+
+    monkeypatch.setattr(scoring, "read_logits", read_logits)
+    found = answers.answer_measures(model, tokenizer, ["who", "where"], ["kara loto", "mivi"], 2)
+    known = {"extraction_strength": 1.0, "exact_memorization": 1.0, "probability": 1.0, "loss": 0.0}
+    assert found == pytest.approx(known, abs=1e-9)
 
 
 def test_a_corpus_without_questions_has_no_examples(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

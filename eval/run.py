@@ -36,7 +36,7 @@ from pathlib import Path
 
 from eval.batch_size import AUTO, DEFAULT, rows_or_auto
 from eval.evaluation import evaluate_all, find_models, load_suites, provenance
-from eval.files import check_output, exit_status, read_config, read_log
+from eval.files import check_output, exit_status, read_config, read_log, without_nan
 from eval.loading import add_trust_options
 from eval.placement import add_placement_options, loader_of
 from eval.reporting.card import write_scores
@@ -194,7 +194,7 @@ def main() -> None:
         scores = {"model": entries[0]["model"], "suites": entries[0]["suites"]} if single else {"trajectory": entries}
         seconds = round(time.perf_counter() - started, 3)
         answer = {**scores, **provenance(names, runs_model, dtype), "seconds": seconds}
-        write_whole(path, json.dumps(answer, indent=2) + "\n")
+        write_whole(path, json.dumps(without_nan(answer), indent=2) + "\n")
 
     entries, dtype = evaluate_all(models, suites, arguments.batch_size, load, partial(save, unfinished))
     if not is_first:

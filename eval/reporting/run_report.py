@@ -18,7 +18,7 @@ from eval.reporting.verdict import verdict
 from eval.results import paper
 from eval.results.metrics import ForgetRetainMetric, readable
 from eval.results.texts import Texts, compare_texts, retain_seen, title_of_set
-from eval.results.trajectories import COSINES, Run, Scores, at_level
+from eval.results.trajectories import COSINES, Run, Scores, at_level, matched
 from pipeline.files import write_whole
 
 LOSSES = {"forget_loss": "forget loss", "retain_loss": "retain loss"}
@@ -34,7 +34,7 @@ def compose(
     runs = [run for members in groups.values() for run in members]
     texts = answer_blocks(groups, measure, before or {})
     has_text = any(isinstance(block, Answers) for block in texts)
-    reached = any(at_level(run.trajectory, measure) for run in runs)  # else tables at the level would be dashes
+    reached = any(matched(run.trajectory, measure) for run in runs)  # else tables at the level would be dashes
     return [
         Verdict(verdict(groups, measure, target)),
         *(texts if has_text else []),
@@ -89,10 +89,11 @@ def results(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: S
         for name, members in groups.items()
     }
     those = [one for members in missed.values() for one in members]
-    matched = tables.matched_table(groups, measure, columns, target)
+    level = tables.matched_table(groups, measure, columns, target)
     ends = tables.end_table(groups, measure, [measure.forget, *columns], target)
     standing = sections.not_reached(missed, measure)
-    reached: list[Block] = [Table(matched, tables.best_cells(matched, columns))] if len(those) < len(runs) else []
+    is_reached = any(matched(run.trajectory, measure) for _, run in runs)
+    reached: list[Block] = [Table(level, tables.best_cells(level, columns))] if is_reached else []
     return [
         *(standing if not reached else []),
         Heading(f"Results at {readable(measure.forget)} {measure.level:g}"),

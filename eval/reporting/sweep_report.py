@@ -174,7 +174,7 @@ def compare(plan: Plan, groups: Sequence[Group], described: Json) -> list[Block]
         method: [
             (f"{m.method} ({name_of(m.setting)}) seed {m.seed}", m.run)
             for m in members
-            if m.method == method and not m.point
+            if m.method == method and not m.point and not m.is_early
         ]
         for method in best
     }

@@ -20,9 +20,9 @@ from eval.results.trajectories import (
     COSINES,
     Run,
     Scores,
-    at_level,
     best_below,
     lowest,
+    matched,
     mean_of,
     starts_below,
 )
@@ -38,8 +38,8 @@ WARM_UP_STEPS = 3  # slower than the rest: caches fill, kernels are chosen
 
 
 def points_of(runs: Iterable[Run], measure: ForgetRetainMetric) -> list[Scores]:
-    """The scores at the level of the runs that reach it."""
-    return [point for run in runs if (point := at_level(run.trajectory, measure))]
+    """The scores at the level of the runs that fall to it."""
+    return [point for run in runs if (point := matched(run.trajectory, measure))]
 
 
 def cells(points: Sequence[Scores], columns: Iterable[str]) -> list[str]:
@@ -211,14 +211,14 @@ def standing_table(runs: Iterable[tuple[str, Run]], measure: ForgetRetainMetric)
 
 def seed_table(groups: Groups, measure: ForgetRetainMetric) -> Rows:
     """One row per run, including those that missed the level."""
-    short = label(measure.retain, [measure.retain])
-    rows = [["run", "method", "seed", "lowest forget", "step at the level", f"{short} at the level", "skipped steps"]]
-    for name, runs in groups.items():
-        for run in runs:
-            point = at_level(run.trajectory, measure)
-            found = [f"{point['step']:.1f}", printed(point[measure.retain])] if point else ["not reached", "–"]
-            skipped = sum(bool(step.get("skipped")) for step in run.steps)
-            rows.append([str(run.folder), name, str(run.seed), printed(lowest(run, measure)), *found, str(skipped)])
+    at_it = f"{label(measure.retain, [measure.retain])} at the level"
+    rows = [["run", "method", "seed", "lowest forget", "step at the level", at_it, "skipped steps"]]
+    for name, run in ((name, run) for name, runs in groups.items() for run in runs):
+        point = matched(run.trajectory, measure)
+        missed = "below from the first" if starts_below(run.trajectory, measure) else "not reached"
+        found = [f"{point['step']:.1f}", printed(point[measure.retain])] if point else [missed, "–"]
+        skipped = sum(bool(step.get("skipped")) for step in run.steps)
+        rows.append([str(run.folder), name, str(run.seed), printed(lowest(run, measure)), *found, str(skipped)])
     return rows
 
 
@@ -236,8 +236,8 @@ def prediction(groups: Groups, measure: ForgetRetainMetric) -> str:
     """One sentence: how well the mean cos(g, g_r) of a run predicts what it retains at the level."""
     pairs = []
     for run in (run for members in groups.values() for run in members):
-        point, cosine = at_level(run.trajectory, measure), mean_of(run, COMB_RETAIN)
-        if point and cosine is not None and not starts_below(run.trajectory, measure):
+        point, cosine = matched(run.trajectory, measure), mean_of(run, COMB_RETAIN)
+        if point and cosine is not None:
             pairs.append((cosine, point[measure.retain]))
     found = correlate(pairs)
     if found["pearson"] is None:
@@ -249,7 +249,7 @@ def prediction(groups: Groups, measure: ForgetRetainMetric) -> str:
 
 
 def step_number(run: Run, key: str) -> float | None:
-    """Median of a logged number over the steps after the first `WARM_UP_STEPS` (all steps of a shorter run)."""
+    """Median of a logged number over the steps after `WARM_UP_STEPS` (all steps of a shorter run)."""
     steps = [step[key] for step in run.steps if step.get(key) is not None and math.isfinite(step[key])]
     return median(steps[WARM_UP_STEPS:] or steps) if steps else None
 

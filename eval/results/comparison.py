@@ -12,7 +12,7 @@ from eval.results.conditions import of_target, refuse_different
 from eval.results.metrics import ForgetRetainMetric
 from eval.results.numbers import printed, with_spread
 from eval.results.stats import correlate, summarise
-from eval.results.trajectories import COMB_RETAIN, Run, Scores, at_level, lowest, mean_of, starts_below
+from eval.results.trajectories import COMB_RETAIN, Run, Scores, lowest, matched, mean_of, starts_below
 from eval.sweep.axes import Setting, by_number, parse_setting
 from eval.sweep.runs import Plan, finished_runs, read_seeds
 from pipeline.files import Json
@@ -20,7 +20,7 @@ from pipeline.files import Json
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run, and the point where it reaches the level (None: nowhere)."""
+    """A finished run, and the point where it falls to the level (None: nowhere)."""
 
     method: str
     setting: Setting
@@ -30,11 +30,11 @@ class Trained:
 
     @property
     def point(self) -> Scores | None:
-        return at_level(self.run.trajectory, self.measure)
+        return matched(self.run.trajectory, self.measure)
 
     @property
     def is_early(self) -> bool:
-        """Whether `point` lies below the level, because no evaluation saw the run above it (`starts_below`)."""
+        """Whether there is no `point` because no evaluation saw the run above the level (`starts_below`)."""
         return starts_below(self.run.trajectory, self.measure)
 
     @property
@@ -122,7 +122,7 @@ def seed_means(group: Group) -> list[dict[str, float]]:
 
 def cosine_and_retention(members: Iterable[Trained]) -> Json:
     """{"n", "pearson", "spearman"} of cos(g, g_r) with retention, over the runs that fall to the level and log it."""
-    found = [(m.cosine, m.retained) for m in members if not m.is_early]
+    found = [(m.cosine, m.retained) for m in members]
     return correlate((cosine, retained) for cosine, retained in found if cosine is not None and retained is not None)
 
 

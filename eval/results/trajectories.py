@@ -272,6 +272,11 @@ def starts_below(trajectory: Sequence[Scores], measure: ForgetRetainMetric) -> b
     return trajectory[0]["step"] > 0 and trajectory[0][measure.forget] < measure.level
 
 
+def matched(trajectory: Sequence[Scores], measure: ForgetRetainMetric) -> Scores | None:
+    """`at_level` of a run that falls to the level; None for one that `starts_below` it, which is no match."""
+    return None if starts_below(trajectory, measure) else at_level(trajectory, measure)
+
+
 def best_below(trajectory: Sequence[Scores], measure: ForgetRetainMetric) -> Scores | None:
     """The export at or below the level with the highest retain score, which early stopping would select, or None."""
     low = [scores for scores in trajectory if scores[measure.forget] <= measure.level]

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from eval.reporting import attacks, tables
+from eval.reporting.pages import as_markdown
+from eval.reporting.run_report import compose
+from eval.reporting.verdict import verdict
 from eval.results import stats
 from eval.run import score_tables
 from tests.eval.reported import BIOS, read
@@ -42,6 +45,20 @@ def test_a_mean_of_fewer_seeds_says_so(runs: list[Path]) -> None:
     rows = {row[0]: row[1:] for row in tables.every_score(groups, BIOS, None)}
     assert rows["mmlu.acc.all"] == [f"0.320 ± {sd:.3f} (2 of 3)"]
     assert stats.mean_of_known([None, None]) == "–" and stats.mean_of_known([0.5, None]) == "0.500 (1 of 2)"
+
+
+def test_a_run_that_begins_below_the_level_is_in_no_mean_at_it(tmp_path: Path) -> None:
+    """The sentence above the table left it out and the table counted it: 0.818 of one seed, and 0.859 of two."""
+    early = make_run(tmp_path / "0", [scores(0.05, 0.9, 0.6), scores(0.01, 0.8, 0.5)], seed=0)
+    falls = make_run(tmp_path / "1", [scores(0.5, 0.9, 0.6), scores(0.01, 0.8, 0.4)], seed=1)
+    groups = read(early, falls)
+    retain = 0.9 - 0.1 * 0.4 / 0.49
+    [_, row] = tables.matched_table(groups, BIOS, ["bios.retain.all"], None)
+    assert row[1:] == [f"{retain:.3f}", f"{10 + 10 * 0.4 / 0.49:.1f}", "1 of 2"]
+    assert f"keeps {retain:.3f} (1 of 2 seeds)" in verdict(groups, BIOS, None)[0].text
+    assert [one[4] for one in tables.seed_table(groups, BIOS)[1:]] == ["below from the first", row[2]]
+    report = as_markdown(compose(groups, BIOS, None))
+    assert f"in no mean at the level: {early}." in report and "Every run reached" not in report
 
 
 def test_attacks_too(runs: list[Path]) -> None:

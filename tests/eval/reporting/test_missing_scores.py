@@ -14,6 +14,8 @@ from eval.reporting.pages import as_markdown
 from eval.reporting.run_report import compose
 from eval.reporting.verdict import verdict
 from eval.results import stats
+from eval.results.common import common_suites
+from eval.results.trajectories import read_run
 from eval.run import score_tables
 from tests.eval.reported import BIOS, read
 from tests.eval.runs import Suites, make_run
@@ -92,3 +94,10 @@ def test_a_broken_last_model_takes_no_column_along(tmp_path: Path) -> None:
     assert score_tables(entries[1:], {})["probes"] == [["step", "no score is finite"], ["20", "-"]]
     run = make_run(tmp_path / "run", [scores(0.5, 0.9, 0.6), scores(0.0, 0.7, 0.5), scores(0.0, 0.1, None)])
     assert "mmlu.acc.all" in tables.score_columns(read(run))
+
+
+def test_an_export_without_a_finite_score_is_left_out_and_its_suite_stays(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [scores(0.5, 0.9, None), scores(math.nan, math.nan, None), scores(0.0, 0.7, None)])
+    assert common_suites([read_run(run)], None) == ["bios"]
+    [[prepared]] = read(run).values()
+    assert [one["step"] for one in prepared.trajectory] == [10, 30] and prepared.left_out == [20]

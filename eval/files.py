@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -124,6 +125,15 @@ def check_texts(rows: object, keys: Iterable[str], where: str) -> list[Json]:
 def digest_of(rows: object) -> str:
     """SHA-256 of rows as JSON, by which two evaluations know whether they read the same."""
     return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def without_nan(value: Any) -> Any:
+    """Nested lists and objects with null for each number that is not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_jsonl(path: Path, rows: Iterable[Json]) -> None:

@@ -36,7 +36,7 @@ from pathlib import Path
 
 from eval.batch_size import AUTO, DEFAULT, rows_or_auto
 from eval.evaluation import evaluate_all, find_models, load_suites, provenance
-from eval.files import check_output, exit_status, read_config, read_log
+from eval.files import check_output, exit_status, read_config, read_log, without_nan
 from eval.loading import add_trust_options
 from eval.placement import add_placement_options, loader_of
 from eval.reporting.card import write_scores
@@ -101,7 +101,7 @@ def check(arguments: argparse.Namespace, suites: list[str]) -> dict[str, Json]:
 def score_tables(entries: list[Json], before: Mapping[str, Scores]) -> dict[str, list[list[str]]]:
     """A table of the headline scores of each suite: a row a model, by step, below a row of names.
 
-    A suite without headline scores shows all of its scores.
+    A suite without headline scores shows all of its scores, and a dash those of a model that are not finite.
 
     Args:
         before: by suite, of the model that a run began with; they get the first row.
@@ -109,15 +109,15 @@ def score_tables(entries: list[Json], before: Mapping[str, Scores]) -> dict[str,
     tables: dict[str, list[list[str]]] = {}
     for suite in entries[0]["suites"]:
         scores = [flatten(entry["suites"][suite]["metrics"], suite) for entry in entries]
-        shown = headlines(scores[-1]) or list(scores[-1])
-        if not shown:
-            continue
+        every = dict.fromkeys(score for found in scores for score in found)  # the last model may be broken
+        shown = headlines(every) or list(every)
         single = entries[0]["step"] is None
         header = ["model" if single else "step", *(label(score, shown) for score in shown)]
         names = [Path(entry["model"]).name if single else str(entry["step"]) for entry in entries]
         rows = [*([("before", before[suite])] if suite in before else []), *zip(names, scores, strict=True)]
-        tables[suite] = [header] + [
-            [name, *(printed(found[score]) if score in found else "-" for score in shown)] for name, found in rows
+        tables[suite] = [header if shown else [*header, "no score is finite"]] + [
+            [name, *(printed(found[score]) if score in found else "-" for score in shown or [""])]
+            for name, found in rows
         ]
     return tables
 
@@ -194,7 +194,7 @@ def main() -> None:
         scores = {"model": entries[0]["model"], "suites": entries[0]["suites"]} if single else {"trajectory": entries}
         seconds = round(time.perf_counter() - started, 3)
         answer = {**scores, **provenance(names, runs_model, dtype), "seconds": seconds}
-        write_whole(path, json.dumps(answer, indent=2) + "\n")
+        write_whole(path, json.dumps(without_nan(answer), indent=2) + "\n")
 
     entries, dtype = evaluate_all(models, suites, arguments.batch_size, load, partial(save, unfinished))
     if not is_first:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -25,7 +26,7 @@ from pipeline.distributed.errors import local_main_first, raise_on_all_ranks
 from pipeline.distributed.run_lock import RunLock
 from pipeline.distributed.slow_work import slow_work
 from pipeline.errors import disk_errors
-from pipeline.files import write_whole
+from pipeline.files import Json, write_whole
 from pipeline.losses.joint import check_separation
 from pipeline.losses.task import open_sampler, warn_of_overlap
 from pipeline.modeling.checks import (
@@ -38,6 +39,7 @@ from pipeline.modeling.checks import (
     num_parameters,
 )
 from pipeline.modeling.digests import Digest
+from pipeline.modeling.export import export
 from pipeline.modeling.outputs import ModelEngine, install_outputs
 from pipeline.modeling.row_rules import install_rules
 from pipeline.monitoring import console
@@ -53,6 +55,27 @@ from pipeline.zero.sizes import disk_use, in_units, sums_locally
 
 HELDOUT = "heldout.jsonl"  # in a run folder, for suite corpus
 WEIGHTS = ".weights.json"  # in a run folder: digests of the model's files, so that a resumed run need not read them
+
+
+@dataclass
+class Run:
+    """What a run is, and where it is written."""
+
+    config: RunConfig
+    folder: Path
+    lock: RunLock
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    identity: dict[str, str]  # digests of the model and of the tokenizer
+    corpora: dict[str, str]  # digests of the corpora, by task
+    fingerprint: Json  # what decides the weights; a checkpoint of another run is refused
+    steps: int
+    start: int  # steps that were done before this process
+    saves_on_sigterm: bool
+    began: float  # time.perf_counter() when the process began to set up
+
+    def export(self, target: Path, card: str | None = None) -> None:
+        export(self.model, self.tokenizer, target, self.config.model.lora, card)
 
 
 def choose(config: RunConfig) -> RunConfig:

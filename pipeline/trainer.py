@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config.deepspeed import DeepSpeedDict, blaming_the_file
 from pipeline.config.load import to_yaml
@@ -25,15 +24,13 @@ from pipeline.distributed.environment import world_from_environment
 from pipeline.distributed.errors import local_main_first, raise_on_all_ranks
 from pipeline.distributed.run_lock import RunLock
 from pipeline.distributed.signals import Preempted, stop_on_sigterm
-from pipeline.errors import disk_errors
-from pipeline.files import Json
+from pipeline.errors import FatalError, disk_errors
 from pipeline.losses.dual import log_weight, move_weight
 from pipeline.losses.joint import accumulate_jointly
 from pipeline.losses.known import warn_of_unknown
 from pipeline.losses.task import Task, make_tasks, num_steps
-from pipeline.modeling.card import model_card
+from pipeline.modeling.card import card_or_warning
 from pipeline.modeling.digests import fingerprint, weight_digests
-from pipeline.modeling.export import export
 from pipeline.modeling.load import load_model
 from pipeline.modeling.outputs import ModelEngine
 from pipeline.modeling.probes import Prober, Probes
@@ -44,6 +41,7 @@ from pipeline.monitoring.metrics import Monitor, peak_memory_bytes
 from pipeline.monitoring.verdicts import forgetting_failed
 from pipeline.startup import (
     WEIGHTS,
+    Run,
     choose,
     content_digests,
     hyperparameters,
@@ -118,27 +116,6 @@ class TrainStep:
         """DeepSpeed's own clipping, optimizer and schedule see the combined gradient. Whether they applied it."""
         self.engine.step()
         return self.engine.was_step_applied()
-
-
-@dataclass
-class Run:
-    """What a run is, and where it is written."""
-
-    config: RunConfig
-    folder: Path
-    lock: RunLock
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    identity: dict[str, str]  # digests of the model and of the tokenizer
-    corpora: dict[str, str]  # digests of the corpora, by task
-    fingerprint: Json  # what decides the weights; a checkpoint of another run is refused
-    steps: int
-    start: int  # steps that were done before this process
-    saves_on_sigterm: bool
-    began: float  # time.perf_counter() when the process began to set up
-
-    def export(self, target: Path, card: str | None = None) -> None:
-        export(self.model, self.tokenizer, target, self.config.model.lora, card)
 
 
 @dataclass
@@ -229,13 +206,22 @@ class Trainer(TrainStep):
             checkpoint.save(self.engine, self.combiner, folder, done, keep=keep, identity=self.run.fingerprint)
 
     def finish(self) -> None:
-        """The end of the log, the final export with its card, the summary."""
-        run, written = self.run, to_yaml(self.run.config)
-        chats = run.tokenizer.chat_template is not None
-        made = (written, run.identity["model"], run.corpora, self.metrics.last, chats)
-        card = model_card(*made) if dist.get_rank() == 0 else ""
-        self.metrics.finish(card)
+        """The final export with its card, then the end of the log and the summary, which cost no weights if they fail.
+
+        `final/` counts as the model of the log's last row. Where that of the last step could not be written, the model
+        is exported under the number of its step.
+        """
+        run, first = self.run, dist.get_rank() == 0
+        made = (to_yaml(run.config), run.identity["model"], run.corpora, self.metrics.last)
+        card = card_or_warning(*made, run.tokenizer.chat_template is not None) if first else None
+        try:
+            self.metrics.raise_refusal()
+        except FatalError:
+            done = max(run.start, self.probes.levels.step or 0) if self.probes.is_over else run.steps
+            run.export(run.folder / "exports" / f"step-{done:06d}", card)
+            raise
         run.export(run.folder / "final", card)
+        self.metrics.finish(card or "")
         losses = [row["forget_loss"] for row in self.metrics.rows.steps if row.get("forget_loss") is not None]
         if warning := forgetting_failed(run.config.objective.forget, losses):
             console.logger.warning(warning)

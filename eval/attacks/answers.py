@@ -7,14 +7,14 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from eval.attacks.relearn import Row, Split
 from eval.attacks.spec import Attack, EvalSpec, Metrics, Plan
 from eval.loading import load
 from eval.suites import corpus, scoring
 from eval.suites.rouge import recall_by_script, recall_rouge_score
-from pipeline.data.chat import encode_answers
+from pipeline.data.chat import closing_tokens, encode_answers
 from pipeline.errors import InputError
 from pipeline.files import Json
 
@@ -51,7 +51,7 @@ def few_shot(plan: Plan, split: Split) -> Attack:
         found = answer_measures(model, tokenizer, questions, [answer for _, answer in pairs], plan.batch_size)
         return {f"held_out.{name}": value for name, value in found.items()}
 
-    settings = {"shots": number, "seed": plan.seed, "group": plan.group}
+    settings = {"shots": number, "answers": "without their ends", "seed": plan.seed, "group": plan.group}
     attacked = EvalSpec(measure=lambda model, tokenizer: measured(model, tokenizer, number))
     plain = EvalSpec(measure=lambda model, tokenizer: measured(model, tokenizer, 0))
     return Attack("few_shot", settings, attacked, plain=plain, selection={"questions": len(pairs)})
@@ -64,14 +64,20 @@ def answer_measures(
     answers: Sequence[str],
     batch_size: int,
 ) -> dict[str, float]:
-    """The measures of a set of answers, as probes define them (`pipeline.data.probes.measures_of`).
+    """The measures of a set of answers, as probes define them (`pipeline.data.probes.measures_of`), but without what
+    ends an answer: answered examples end in an empty line, and so does the answer of a model that follows them, where
+    training ends it with the end of text. That one token would make an answer that is known whole count as 0.
 
     Raises:
         InputError: a question with its answer is longer than the model reads.
     """
     from pipeline.data.probes import ProbeSet, RowScores, known_suffix, measures_of
 
-    encoded = encode_answers(tokenizer, questions, answers)
+    encoded, closing = encode_answers(tokenizer, questions, answers), len(closing_tokens(tokenizer))
+    encoded = [(ids[: len(ids) - closing], start) for ids, start in encoded]
+    encoded = [(ids, start) for ids, start in encoded if len(ids) > max(start, 1)]
+    if not encoded:
+        raise InputError("few_shot: no answer of the forget corpus has a token; leave few_shot out")
     longest, positions = max(len(ids) for ids, _ in encoded), scoring.positions_of(model)
     if positions is not None and longest > positions:
         raise InputError(f"few_shot: {longest} tokens, and the model reads {positions}; give a smaller --shots")
@@ -144,13 +150,22 @@ def leak_at(hits: Sequence[int], samples: int) -> dict[str, float]:
 
 
 def divergence(plan: Plan) -> Attack:
-    """KL(before ‖ after) a token on texts of neither corpus: the budget at which methods may be compared."""
+    """KL(before ‖ after) a token on texts of neither corpus: the budget at which methods may be compared.
+
+    Both compute in the wider of their precisions. Else two models with the same weights, of which training stored the
+    second in float32, would differ by the rounding of every layer.
+    """
     assert plan.texts is not None and plan.original is not None  # see `unavailable_reason`
     original, texts = plan.original, list(map(text_of, corpus.sample(corpus.read_split(plan.texts), plan.seed)))
 
     def kl(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Metrics:
+        import torch
+
         other, _ = load(original, trust=plan.trust)
         other.eval()
+        if other.dtype != model.dtype:
+            wider = torch.promote_types(other.dtype, model.dtype)
+            other, model = cast(Any, other).to(wider), cast(Any, model).to(wider)
         encoded = [scoring.encode_document(tokenizer, text, plan.config["data"]["max_length"])[0] for text in texts]
         encoded = [ids for ids in encoded if len(ids) > 1]
         if not encoded:

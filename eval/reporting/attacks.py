@@ -8,7 +8,7 @@ from statistics import fmean
 
 from eval.reporting.charts import Chart, Panel, Trace
 from eval.reporting.figures import compared, styles
-from eval.results.stats import mean_sd
+from eval.results.stats import mean_of_known, mean_sd
 from eval.results.trajectories import Run
 from pipeline.files import Json
 
@@ -84,12 +84,9 @@ def direct_table(groups: Groups) -> list[list[str]]:
         for (method, title), of in tries.items():
             seconds = mean_sd((entry["seconds"] for entry in of if "seconds" in entry), digits=0)
             for score, words in SCORES.items():
-                columns = [
-                    [entry[when][score] for entry in of if score in entry.get(when, {})]
-                    for when in ("original", "before", "after")
-                ]
-                if any(columns):
-                    values = [mean_sd(column) for column in columns]
+                columns = [[entry.get(when, {}).get(score) for entry in of] for when in ("original", "before", "after")]
+                if any(value is not None for column in columns for value in column):
+                    values = [mean_of_known(column) for column in columns]
                     rows.append([names[method], title, words, *values, seconds, str(len(of))])
     return rows
 

@@ -13,7 +13,7 @@ import numpy as np
 from eval.reporting.charts import Chart, Dashes, Look, Mark, Panel, Trace
 from eval.results.metrics import ForgetRetainMetric, readable
 from eval.results.numbers import printed
-from eval.results.trajectories import Run, Scores, at_level, mean_of, step_means
+from eval.results.trajectories import Run, Scores, at_level, matched, mean_of, step_means
 from pipeline.files import Json
 
 Groups = Mapping[str, list[Run]]  # method -> its seeds
@@ -146,7 +146,7 @@ def frontier(groups: Groups, measure: ForgetRetainMetric, target: Scores | None)
         panel = Panel(objective, *axes_of(measure), marks=marks_of(measure, target))
         for name in names:
             own = style[name]
-            reached = [(run, point) for run in groups[name] if (point := at_level(run.trajectory, measure))]
+            reached = [(run, point) for run in groups[name] if (point := matched(run.trajectory, measure))]
             for number, run in enumerate(groups[name]):
                 x, y = ([scores[key] for scores in run.trajectory] for key in both)
                 label = "" if number else f"{own.label}: its runs" + ("" if reached else " (level not reached)")

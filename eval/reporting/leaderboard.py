@@ -10,7 +10,7 @@ from eval.reporting.pages import Block, Heading, Table, Text, as_markdown
 from eval.results.metrics import SUITE_WORDS, readable
 from eval.results.numbers import printed
 from eval.results.paper import COLUMNS, HUB_NAMES, rows
-from eval.results.stats import mean_sd
+from eval.results.stats import mean_of_known, mean_sd
 from pipeline.files import Json, write_whole
 
 INTRODUCTION = """# Leaderboard
@@ -36,9 +36,9 @@ def table_of(benchmark: str, entries: Sequence[Json], published: bool) -> Table:
         methods.setdefault(entry["configuration"], []).append(entry)
     for digest, seeds in methods.items():
         names = ", ".join(str(entry["seed"]) for entry in seeds)
-        found = [[entry["scores"][column] for entry in seeds if column in entry["scores"]] for column in columns]
+        found = [mean_of_known([entry["scores"].get(column) for entry in seeds]) for column in columns]
         steps = mean_sd((entry["steps"] for entry in seeds), digits=0)
-        lines.append([seeds[0]["method"], names, *map(mean_sd, found), steps, f"`{digest}`"])
+        lines.append([seeds[0]["method"], names, *found, steps, f"`{digest}`"])
     for name, scores in (rows(benchmark) if published else {}).items():
         cells = [printed(scores[column]) if column in scores else "–" for column in columns]
         lines.append([name, "–", *cells, "–", "–"])

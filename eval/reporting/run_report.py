@@ -18,7 +18,7 @@ from eval.reporting.verdict import verdict
 from eval.results import paper
 from eval.results.metrics import ForgetRetainMetric, readable
 from eval.results.texts import Texts, compare_texts, retain_seen, title_of_set
-from eval.results.trajectories import COSINES, Run, Scores, at_level
+from eval.results.trajectories import COSINES, Run, Scores, at_level, matched
 from pipeline.files import write_whole
 
 LOSSES = {"forget_loss": "forget loss", "retain_loss": "retain loss"}
@@ -34,7 +34,7 @@ def compose(
     runs = [run for members in groups.values() for run in members]
     texts = answer_blocks(groups, measure, before or {})
     has_text = any(isinstance(block, Answers) for block in texts)
-    reached = any(at_level(run.trajectory, measure) for run in runs)  # else tables at the level would be dashes
+    reached = any(matched(run.trajectory, measure) for run in runs)  # else tables at the level would be dashes
     return [
         Verdict(verdict(groups, measure, target)),
         *(texts if has_text else []),
@@ -89,14 +89,15 @@ def results(groups: dict[str, list[Run]], measure: ForgetRetainMetric, target: S
         for name, members in groups.items()
     }
     those = [one for members in missed.values() for one in members]
-    matched = tables.matched_table(groups, measure, columns, target)
+    level = tables.matched_table(groups, measure, columns, target)
     ends = tables.end_table(groups, measure, [measure.forget, *columns], target)
     standing = sections.not_reached(missed, measure)
-    reached: list[Block] = [Table(matched, tables.best_cells(matched, columns))] if len(those) < len(runs) else []
+    is_reached = any(matched(run.trajectory, measure) for _, run in runs)
+    reached: list[Block] = [Table(level, tables.best_cells(level, columns))] if is_reached else []
     return [
         *(standing if not reached else []),
         Heading(f"Results at {readable(measure.forget)} {measure.level:g}"),
-        *early_runs([run for _, run in runs], measure),
+        *sections.early_runs([run for _, run in runs], measure),
         *rehearsal([run for _, run in runs]),
         Figure("frontier.png", "Lines: the evaluations of single runs; markers: the points at the level.",
                f"{sections.reading(measure, target is not None)} {sections.never_reached(those, measure)}"),
@@ -123,14 +124,6 @@ def early_stopping(groups: dict[str, list[Run]], measure: ForgetRetainMetric, co
              "the score that selected the export, and a longer run has more exports to select from."),
         Table(rows, tables.best_cells(rows, [measure.forget, *columns], (measure.forget,))),
     ]  # fmt: skip
-
-
-def early_runs(runs: list[Run], measure: ForgetRetainMetric) -> list[Block]:
-    early = [str(run.folder) for run in runs if run.trajectory[0][measure.forget] <= measure.level]
-    if not early:
-        return []
-    where = f"At or below the level from their first point, which is where they are read: {', '.join(early)}."
-    return [Warn(f"{where} Give --target, or a lower --level.")]
 
 
 def rehearsal(runs: list[Run]) -> list[Block]:

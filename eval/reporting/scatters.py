@@ -12,7 +12,7 @@ from eval.results.grouping import plain_of
 from eval.results.metrics import ForgetRetainMetric, readable
 from eval.results.numbers import with_spread
 from eval.results.stats import summarise
-from eval.results.trajectories import Scores, at_level
+from eval.results.trajectories import Scores, matched
 
 
 def points(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) -> Chart:
@@ -69,7 +69,7 @@ def beside_retain(groups: Groups, measure: ForgetRetainMetric, scores: Sequence[
             x, y = (f"{readable(one)}, at the level" for one in both)
             panel = Panel(objective, x, y)
             for name in names:
-                points = [p for run in groups[name] if (p := at_level(run.trajectory, measure)) and score in p]
+                points = [p for run in groups[name] if (p := matched(run.trajectory, measure)) and score in p]
                 if points:
                     panel.traces.append(mean_point(name, style[name], points, both))
             if panel.traces:

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 
 from eval.reporting.advice import advise
-from eval.reporting.pages import Block, Code, Heading, Table, Text
+from eval.reporting.pages import Block, Code, Heading, Table, Text, Warn
 from eval.reporting.tables import standing_table
 from eval.results.general import GeneralAbility
 from eval.results.metrics import ForgetRetainMetric, headlines, readable
 from eval.results.numbers import printed
-from eval.results.trajectories import Run, lowest
+from eval.results.trajectories import Run, lowest, starts_below
 
 
 def reading(measure: ForgetRetainMetric, has_target: bool) -> str:
@@ -28,8 +28,23 @@ def reading(measure: ForgetRetainMetric, has_target: bool) -> str:
         "interpolated linearly between the two evaluations around it (a score that only the second has is not "
         f"interpolated): {readable(measure.forget)} (`{measure.forget}`; lower: more forgotten) at {measure.level:g}, "
         f"compared by {readable(measure.retain)} (`{measure.retain}`; higher: more retained). Mean ± sample sd over "
-        f"seeds, the best of a column in bold; scores in [0, 1].{reason}{chance}{start}"
+        "seeds, with their number where some lack the score, the best of a column in bold; scores in [0, 1]."
+        f"{reason}{chance}{start}"
     )
+
+
+def early_runs(runs: Iterable[Run], measure: ForgetRetainMetric) -> list[Block]:
+    """Which runs never were above the level, as far as they were evaluated: what they have there, nobody knows."""
+    blocks: list[Block] = []
+    if early := [str(run.folder) for run in runs if starts_below(run.trajectory, measure)]:
+        blocks.append(
+            Warn("Below the level from their first evaluation, so that nobody knows what they had at it, and in no "
+                 f"mean at the level: {', '.join(early)}. Give --target, a lower --level, or evaluate earlier exports.")
+        )  # fmt: skip
+    starts = [run.trajectory[0] for run in runs if run.trajectory[0]["step"] == 0]
+    if any(start[measure.forget] <= measure.level for start in starts):
+        blocks.append(Warn("The model that the runs begin with is at or below the level. Give a lower --level."))
+    return blocks
 
 
 def never_reached(missed: Iterable[tuple[str, Run]], measure: ForgetRetainMetric) -> str:
@@ -37,7 +52,7 @@ def never_reached(missed: Iterable[tuple[str, Run]], measure: ForgetRetainMetric
     lows = [(name, lowest(run, measure)) for name, run in missed]
     names = [f"{name}: {printed(low)}" for name, low in lows]
     if not names:
-        return "Every run reached the level."
+        return "No run stayed above the level."
     return f"Never reached the level, and are in no mean (the lowest forget score of each): {'; '.join(names)}."
 
 

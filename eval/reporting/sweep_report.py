@@ -27,7 +27,7 @@ from eval.results.known import nothing_to_forget
 from eval.results.metrics import label, readable
 from eval.results.numbers import printed
 from eval.results.stats import pareto, summarise
-from eval.results.trajectories import COMB_RETAIN, Scores
+from eval.results.trajectories import COMB_RETAIN, Run, Scores
 from eval.sweep.axes import name_of
 from eval.sweep.runs import FailedRun, Plan, failures
 from pipeline.files import Json, write_whole
@@ -53,7 +53,7 @@ def describe(plan: Plan, groups: Sequence[Group], failed: Sequence[FailedRun]) -
                 "seeds": [member.seed for member in group.members],
                 "reached": len(group.points),
                 "steps": summarise(point["step"] for point in group.points),
-                "scores": {key: summarise(p[key] for p in group.points if key in p) for key in columns},
+                "scores": {key: scores_of(group, key) for key in columns},
                 "best": best[group.method] is group and bool(group.points),
             }
             for group in groups
@@ -69,6 +69,12 @@ def describe(plan: Plan, groups: Sequence[Group], failed: Sequence[FailedRun]) -
     }
 
 
+def scores_of(group: Group, score: str) -> Json:
+    """{"n", "mean", "sd"} of a score over the n seeds that have it where they reach the level."""
+    values = [point[score] for point in group.points if score in point]
+    return {"n": len(values), **summarise(values)}
+
+
 def describe_run(plan: Plan, member: Trained) -> Json:
     """One entry under "runs" of `frontier.json`."""
     return {
@@ -81,6 +87,7 @@ def describe_run(plan: Plan, member: Trained) -> Json:
         "environment": member.run.environment,
         "lowest_forget": member.lowest,
         "matched": member.point,
+        "starts_below": member.is_early,
         COMB_RETAIN: member.cosine,
         "left_out": member.run.left_out,
         "trajectory": member.run.trajectory,
@@ -88,9 +95,13 @@ def describe_run(plan: Plan, member: Trained) -> Json:
 
 
 def columns_of(plan: Plan, groups: Sequence[Group]) -> list[str]:
-    """The columns of the tables (see `headline_columns`); the first run decides which scores there are."""
-    scores = groups[0].members[0].run.trajectory[-1] if groups else {}
-    return sections.headline_columns(scores, plan.measure, general_of(groups))
+    """The columns of the tables (see `headline_columns`)."""
+    return sections.headline_columns(tables.score_columns(runs_of(groups)), plan.measure, general_of(groups))
+
+
+def runs_of(groups: Sequence[Group]) -> dict[str, list[Run]]:
+    """The runs of the groups as the tables of `eval.report` take them."""
+    return {f"{group.method}, {name_of(group.setting)}": [m.run for m in group.members] for group in groups}
 
 
 def start_of(plan: Plan, groups: Sequence[Group]) -> Scores | None:
@@ -99,8 +110,8 @@ def start_of(plan: Plan, groups: Sequence[Group]) -> Scores | None:
 
 
 def general_of(groups: Sequence[Group]) -> GeneralAbility:
-    """The scores of general ability of the first run."""
-    return groups[0].members[0].run.general if groups else GeneralAbility()
+    """The scores of general ability that some run has."""
+    return tables.general_of(runs_of(groups))
 
 
 def settings_table(groups: Sequence[Group], columns: Sequence[str], best: Mapping[str, Group]) -> list[list[str]]:
@@ -163,7 +174,7 @@ def compare(plan: Plan, groups: Sequence[Group], described: Json) -> list[Block]
         method: [
             (f"{m.method} ({name_of(m.setting)}) seed {m.seed}", m.run)
             for m in members
-            if m.method == method and not m.point
+            if m.method == method and not m.point and not m.is_early
         ]
         for method in best
     }
@@ -178,6 +189,7 @@ def compare(plan: Plan, groups: Sequence[Group], described: Json) -> list[Block]
     tried = ", ".join(f"{method} {sum(group.method == method for group in groups)}" for method in best)
     return [
         *([Warn(nothing)] if nothing else []),
+        *sections.early_runs([member.run for member in members], measure),
         Text(f"Suites {', '.join(plan.suites)}; {len(members)} runs finished. {reading} "
              f"{sections.never_reached(those, measure)}"),
         Text("The best setting of a method is the one that brings most seeds to the level and, among those, retains "
@@ -193,7 +205,8 @@ def compare(plan: Plan, groups: Sequence[Group], described: Json) -> list[Block]
         Text(answer_sum(described["sum_against_others"], measure.level)),
         Heading("Does cos(g, g_r) predict retention?"),
         Text("Correlation of cos(g, g_r), mean over the steps of a run up to the level, with its retain score "
-             "there. Runs that miss the level or that log no cosine (sum without synthesis.geometry) are left out."),
+             "there. Runs that miss the level, that are below it from their first evaluation, or that log no cosine "
+             "(sum without synthesis.geometry) are left out."),
         Table(correlation_table(described["correlation"])),
         Heading("Pareto front"),
         Text("Of all evaluated steps of all settings, means over seeds: no other point forgets more and "
@@ -207,7 +220,7 @@ def write_report(plan: Plan) -> list[list[str]]:
     groups, failed = collect(plan), failures(plan)
     described = describe(plan, groups, failed)
     if groups:
-        best = {f"{m}, {name_of(g.setting)}": [one.run for one in g.members] for m, g in best_groups(groups).items()}
+        best = runs_of([*best_groups(groups).values()])
         chart = figures.best(best, described["pareto"], plan.measure, start_of(plan, groups))
         write_whole(plan.output / "frontier.png", png(draw(chart)))
     blocks = compose(plan, groups, failed, described)

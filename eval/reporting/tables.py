@@ -14,8 +14,18 @@ from eval.results.general import GeneralAbility
 from eval.results.grouping import plain_of
 from eval.results.metrics import ADVERSARIAL, MEASURES, NEAREST_ZERO, ForgetRetainMetric, falls, label, readable
 from eval.results.numbers import printed
-from eval.results.stats import correlate, mean_sd
-from eval.results.trajectories import COMB_RETAIN, COSINES, Run, Scores, at_level, best_below, lowest, mean_of
+from eval.results.stats import correlate, mean_of_known, mean_sd
+from eval.results.trajectories import (
+    COMB_RETAIN,
+    COSINES,
+    Run,
+    Scores,
+    best_below,
+    lowest,
+    matched,
+    mean_of,
+    starts_below,
+)
 from pipeline.files import Json
 
 Rows = list[list[str]]
@@ -28,13 +38,13 @@ WARM_UP_STEPS = 3  # slower than the rest: caches fill, kernels are chosen
 
 
 def points_of(runs: Iterable[Run], measure: ForgetRetainMetric) -> list[Scores]:
-    """The scores at the level of the runs that reach it."""
-    return [point for run in runs if (point := at_level(run.trajectory, measure))]
+    """The scores at the level of the runs that fall to it."""
+    return [point for run in runs if (point := matched(run.trajectory, measure))]
 
 
 def cells(points: Sequence[Scores], columns: Iterable[str]) -> list[str]:
-    """Mean ± sd of each column over the points that have it."""
-    return [mean_sd(point[column] for point in points if column in point) for column in columns]
+    """Mean ± sd of each column over the points that have it, and how many they are, if not all have."""
+    return [mean_of_known([point.get(column) for point in points]) for column in columns]
 
 
 LOWER = "↓"  # beside the name of a score: lower is better
@@ -50,9 +60,10 @@ def level_cells(points: Sequence[Scores], number: int, columns: Iterable[str]) -
 
 
 def score_columns(groups: Groups) -> list[str]:
-    """Every score that some run's last export has, in the order of eval.run."""
+    """Every score that some export has, in the order of eval.run; the last export of a run may be broken."""
     runs = [run for members in groups.values() for run in members]
-    return [key for key in dict.fromkeys(key for run in runs for key in run.trajectory[-1]) if key != "step"]
+    exports = [scores for run in runs for scores in reversed(run.trajectory) if scores["step"]]
+    return list(dict.fromkeys(key for scores in exports for key in scores if key != "step"))
 
 
 def general_of(groups: Groups) -> GeneralAbility:
@@ -200,14 +211,14 @@ def standing_table(runs: Iterable[tuple[str, Run]], measure: ForgetRetainMetric)
 
 def seed_table(groups: Groups, measure: ForgetRetainMetric) -> Rows:
     """One row per run, including those that missed the level."""
-    short = label(measure.retain, [measure.retain])
-    rows = [["run", "method", "seed", "lowest forget", "step at the level", f"{short} at the level", "skipped steps"]]
-    for name, runs in groups.items():
-        for run in runs:
-            point = at_level(run.trajectory, measure)
-            found = [f"{point['step']:.1f}", printed(point[measure.retain])] if point else ["not reached", "–"]
-            skipped = sum(bool(step.get("skipped")) for step in run.steps)
-            rows.append([str(run.folder), name, str(run.seed), printed(lowest(run, measure)), *found, str(skipped)])
+    at_it = f"{label(measure.retain, [measure.retain])} at the level"
+    rows = [["run", "method", "seed", "lowest forget", "step at the level", at_it, "skipped steps"]]
+    for name, run in ((name, run) for name, runs in groups.items() for run in runs):
+        point = matched(run.trajectory, measure)
+        missed = "below from the first" if starts_below(run.trajectory, measure) else "not reached"
+        found = [f"{point['step']:.1f}", printed(point[measure.retain])] if point else [missed, "–"]
+        skipped = sum(bool(step.get("skipped")) for step in run.steps)
+        rows.append([str(run.folder), name, str(run.seed), printed(lowest(run, measure)), *found, str(skipped)])
     return rows
 
 
@@ -216,7 +227,7 @@ def cosine_table(groups: Groups) -> Rows:
     rows = [["method", *COSINES.values(), "conflict fraction"]]
     for name, runs in groups.items():
         means = [[mean_of(run, key) for run in runs] for key in (*COSINES, "conflict_fraction")]
-        rows.append([name, *(mean_sd((m for m in column if m is not None), digits=2) for column in means)])
+        rows.append([name, *(mean_of_known(column, digits=2) for column in means)])
     theirs = paper.TABLE_3.items()
     return rows + [[f"paper, Table 3: {name}", *(f"{value:.2f}" for value in values), "–"] for name, values in theirs]
 
@@ -224,11 +235,10 @@ def cosine_table(groups: Groups) -> Rows:
 def prediction(groups: Groups, measure: ForgetRetainMetric) -> str:
     """One sentence: how well the mean cos(g, g_r) of a run predicts what it retains at the level."""
     pairs = []
-    for runs in groups.values():
-        for run in runs:
-            point, cosine = at_level(run.trajectory, measure), mean_of(run, COMB_RETAIN)
-            if point and cosine is not None:
-                pairs.append((cosine, point[measure.retain]))
+    for run in (run for members in groups.values() for run in members):
+        point, cosine = matched(run.trajectory, measure), mean_of(run, COMB_RETAIN)
+        if point and cosine is not None:
+            pairs.append((cosine, point[measure.retain]))
     found = correlate(pairs)
     if found["pearson"] is None:
         return "Fewer than five different runs reached the level: too few to correlate comb-retain with retention."
@@ -239,7 +249,7 @@ def prediction(groups: Groups, measure: ForgetRetainMetric) -> str:
 
 
 def step_number(run: Run, key: str) -> float | None:
-    """Median of a logged number over the steps after the first `WARM_UP_STEPS` (all steps of a shorter run)."""
+    """Median of a logged number over the steps after `WARM_UP_STEPS` (all steps of a shorter run)."""
     steps = [step[key] for step in run.steps if step.get(key) is not None and math.isfinite(step[key])]
     return median(steps[WARM_UP_STEPS:] or steps) if steps else None
 
@@ -304,8 +314,7 @@ def attack_table(groups: Groups) -> Rows:
     for (name, suite, title), tries in found.items():
         scores = []
         for when, what in ATTACK_COLUMNS.values():
-            values = [read_attack(suite, entry.get(when) or {}).get(what) for entry in tries]
-            scores.append(mean_sd(value for value in values if value is not None))
+            scores.append(mean_of_known([read_attack(suite, one.get(when) or {}).get(what) for one in tries]))
         seconds = mean_sd((entry["seconds"] for entry in tries if entry.get("seconds") is not None), digits=0)
         rows.append([names[name], suite, title, *scores, seconds, str(len(tries))])
     return rows

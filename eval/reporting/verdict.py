@@ -12,7 +12,7 @@ from eval.results.known import nothing_to_forget
 from eval.results.metrics import ForgetRetainMetric, collateral, readable, words_of_score
 from eval.results.numbers import printed
 from eval.results.stats import summarise
-from eval.results.trajectories import Scores, at_level, lowest, starts_below
+from eval.results.trajectories import Scores, lowest, matched, starts_below
 
 Points = Mapping[str, Sequence[Scores]]  # label -> its points at the level, one a seed that reached it
 
@@ -31,12 +31,7 @@ def verdict(groups: Groups, measure: ForgetRetainMetric, target: Scores | None) 
         if len(by_objective) > 1:
             label = {name: name for name in names}
         early = {name: [run for run in groups[name] if starts_below(run.trajectory, measure)] for name in names}
-        points = {
-            label[name]: [
-                p for run in groups[name] if run not in early[name] and (p := at_level(run.trajectory, measure))
-            ]
-            for name in names
-        }
+        points = {label[name]: [p for run in groups[name] if (p := matched(run.trajectory, measure))] for name in names}
         seeds = {label[name]: len(groups[name]) for name in names}
         reached = {name: of for name, of in points.items() if of}
         missed = {

@@ -12,7 +12,7 @@ from eval.results.conditions import of_target, refuse_different
 from eval.results.metrics import ForgetRetainMetric
 from eval.results.numbers import printed, with_spread
 from eval.results.stats import correlate, summarise
-from eval.results.trajectories import COMB_RETAIN, Run, Scores, at_level, lowest, mean_of
+from eval.results.trajectories import COMB_RETAIN, Run, Scores, lowest, matched, mean_of, starts_below
 from eval.sweep.axes import Setting, by_number, parse_setting
 from eval.sweep.runs import Plan, finished_runs, read_seeds
 from pipeline.files import Json
@@ -20,7 +20,7 @@ from pipeline.files import Json
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run, and the point where it reaches the level (None: nowhere)."""
+    """A finished run, and the point where it falls to the level (None: nowhere)."""
 
     method: str
     setting: Setting
@@ -30,7 +30,12 @@ class Trained:
 
     @property
     def point(self) -> Scores | None:
-        return at_level(self.run.trajectory, self.measure)
+        return matched(self.run.trajectory, self.measure)
+
+    @property
+    def is_early(self) -> bool:
+        """Whether there is no `point` because no evaluation saw the run above the level (`starts_below`)."""
+        return starts_below(self.run.trajectory, self.measure)
 
     @property
     def lowest(self) -> float:
@@ -116,15 +121,17 @@ def seed_means(group: Group) -> list[dict[str, float]]:
 
 
 def cosine_and_retention(members: Iterable[Trained]) -> Json:
-    """{"n", "pearson", "spearman"} of cos(g, g_r) with retention, over the runs that reach the level and log it."""
-    return correlate((m.cosine, m.retained) for m in members if m.retained is not None and m.cosine is not None)
+    """{"n", "pearson", "spearman"} of cos(g, g_r) with retention, over the runs that fall to the level and log it."""
+    found = [(m.cosine, m.retained) for m in members]
+    return correlate((cosine, retained) for cosine, retained in found if cosine is not None and retained is not None)
 
 
 def sum_against_others(groups: Sequence[Group]) -> list[Json]:
     """For each objective, the best `sum` over its ratios gamma / alpha, beside the best of each other rule.
 
     One entry for each pair of a `sum` whose ratio was varied and another rule with the same objective; `difference` is
-    the other's mean retain score minus that of `sum`, None if one of the two has not reached the level.
+    the other's mean retain score minus that of `sum`, None if one of the two has not reached the level, or if a run of
+    one was below it from its first evaluation (`early`, the methods): that one has forgotten more than the other.
     """
 
     def objective(group: Group) -> str:
@@ -148,12 +155,14 @@ def sum_against_others(groups: Sequence[Group]) -> list[Json]:
             if rule(other) == "sum" or objective(other) != objective(plain):
                 continue
             sides = [summarise(group.retained) for group in (plain, other)]
-            known = [side["mean"] for side in sides if side["mean"] is not None]
+            early = [group.method for group in (plain, other) if any(member.is_early for member in group.members)]
+            known = [side["mean"] for side in sides if side["mean"] is not None and not early]
             answers.append(
                 {
                     "sum": {"method": plain.method, "setting": plain.setting, "ratio": ratio(plain), **sides[0]},
                     "other": {"method": other.method, "setting": other.setting, "ratio": ratio(other), **sides[1]},
                     "ratios_tried": len(ratios),
+                    "early": early,
                     "difference": known[1] - known[0] if len(known) == 2 else None,
                 }
             )
@@ -170,6 +179,12 @@ def answer_sum(answers: Sequence[Json], level: float) -> str:
     sentences = []
     for answer in answers:
         plain, other, difference = answer["sum"], answer["other"], answer["difference"]
+        if answer["early"]:
+            sentences.append(
+                f"{' and '.join(answer['early'])} had forgotten more than the level at the first evaluation, so "
+                f"{plain['method']} and {other['method']} cannot be compared at it: give --target, or evaluate earlier."
+            )
+            continue
         if difference is None:
             late = " and ".join(side["method"] for side in (plain, other) if side["mean"] is None)
             sentences.append(f"{late} reached forget {level:g} in no run, so the two cannot be compared.")

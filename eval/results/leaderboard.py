@@ -49,17 +49,26 @@ def entries_of(folder: Path) -> list[Json]:
             f"{folder} was evaluated on {', '.join(run.suites)}, which nobody can compare with other runs; evaluate it "
             f"on one of: {', '.join(dict.fromkeys(needed))}"
         )
-    refuse_unfinished(run, config)
-    last = read_json(path)["trajectory"][-1]["suites"]
-    return [entry_of(run, config, measure, last) for measure in measures]
+    last = read_json(path)["trajectory"][-1]
+    refuse_unfinished(run, config, last.get("model"))
+    return [entry_of(run, config, measure, last["suites"]) for measure in measures]
 
 
-def refuse_unfinished(run: Run, config: Json) -> None:
-    """Raises InputError if the training goes on after the last step, or if the evaluation ends before it."""
+def refuse_unfinished(run: Run, config: Json, model: str | None) -> None:
+    """Raises InputError if the training goes on after the last step, or if the evaluation ends before it.
+
+    Args:
+        model: the last that was evaluated: `final`, which a run has once it is finished, whatever ends it.
+    """
     trained, evaluated = run.steps[-1]["step"] if run.steps else 0, run.trajectory[-1]["step"]
     wanted = config["train"].get("steps")
     if wanted and trained < wanted and not config["train"].get("stop_at"):
         raise InputError(f"{run.folder} has {trained} of {wanted} steps; let it finish (--resume), then evaluate it")
+    if model is not None and Path(model).name != "final":
+        raise InputError(
+            f"{run.folder / 'evaluation.json'} ends at {model}, which is no final model; let the run finish "
+            "(--resume), then evaluate it"
+        )
     if evaluated != trained:
         raise InputError(
             f"{run.folder}/evaluation.json ends at step {evaluated:g}, and the run at {trained}; evaluate it again"

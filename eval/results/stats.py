@@ -37,6 +37,13 @@ def mean_sd(values: Iterable[float], digits: int | None = None) -> str:
     return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
 
 
+def mean_of_known(values: Sequence[float | None], digits: int | None = None) -> str:
+    """`mean_sd` of the values that are known and, if others are not, of how many: "0.320 ± 0.283 (2 of 3)"."""
+    known = [value for value in values if value is not None]
+    found = mean_sd(known, digits)
+    return found if len(known) in (0, len(values)) else f"{found} ({len(known)} of {len(values)})"
+
+
 def ranks_of(values: Sequence[float]) -> np.ndarray:
     """Ranks from 1, float64, same shape; equal values share the mean of their ranks."""
     _, position, counts = np.unique(values, return_inverse=True, return_counts=True)

@@ -57,6 +57,7 @@ class Run:
     robustness: Json | None = None
     paths: dict[str, str] = field(default_factory=dict)  # for the keys of `method` that are digests
     measured: tuple[Measured, ...] = ()  # what the scores of the probes, and of the evaluation, measure
+    asked: tuple[tuple[str, ...], ...] = ()  # the suites of each evaluated export, whether it has scores of them or not
 
     @property
     def settings(self) -> Json:
@@ -78,7 +79,7 @@ class Run:
     @property
     def suites(self) -> list[str]:
         """The suites that every export has, in the order of the first; and `probes` of a run that has probes."""
-        of_each = [[suite_of(key) for key in scores if key != "step"] for scores in self.trajectory]
+        of_each = self.asked or [[suite_of(key) for key in scores if key != "step"] for scores in self.trajectory]
         of_all = [suite for suite in dict.fromkeys(of_each[0]) if all(suite in others for others in of_each)]
         return list(dict.fromkeys([*of_all, *(["probes"] if self.probes else [])]))
 
@@ -160,6 +161,7 @@ def with_evaluation(run: Run, path: Path) -> Run:
         protocols=own | {suite: protocol(one) for suite, one in evaluation["trajectory"][-1]["suites"].items()},
         general=general_ability(evaluation["trajectory"][-1]["suites"]),
         measured=(*run.measured, of_evaluation(path, evaluation["trajectory"])),
+        asked=tuple(tuple(entry["suites"]) for entry in evaluation["trajectory"]),
     )
 
 
@@ -268,6 +270,11 @@ def starts_below(trajectory: Sequence[Scores], measure: ForgetRetainMetric) -> b
     Such runs have forgotten more than the level, each by another amount, so their scores are no comparison at it.
     """
     return trajectory[0]["step"] > 0 and trajectory[0][measure.forget] < measure.level
+
+
+def matched(trajectory: Sequence[Scores], measure: ForgetRetainMetric) -> Scores | None:
+    """`at_level` of a run that falls to the level; None for one that `starts_below` it, which is no match."""
+    return None if starts_below(trajectory, measure) else at_level(trajectory, measure)
 
 
 def best_below(trajectory: Sequence[Scores], measure: ForgetRetainMetric) -> Scores | None:

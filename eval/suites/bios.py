@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from eval.files import read_jsonl
 from eval.suites import NoData, scoring
 from eval.suites.biographies import ATTRIBUTES, PARAPHRASES, PERSON, Probe, generate
-from eval.suites.rouge import SCRIPT_WORDS, recall_by_script, recall_rouge_score
+from eval.suites.rouge import SCRIPT_WORDS, WORDS_OF_ALPHABETS, recall_by_script, recall_rouge_score, unseen_letters
 from eval.suites.texts import Answered, choose_texts
 from pipeline.errors import InputError
 from pipeline.files import Json
@@ -149,4 +149,5 @@ def evaluate(
         (probe["split"], Answered(prompt=probe["prompt"], expected=probe["answer"], answer=answer))
         for probe, answer in zip(probes, answers, strict=True)
     )
-    return {"metrics": metrics, "counts": counts, "protocol": PROTOCOL, "texts": texts}
+    protocol = PROTOCOL + f"; {WORDS_OF_ALPHABETS}" * any(map(unseen_letters, references))
+    return {"metrics": metrics, "counts": counts, "protocol": protocol, "texts": texts}

@@ -216,7 +216,7 @@ def evaluate(
         model,
         tokenizer,
         [encoded[number].ids[: encoded[number].continued] for number in continued],
-        stopping=scoring.Stopping(limits, (scoring.end_of_text(tokenizer),)),
+        stopping=scoring.Stopping(limits, scoring.ends_of_answer(model, tokenizer)),
         batch_size=batch_size,
         title=f"{title} rouge",
     )

@@ -26,6 +26,7 @@ from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eval.files import digest_of
 from eval.suites.harness_texts import texts_of_tasks
 from eval.suites.shared_lm import SEEDS, LoadedTasks, evaluate_tasks, language_model, seed_generators
 from pipeline.errors import InputError
@@ -161,10 +162,10 @@ def evaluate(
     """The harness's scores of each named task: {"metrics": {task: {metric: x}}, …}; a group also holds its members.
 
     A metric of a filter other than "none" is named "metric,filter". Beside "metrics": "standard_errors" of means and
-    "higher_is_better" in the same shape, "counts" {"documents": {task: n}, "cut": {"all": n}} ("cut": sequences that
-    are longer than the model's context and lose their beginning), "protocol" {task: text}, "shots" and "task_versions"
-    {task: n}, "limit", "seeds", and "texts" {task: [{"prompt", "expected", "answer"}, …]} (see `harness_texts`) of each
-    task that has answers.
+    "higher_is_better" in the same shape, "sources" {task: digest of its rows}, "counts" {"documents": {task: n}, "cut":
+    {"all": n}} ("cut": sequences that are longer than the model's context and lose their beginning), "protocol" {task:
+    text}, "shots" and "task_versions" {task: n}, "limit", "seeds", and "texts" {task: [{"prompt", "expected",
+    "answer"}, …]} (see `harness_texts`) of each task that has answers.
     """
     lm = language_model(model, tokenizer, batch_size, title)
     answer = evaluate_tasks(lm, probes.loaded, probes.limit)
@@ -192,10 +193,16 @@ def evaluate(
         "protocol": {name: protocol(name, probes, answer) for name in probes.named},
         "shots": answer["n-shot"],
         "task_versions": answer["versions"],
+        "sources": sources_of(probes.loaded),
         "limit": probes.limit,
         "seeds": SEEDS,
         "texts": {name: rows for name, rows in texts.items() if rows},
     }
+
+
+def sources_of(loaded: LoadedTasks) -> dict[str, str]:
+    """{task: digest of its rows}, by which a report knows whether two evaluations were of the same rows."""
+    return {name: digest_of(list(task.eval_docs)) for name, task in loaded.tasks["tasks"].items()}
 
 
 def numbers(found: Mapping[str, Any], errors: bool) -> dict[str, float | None]:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from eval.files import check_texts, read_hub, read_json
 from eval.suites import NoData, scoring
 from eval.suites.membership import auc, membership
-from eval.suites.rouge import f1_rouge_score
+from eval.suites.rouge import f1_rouge_score, script_note
 from eval.suites.texts import Answered, choose_texts
 from pipeline.errors import InputError
 from pipeline.files import Json
@@ -210,7 +210,7 @@ def evaluate(
             (f"{side}_{measure}", Answered(prompt=probe["question"], expected=right, answer=answer))
             for probe, right, answer in zip(sets[name], expected, answers, strict=True)
         ]
-    notes: dict[str, str] = {}
+    notes = script_note([row["expected"] for _, row in texts])
     forgotten, held_out = (
         familiarity(model, tokenizer, sets[f"privleak_{name}"], batch_size) for name in ("forget", "holdout")
     )

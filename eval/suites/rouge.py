@@ -1,4 +1,4 @@
-"""ROUGE-L recall, by words, or by characters in scripts without spaces."""
+"""ROUGE-L recall: by words of any alphabet, or by characters in scripts without spaces."""
 
 from __future__ import annotations
 
@@ -49,6 +49,9 @@ SPACELESS = {
 SCRIPT_WORDS = "references in scripts without spaces by the character, in lower case, as longest common subsequence"
 
 
+WORDS_OF_ALPHABETS = "references with letters beyond a to z by their words in lower case, without stemming"
+
+
 @cache
 def _is_spaceless(character: str) -> bool:
     name = unicodedata.name(character, "").removeprefix("NEW ")  # New Tai Lue
@@ -58,6 +61,14 @@ def _is_spaceless(character: str) -> bool:
 def is_spaceless(text: str) -> bool:
     """Whether a letter of the text is of a script that writes no space between words."""
     return any(_is_spaceless(character) for character in unicodedata.normalize("NFKC", text))
+
+
+def unseen_letters(text: str) -> float:
+    """The share of a text's letters and digits that rouge_score does not see: all of Cyrillic, the é of café."""
+    if text.isascii():
+        return 0.0
+    letters = [character for character in text.lower() if unicodedata.category(character)[0] in "LN"]
+    return sum(not character.isascii() for character in letters) / max(len(letters), 1)
 
 
 def words(text: str) -> list[str]:
@@ -90,27 +101,38 @@ class _Words:
 def recall_by_script(
     references: Sequence[str], answers: Sequence[str], scorer: Callable[[Sequence[str], Sequence[str]], list[float]]
 ) -> list[float]:
-    """`scorer` (one of the two above), but ROUGE-L recall over `words` where the reference has no spaces to split at.
+    """`scorer` (one of the two above), but ROUGE-L recall over `words` of a reference that it cannot read: one without
+    spaces to split at or, of rouge_score, one with letters that it does not see, so that no answer would ever count.
 
     For the suites of this repository. Published protocols keep their scorers, and `script_note` is in their results.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
     recalls = scorer(references, answers)
-    by_character = RougeScorer(["rougeL"], tokenizer=_Words())
+    by_words = RougeScorer(["rougeL"], tokenizer=_Words())
     for at, (reference, answer) in enumerate(zip(references, answers, strict=True)):
-        if is_spaceless(reference):
-            recalls[at] = by_character.score(reference, answer)["rougeL"].recall
+        if is_spaceless(reference) or (scorer is recall_rouge_score and unseen_letters(reference)):
+            recalls[at] = by_words.score(reference, answer)["rougeL"].recall
     return recalls
 
 
+MOST_OF_IT = 0.5  # of its letters: a text with more of them unseen is in another alphabet, and has not only accents
+
+
 def script_note(references: Sequence[str]) -> dict[str, str]:
-    """{"rouge": how a published protocol treats references in scripts without spaces}; {} if there are none."""
-    count = sum(map(is_spaceless, references))
-    if not count:
-        return {}
-    return {
-        "rouge": f"{count} of {len(references)} reference answers are in a script without spaces between words, which "
-        "the published scorers do not split: rouge takes a sentence for one word (0 or 1), rouge_score sees ASCII "
-        "letters and digits alone"
-    }
+    """{"rouge": which references the published scorers do not read, and how they treat them}; {} if there are none."""
+    spaceless = sum(map(is_spaceless, references))
+    unseen = sum(unseen_letters(text) > MOST_OF_IT and not is_spaceless(text) for text in references)
+    found = []
+    if spaceless:
+        found.append(
+            f"{spaceless} of {len(references)} reference answers are in a script without spaces between words, which "
+            "the published scorers do not split: rouge takes a sentence for one word (0 or 1), rouge_score sees ASCII "
+            "letters and digits alone"
+        )
+    if unseen:
+        found.append(
+            f"{unseen} of {len(references)} reference answers are in another alphabet than a to z, of which "
+            "rouge_score sees no letter: they score 0 whatever the model says"
+        )
+    return {"rouge": "; ".join(found)} if found else {}

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.files import read_hub, read_json
 from eval.suites import NoData
-from eval.suites.harness_tasks import numbers
+from eval.suites.harness_tasks import numbers, sources_of
 from eval.suites.harness_texts import Requests, chosen_option, texts_of_tasks
 from eval.suites.rwku import HUB, NUM_TARGETS
 from eval.suites.shared_lm import SEEDS, LoadedTasks, SharedLM, evaluate_tasks, seed_generators
@@ -270,8 +270,8 @@ def evaluate(
     title: str = "rwku_utility",
 ) -> Json:
     """{"metrics": {set: {metric: mean}}, "standard_errors": likewise, "counts": {set: n, "cut": prompts that lost their
-    beginning}, "protocol": text, "seeds", "texts": {set: [{"prompt", "expected", "answer"}, …]} (see `chosen_rows`)};
-    all but the entropy in [0, 1]."""
+    beginning}, "protocol": text, "sources": {set: digest of its rows}, "seeds", "texts": {set: [{"prompt",
+    "expected", "answer"}, …]} (see `chosen_rows`)}; all but the entropy in [0, 1]."""
     lm = SharedLM(model, tokenizer, batch_size, title)
     found = evaluate_tasks(lm, probes.loaded, chat=tokenizer.chat_template is not None)["results"]
     scores, errors = ({name: numbers(found[name], part) for name in probes.counts} for part in (False, True))
@@ -281,6 +281,7 @@ def evaluate(
         "standard_errors": errors,
         "counts": {**probes.counts, "cut": lm.too_long},
         "protocol": PROTOCOL,
+        "sources": sources_of(probes.loaded),
         "seeds": SEEDS,
         "texts": {name: texts_of_tasks({name: tasks[name]}, answered) for name in probes.counts},
     }

@@ -108,7 +108,8 @@ def read_rows(corpus: Source, key: str = "", columns: dict[str, str] | None = No
     for name, column in (columns or {}).items():
         if column not in found.column_names:
             there = ", ".join(found.column_names)
-            raise InputError(f"{key}{name}: {corpus.path} has no {column!r}; it has {there}")
+            turns = conversation_in(found[0]) if len(found) else ""
+            raise InputError(f"{key}{name}: {corpus.path} has no {column!r}; it has {there}{turns}")
     table = found if columns is None else found.select_columns(list(columns.values()))
     return ((f"{corpus.path}, row {number}", row) for number, row in enumerate(table, 1)), source
 
@@ -146,8 +147,11 @@ def text_of(where: str, row: object, column: str) -> str:
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object with the field {column!r}, found {type(row).__name__}")
     if column not in row:
-        raise InputError(f"{where}: no field {column!r}; it has {', '.join(map(repr, row)) or 'none'}")
+        there = ", ".join(map(repr, row)) or "none"
+        raise InputError(f"{where}: no field {column!r}; it has {there}{conversation_in(row)}")
     text = row[column]
+    if is_conversation(text):
+        raise InputError(f"{where}: field {column!r} holds {CONVERSATION}")
     if not isinstance(text, str):
         raise InputError(f"{where}: field {column!r} holds {type(text).__name__}, not text; repair or remove the row")
     try:
@@ -157,6 +161,22 @@ def text_of(where: str, row: object, column: str) -> str:
             f"{where}: field {column!r} holds a lone surrogate, which is not a character; repair or remove the row"
         ) from None
     return text
+
+
+CONVERSATION = (
+    "a conversation, not text; write its question and its answer into two columns and name them by prompt and response "
+    "(the chat template is applied then), or write what apply_chat_template(..., tokenize=False) makes of it into one"
+)
+
+
+def is_conversation(value: object) -> bool:
+    """Whether a cell is a list of turns, each an object, as chat data sets have it under `messages`."""
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(turn, dict) for turn in value)
+
+
+def conversation_in(row: dict[str, object]) -> str:
+    """The end of a message, if a column of the row holds a conversation; else nothing."""
+    return next((f". {name!r} holds {CONVERSATION}" for name, value in row.items() if is_conversation(value)), "")
 
 
 def normalised(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ import yaml
 from huggingface_hub import hf_hub_download
 
 from pipeline.config.sources import format_of
+from pipeline.errors import shorten
 from pipeline.files import Json
 from pipeline.monitoring.levels import PREFIX
+
+log = logging.getLogger(__name__)
 
 
 def public_name(path: str) -> str:
@@ -175,3 +179,14 @@ these digests, and run `deepspeed --module pipeline.train --config config.yaml`:
 
 Made with torch {torch.__version__}, deepspeed {deepspeed.__version__}, transformers {transformers.__version__}.
 """
+
+
+def card_or_warning(
+    configuration: str, weights: str, corpora: dict[str, str], last_step: Mapping[str, object], chats: bool
+) -> str | None:
+    """`model_card`, or None with a warning: no card is worth the weights of a run."""
+    try:
+        return model_card(configuration, weights, corpora, last_step, chats)
+    except Exception as error:  # it reads files of others: the base model's own card
+        log.warning("the model is exported without a card (%s: %s)", type(error).__name__, shorten(error))
+        return None

@@ -200,8 +200,10 @@ class Monitor:
         took = timedelta(seconds=round(seconds))
         rows = [("steps", f"{len(self.rows.steps)}, of which {found['skipped']:.0f} skipped; {took} this time")]
         for task in ("forget", "retain"):
-            if f"{task}_loss" in found:
-                rows.append((f"{task} loss", f"{found[f'{task}_loss_start']:.4g} -> {found[f'{task}_loss']:.4g}"))
+            ends = [found.get(name) for name in (f"{task}_loss_start", f"{task}_loss")]
+            if any(end is not None for end in ends):
+                words = ("not finite" if end is None else f"{end:.4g}" for end in ends)
+                rows.append((f"{task} loss", " -> ".join(words)))
         for name, what in COSINES.items():
             if name in found:
                 rows.append((f"{what}, mean", f"{found[name]:+.3f}"))

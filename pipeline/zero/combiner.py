@@ -124,6 +124,7 @@ class GradientCombiner:
             )
         self.units = units_of(synthesis.resolved_scope, [layer_of(name) for name in self.names])
         self.stash: Tensor | None = None
+        self.is_stashed = False  # whether the forget gradient of this step is in it
         self.average: Tensor | None = None
         self.mean_square: Tensor | None = None
         self.confinement, self.share_updated = confinement, 1.0
@@ -161,7 +162,8 @@ class GradientCombiner:
         return own * (self.synthesis.gamma if task == "forget" else self.synthesis.alpha)
 
     def clear(self) -> None:
-        """Zero the gradient, wherever DeepSpeed keeps a part of it."""
+        """Zero the gradient, wherever DeepSpeed keeps a part of it. A step begins with it."""
+        self.is_stashed = False
         self.engine.set_gradient_accumulation_boundary(False)
         self.store.clear()
 
@@ -169,11 +171,21 @@ class GradientCombiner:
         """Complete the forget gradient, copy it to the forget buffer, and make room for the retain gradient.
 
         Does nothing if the two are only added up.
+
+        Raises:
+            RuntimeError: the step did not begin with `clear`.
         """
+        self._refuse_uncleared()
         if self.stash is not None:
             gradients = join_neighbours(self.store.reduce())  # what follows the copy is queued behind it
             copy_all_(self.stash.split([gradient.numel() for gradient in gradients]), gradients)
             self.clear()
+            self.is_stashed = True
+
+    def _refuse_uncleared(self) -> None:
+        """DeepSpeed would have taken each backward pass for the last one of its step."""
+        if self.engine.is_gradient_accumulation_boundary():
+            raise RuntimeError("combiner.clear() must come before the first backward pass of every step, and did not")
 
     def combine(self) -> Combined:
         """Replace the retain gradient by the combination.
@@ -181,7 +193,17 @@ class GradientCombiner:
         One all-reduce of 10 or 13 float64 per parameter, whatever their sizes. Every rank gets the same result. No rank
         should step if either gradient is non-finite. (fp16: all ranks step all the same, with a gradient that DeepSpeed
         recognises as an overflow, so that it skips the update and lowers its loss scale.)
+
+        Raises:
+            RuntimeError: the step did not begin with `clear`, or has no forget gradient in the forget buffer.
         """
+        if self.stash is None:
+            self._refuse_uncleared()
+        elif not self.is_stashed:
+            raise RuntimeError(
+                "combiner.stash_forget() must come between the backward passes of the forget task and those of the "
+                "retain task, and did not: there is no forget gradient to combine"
+            )
         slices = self.store.reduce()
         geometry = None
         if self.stash is not None:

@@ -104,6 +104,7 @@ class JointPass:
     def complete(self) -> None:
         """After the last micro-batch: the forget gradient is in the forget buffer, whole."""
         self._reduce(list(self.pending))
+        self.combiner.is_stashed = self.combiner.stash is not None
 
     def _reduce(self, parameters: list[nn.Parameter]) -> None:
         """Add the mean over ranks of these gradients to the forget buffer, each rank its own share."""

@@ -53,9 +53,11 @@ def mean_of_lowest(values: Sequence[float], share: float) -> float:
     return fmean(sorted(values)[: max(1, int(share * len(values)))])
 
 
-def measures_of(answers: Sequence[Answer]) -> dict[str, float]:
-    """What a training measures of a set of answers: the end of the turn counts as a token of each."""
-    whole = [replace(one, closing=0) for one in answers]
+def measures_of(answers: Sequence[Answer], *, ends: bool = True) -> dict[str, float]:
+    """What a training measures of a set of answers: the end of the turn counts as a token of each, with `ends`."""
+    last = [len(one.log_p) - (0 if ends else one.closing) for one in answers]
+    pairs = zip(answers, last, strict=True)
+    whole = [replace(one, log_p=one.log_p[:at], greedy=one.greedy[:at], closing=0) for one, at in pairs]
     return {
         "extraction_strength": fmean(one.strength() for one in whole),
         "exact_memorization": fmean(one.memorized() for one in whole),

@@ -109,8 +109,8 @@ def attack(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     return command
 
 
-def measured(reader: plain.Reader, rows: list[Row]) -> dict[str, float]:
-    return plain.measures_of([reader.answered(row["question"], row["answer"]) for row in rows])
+def measured(reader: plain.Reader, rows: list[Row], *, ends: bool = True) -> dict[str, float]:
+    return plain.measures_of([reader.answered(row["question"], row["answer"]) for row in rows], ends=ends)
 
 
 def agree(found: dict[str, float], expected: dict[str, float], bound: float, what: str) -> None:
@@ -252,7 +252,7 @@ def test_few_shot(
         assert len(chosen) == 1, whole
         prompts.append({"question": put(chosen[0], row), "answer": row["answer"]})
     with plain.timed("plain loop, 3 answers without and with two examples"):
-        without, after = measured(reader, held_out), measured(reader, prompts)
+        without, after = (measured(reader, rows, ends=False) for rows in (held_out, prompts))
     agree(entry["before"], named("held_out", without), CLOSE, "without examples")
     agree(entry["after"], named("held_out", after), CLOSE, "with two examples")
     assert abs(after["probability"] - without["probability"]) > 0.01

@@ -4,7 +4,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from eval.reporting import sweep_report
 from eval.reporting.sweep_report import png
 from eval.suites import biographies
 from eval.suites import bios as bios_suite
+from eval.sweep import runs as sweep_runs
 from pipeline.config.schema import REPOSITORY
 from tests.eval.pretender import GRID, RECIPE, Pretender
 
@@ -40,7 +41,7 @@ def test_a_grid_runs_everything_once(
         ("sago", "1", False),
     ]
     assert answer["settings"][0]["scores"]["bios.retain.all"] == pytest.approx(
-        {"mean": 0.995, "sd": 0.01 / math.sqrt(2)}
+        {"n": 2, "mean": 0.995, "sd": 0.01 / math.sqrt(2)}
     )
     assert answer["settings"][0]["steps"]["mean"] == pytest.approx(1 + 0.4 / 0.45)
     assert answer["correlation"]["all"]["n"] == 8 and answer["correlation"]["methods"]["sago"]["n"] == 4
@@ -56,6 +57,35 @@ def test_a_grid_runs_everything_once(
     assert command(*GRID, "--level", "0.2", "--", "--train.steps", 2) == 0  # another level asks for no new run
     assert pretender.lines == []
     assert json.loads((tmp_path / "out" / "frontier.json").read_text())["level"] == 0.2
+
+
+def test_runs_that_begin_below_the_level_are_named_and_not_compared(
+    pretender: Pretender, command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two exports a run; both of method `plain` are below the level, the first of `sago` is above it."""
+
+    def call(line: Sequence[str], log: Path) -> int:
+        status = pretender(line, log)
+        file = Path(line[-1])
+        if "eval.run" in line and file.parents[2].name == "plain":
+            evaluation = json.loads(file.read_text())
+            for entry in evaluation["trajectory"]:
+                entry["suites"]["bios"]["metrics"]["forget"]["all"] = 0.01
+            file.write_text(json.dumps(evaluation))
+        return status
+
+    monkeypatch.setattr(sweep_runs, "call", call)
+    sweep = ("--sweep", "synthesis.gamma=0.1,0.2,0.3,0.5,1")
+    assert command("--methods", "plain", "sago", "--seeds", 0, *sweep) == 0
+    report = (tmp_path / "out" / "frontier.md").read_text()
+    folder = tmp_path / "out" / "runs" / "plain" / "synthesis.gamma=0.1" / "seed-0"
+    assert f"in no mean at the level: {folder}" in report
+    assert "plain had forgotten more than the level at the first evaluation" in report
+    assert "reaches the same frontier" not in report
+    answer = json.loads((tmp_path / "out" / "frontier.json").read_text())
+    assert [run["starts_below"] for run in answer["runs"]] == [True] * 5 + [False] * 5
+    assert answer["correlation"]["all"]["n"] == 5 and answer["correlation"]["methods"]["plain"]["n"] == 0
+    assert [one["difference"] for one in answer["sum_against_others"]] == [None]
 
 
 def test_runs_on_other_data_are_no_seeds(

@@ -154,3 +154,18 @@ def test_another_target_model_has_a_table_of_its_own(tmp_path: Path, add: Any) -
 
 def test_the_page_of_the_documentation_is_written_from_its_entries() -> None:
     assert PAGE.read_text() == page_of(read_board(PAGE.with_suffix(".jsonl")))
+
+
+def test_a_run_that_is_not_finished_is_no_entry(tmp_path: Path, add: Any) -> None:
+    """Whatever ends it: a number of steps, passes over the data, or a level. Its last export is no final model."""
+    for name, train in (("epochs", {"steps": None, "epochs": 2}), ("level", {"steps": 3, "stop_at": {"forget": {}}})):
+        run = make(tmp_path / name, 0.3, 0.5)
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        (run / "config.yaml").write_text(yaml.safe_dump(config | {"train": train}))
+        evaluation = json.loads((run / "evaluation.json").read_text())
+        for model, status in (("exports/step-000003", 2), ("final", 0)):
+            evaluation["trajectory"][-1]["model"] = str(run / model)
+            (run / "evaluation.json").write_text(json.dumps(evaluation))
+            found, said = add(run)
+            assert found == status
+            assert status == 0 or (f"{run / 'evaluation.json'} ends at {run / model}" in said and "--resume" in said)

@@ -141,11 +141,13 @@ def test_prediction_needs_runs_that_differ(tmp_path: Path) -> None:
     assert "too few" in tables.prediction(read(*folders), BIOS)
     for number in range(5):  # on a line
         cosine, retain = 0.1 * number, 0.1 + 0.2 * number
-        (tmp_path / str(number) / "evaluation.json").write_text(json.dumps({"trajectory": [entry(1, 0.0, retain)]}))
+        (tmp_path / str(number) / "evaluation.json").write_text(json.dumps({"trajectory": [entry(1, 0.1, retain)]}))
         row = {"step": 1, "forget_loss": 0, "retain_loss": 0, "cos_forget_retain": 0, "cos_combined_forget": 0}
         (tmp_path / str(number) / "metrics.jsonl").write_text(json.dumps(row | {"cos_combined_retain": cosine}))
     message = tables.prediction(read(*folders), BIOS)
     assert "5 runs" in message and "r = 1.00" in message
+    early = make_run(tmp_path / "early", [(10, 0.0, 0.1)], seed=5)  # below the level, nobody knows since when
+    assert tables.prediction(read(*folders, early), BIOS) == message
     assert "too few" in tables.prediction(read(*folders[:4]), BIOS), "four points lie near a line by chance"
 
 

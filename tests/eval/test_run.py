@@ -243,6 +243,26 @@ def test_what_was_evaluated_outlives_a_failure(world: Path, run_folder: Path, mo
     assert not (run_folder / "evaluation.json.partial").exists()
 
 
+def test_a_broken_model_leaves_a_file_that_every_program_reads(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """JSON has no NaN: jq and browsers refuse it. The table has a dash."""
+    model: Any = AutoModelForCausalLM.from_pretrained(world / "taught")
+    shutil.copytree(world / "taught", tmp_path / "broken")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "broken")
+    for split in ("forget", "retain"):
+        (tmp_path / f"{split}.txt").write_text("red fruit: apple\n")
+    output = tmp_path / "out.json"
+    given = ("--suite", "corpus", "--data", tmp_path, "--output", output)
+    evaluate(monkeypatch, "--model", tmp_path / "broken", *given)
+    found = json.loads(output.read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert found["suites"]["corpus"]["metrics"]["forget"]["probability"] is None
+    assert found["suites"]["corpus"]["metrics"]["forget"]["rouge"] == 0.0
+    assert "retain ROUGE-L" in capsys.readouterr().out
+
+
 def test_a_model_without_weights_is_named(world: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(world / "blank", broken)

@@ -50,9 +50,10 @@ class Reader:
             Token(-table[n - 1, ids[n]].item(), int(table[n - 1].argmax()) == ids[n]) for n in range(start, len(ids))
         ]
 
-    def measures(self, rows: Iterable[dict[str, str]]) -> dict[str, float]:
-        """The measures of a set of answers, by their definitions."""
+    def measures(self, rows: Iterable[dict[str, str]], *, ends: bool = True) -> dict[str, float]:
+        """The measures of a set of answers, by their definitions; with the end of each, or not."""
         answers = [self.tokens(row["q"], row["a"]) for row in rows]
+        answers = answers if ends else [one[:-1] for one in answers]
         strengths = []
         for one in answers:
             first = next(k for k in range(len(one) + 1) if all(token.greedy for token in one[k:]))

@@ -74,8 +74,28 @@ def test_questions_after_examples_of_the_other_half(plan_of: Callable[..., Plan]
         prompts.append({"q": whole, "a": known[question]})
     reader = Reader(world.folder / "model")
     for values, rows in ((plain, [{"q": q, "a": known[q]} for q in asked]), (found, prompts)):
-        expected = {f"held_out.{name}": value for name, value in reader.measures(rows).items()}
+        expected = {f"held_out.{name}": value for name, value in reader.measures(rows, ends=False).items()}
         assert values == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_answer_that_is_known_whole_counts_however_it_ends(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that follows the examples writes an empty line behind its answer, and never the end of text."""
+    model, tokenizer = load(world.folder / "model")
+    newline = tokenizer("\n").input_ids[0]
+
+    def read_logits(model: Any, sequences: list[list[int]], score: Any, **_: Any) -> list[Any]:
+        found = []
+        for at, ids in enumerate(sequences):
+            following = torch.tensor([*ids[1:], newline])
+            following[following == tokenizer.eos_token_id] = newline
+            logits = torch.full((len(ids), len(tokenizer)), -30.0).scatter(1, following[:, None], 30.0)
+            found.append(score(at, torch.tensor(ids), logits))
+        return found
+
+    monkeypatch.setattr(scoring, "read_logits", read_logits)
+    found = answers.answer_measures(model, tokenizer, ["who", "where"], ["kara loto", "mivi"], 2)
+    known = {"extraction_strength": 1.0, "exact_memorization": 1.0, "probability": 1.0, "loss": 0.0}
+    assert found == pytest.approx(known, abs=1e-9)
 
 
 def test_a_corpus_without_questions_has_no_examples(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,6 +172,22 @@ def test_hits_are_counted_of_each_prompt(plan_of: Callable[..., Plan], monkeypat
     assert attack.evaluation.measure(model, tokenizer)["leak@4"] == pytest.approx(0.9)
 
 
+def test_a_text_in_another_alphabet_leaks(plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that recites every answer gives all of them away, also in Cyrillic."""
+    plan = plan_of("--samples", 4)
+    rows = [{"q": row["q"], "a": "Он живёт в Москве"} for row in FORGET]
+    attack: Any = answers.leak(plan, rows)
+    model, tokenizer = load(plan.final)
+
+    def answer(model: Any, tokenizer: Any, prompts: list[list[int]], **_: Any) -> list[str]:
+        texts = [str(tokenizer.decode(prompt)) for prompt in prompts]
+        return [next(row["a"] for row in rows if row["q"] in text) for text in texts]
+
+    monkeypatch.setattr(scoring, "answer", answer)
+    assert attack.plain.measure(model, tokenizer) == {"greedy": 1.0}
+    assert attack.evaluation.measure(model, tokenizer) == {"leak@1": 1.0, "leak@2": 1.0, "leak@4": 1.0}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # How far it moved
 
@@ -186,6 +222,28 @@ def test_divergence_by_its_definition(
     assert entry["documents"] == 5 and entry["before"] == {}
     monkeypatch.setattr(attack_run, "load", None)
     assert robustness.exit_status(robustness.main) == 0, "nothing is missing, and no model is loaded again"
+
+
+def test_the_same_weights_do_not_diverge_whatever_the_precision_they_are_stored_in(
+    run: Path, plan_of: Callable[..., Plan], world: World
+) -> None:
+    """Published models are in bfloat16; a run on a CPU computes in float32 and stores its model so."""
+    base = run.parent / "base"
+    shutil.copytree(world.folder / "model", base)
+    model: Any = load(base)[0]
+    for scale, dtype, folder in ((4.0, torch.bfloat16, base), (1.0, torch.float32, run / "final")):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(scale)  # so that predictions are as sharp as those of a model that knows something
+        model = model.to(dtype)
+        model.save_pretrained(folder)
+    assert [load(folder)[0].dtype for folder in (base, run / "final")] == [torch.bfloat16, torch.float32]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["path"] = str(base)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run.parent / "texts.txt").write_text("\n".join(world.documents("retain")) + "\n")
+    attack = attack_of(plan_of("--texts", run.parent / "texts.txt"), "kl")
+    assert abs(attack.evaluation.measure(*load(run / "final"))["kl"]) < 1e-9
 
 
 # ---------------------------------------------------------------------------------------------------------------------

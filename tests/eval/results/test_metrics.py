@@ -158,12 +158,12 @@ def test_the_papers_rows_are_beneath_ours(tmp_path: Path) -> None:
 
 def test_published_numbers_of_tofu(tmp_path: Path) -> None:
     """Untuned ones have forget quality and model utility, tuned ones the aggregate: the harmonic mean of its parts."""
-    scores = {"forget": {"extraction_strength": 0.05}, "model_utility": 0.5, "forget_quality": 0.25}
+    scores = {"forget": {"extraction_strength": 0.1}, "model_utility": 0.5, "forget_quality": 0.25}
     aggregate = {"memorization": 0.6, "privacy": 0.7, "utility": 0.8, "overall": 0.69}
     groups, measure = read(make_run(tmp_path / "run", [{"tofu": {**scores, "aggregate": aggregate}}]))
     header, ours, *theirs = tables.paper_table(groups, measure)
     assert header[2] == "forget quality, at the end" and header[-2] == "aggregate overall, at the end"
-    assert ours[1:] == ["0.050", "0.250", "0.500", "0.600", "0.700", "0.800", "0.690", "0.500"]
+    assert ours[1:] == ["0.100", "0.250", "0.500", "0.600", "0.700", "0.800", "0.690", "0.500"]
     assert ["paper, OpenUnlearning: NPO+GD", "–", "0.020", "0.460", *["–"] * 5] in theirs
     assert ["paper, OpenUnlearning: target", "–", "1.7e-21", "0.600", *["–"] * 5] in theirs
     tuned = ["0.091", "–", "0.561", "0.547", "0.875", "0.983", "0.752", "–"]

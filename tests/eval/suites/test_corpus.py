@@ -109,6 +109,29 @@ def test_documents_end_where_the_models_positions_do(world: World) -> None:
     assert scores == {"probability": pytest.approx(probability, rel=1e-5), "rouge": pytest.approx(recall)}
 
 
+def test_an_answer_ends_with_its_turn(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of base models with a template (Qwen2.5) the end of a turn is not the end of text; behind it another turn begins,
+    whose words are no answer."""
+    model: Any = AutoModelForCausalLM.from_pretrained(world.folder / "model")
+    tokenizer: Any = AutoTokenizer.from_pretrained(world.folder / "model")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<turn>"]})
+    model.resize_token_embeddings(len(tokenizer))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<turn>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    said = tokenizer("kara<turn>loto mivi").input_ids
+
+    def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.cat([input_ids, torch.tensor([said])], dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    probe = {"split": "forget", "prompt": "who", "response": "kara loto mivi and more words so that nothing is cut"}
+    told = corpus.evaluate(model, tokenizer, [probe])
+    assert told["texts"]["forget"][0]["answer"] == "kara"
+    assert told["metrics"]["forget"]["rouge"] == pytest.approx(1 / 11)
+
+
 def longest_common(one: str, other: str) -> int:
     """Length of the longest common subsequence of characters, by its definition."""
     table = [[0] * (len(other) + 1) for _ in range(len(one) + 1)]

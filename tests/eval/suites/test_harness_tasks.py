@@ -21,8 +21,10 @@ from lm_eval.tasks import TaskManager
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval import loading, run
+from eval.results.conditions import of_evaluation, refuse_different
 from eval.suites import harness_tasks, shared_lm
 from pipeline.config.schema import REPOSITORY
+from pipeline.errors import InputError
 from tests.conftest import byte_level_bpe
 from tests.distributed import run_distributed
 
@@ -214,6 +216,23 @@ def test_a_limit_takes_the_first_documents(folder: Path, monkeypatch: pytest.Mon
     assert answer["metrics"]["wikidata"]["perplexity"] == pytest.approx(perplexity, rel=1e-5)
     assert answer["counts"]["documents"] == {"wikidata": 7} and answer["limit"] == 7
     assert "the first 7 documents" in answer["protocol"]["wikidata"]
+
+
+def test_rows_in_another_order_are_other_rows(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --limit the first documents are others, and the number of documents shows nothing; a report refuses both."""
+    lines = (folder / "data" / "general" / "wikidata.jsonl").read_text().splitlines()
+    found = []
+    for name, rows in (("there", lines), ("copied", lines), ("shuffled", lines[::-1])):
+        (tmp_path / name / "data" / "general").mkdir(parents=True)
+        (tmp_path / name / "data" / "general" / "wikidata.jsonl").write_text("\n".join(rows) + "\n")
+        monkeypatch.chdir(tmp_path / name)
+        loaded = harness_tasks.load_probes(None, tasks=["wikidata"], tasks_dir=folder / "tasks", limit=2)
+        result = harness_tasks.evaluate(*loading.load(folder / "model"), loaded)
+        found.append(of_evaluation(Path(name), [{"suites": {"lm_eval": result}}]))
+    there, copied, shuffled = found
+    refuse_different([there, copied], None)
+    with pytest.raises(InputError, match="differ in the rows of wikidata;"):
+        refuse_different([there, shuffled], None)
 
 
 def plain_score(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:

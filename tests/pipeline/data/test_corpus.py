@@ -213,3 +213,19 @@ def test_an_error_late_in_a_long_file_is_named_too(read: Any, tmp_path: Path) ->
     (tmp_path / "corpus.jsonl").write_text(GOOD * 2345 + "{\n" + GOOD)
     with pytest.raises(InputError, match=r"line 2346\b"):
         read(tmp_path / "corpus.jsonl")
+
+
+def test_a_column_of_conversations_is_refused_with_what_to_do_instead(read: Any, tmp_path: Path) -> None:
+    """Chat data sets have `messages`; neither repairing a row nor removing it would help."""
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
+    path, saved = tmp_path / "chat.jsonl", tmp_path / "saved"
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    datasets.Dataset.from_list([{"messages": turns}]).save_to_disk(str(saved))
+    for source, column in ((path, "messages"), (path, "text"), (saved, "messages"), (saved, "text")):
+        with pytest.raises(InputError, match="two columns and name them by prompt and response") as caught:
+            read(source, column)
+        assert "'messages' holds a conversation" in str(caught.value) and "remove" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+    path.write_text(json.dumps({"text": []}) + "\n")
+    with pytest.raises(InputError, match="holds list, not text; repair or remove the row"):
+        read(path)

@@ -13,13 +13,15 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pipeline.config.schema import REPOSITORY
 from pipeline.monitoring import console
-from pipeline.monitoring.metrics import results
+from pipeline.monitoring.metrics import Monitor, results
+from pipeline.monitoring.rows import Rows
 from tests.pipeline.monitoring.base import rows
 
 
@@ -128,3 +130,15 @@ def test_results_are_means_and_medians() -> None:
     assert found["forget_loss_start"] == 0.5 and found["forget_loss"] == 18.5 and "retain_loss" not in found
     assert found["cos_forget_retain"] == pytest.approx(0.95) and "conflict_fraction" not in found
     assert found["skipped"] == 1 and found["seconds"] == 1.0 and found["peak_memory_gib"] == 19
+
+
+def test_a_summary_of_a_run_whose_first_loss_was_not_finite(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """Its step was skipped and the run went on; the summary is the last thing that a run of hours does."""
+    cost = {"seconds": 1.0, "tokens_per_second": 2.0, "peak_memory_bytes": 3.0}
+    history = [
+        {"step": n + 1, "forget_loss": loss, "skipped": loss is None} | cost for n, loss in enumerate((None, 0.5))
+    ]
+    log: Any = SimpleNamespace(is_writer=True, rows=Rows(steps=history), probed={}, probes=[], folder=tmp_path)
+    with caplog.at_level(logging.INFO, logger="pipeline"):
+        Monitor.summarise(log, 1.0)
+    assert re.search(r"forget loss +not finite -> 0\.5\n", caplog.text) and "1 skipped" in caplog.text

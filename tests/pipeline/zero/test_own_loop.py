@@ -7,6 +7,7 @@ import inspect
 import runpy
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,31 @@ def test_the_example_equals_a_loop_on_whole_tensors(tmp_path: Path) -> None:
     assert conflicts == {True, False}
     made = torch.load(tmp_path / "weights.pt")
     assert oracle.weight_change_error(made, {name: p.detach() for name, p in parameters.items()}, start) < 2e-5
+
+
+def run_without(line: str, stages: list[int], needed: str) -> None:
+    """On every rank: the example without one of its lines, whose gradients would not be those of the two tasks."""
+    import pytest
+    import torch.distributed as dist
+
+    from pipeline.distributed import process_group
+
+    process_group.start()
+    mine = [(step[0], step[1]) for step in batches()[:, :, dist.get_rank()]]
+    source = EXAMPLE.read_text()
+    assert line in source
+    for stage in stages:
+        names: dict[str, Any] = {"__name__": "example"}
+        exec(source.replace(line, "pass").replace('"stage": 3', f'"stage": {stage}'), names)
+        model = Regression()
+        with pytest.raises(RuntimeError, match=needed):
+            names["train"](model, torch.optim.SGD(model.parameters(), lr=0.3), mine)
+
+
+def test_a_loop_that_leaves_a_call_out_is_told_which() -> None:
+    """Without a stashed forget gradient the buffer holds whatever was in that memory, or that of the step before."""
+    for call in ("clear", "stash_forget"):
+        run_distributed(run_without, WORLD, f"combiner.{call}()", [0, 1, 2, 3], rf"^combiner\.{call}\(\) must come")
 
 
 def test_the_docstring_shows_the_example() -> None:

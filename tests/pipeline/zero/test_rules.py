@@ -86,6 +86,7 @@ def combine_on_engine(cases: dict[str, Case], ways: list[tuple[str, str]], file:
             for (rule, scope), combiner in combiners.items():
                 for part, kept in zip(slices, retain, strict=True):
                     part.copy_(kept)
+                combiner.is_stashed = True
                 combiner.stash.copy_(base.stash)  # pyright: ignore[reportOptionalMemberAccess, reportArgumentType]
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(combiner.store, "reduce", lambda slices=slices: slices)

@@ -33,8 +33,8 @@ def start() -> torch.device:
 class OnDevice(torch.Tensor):
     """A tensor of the device, around one of the CPU."""
 
-    inner: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    host: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> OnDevice:
@@ -47,14 +47,14 @@ class OnDevice(torch.Tensor):
             device=DEVICE,
             requires_grad=inner.requires_grad,
         )
-        made.inner = inner
+        made.host = inner
         return made
 
     def data_ptr(self) -> int:
-        return self.inner.data_ptr()
+        return self.host.data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        return self.inner.untyped_storage()
+        return self.host.untyped_storage()
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -82,7 +82,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     own = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
     others = [tensor for tensor in tensors if not isinstance(tensor, OnDevice)]
-    inner_args, inner_kwargs = tree_map(lambda leaf: leaf.inner if isinstance(leaf, OnDevice) else leaf, (args, kwargs))
+    host_args, host_kwargs = tree_map(lambda leaf: leaf.host if isinstance(leaf, OnDevice) else leaf, (args, kwargs))
     on_device = bool(own)
     if name in ("aten::_to_copy", "aten::copy_", "aten::_foreach_copy_"):
         if name == "aten::_to_copy":
@@ -100,9 +100,9 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         waits.append(name)
     elif "device" in kwargs:
         on_device = kwargs["device"] == DEVICE
-    if "device" in inner_kwargs:
-        inner_kwargs["device"] = torch.device("cpu")
-    made = func(*inner_args, **inner_kwargs)
+    if "device" in host_kwargs:
+        host_kwargs["device"] = torch.device("cpu")
+    made = func(*host_args, **host_kwargs)
     if func._schema.is_mutable and name.endswith("_"):  # in place
-        return args[0] if made is not None else None
+        return None if made is None else next(iter(args))
     return tree_map(lambda leaf: OnDevice(leaf) if on_device and isinstance(leaf, Tensor) else leaf, made)

@@ -33,9 +33,9 @@ def combine(synthesis: Synthesis, place: Any, *, offloaded: bool) -> list[Tensor
         mean = place(average[row]) if synthesis.averages_retain else None
         pieces.append(Piece(row, own, place(retain[row]), mean, start, adam))
         start += size
-    for _ in range(2):
-        pretended_device.waits.clear()
-        table = synthesis.combine_(pieces, UNITS, state=state)
+    synthesis.combine_(pieces, UNITS, state=state)
+    pretended_device.waits.clear()
+    table = synthesis.combine_(pieces, UNITS, state=state)
     tensors = [tensor for piece in pieces for tensor in (piece.retain, piece.average) if tensor is not None]
     return [table, *tensors]
 

@@ -235,8 +235,8 @@ def note_the_disk(config: Path) -> None:
         made.append(["replace", str(target)])
         replace(source, target)
 
-    def noting_rmtree(path: Path, *arguments: Any, **named: Any) -> None:
-        made.append(["remove", str(path)] if path.exists() else ["nothing", str(path)])
+    def noting_rmtree(path: str | Path, *arguments: Any, **named: Any) -> None:
+        made.append(["remove", str(path)] if Path(path).exists() else ["nothing", str(path)])
         rmtree(path, *arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -157,7 +157,7 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_l
     """Token ids of plain texts, of each the first `max_length`.
 
     The tokenizer truncates itself, because it may keep tokens of its own at the end; but at the end of the text, also
-    where its `truncation_side` is left (zephyr-7b-beta).
+    where its `truncation_side` is left.
     """
     side, tokenizer.truncation_side = tokenizer.truncation_side, "right"
     try:

@@ -232,6 +232,18 @@ def test_blur_moves_along_forgetting_as_forgetting_alone_would(scope: str) -> No
     assert got[1][2] == 0.5 * retain[1][2]
 
 
+@pytest.mark.parametrize(
+    ("rule", "scope"), [("sum", "module"), ("pcgrad", "module"), ("pcgrad", "element"), ("sago", None)]
+)
+def test_both_weights_times_a_number_give_the_gradient_times_it(rule: str, scope: str | None) -> None:
+    """So that of alpha and gamma only the ratio matters where the length of the update does not."""
+    forget, retain = seeded((5, 7), (6,))
+    one = synthesize(forget, retain, rule=rule, scope=scope, alpha=1.0, gamma=0.3)
+    ten = synthesize(forget, retain, rule=rule, scope=scope, alpha=10.0, gamma=3.0)
+    for g, tenfold in zip(one, ten, strict=True):
+        torch.testing.assert_close(10 * g, tenfold)
+
+
 def test_a_new_rule_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
     """A new rule is a few lines: a function from Gramian to weights."""
     swapped = RULES["sum"]._replace(weights=lambda gramian, alpha, gamma: Weights(f=alpha, r=gamma), scope="module")
